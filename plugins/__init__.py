@@ -1,0 +1,1 @@
+"""The ops: one folder each, the same files in each, declared once in a SPEC."""

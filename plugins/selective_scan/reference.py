@@ -1,0 +1,53 @@
+"""The definition of correct, in plain PyTorch.
+
+Legend: T tokens, B sequences, H heads, P head dim, G groups, N state size, S slots.
+"""
+
+import torch
+from torch import Tensor
+
+
+def reference(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    dt_bias: Tensor,
+    ssm_state: Tensor,
+    query_start: Tensor,
+    context_len: Tensor,
+    slot: Tensor,
+    *,
+    dt_min: float,
+    dt_max: float,
+) -> tuple[Tensor, Tensor]:
+    """y [T, H, P] and the next pool [S, H, P, N]; y of padding tokens is 0, an empty sequence keeps its state's bits.
+
+    Token by token (Dao and Gu 2024, arXiv 2405.21060, equation 2 with a scalar A a head):
+    Δ = clamp(softplus(dt + dt_bias), dt_min, dt_max); h ← exp(Δ·A)·h + Δ·B ⊗ x; y = C·h + D·x. FP32 throughout,
+    FP64 for FP64 inputs.
+    """
+    compute = torch.promote_types(x.dtype, torch.float32)
+    per_group = x.shape[1] // B.shape[1]
+    delta_TH = torch.nn.functional.softplus(dt.to(compute) + dt_bias.to(compute)).clamp(dt_min, dt_max)
+    decay_TH = torch.exp(delta_TH * A.to(compute))
+    x_THP = x.to(compute)
+    B_THN = B.to(compute).repeat_interleave(per_group, dim=1)
+    C_THN = C.to(compute).repeat_interleave(per_group, dim=1)
+    y = torch.zeros_like(x)
+    next_state = ssm_state.clone()
+    starts = query_start.tolist()
+    for b, (start, end) in enumerate(zip(starts, starts[1:], strict=False)):
+        if start == end:
+            continue
+        row = int(slot[b])
+        h_HPN = ssm_state[row].to(compute) * (context_len[b] > 0)
+        for t in range(start, end):
+            input_HP = delta_TH[t, :, None] * x_THP[t]
+            h_HPN = decay_TH[t, :, None, None] * h_HPN + input_HP[:, :, None] * B_THN[t, :, None, :]
+            y_HP = (h_HPN @ C_THN[t, :, :, None])[..., 0] + D.to(compute)[:, None] * x_THP[t]
+            y[t] = y_HP.to(x.dtype)
+        next_state[row] = h_HPN.to(ssm_state.dtype)
+    return y, next_state
