@@ -1,12 +1,12 @@
 """The errors that reach a user, each one line of what happened and one of what to do.
 
-    ExportError
-    ├── UsageError          a flag, a path or a combination of them
-    ├── CheckpointError     files, tensors or the configuration of a checkpoint
-    ├── LowerError          the graph is not what the configuration says
-    ├── CompileError        an engine cannot be built
-    ├── ValidationError     a gate failed, or could not be judged
-    └── BundleError         a bundle is incomplete, changed or unknown
+ExportError
+├── UsageError          a flag, a path or a combination of them
+├── CheckpointError     files, tensors or the configuration of a checkpoint
+├── LowerError          the graph is not what the configuration says
+├── CompileError        an engine cannot be built
+├── ValidationError     a gate failed, or could not be judged
+└── BundleError         a bundle is incomplete, changed or unknown
 """
 
 

@@ -48,7 +48,7 @@ class Tolerance:
     reason: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class OpSpec:
     """One op: axes, inputs, outputs, attributes, dtypes and tolerances.
 
@@ -91,7 +91,9 @@ class OpSpec:
         found: dict[str, Any] = {}
         for tensor, shape in zip(self.inputs, shapes, strict=True):
             if len(shape) != len(tensor.axes):
-                raise ValueError(f"{self.name}: {tensor.name} has shape {list(shape)}, wants {list(tensor.axes)}")
+                raise ValueError(
+                    f"{self.name}: {tensor.name} has shape {list(shape)}, wants {list(tensor.axes)}"
+                )
             for axis, size in zip(tensor.axes, shape, strict=True):
                 expected = axis if isinstance(axis, int) else found.setdefault(axis, size)
                 if type(expected) is int and type(size) is int and expected != size:

@@ -24,7 +24,9 @@ def fake(spec: OpSpec) -> Callable[..., Any]:
 
     def run(*tensors: torch.Tensor, **_: Any) -> Any:
         sizes = spec.sizes([tuple(tensor.shape) for tensor in tensors])
-        variables = {t.dtype: tensor for t, tensor in zip(spec.inputs, tensors, strict=True) if t.dtype in spec.dtypes}
+        variables = {
+            t.dtype: tensor for t, tensor in zip(spec.inputs, tensors, strict=True) if t.dtype in spec.dtypes
+        }
         outputs = []
         for output in spec.outputs:
             shape = [axis if isinstance(axis, int) else sizes[axis] for axis in output.axes]

@@ -48,6 +48,8 @@ class Variant:
     @property
     def name(self) -> str:
         """A name unique among the op's variants: the kernel, its dtypes and its constants."""
-        dtypes = dict.fromkeys(kind.removeprefix("*") for kind in self.signature.values() if kind.startswith("*"))
+        dtypes = dict.fromkeys(
+            kind.removeprefix("*") for kind in self.signature.values() if kind.startswith("*")
+        )
         constants = [f"{key}{value}" for key, value in self.constants.items()]
         return "_".join([self.kernel, *dtypes, *constants, f"w{self.num_warps}", f"s{self.num_stages}"])

@@ -6,7 +6,8 @@ SPEC = OpSpec(
     name="NemoCausalConv1d",
     label="conv",
     summary="Depthwise causal convolution, bias and SiLU over x, B and C of Mamba-2.",
-    axes=PACKED_AXES | {"C": "channels: x, B and C of the mixer side by side", "K": "taps", "K-1": "taps kept"},
+    axes=PACKED_AXES
+    | {"C": "channels: x, B and C of the mixer side by side", "K": "taps", "K-1": "taps kept"},
     inputs=(
         TensorSpec("x", ("T", "C"), "X"),
         TensorSpec("weight", ("C", "K"), "X"),

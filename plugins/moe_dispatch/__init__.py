@@ -35,7 +35,9 @@ SPEC = OpSpec(
     ),
     dtypes={"X": FLOATS, "W": (*FLOATS, "float8_e4m3fn")},
     tolerances={
-        "float32": Tolerance(1e-5, "two FP32 matrix products of up to a few thousand terms, summed in another order"),
+        "float32": Tolerance(
+            1e-5, "two FP32 matrix products of up to a few thousand terms, summed in another order"
+        ),
         "float16": Tolerance(2e-3, "the hidden activation and y are rounded once each (4.9e-4)"),
         "bfloat16": Tolerance(1.6e-2, "the hidden activation and y are rounded once each (3.9e-3)"),
         "float8_e4m3fn": Tolerance(

@@ -1,6 +1,14 @@
 """Causal grouped-query attention over a paged key-value cache."""
 
-from nemotrt.plugins.spec import FLOATS, PACKED_AXES, PACKED_INPUTS, AttributeSpec, OpSpec, TensorSpec, Tolerance
+from nemotrt.plugins.spec import (
+    FLOATS,
+    PACKED_AXES,
+    PACKED_INPUTS,
+    AttributeSpec,
+    OpSpec,
+    TensorSpec,
+    Tolerance,
+)
 
 SPEC = OpSpec(
     name="NemoPagedAttention",

@@ -14,7 +14,8 @@ SPEC = OpSpec(
     name="NemoSelectiveScan",
     label="scan",
     summary="Softplus, state-space duality over chunks or one recurrence step, and the D skip of Mamba-2.",
-    axes=PACKED_AXES | {"H": "heads", "P": "head dim", "G": "groups of heads that share B and C", "N": "state size"},
+    axes=PACKED_AXES
+    | {"H": "heads", "P": "head dim", "G": "groups of heads that share B and C", "N": "state size"},
     inputs=(
         TensorSpec("x", ("T", "H", "P"), "X"),
         TensorSpec("dt", ("T", "H"), "X"),
@@ -34,9 +35,13 @@ SPEC = OpSpec(
     attributes=(AttributeSpec("dt_min", float), AttributeSpec("dt_max", float)),
     dtypes={"X": FLOATS, "STATE": ("float32", "float16")},
     tolerances={
-        "float32": Tolerance(1e-5, "chunked against sequential sums of up to a few hundred FP32 terms, exp included"),
+        "float32": Tolerance(
+            1e-5, "chunked against sequential sums of up to a few hundred FP32 terms, exp included"
+        ),
         "float16": Tolerance(2e-3, "FP16 factors into FP32 accumulators and one rounding of y (4.9e-4 each)"),
-        "bfloat16": Tolerance(1.6e-2, "BF16 factors into FP32 accumulators and one rounding of y (3.9e-3 each)"),
+        "bfloat16": Tolerance(
+            1.6e-2, "BF16 factors into FP32 accumulators and one rounding of y (3.9e-3 each)"
+        ),
     },
     package=__name__,
 )

@@ -1,0 +1,58 @@
+"""The op in standard ONNX operators. Legend: T tokens, B sequences, C channels, K taps, S slots."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import onnx_ir as ir
+
+from nemotrt.plugins.onnx_op import Operators
+from nemotrt.plugins.ragged import bounds, group_of_rows, size_of
+
+
+def body(
+    op: Operators, inputs: Mapping[str, ir.Value], sizes: Mapping[str, Any], _: Mapping[str, int | float]
+) -> tuple[ir.Value, ir.Value]:
+    """y and the next pool: every tap gathers from the histories [B·(K−1), C] and the tokens [T, C] laid end to end."""
+    taps = int(sizes["K"])
+    kept = taps - 1
+    start_B, end_B = bounds(op, op.cast(inputs["query_start"], ir.DataType.INT64))
+    num_tokens, num_sequences = size_of(op, inputs["x"], 0), size_of(op, start_B, 0)
+    num_history = op.Mul(num_sequences, kept)
+    slot_B = op.cast(inputs["slot"], ir.DataType.INT64)
+
+    old_BCK = op.Gather(inputs["conv_state"], slot_B, axis=0)
+    zero = op.CastLike(0.0, inputs["x"])
+    is_fresh_B = op.Equal(inputs["context_len"], op.cast(0, ir.DataType.INT32))
+    history_BCK = op.Where(op.Unsqueeze(is_fresh_B, [1, 2]), zero, old_BCK)
+    channels = op.Shape(inputs["bias"])
+    history_RC = op.Reshape(op.Transpose(history_BCK, perm=[0, 2, 1]), op.Concat([-1], channels, axis=0))
+    rows_RC = op.Concat(history_RC, inputs["x"], axis=0)
+
+    def row_before(position: ir.Value, token: ir.Value, sequence: ir.Value, lag: int) -> ir.Value:
+        """The row `lag` tokens before `token`: a token of its own sequence, or the history's."""
+        in_history = op.Add(op.Mul(sequence, kept), op.Add(position, kept - lag))
+        in_tokens = op.Add(num_history, op.Sub(token, lag))
+        return op.Where(op.GreaterOrEqual(position, lag), in_tokens, in_history)
+
+    sequence_T, is_owned_T = group_of_rows(op, end_B, num_tokens)
+    token_T = op.Range(0, num_tokens, 1)
+    # A padding token belongs to nobody: position 0 of the last sequence keeps its rows in range until it is masked.
+    position_T = op.Where(is_owned_T, op.Sub(token_T, op.Gather(start_B, sequence_T)), 0)
+    weight_KC = op.Transpose(op.cast(inputs["weight"], ir.DataType.FLOAT), perm=[1, 0])
+    sums_TC = op.cast(inputs["bias"], ir.DataType.FLOAT)
+    for tap in range(taps):
+        lagged_TC = op.Gather(rows_RC, row_before(position_T, token_T, sequence_T, kept - tap), axis=0)
+        weight_C = op.Gather(weight_KC, tap, axis=0)
+        sums_TC = op.Add(sums_TC, op.Mul(op.cast(lagged_TC, ir.DataType.FLOAT), weight_C))
+    silu_TC = op.Mul(sums_TC, op.Sigmoid(sums_TC))
+    y_TC = op.CastLike(op.Where(op.Unsqueeze(is_owned_T, [1]), silu_TC, 0.0), inputs["x"])
+
+    # The next history ends with the sequence's last token: position length, lags K−1 … 1.
+    length_B = op.Sub(end_B, start_B)
+    sequence_B = op.Range(0, num_sequences, 1)
+    last_rows = [row_before(length_B, end_B, sequence_B, kept - tap) for tap in range(kept)]
+    last_BK = op.Concat(*[op.Unsqueeze(row, [1]) for row in last_rows], axis=1)
+    new_BCK = op.Transpose(op.Gather(rows_RC, last_BK, axis=0), perm=[0, 2, 1])
+    is_empty_B11 = op.Unsqueeze(op.Equal(length_B, 0), [1, 2])
+    kept_BCK = op.Where(is_empty_B11, old_BCK, new_BCK)
+    return y_TC, op.ScatterND(inputs["conv_state"], op.Unsqueeze(slot_B, [1]), kept_BCK)

@@ -1,0 +1,126 @@
+"""The op in standard ONNX operators: append, then attend chunk by chunk over the pages a chunk can see.
+
+Legend: T tokens, B sequences, C chunks, I queries of a chunk, Q query heads, V key-value heads, D head dim, K pages,
+M pages of a sequence, L keys a chunk can see.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import onnx_ir as ir
+
+from nemotrt.plugins.onnx_op import Operators
+from nemotrt.plugins.ragged import bounds, chunks, group_of_rows, rows_of_chunk, size_of
+
+CHUNK = 64
+"""Query tokens a chunk: a chunk's scores take query heads × CHUNK × context numbers."""
+
+
+def body(
+    op: Operators,
+    inputs: Mapping[str, ir.Value],
+    sizes: Mapping[str, Any],
+    attributes: Mapping[str, int | float],
+) -> tuple[ir.Value, ir.Value]:
+    """o and the next cache; the softmax is in FP32."""
+    int64 = ir.DataType.INT64
+    start_B, end_B = bounds(op, op.cast(inputs["query_start"], int64))
+    context_B = op.cast(inputs["context_len"], int64)
+    page_table_BM = op.cast(inputs["page_table"], int64)
+    num_tokens, num_sequences = size_of(op, inputs["q"], 0), size_of(op, start_B, 0)
+    sequence_T, is_owned_T = group_of_rows(op, end_B, num_tokens)
+    # Padding tokens count as position 0 of the scratch page; their rows are masked below.
+    within_T = op.Sub(op.Range(0, num_tokens, 1), op.Gather(start_B, sequence_T))
+    position_T = op.Where(is_owned_T, op.Add(op.Gather(context_B, sequence_T), within_T), 0)
+    page_size = int(sizes["page"])
+    cache = _append(op, inputs, sizes, page_table_BM, sequence_T, is_owned_T, position_T)
+
+    per_sequence = op.Div(op.Add(num_tokens, op.Sub(num_sequences, 1)), num_sequences)
+    start = op.Concat(start_B, op.Slice(end_B, [-1], [2**31 - 1], [0]), axis=0)
+    table = chunks(op, start, op.Min(per_sequence, CHUNK))
+
+    def attend(inner: Operators, sequence: ir.Value, first: ir.Value, end: ir.Value) -> list[ir.Value]:
+        row_I, _ = rows_of_chunk(inner, first, end, table.size, num_tokens)
+        context = inner.Gather(context_B, sequence)
+        position_I = inner.Add(context, inner.Sub(row_I, inner.Gather(start_B, sequence)))
+        last_row = inner.Min(inner.Sub(inner.Add(first, table.size), 1), inner.Sub(end, 1))
+        seen = inner.Add(context, inner.Sub(inner.Add(last_row, 1), inner.Gather(start_B, sequence)))
+        num_pages = inner.Max(inner.Div(inner.Add(seen, page_size - 1), page_size), 1)
+        row_M = inner.Gather(page_table_BM, sequence, axis=0)
+        pages = inner.Slice(row_M, [0], inner.Unsqueeze(num_pages, [0]), [0])
+        return [
+            _attend(
+                inner, sizes, attributes, inner.Gather(inputs["q"], row_I, axis=0), position_I, cache, pages
+            )
+        ]
+
+    names = ("sequence", "first", "end")
+    scan = op.subgraph("chunk", attend, [op.input(name, int64, 0) for name in names])
+    o_CIQD = op.Scan(table.group_C, table.start_C, table.end_C, body=scan, num_scan_inputs=3)
+    o_RQD = op.Reshape(o_CIQD, [-1, int(sizes["Q"]), int(sizes["D"])])
+    first_row_T = op.Mul(op.Gather(table.first_N, sequence_T), table.size)
+    row_T = op.Min(op.Add(first_row_T, within_T), op.Sub(size_of(op, o_RQD, 0), 1))
+    o_TQD = op.Where(op.Unsqueeze(is_owned_T, [1, 2]), op.Gather(o_RQD, row_T, axis=0), 0.0)
+    return op.CastLike(o_TQD, inputs["q"]), cache
+
+
+def _append(
+    op: Operators,
+    inputs: Mapping[str, ir.Value],
+    sizes: Mapping[str, Any],
+    page_table_BM: ir.Value,
+    sequence_T: ir.Value,
+    is_owned_T: ir.Value,
+    position_T: ir.Value,
+) -> ir.Value:
+    """The cache with every token's key and value in its row; padding tokens put zeros into row 0 of page 0."""
+    page_size, kv_heads, head_dim = int(sizes["page"]), int(sizes["V"]), int(sizes["D"])
+    page_index_T2 = op.Concat(
+        op.Unsqueeze(sequence_T, [1]), op.Unsqueeze(op.Div(position_T, page_size), [1]), axis=1
+    )
+    page_T = op.Where(is_owned_T, op.GatherND(page_table_BM, page_index_T2), 0)
+    row_T = op.Mod(position_T, page_size)
+    shape = op.Concat(op.Shape(page_T), [2, kv_heads, 1], axis=0)
+
+    def spread(values: ir.Value, axes: list[int]) -> ir.Value:
+        return op.Expand(op.Unsqueeze(values, axes), shape)  # type: ignore[no-any-return]
+
+    index_T2V4 = op.Concat(
+        spread(page_T, [1, 2, 3]),
+        spread(op.Range(0, 2, 1), [0, 2, 3]),
+        spread(op.Range(0, kv_heads, 1), [0, 1, 3]),
+        spread(row_T, [1, 2, 3]),
+        axis=3,
+    )
+    both_T2VD = op.Concat(op.Unsqueeze(inputs["k"], [1]), op.Unsqueeze(inputs["v"], [1]), axis=1)
+    both_T2VD = op.CastLike(both_T2VD, inputs["kv_cache"])
+    zero = op.CastLike(op.Expand(0.0, [1, 1, 1, head_dim]), inputs["kv_cache"])
+    updates = op.Where(op.Unsqueeze(is_owned_T, [1, 2, 3]), both_T2VD, zero)
+    return op.ScatterND(inputs["kv_cache"], index_T2V4, updates)  # type: ignore[no-any-return]
+
+
+def _attend(
+    op: Operators,
+    sizes: Mapping[str, Any],
+    attributes: Mapping[str, int | float],
+    q_IQD: ir.Value,
+    position_I: ir.Value,
+    cache: ir.Value,
+    pages: ir.Value,
+) -> ir.Value:
+    """o of one chunk [I, Q, D] in FP32."""
+    heads, kv_heads, head_dim = int(sizes["Q"]), int(sizes["V"]), int(sizes["D"])
+    past = op.cast(op.Gather(cache, pages, axis=0), ir.DataType.FLOAT)  # [pages, 2, V, page, D]
+    past_2VLD = op.Reshape(op.Transpose(past, perm=[1, 2, 0, 3, 4]), [2, kv_heads, -1, head_dim])
+    keys_VLD, values_VLD = op.Gather(past_2VLD, 0, axis=0), op.Gather(past_2VLD, 1, axis=0)
+    # Query heads of one key-value head lie side by side, so they are rows of one product.
+    q_QID = op.Transpose(op.cast(q_IQD, ir.DataType.FLOAT), perm=[1, 0, 2])
+    q_VRD = op.Reshape(op.Mul(q_QID, float(attributes["scale"])), [kv_heads, -1, head_dim])
+    scores_VRL = op.MatMul(q_VRD, op.Transpose(keys_VLD, perm=[0, 2, 1]))
+    keys = size_of(op, keys_VLD, 1)
+    by_head = op.Concat([heads], op.Shape(position_I), op.Unsqueeze(keys, [0]), axis=0)
+    is_future_IL = op.Greater(op.Range(0, keys, 1), op.Unsqueeze(position_I, [1]))
+    scores_QIL = op.Where(is_future_IL, float("-inf"), op.Reshape(scores_VRL, by_head))
+    probabilities_VRL = op.Reshape(op.Softmax(scores_QIL, axis=-1), op.Shape(scores_VRL))
+    o_QID = op.Reshape(op.MatMul(probabilities_VRL, values_VLD), op.Shape(q_QID))
+    return op.Transpose(o_QID, perm=[1, 0, 2])  # type: ignore[no-any-return]

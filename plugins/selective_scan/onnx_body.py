@@ -1,0 +1,207 @@
+"""The op in standard ONNX operators: chunks in order for prefill, one recurrence step for decode.
+
+Legend: T tokens, B sequences, Q tokens a chunk, C chunks, H heads, P head dim, G groups, R = H / G, N state size.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import onnx_ir as ir
+
+from nemotrt.plugins.onnx_op import Operators
+from nemotrt.plugins.ragged import Chunks, bounds, chunks, group_of_rows, rows_of_chunk, size_of
+
+CHUNK = 64
+"""Tokens a chunk: work within a chunk grows with its square, work between chunks with their number."""
+
+
+@dataclass(frozen=True)
+class _Packed:
+    """Values that both forms read: tokens in FP32, and whose they are."""
+
+    x_THP: ir.Value
+    delta_TH: ir.Value
+    A_H: ir.Value
+    B_TGN: ir.Value
+    C_TGN: ir.Value
+    start_B: ir.Value
+    end_B: ir.Value
+    is_fresh_B: ir.Value
+    slot_B: ir.Value
+    state: ir.Value
+    num_tokens: ir.Value
+    sequence_T: ir.Value
+    heads: int
+    head_dim: int
+    groups: int
+    state_size: int
+
+
+def body(
+    op: Operators,
+    inputs: Mapping[str, ir.Value],
+    sizes: Mapping[str, Any],
+    attributes: Mapping[str, int | float],
+) -> tuple[ir.Value, ir.Value]:
+    """y and the next pool, computed in FP32."""
+    packed, is_owned_T = _read(op, inputs, sizes, attributes)
+    length_B = op.Sub(packed.end_B, packed.start_B)
+    longest = op.ReduceMax(length_B, keepdims=0)
+    y_THP, state_BHPN = op.If(
+        op.LessOrEqual(longest, 1),
+        then_branch=op.subgraph("step", lambda inner: _one_step(inner, packed)),
+        else_branch=op.subgraph("chunked", lambda inner: _chunked(inner, packed)),
+        outputs=2,
+    )
+    y_THP = op.Add(y_THP, op.Mul(op.Unsqueeze(inputs["D"], [1]), packed.x_THP))
+    y_THP = op.CastLike(op.Where(op.Unsqueeze(is_owned_T, [1, 2]), y_THP, 0.0), inputs["x"])
+
+    old_BHPN = op.Gather(inputs["ssm_state"], packed.slot_B, axis=0)
+    is_empty_B111 = op.Unsqueeze(op.Equal(length_B, 0), [1, 2, 3])
+    new_BHPN = op.Where(is_empty_B111, old_BHPN, op.CastLike(state_BHPN, inputs["ssm_state"]))
+    return y_THP, op.ScatterND(inputs["ssm_state"], op.Unsqueeze(packed.slot_B, [1]), new_BHPN)
+
+
+def _read(
+    op: Operators,
+    inputs: Mapping[str, ir.Value],
+    sizes: Mapping[str, Any],
+    attributes: Mapping[str, int | float],
+) -> tuple[_Packed, ir.Value]:
+    """The shared values, and which tokens belong to a sequence [T]."""
+    float32 = ir.DataType.FLOAT
+    start_B, end_B = bounds(op, op.cast(inputs["query_start"], ir.DataType.INT64))
+    num_tokens = size_of(op, inputs["x"], 0)
+    sequence_T, is_owned_T = group_of_rows(op, end_B, num_tokens)
+    raw_TH = op.Add(op.cast(inputs["dt"], float32), inputs["dt_bias"])
+    packed = _Packed(
+        x_THP=op.cast(inputs["x"], float32),
+        delta_TH=op.Clip(op.Softplus(raw_TH), float(attributes["dt_min"]), float(attributes["dt_max"])),
+        A_H=inputs["A"],
+        B_TGN=op.cast(inputs["B"], float32),
+        C_TGN=op.cast(inputs["C"], float32),
+        start_B=start_B,
+        end_B=end_B,
+        is_fresh_B=op.Equal(op.cast(inputs["context_len"], ir.DataType.INT64), 0),
+        slot_B=op.cast(inputs["slot"], ir.DataType.INT64),
+        state=inputs["ssm_state"],
+        num_tokens=num_tokens,
+        sequence_T=sequence_T,
+        heads=int(sizes["H"]),
+        head_dim=int(sizes["P"]),
+        groups=int(sizes["G"]),
+        state_size=int(sizes["N"]),
+    )
+    return packed, is_owned_T
+
+
+def _one_step(op: Operators, packed: _Packed) -> tuple[ir.Value, ir.Value]:
+    """y without the skip [T, H, P] and the states [B, H, P, N], when no sequence has more than one token."""
+    heads, head_dim, groups, state_size = packed.heads, packed.head_dim, packed.groups, packed.state_size
+    by_group = [0, groups, heads // groups * head_dim, -1]
+    token_B = op.Min(packed.start_B, op.Sub(packed.num_tokens, 1))
+    delta_BH = op.Gather(packed.delta_TH, token_B, axis=0)
+    x_BHP = op.Gather(packed.x_THP, token_B, axis=0)
+    B_BG1N = op.Unsqueeze(op.Gather(packed.B_TGN, token_B, axis=0), [2])
+    C_BGN1 = op.Unsqueeze(op.Gather(packed.C_TGN, token_B, axis=0), [3])
+
+    old_BHPN = op.cast(op.Gather(packed.state, packed.slot_B, axis=0), ir.DataType.FLOAT)
+    old_BHPN = op.Where(op.Unsqueeze(packed.is_fresh_B, [1, 2, 3]), 0.0, old_BHPN)
+    decay_BH11 = op.Unsqueeze(op.Exp(op.Mul(delta_BH, packed.A_H)), [2, 3])
+    input_BHP = op.Mul(op.Unsqueeze(delta_BH, [2]), x_BHP)
+    outer = op.Mul(op.Reshape(input_BHP, by_group), B_BG1N)
+    new_BHPN = op.Add(op.Mul(decay_BH11, old_BHPN), op.Reshape(outer, [0, heads, head_dim, state_size]))
+    y_BHP = op.Reshape(op.MatMul(op.Reshape(new_BHPN, by_group), C_BGN1), [0, heads, head_dim])
+    return op.Gather(y_BHP, packed.sequence_T, axis=0), new_BHPN
+
+
+def _chunked(op: Operators, packed: _Packed) -> tuple[ir.Value, ir.Value]:
+    """y without the skip [T, H, P] and the states [B, H, P, N]; the state passes from chunk to chunk of a sequence."""
+    num_sequences = size_of(op, packed.start_B, 0)
+    per_sequence = op.Div(op.Add(packed.num_tokens, op.Sub(num_sequences, 1)), num_sequences)
+    start = op.Concat(packed.start_B, op.Slice(packed.end_B, [-1], [2**31 - 1], [0]), axis=0)
+    table = chunks(op, start, op.Min(per_sequence, CHUNK))
+    state_shape = [packed.heads, packed.head_dim, packed.state_size]
+    carried_HPN = op.input("state", ir.DataType.FLOAT, 3)
+    sequence, first, end = (op.input(name, ir.DataType.INT64, 0) for name in ("sequence", "first", "end"))
+    scan = op.subgraph(
+        "chunk",
+        lambda inner, *values: _chunk(inner, packed, table, *values),
+        [carried_HPN, sequence, first, end],
+    )
+    _, y_CQHP, state_CHPN = op.Scan(
+        op.Expand(0.0, state_shape),
+        table.group_C,
+        table.start_C,
+        table.end_C,
+        body=scan,
+        num_scan_inputs=3,
+        outputs=3,
+    )
+    position_T = op.Sub(op.Range(0, packed.num_tokens, 1), op.Gather(packed.start_B, packed.sequence_T))
+    first_row_T = op.Mul(op.Gather(table.first_N, packed.sequence_T), table.size)
+    y_RHP = op.Reshape(y_CQHP, [-1, packed.heads, packed.head_dim])
+    # Padding tokens run past the last chunk; they are masked by the caller.
+    row_T = op.Min(op.Add(first_row_T, position_T), op.Sub(size_of(op, y_RHP, 0), 1))
+    return op.Gather(y_RHP, row_T, axis=0), op.Gather(state_CHPN, table.last_N, axis=0)
+
+
+def _chunk(
+    op: Operators,
+    packed: _Packed,
+    table: Chunks,
+    carried_HPN: ir.Value,
+    sequence: ir.Value,
+    first: ir.Value,
+    end: ir.Value,
+) -> tuple[ir.Value, ir.Value, ir.Value]:
+    """The state after a chunk, twice (carried and kept), and its y [Q, H, P] (arXiv 2405.21060, section 6)."""
+    heads, head_dim, groups, state_size = packed.heads, packed.head_dim, packed.groups, packed.state_size
+    row_Q, is_owned_Q = rows_of_chunk(op, first, end, table.size, packed.num_tokens)
+    delta_QH = op.Gather(packed.delta_TH, row_Q, axis=0)
+    delta_QH = op.Where(op.Unsqueeze(is_owned_Q, [1]), delta_QH, 0.0)  # Δ = 0 leaves the state as it is
+    x_QHP = op.Gather(packed.x_THP, row_Q, axis=0)
+    input_HPQ = op.Transpose(op.Mul(op.Unsqueeze(delta_QH, [2]), x_QHP), perm=[1, 2, 0])
+    B_QGN = op.Gather(packed.B_TGN, row_Q, axis=0)
+    C_GNQ = op.Transpose(op.Gather(packed.C_TGN, row_Q, axis=0), perm=[1, 2, 0])
+    by_group = [groups, heads // groups * head_dim, -1]
+    by_head = [heads, head_dim, -1]
+
+    state_HPN = op.If(
+        op.Equal(first, op.Gather(packed.start_B, sequence)),
+        then_branch=op.subgraph("first", lambda inner: [_initial_state(inner, packed, sequence)]),
+        else_branch=op.subgraph("carry", lambda inner: [carried_HPN]),
+    )
+    decay_HQ = op.Transpose(
+        op.CumSum(op.Mul(delta_QH, packed.A_H), 0), perm=[1, 0]
+    )  # its logarithm, from the start
+    from_state = op.MatMul(op.Reshape(state_HPN, by_group), C_GNQ)
+    from_state_HPQ = op.Mul(op.Reshape(from_state, by_head), op.Unsqueeze(op.Exp(decay_HQ), [1]))
+
+    # weights_HJI: what input J adds to output I ≥ J, (C_I · B_J) exp(decay_I − decay_J).
+    between_HJI = op.Sub(op.Unsqueeze(decay_HQ, [1]), op.Unsqueeze(decay_HQ, [2]))
+    is_past_JI = op.LessOrEqual(op.Unsqueeze(row_Q, [1]), op.Unsqueeze(row_Q, [0]))
+    between_HJI = op.Exp(op.Where(is_past_JI, between_HJI, float("-inf")))
+    dots_GJI = op.MatMul(op.Transpose(B_QGN, perm=[1, 0, 2]), C_GNQ)
+    size = op.Unsqueeze(table.size, [0])
+    grouped = op.Concat([groups, heads // groups], size, size, axis=0)
+    weights = op.Mul(op.Reshape(between_HJI, grouped), op.Unsqueeze(dots_GJI, [1]))
+    weights_HJI = op.Reshape(weights, op.Concat([heads], size, size, axis=0))
+    y_HPQ = op.Add(from_state_HPQ, op.MatMul(input_HPQ, weights_HJI))
+
+    final_H1 = op.Gather(decay_HQ, [-1], axis=1)
+    to_end_HQ = op.Exp(op.Sub(final_H1, decay_HQ))
+    arriving = op.Reshape(op.Mul(input_HPQ, op.Unsqueeze(to_end_HQ, [1])), by_group)
+    added = op.MatMul(arriving, op.Transpose(B_QGN, perm=[1, 0, 2]))
+    kept_HPN = op.Mul(op.Unsqueeze(op.Exp(final_H1), [2]), state_HPN)
+    next_HPN = op.Add(kept_HPN, op.Reshape(added, [heads, head_dim, state_size]))
+    return next_HPN, op.Transpose(y_HPQ, perm=[2, 0, 1]), next_HPN
+
+
+def _initial_state(op: Operators, packed: _Packed, sequence: ir.Value) -> ir.Value:
+    """The state [H, P, N] that a sequence's first chunk starts from: its slot's, or zero when it is fresh."""
+    stored_HPN = op.cast(
+        op.Gather(packed.state, op.Gather(packed.slot_B, sequence), axis=0), ir.DataType.FLOAT
+    )
+    return op.Where(op.Gather(packed.is_fresh_B, sequence), 0.0, stored_HPN)  # type: ignore[no-any-return]
