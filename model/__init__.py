@@ -1,0 +1,1 @@
+"""The model in PyTorch: one implementation of the family, readable alone."""

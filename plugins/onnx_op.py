@@ -20,6 +20,12 @@ Operand = ir.Value | int | float | bool | Sequence[int] | np.ndarray
 """What an operator takes: a value, or a Python number, list or array that becomes a constant."""
 
 
+def as_array(operand: Any) -> np.ndarray[Any, Any]:
+    """A number, list or array as ONNX wants it: int64 for integers, float32 for floats."""
+    array = np.asarray(operand)
+    return array.astype(np.float32) if array.dtype.kind == "f" else array
+
+
 class Operators:
     """Writes nodes by operator name: `op.Add(a, 1.0)` gives the value; `op.TopK(x, k, outputs=2)` gives two."""
 
@@ -50,11 +56,11 @@ class Operators:
 
     def value(self, operand: Operand) -> ir.Value:
         """The operand itself, or a constant: int64 for integers, float32 for floats."""
-        if isinstance(operand, ir.Value):
-            return operand
-        array = np.asarray(operand)
-        if array.dtype.kind == "f":
-            array = array.astype(np.float32)
+        return operand if isinstance(operand, ir.Value) else self.constant(operand)
+
+    def constant(self, operand: Operand) -> ir.Value:
+        """A Constant node's value, one node for each distinct constant."""
+        array = as_array(operand)
         key = (array.dtype.str, array.shape, array.tobytes())
         if key not in self._constants:
             node = ir.node("Constant", [], {"value": ir.tensor(array)})

@@ -1,0 +1,102 @@
+"""What one stage hands to the next: frozen, and complete for the stage that reads it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch.export import ExportedProgram
+
+    from nemotrt.exporter.tensor_files import StoredTensor
+    from nemotrt.model.checkpoint import Transform
+    from nemotrt.model.config import ModelConfig
+    from nemotrt.model.pools import PoolSpec
+
+
+@dataclass(frozen=True)
+class WeightSource:
+    """Where a parameter's bytes lie: one stored tensor, or several that are stacked along a new first axis."""
+
+    parameter: str
+    tensors: tuple[StoredTensor, ...]
+    transform: Transform
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A checkpoint that is understood and complete; no tensor of it was read."""
+
+    folder: Path
+    config: ModelConfig
+    weights: dict[str, WeightSource]
+    not_exported: tuple[str, ...]
+    side_files: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class TracedPart:
+    """One traced module, to be written under `prefix`; parts of the same kind share a program.
+
+    `parameters` maps the module's own parameter names to the model's.
+    """
+
+    program: ExportedProgram
+    prefix: str
+    parameters: dict[str, str]
+    pools: tuple[PoolSpec, ...]
+
+
+@dataclass(frozen=True)
+class TracedModel:
+    """The model's parts in the order in which tokens pass them, and the dtype and shape of each parameter."""
+
+    parts: tuple[TracedPart, ...]
+    pools: tuple[PoolSpec, ...]
+    parameters: dict[str, Any]
+    dtype: str
+
+
+@dataclass(frozen=True)
+class LoweredGraph:
+    """An ONNX graph and its external data on disk."""
+
+    path: Path
+    nodes: int
+    ops: dict[str, int]
+    weight_bytes: int
+
+
+@dataclass(frozen=True)
+class Gate:
+    """One number against its limit, and PyTorch's own loss at that precision where that is what set the limit."""
+
+    scenario: str
+    output: str
+    metric: str
+    value: float
+    limit: float
+    floor: float | None = None
+
+    @property
+    def passed(self) -> bool:
+        """Whether the value is a number within the limit: NaN fails."""
+        return self.value <= self.limit
+
+
+@dataclass(frozen=True)
+class ValidationReport:
+    """What was compared with what, every gate, and what was not compared."""
+
+    candidate: str
+    reference: str
+    floor: str
+    tokens: dict[str, int]
+    gates: tuple[Gate, ...]
+    not_compared: tuple[str, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether there were gates and all of them hold: no comparison is never a pass."""
+        return bool(self.gates) and all(gate.passed for gate in self.gates)

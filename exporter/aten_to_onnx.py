@@ -1,0 +1,232 @@
+"""Writes an exported PyTorch graph as ONNX nodes: one table entry an operator, one node an operator wherever ONNX has it.
+
+Only what the model uses is here; anything else is a LowerError that names it. Precision is explicit in the traced
+graph, so every entry keeps the dtypes that PyTorch recorded.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from torch import fx
+
+from nemotrt.exporter.errors import LowerError
+from nemotrt.plugins import onnx_op
+from nemotrt.plugins.spec import DOMAIN, OpSpec, ops
+
+DTYPES = {
+    torch.float32: ir.DataType.FLOAT,
+    torch.float16: ir.DataType.FLOAT16,
+    torch.bfloat16: ir.DataType.BFLOAT16,
+    torch.float8_e4m3fn: ir.DataType.FLOAT8E4M3FN,
+    torch.int64: ir.DataType.INT64,
+    torch.int32: ir.DataType.INT32,
+    torch.bool: ir.DataType.BOOL,
+}
+aten = torch.ops.aten
+
+
+class Constants:
+    """Small constants of the whole graph, each written once, as initialisers."""
+
+    def __init__(self) -> None:
+        self.values: dict[tuple[Any, ...], ir.Value] = {}
+
+    def __call__(self, operand: Any) -> ir.Value:
+        """The initialiser of a number, list or array."""
+        array = onnx_op.as_array(operand)
+        key = (array.dtype.str, array.shape, array.tobytes())
+        if key not in self.values:
+            name = f"constant.{len(self.values)}"
+            self.values[key] = ir.val(name, const_value=ir.tensor(array, name=name))
+        return self.values[key]
+
+
+class Translator(onnx_op.Operators):
+    """Writes the nodes of one traced module under a name prefix.
+
+    `symbols` maps PyTorch's symbols to the names of the contract's axes, for the shapes recorded in the graph.
+    """
+
+    def __init__(self, prefix: str, symbols: Mapping[str, str], constants: Constants) -> None:
+        super().__init__(prefix=f"{prefix}." if prefix else "")
+        self.forms: list[tuple[OpSpec, dict[str, Any], dict[str, Any]]] = []
+        """The ops met: SPEC, static sizes, attributes."""
+        self._symbols = symbols
+        self._constant = constants
+        self._values: dict[fx.Node, Any] = {}
+        self._names: Counter[str] = Counter()
+
+    def constant(self, operand: Any) -> ir.Value:
+        """The graph's initialiser of a number, list or array."""
+        return self._constant(operand)
+
+    def translate(self, graph: fx.Graph, placeholders: Mapping[str, ir.Value]) -> list[ir.Value]:
+        """Write every node of the graph; gives the values of its outputs."""
+        for node in graph.nodes:
+            if node.op == "placeholder":
+                self._values[node] = placeholders[node.name]
+            elif node.op == "output":
+                return [self._values[result] for result in node.args[0]]
+            elif node.target not in SKIPPED:
+                self._values[node] = self._call(node)
+        raise LowerError("the traced graph has no output")
+
+    def _call(self, node: fx.Node) -> Any:
+        spec = OPS.get(node.target)
+        write = OPERATORS.get(node.target)
+        if spec is None and write is None:
+            raise LowerError(
+                f"no ONNX form for {node.target} in {self.scope(node)}",
+                hint=f"add it to the table of {__name__.removeprefix('nemotrt.')}",
+            )
+        arguments = fx.node.map_arg(node.args, self._values.__getitem__)
+        before = len(self.nodes)
+        result = self._plugin_op(spec, node, arguments) if spec else write(self, node, *arguments)  # type: ignore[misc]
+        self._name(node, before)
+        self._describe(node, result)
+        return result
+
+    def _plugin_op(self, spec: OpSpec, node: fx.Node, inputs: Sequence[ir.Value]) -> Any:
+        outputs = [ir.val(None) for _ in spec.outputs]
+        written = onnx_op.node(spec, inputs, outputs, node.kwargs, f"{self.scope(node)}.{spec.label}")
+        self.add(written)
+        shapes = [tuple(argument.meta["val"].shape) for argument in node.args]  # type: ignore[union-attr]
+        static = {axis: size for axis, size in spec.sizes(shapes).items() if isinstance(size, int)}
+        self.forms.append((spec, static, dict(node.kwargs)))
+        return outputs if len(outputs) > 1 else outputs[0]
+
+    def scope(self, node: fx.Node) -> str:
+        """Where the model says the node is: `layers.7.mixer`."""
+        stack = list(node.meta.get("nn_module_stack", {}).values())
+        path = stack[-1][0].removeprefix("L['self']").lstrip(".") if stack else ""
+        return f"{self._prefix}{path}".strip(".")
+
+    def _name(self, node: fx.Node, before: int) -> None:
+        """Name what was written for one traced node by its place in the model: a linear is its module."""
+        operator_name = str(node.target).removeprefix("aten.").partition(".")[0]
+        base = self.scope(node) if operator_name == "linear" else f"{self.scope(node)}.{operator_name}"
+        repeated = self._names[base]
+        self._names[base] += 1
+        base += f"_{repeated}" if repeated else ""
+        for written in self.nodes[before:]:
+            if written.domain != DOMAIN:
+                written.name = base if written is self.nodes[-1] else f"{base}.{written.op_type}"
+            for output in written.outputs:
+                output.name = f"{written.name}.{output.index()}" if len(written.outputs) > 1 else written.name
+
+    def _describe(self, node: fx.Node, result: Any) -> None:
+        recorded = node.meta["val"]
+        pairs = zip(result, recorded, strict=True) if isinstance(recorded, list | tuple) else [(result, recorded)]
+        for value, tensor in pairs:
+            value.dtype = DTYPES[tensor.dtype]
+            value.shape = self.shape(tensor.shape)
+
+    def shape(self, sizes: Sequence[Any]) -> ir.Shape:
+        """Recorded sizes as an ONNX shape, symbols by the contract's names."""
+        return ir.Shape(
+            [size if isinstance(size, int) else self._symbols.get(str(size), str(size)) for size in sizes]
+        )
+
+
+Write = Callable[..., Any]
+
+
+def _linear(op: Translator, _: fx.Node, x: ir.Value, weight: ir.Value, bias: ir.Value | None = None) -> ir.Value:
+    # Rank 2 throughout, so a linear is one Gemm on the checkpoint's own [out, in] layout.
+    return op.Gemm(x, weight, bias, transB=1) if bias is not None else op.Gemm(x, weight, transB=1)  # type: ignore[no-any-return]
+
+
+def _rms_norm(
+    op: Translator, node: fx.Node, x: ir.Value, normalized: list[int], weight: ir.Value | None = None, eps: float = 0.0
+) -> ir.Value:
+    dtype = node.meta["val"].dtype
+    if dtype != torch.float32:
+        raise LowerError(f"{op.scope(node)} normalises in {dtype}, where FP32 is meant")
+    scale = weight if weight is not None else np.ones(normalized)
+    return op.RMSNormalization(x, scale, axis=-len(normalized), epsilon=eps)  # type: ignore[no-any-return]
+
+
+def _reshape(op: Translator, node: fx.Node, x: ir.Value, *_: Any) -> ir.Value:
+    # A size that is not fixed stands first (tokens, sequences): 0 keeps it.
+    sizes = node.meta["val"].shape
+    if not all(isinstance(size, int) for size in sizes[1:]):
+        raise LowerError(f"{op.scope(node)} reshapes to {tuple(sizes)}: only the first axis may vary")
+    return op.Reshape(x, [size if isinstance(size, int) else 0 for size in sizes])  # type: ignore[no-any-return]
+
+
+def _split(op: Translator, _: fx.Node, x: ir.Value, sizes: list[int], axis: int = 0) -> tuple[ir.Value, ...]:
+    return op.Split(x, sizes, axis=axis, outputs=len(sizes))  # type: ignore[no-any-return]
+
+
+def _silu(op: Translator, _: fx.Node, x: ir.Value) -> ir.Value:
+    return op.Mul(x, op.Sigmoid(x))  # type: ignore[no-any-return]
+
+
+def _cast(op: Translator, node: fx.Node, x: ir.Value, *_: Any) -> ir.Value:
+    # PyTorch records a cast to the same dtype; it is not a node.
+    wanted = DTYPES[node.meta["val"].dtype]
+    return x if x.dtype == wanted else op.cast(x, wanted)
+
+
+def _square(op: Translator, _: fx.Node, x: ir.Value, exponent: int = 2) -> ir.Value:
+    if exponent != 2:
+        raise LowerError(f"a power of {exponent}, where only squares are meant")
+    return op.Mul(x, x)  # type: ignore[no-any-return]
+
+
+def _transpose(op: Translator, _: fx.Node, x: ir.Value) -> ir.Value:
+    return op.Transpose(x, perm=[1, 0])  # type: ignore[no-any-return]
+
+
+def _simple(op_type: str) -> Write:
+    def write(op: Translator, _: fx.Node, *operands: Any) -> Any:
+        return getattr(op, op_type)(*operands)
+
+    return write
+
+
+def _getitem(_: Translator, __: fx.Node, values: Sequence[ir.Value], index: int) -> ir.Value:
+    return values[index]
+
+
+def _embedding(op: Translator, _: fx.Node, weight: ir.Value, ids: ir.Value, *__: Any) -> ir.Value:
+    return op.Gather(weight, ids, axis=0)  # type: ignore[no-any-return]
+
+
+def _index_select(op: Translator, _: fx.Node, x: ir.Value, axis: int, index: ir.Value) -> ir.Value:
+    return op.Gather(x, index, axis=axis)  # type: ignore[no-any-return]
+
+
+SKIPPED = {aten._assert_tensor_metadata.default}
+
+OPS: dict[Any, OpSpec] = {getattr(getattr(torch.ops, DOMAIN), spec.torch_name).default: spec for spec in ops()}
+
+OPERATORS: dict[Any, Write] = {
+    operator.getitem: _getitem,
+    aten.add.Tensor: _simple("Add"),
+    aten.embedding.default: _embedding,
+    aten.flatten.using_ints: _reshape,
+    aten.index_select.default: _index_select,
+    aten.linear.default: _linear,
+    aten.matmul.default: _simple("MatMul"),
+    aten.mul.Tensor: _simple("Mul"),
+    aten.pow.Tensor_Scalar: _square,
+    aten.relu.default: _simple("Relu"),
+    aten.reshape.default: _reshape,
+    aten.rms_norm.default: _rms_norm,
+    aten.sigmoid.default: _simple("Sigmoid"),
+    aten.silu.default: _silu,
+    aten.split_with_sizes.default: _split,
+    aten.square.default: _square,
+    aten.t.default: _transpose,
+    aten.to.dtype: _cast,
+    aten.unflatten.int: _reshape,
+    aten.view.default: _reshape,
+}

@@ -1,0 +1,51 @@
+"""What a build was asked for: one frozen dataclass, checked once, that every stage reads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from nemotrt.exporter.errors import UsageError
+
+PRECISIONS = ("fp32", "fp16", "bf16")
+"""Precisions of activations and weights."""
+
+COMPUTE_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+PRECISION_OF_DTYPE = {dtype: precision for precision, dtype in COMPUTE_DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class BuildConfig:
+    """Everything that decides what a build writes; raises UsageError on what cannot be meant."""
+
+    checkpoint: Path
+    output: Path
+    precision: str = ""
+    """One of PRECISIONS, or empty for the checkpoint's own."""
+    max_tokens: int = 2048
+    """Tokens a step (T)."""
+    max_sequences: int = 16
+    """Sequences a step (B)."""
+    max_context: int = 8192
+    """Tokens a sequence."""
+    page_size: int = 128
+    """Tokens a page of the KV cache."""
+    state_dtype: str = "fp32"
+    """Of the recurrent state's pools."""
+    validate: bool = True
+    force: bool = False
+    keep_failed: bool = False
+
+    def __post_init__(self) -> None:
+        if self.precision not in ("", *PRECISIONS):
+            raise UsageError(f"precision {self.precision} is not known", hint="choose from " + ", ".join(PRECISIONS))
+        for name in ("max_tokens", "max_sequences", "max_context", "page_size"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least 1")
+        if self.max_sequences > self.max_tokens:
+            raise UsageError(
+                f"--max-sequences {self.max_sequences} is more than --max-tokens {self.max_tokens}",
+                hint="a decode step takes one token of each sequence",
+            )
+        if self.page_size & (self.page_size - 1):
+            raise UsageError(f"--page-size {self.page_size} is not a power of two")

@@ -1,0 +1,94 @@
+"""What a scenario is driven through: the PyTorch model, or a graph in ONNX Runtime, behind one interface."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from nemotrt.exporter import weights
+from nemotrt.exporter.artifacts import LoadedModel
+from nemotrt.exporter.runtime.session import Session
+from nemotrt.exporter.scenarios import StepInputs
+from nemotrt.model.hybrid import NemotronH
+from nemotrt.model.pools import PoolSpec
+from nemotrt.model.step import Step
+
+Array = NDArray[np.float64]
+
+
+class Runner(Protocol):
+    """Steps on pools that the runner holds."""
+
+    def reset(self, pools: dict[str, NDArray[np.float32]]) -> None:
+        """Fill every pool."""
+
+    def step(self, inputs: StepInputs) -> Array:
+        """The logits [R, V] of one step; the pools move on."""
+
+    def pools(self) -> dict[str, Array]:
+        """Every pool's values, scratch row included."""
+
+
+class TorchRunner:
+    """The reference model in one dtype, on the CPU."""
+
+    def __init__(self, model: LoadedModel, pools: tuple[PoolSpec, ...], dtype: torch.dtype) -> None:
+        self._specs = pools
+        self._dtype = dtype
+        with torch.device("meta"):
+            self._network = NemotronH(model.config, dtype=dtype)
+        state = {
+            name: weights.read(model.weights[name], tuple(parameter.shape), parameter.dtype)
+            for name, parameter in self._network.state_dict().items()
+            if name in model.weights
+        }
+        self._network.load_state_dict(state, strict=False, assign=True)
+        self._pools: list[torch.Tensor] = []
+
+    def _pool_dtype(self, spec: PoolSpec) -> torch.dtype:
+        # The FP32 reference keeps everything in FP32; at a lower precision each pool has its own dtype.
+        return torch.float32 if self._dtype == torch.float32 else getattr(torch, spec.dtype)  # type: ignore[no-any-return]
+
+    def reset(self, pools: dict[str, NDArray[np.float32]]) -> None:
+        self._pools = [torch.from_numpy(pools[spec.name].copy()).to(self._pool_dtype(spec)) for spec in self._specs]
+
+    @torch.no_grad()
+    def step(self, inputs: StepInputs) -> Array:
+        step = Step(
+            *(torch.from_numpy(getattr(inputs, name)) for name in ("query_start", "context_len", "slot", "page_table"))
+        )
+        ids, rows = torch.from_numpy(inputs.input_ids), torch.from_numpy(inputs.logits_row)
+        logits, self._pools = self._network(ids, step, rows, self._pools)
+        return logits.double().numpy()  # type: ignore[no-any-return]
+
+    def pools(self) -> dict[str, Array]:
+        return {spec.name: pool.double().numpy() for spec, pool in zip(self._specs, self._pools, strict=True)}
+
+
+class GraphRunner:
+    """A lowered graph in ONNX Runtime; `bound` pools are updated in place, others are fed and fetched."""
+
+    def __init__(self, graph: Path, *, num_slots: int, num_pages: int, bound: bool = True) -> None:
+        self._session = Session(graph, num_slots=num_slots, num_pages=num_pages, bound=bound)
+        self.runs_as = self._session.runs_as
+
+    def reset(self, pools: dict[str, NDArray[np.float32]]) -> None:
+        for name, values in pools.items():
+            self._session.set_pool(name, values)
+
+    def step(self, inputs: StepInputs) -> Array:
+        return self._session.step(
+            inputs.input_ids,
+            inputs.query_start,
+            inputs.context_len,
+            inputs.slot,
+            inputs.page_table,
+            inputs.logits_row,
+        ).astype(np.float64)
+
+    def pools(self) -> dict[str, Array]:
+        return {name: self._session.pool(name).astype(np.float64) for name in self._session.pool_names}

@@ -1,0 +1,189 @@
+"""Lower: the traced parts as one ONNX graph with one node an op, its weights streamed beside it.
+
+How an op is lowered: its node in `plugins/onnx_op.py`, its meaning in `plugins/<op>/onnx_body.py`; every other
+operator in `exporter/aten_to_onnx.py`. Needs no model in memory: a weight passes through in pieces.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+import torch
+from torch.export.graph_signature import InputKind
+
+from nemotrt.exporter import weights
+from nemotrt.exporter.artifacts import LoadedModel, LoweredGraph, TracedModel, TracedPart
+from nemotrt.exporter.aten_to_onnx import DTYPES, Constants, Translator
+from nemotrt.exporter.errors import LowerError
+from nemotrt.model.pools import PoolSpec
+from nemotrt.plugins import onnx_op
+from nemotrt.plugins.spec import DOMAIN, VERSION, OpSpec
+
+IR_VERSION = 10
+"""The IR of opset 23's release that every reader we target accepts."""
+
+STEP_INPUTS = {
+    "input_ids": (ir.DataType.INT64, ("T",)),
+    "query_start": (ir.DataType.INT32, ("B+1",)),
+    "context_len": (ir.DataType.INT32, ("B",)),
+    "slot": (ir.DataType.INT32, ("B",)),
+    "page_table": (ir.DataType.INT32, ("B", "M")),
+    "logits_row": (ir.DataType.INT32, ("R",)),
+}
+"""The graph's inputs that say what a step is; the pools follow them."""
+
+OPS_OF_KIND = {
+    "mamba": ("NemoCausalConv1d", "NemoSelectiveScan"),
+    "attention": ("NemoPagedAttention",),
+    "moe": ("NemoMoeDispatch",),
+    "mlp": (),
+}
+"""Which ops a layer of each kind must become."""
+
+
+def lower(
+    model: LoadedModel, traced: TracedModel, path: Path, *, advance: Callable[[int], None] = lambda _: None
+) -> LoweredGraph:
+    """The graph at `path` and its data beside it; `advance` hears of the weight bytes written.
+
+    Raises LowerError when the graph is not what the configuration says, CheckpointError on a weight's value.
+    """
+    writer = _GraphWriter(traced)
+    for part in traced.parts:
+        writer.write(part)
+    leftover = sorted(set(model.weights) - set(writer.parameters))
+    if leftover:
+        raise LowerError(f"{leftover[0]} has no place in the graph")
+    total = _stream(model, writer.parameters, path, advance)
+    graph = writer.graph()
+    _save(graph, path)
+    counts = Counter(node.op_type for node in graph.graph if node.domain == DOMAIN)
+    _check(path, model, counts)
+    return LoweredGraph(path=path, nodes=len(graph.graph), ops=dict(counts), weight_bytes=total)
+
+
+class _GraphWriter:
+    """Collects nodes, inputs, parameters and op forms, part by part."""
+
+    def __init__(self, traced: TracedModel) -> None:
+        self._traced = traced
+        self.step = {name: ir.val(name, dtype, axes) for name, (dtype, axes) in STEP_INPUTS.items()}
+        self.pools = {pool.name: _pool_value(pool, pool.name) for pool in traced.pools}
+        self.parameters: dict[str, ir.Value] = {}
+        self._next: dict[str, ir.Value] = {}
+        self._nodes: list[ir.Node] = []
+        self._constants = Constants()
+        self._functions: dict[str, tuple[ir.Function, Any]] = {}
+        self._flow = self.step["input_ids"]
+
+    def write(self, part: TracedPart) -> None:
+        """Write one part; the tokens' values flow in from the part before it, as its first input."""
+        sources = iter([self._flow, *(self.pools[pool.name] for pool in part.pools)])
+        recorded = {node.name: node.meta["val"] for node in part.program.graph.nodes if node.op == "placeholder"}
+        placeholders: dict[str, ir.Value] = {}
+        symbols: dict[str, str] = {}
+        for spec in part.program.graph_signature.input_specs:
+            name = spec.arg.name
+            if spec.kind is not InputKind.USER_INPUT:
+                placeholders[name] = self._parameter(part.parameters[str(spec.target)])
+                continue
+            # PyTorch flattens `step.slot` to `step_slot`.
+            placeholders[name] = self.step.get(name.removeprefix("step_")) or next(sources)
+            symbols |= _symbols(recorded[name].shape, placeholders[name])
+        translator = Translator(part.prefix, symbols, self._constants)
+        results = translator.translate(part.program.graph, placeholders)
+        self._nodes += translator.nodes
+        self._flow = results[0]
+        for pool, value in zip(part.pools, results[1:], strict=True):
+            self._next[pool.name] = value
+        for form in translator.forms:
+            self._define(*form)
+
+    def _parameter(self, name: str) -> ir.Value:
+        if name not in self.parameters:
+            recorded = self._traced.parameters[name]
+            self.parameters[name] = ir.val(name, DTYPES[recorded.dtype], list(recorded.shape))
+        return self.parameters[name]
+
+    def _define(self, spec: OpSpec, sizes: Mapping[str, Any], attributes: Mapping[str, Any]) -> None:
+        """One function an op: its body is written for the sizes and attributes that all its nodes share."""
+        form = ({axis: size for axis, size in sizes.items() if isinstance(size, int)}, dict(attributes))
+        known = self._functions.get(spec.name)
+        if known is None:
+            self._functions[spec.name] = (onnx_op.function(spec, sizes, attributes), form)
+        elif known[1] != form:
+            raise LowerError(
+                f"{spec.name} stands in two forms: {known[1]} and {form}",
+                hint="layers of one kind must have the same sizes",
+            )
+
+    def graph(self) -> ir.Model:
+        """The whole model; every pool's output is named for what it replaces."""
+        self._flow.name = "logits"
+        for pool in self._traced.pools:
+            self._next[pool.name].name = f"next.{pool.name}"
+        inputs = [*self.step.values(), *self.pools.values()]
+        used = {value for node in self._nodes for value in node.inputs}
+        graph = ir.Graph(
+            [value for value in inputs if value in used],
+            [self._flow, *(self._next[pool.name] for pool in self._traced.pools)],
+            nodes=self._nodes,
+            initializers=[*self.parameters.values(), *self._constants.values.values()],
+            opset_imports={"": onnx_op.OPSET, DOMAIN: VERSION},
+            name="nemotron_h",
+        )
+        functions = [function for function, _ in self._functions.values()]
+        return ir.Model(graph, ir_version=IR_VERSION, producer_name="nemo-export", functions=functions)
+
+
+def _symbols(sizes: Sequence[Any], value: ir.Value) -> dict[str, str]:
+    """PyTorch's symbols for an input's sizes → the contract's names of its axes."""
+    assert value.shape is not None
+    named = zip(sizes, value.shape, strict=True)
+    return {str(size): str(axis.value) for size, axis in named if isinstance(axis, ir.SymbolicDim)}
+
+
+def _pool_value(pool: PoolSpec, name: str) -> ir.Value:
+    axis = "K" if pool.is_paged else "S"
+    return ir.val(name, DTYPES[getattr(torch, pool.dtype)], [axis, *pool.row_shape])
+
+
+def _stream(
+    model: LoadedModel, parameters: Mapping[str, ir.Value], path: Path, advance: Callable[[int], None]
+) -> int:
+    """Write every parameter to the data file and point its initialiser there; gives the bytes written."""
+    target = weights.data_path(path)
+    torch_dtypes = {ir_dtype: dtype for dtype, ir_dtype in DTYPES.items()}
+    with target.open("wb") as file:
+        for name, value in parameters.items():
+            assert value.dtype is not None and value.shape is not None
+            shape = tuple(int(size) for size in value.shape.numpy())
+            source = model.weights[name]
+            offset, length = weights.write(file, source, shape, torch_dtypes[value.dtype], advance)
+            value.const_value = ir.ExternalTensor(
+                target.name, offset, length, value.dtype, shape=value.shape, name=name, base_dir=path.parent
+            )
+        return file.tell()
+
+
+def _save(model: ir.Model, path: Path) -> None:
+    proto = ir.to_proto(model)
+    path.write_bytes(proto.SerializeToString(deterministic=True))
+
+
+def _check(path: Path, model: LoadedModel, counts: Mapping[str, int]) -> None:
+    """Refuse a graph that is not what the configuration says, or that ONNX itself would refuse."""
+    expected = Counter(op for kind in model.config.layers for op in OPS_OF_KIND[kind])
+    if dict(expected) != dict(counts):
+        raise LowerError(f"the graph has {dict(counts)}, the configuration asks for {dict(expected)}")
+    try:
+        onnx.checker.check_model(str(path))
+        # Every value carries the shape that PyTorch recorded: strict inference fails where ONNX finds another.
+        onnx.shape_inference.infer_shapes(onnx.load(path, load_external_data=False), strict_mode=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise LowerError(f"ONNX refuses the graph: {str(error).splitlines()[0]}") from error

@@ -1,0 +1,87 @@
+"""Trace: the model's parts as PyTorch graphs, one `torch.export` for each distinct part, on meta tensors.
+
+Layers of one kind differ only in their weights, so each kind is traced once: cost does not grow with depth.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+from nemotrt.exporter.artifacts import LoadedModel, TracedModel, TracedPart
+from nemotrt.exporter.config import COMPUTE_DTYPES, BuildConfig
+from nemotrt.model.hybrid import NemotronH
+from nemotrt.model.pools import PoolSpec, pool_specs
+from nemotrt.model.step import Step
+
+# Sizes to trace with: distinct, and above 1, which PyTorch would take for a constant.
+TOKENS, SEQUENCES, SLOTS, PAGES, TABLE, ROWS = 11, 3, 5, 7, 2, 4
+
+
+def trace(model: LoadedModel, config: BuildConfig) -> TracedModel:
+    """Every part of the model in order; layers of one kind share a program."""
+    dtype = COMPUTE_DTYPES[config.precision]
+    pools = pool_specs(
+        model.config,
+        page_size=config.page_size,
+        dtype=dtype,
+        state_dtype=COMPUTE_DTYPES[config.state_dtype],
+        kv_dtype=dtype,
+    )
+    network = NemotronH(model.config, dtype=getattr(torch, dtype), device="meta")
+    tokens = torch.zeros(TOKENS, dtype=torch.int64, device="meta")
+    x_TD = torch.zeros(TOKENS, model.config.hidden_size, dtype=getattr(torch, dtype), device="meta")
+    rows = torch.zeros(ROWS, dtype=torch.int32, device="meta")
+
+    names = {id(parameter): name for name, parameter in network.named_parameters(remove_duplicate=False)}
+
+    def part(module: nn.Module, program: ExportedProgram, prefix: str, own: tuple[PoolSpec, ...] = ()) -> TracedPart:
+        parameters = {name: names[id(parameter)] for name, parameter in module.named_parameters()}
+        return TracedPart(program, prefix, parameters, own)
+
+    embeddings, head = network.backbone.embeddings, network.head()
+    parts = [part(embeddings, _export(embeddings, (tokens,)), "embeddings")]
+    programs: dict[str, ExportedProgram] = {}
+    for index, kind in enumerate(model.config.layers):
+        own = tuple(pool for pool in pools if pool.layer == index)
+        block = network.backbone.layers[index]
+        if kind not in programs:
+            programs[kind] = _export(block, (x_TD, _step(), *(_pool(pool) for pool in own)))
+        parts.append(part(block, programs[kind], f"layers.{index}", own))
+    parts.append(part(head, _export(head, (x_TD, rows)), "head"))
+    return TracedModel(tuple(parts), pools, dict(network.state_dict()), dtype)
+
+
+def _step() -> Step:
+    def integers(*shape: int) -> Tensor:
+        return torch.zeros(shape, dtype=torch.int32, device="meta")
+
+    return Step(
+        query_start=integers(SEQUENCES + 1),
+        context_len=integers(SEQUENCES),
+        slot=integers(SEQUENCES),
+        page_table=integers(SEQUENCES, TABLE),
+    )
+
+
+def _pool(pool: PoolSpec) -> Tensor:
+    rows = PAGES if pool.is_paged else SLOTS
+    return torch.zeros(rows, *pool.row_shape, dtype=getattr(torch, pool.dtype), device="meta")
+
+
+def _export(module: nn.Module, arguments: Sequence[Any]) -> ExportedProgram:
+    """The module's graph with every first axis free, and the page table's second."""
+
+    def free(argument: Any) -> Any:
+        if isinstance(argument, Step):
+            return Step(*({0: Dim.DYNAMIC} for _ in range(3)), {0: Dim.DYNAMIC, 1: Dim.DYNAMIC})
+        return {0: Dim.DYNAMIC}
+
+    shapes: list[Any] = [free(argument) for argument in arguments]
+    if len(arguments) > 2:  # a block's pools are varargs, which dynamic_shapes wants as one tuple
+        shapes[2:] = [tuple(shapes[2:])]
+    return torch.export.export(module, tuple(arguments), dynamic_shapes=tuple(shapes))

@@ -1,0 +1,175 @@
+"""Validate: the graph against PyTorch on identical tokens and carried state, judged by gates that can fail.
+
+FP32 is held to 1e-4. A lower precision is held to three times its *floor*: what PyTorch itself loses at that
+precision against PyTorch in FP32, measured on the same tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from nemotrt.exporter import metrics
+from nemotrt.exporter.artifacts import Gate, LoadedModel, ValidationReport
+from nemotrt.exporter.errors import ValidationError
+from nemotrt.exporter.runners import Array, GraphRunner, Runner, TorchRunner
+from nemotrt.exporter.scenarios import NUM_SLOTS, Scenario, num_pages, scenarios
+from nemotrt.model.pools import PoolSpec
+
+PROMPT, DECODE = 96, 64
+"""Tokens of the prompt, and tokens decoded after it."""
+
+FP32_RELATIVE_L2 = 1e-4
+FLOOR_FACTOR = 3.0
+"""The worst of ten prompt batches was 2.45 times the median of the floor, so three."""
+
+COSINE, NORM_RATIO = 0.99, 0.25
+"""The two gates of TensorRT Edge-LLM, on top."""
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What one runner showed in one scenario: logits of every step side by side, and the pools at its end."""
+
+    logits_RV: Array
+    pools: dict[str, Array]
+
+
+def validate(
+    model: LoadedModel, pools: tuple[PoolSpec, ...], graph: Path, *, dtype: str, page_size: int, seed: int = 0
+) -> ValidationReport:
+    """The report of every gate; it has not passed when any gate failed or an output was not compared."""
+    generator = np.random.default_rng(seed)
+    prompt = generator.integers(0, model.config.vocab_size, PROMPT, dtype=np.int64)
+    pages = num_pages(PROMPT, DECODE, page_size)
+    noise = _noise(pools, pages, generator)
+
+    reference = TorchRunner(model, pools, torch.float32)
+    continuation = _greedy(reference, prompt, noise, page_size)
+    plan = scenarios(prompt, continuation, page_size)
+    expected = _observe(reference, plan, noise)
+    floor = None
+    if dtype != "float32":
+        del reference  # two copies of the weights at a time are enough
+        floor = _observe(TorchRunner(model, pools, getattr(torch, dtype)), plan, noise)
+    bound = GraphRunner(graph, num_slots=NUM_SLOTS, num_pages=pages)
+    seen = _observe(bound, plan, noise)
+    unbound = _observe(GraphRunner(graph, num_slots=NUM_SLOTS, num_pages=pages, bound=False), plan, noise)
+
+    gates: list[Gate] = []
+    for scenario in plan:
+        name = scenario.name
+        _judge(gates, name, seen[name], expected[name], floor[name] if floor else None)
+        gates.append(_same_bits(name, seen[name], unbound[name]))
+    return ValidationReport(
+        candidate=f"ONNX Runtime, {bound.runs_as}",
+        reference="PyTorch, FP32",
+        floor=f"PyTorch, {dtype}" if floor else "",
+        tokens={"prompt": PROMPT, "decode": DECODE, "seed": seed},
+        gates=tuple(gates),
+        not_compared=(*(f"{name}: not exported" for name in model.not_exported), "TensorRT engine: not built"),
+    )
+
+
+def _noise(pools: tuple[PoolSpec, ...], pages: int, generator: np.random.Generator) -> dict[str, NDArray[np.float32]]:
+    """Pools that hold what another sequence left: a runner that reads a fresh sequence's slot is found out.
+
+    The values are exact in every dtype, so that all runners start from the same bits.
+    """
+    rows = {pool.name: pages if pool.kind == "kv_cache" else NUM_SLOTS for pool in pools}
+    return {
+        pool.name: generator.integers(-4, 5, (rows[pool.name], *pool.row)).astype(np.float32) / 4 for pool in pools
+    }
+
+
+def _greedy(
+    runner: Runner, prompt: NDArray[np.int64], noise: dict[str, NDArray[np.float32]], page_size: int
+) -> NDArray[np.int64]:
+    """The reference's own greedy continuation: what every runner is then made to decode."""
+    runner.reset(noise)
+    tokens = np.zeros(DECODE, dtype=np.int64)
+    steps = next(s for s in scenarios(prompt, tokens, page_size) if s.name == "decode").steps
+    logits = runner.step(steps[0])
+    for i in range(DECODE):
+        tokens[i] = int(logits[-1].argmax())
+        steps[1 + i].input_ids[:] = tokens[i]
+        logits = runner.step(steps[1 + i])
+    return tokens
+
+
+def _observe(
+    runner: Runner, plan: tuple[Scenario, ...], noise: dict[str, NDArray[np.float32]]
+) -> dict[str, Observation]:
+    found = {}
+    for scenario in plan:
+        runner.reset(noise)
+        logits = np.concatenate([runner.step(inputs) for inputs in scenario.steps])
+        found[scenario.name] = Observation(logits, runner.pools())
+    return found
+
+
+def _judge(
+    gates: list[Gate], scenario: str, seen: Observation, expected: Observation, floor: Observation | None
+) -> None:
+    """Every gate of one scenario: finiteness, logits, next token, and every pool without its scratch row."""
+    missing = sorted(set(expected.pools) - set(seen.pools))
+    if missing or seen.logits_RV.shape != expected.logits_RV.shape:
+        raise ValidationError(f"{scenario}: {missing[0] if missing else 'logits'} was not produced by the graph")
+    values = {"logits": (seen.logits_RV, expected.logits_RV, floor.logits_RV if floor else None)}
+    for name, pool in expected.pools.items():
+        values[name] = (seen.pools[name][1:], pool[1:], floor.pools[name][1:] if floor else None)
+    for name, (candidate, reference, base) in values.items():
+        finite = bool(np.isfinite(candidate).all())
+        gates.append(Gate(scenario, name, "not finite", float(not finite), 0.0))
+        if finite:
+            gates += _distances(scenario, name, candidate, reference, base)
+    if np.isfinite(seen.logits_RV).all():
+        gates += _next_token(scenario, seen.logits_RV, expected.logits_RV, floor.logits_RV if floor else None)
+
+
+def _distances(scenario: str, name: str, candidate: Array, reference: Array, base: Array | None) -> list[Gate]:
+    """Relative L2, and at a lower precision the norm ratio too, each against its limit."""
+    error = metrics.relative_l2(candidate, reference)
+    if base is None:
+        return [Gate(scenario, name, "relative L2", error, FP32_RELATIVE_L2)]
+    ratio = metrics.norm_ratio_error(candidate, reference)
+    floor, floor_ratio = metrics.relative_l2(base, reference), metrics.norm_ratio_error(base, reference)
+    return [
+        Gate(scenario, name, "relative L2", error, FLOOR_FACTOR * floor, floor),
+        # A norm can come out right by luck: its error is never larger than the relative L2 of the same values.
+        Gate(scenario, name, "norm ratio", ratio, FLOOR_FACTOR * max(floor_ratio, floor), floor_ratio),
+        Gate(scenario, name, "1 − cosine", 1 - metrics.cosine(candidate, reference), 1 - COSINE),
+        Gate(scenario, name, "norm ratio, absolute", ratio, NORM_RATIO),
+    ]
+
+
+def _next_token(scenario: str, candidate: Array, reference: Array, base: Array | None) -> list[Gate]:
+    """KL of the next-token distributions, and how clearly the reference prefers a token that was not chosen."""
+    kl = metrics.kl_divergence(candidate, reference)
+    flipped = metrics.flips(candidate, reference).max(initial=0.0)
+    if base is None:
+        scale = float(np.abs(reference).max())
+        return [Gate(scenario, "logits", "greedy flip's margin", float(flipped), FP32_RELATIVE_L2 * scale)]
+    floor_kl = metrics.kl_divergence(base, reference)
+    floor_flipped = metrics.flips(base, reference).max(initial=0.0)
+    # Where the floor flips nothing, a flip may still stand between two tokens closer than the floor's own error.
+    margin = max(float(floor_flipped), float(np.abs(base - reference).max()))
+    return [
+        Gate(scenario, "logits", "mean KL", float(kl.mean()), FLOOR_FACTOR * float(floor_kl.mean()), float(floor_kl.mean())),
+        Gate(scenario, "logits", "max KL", float(kl.max()), FLOOR_FACTOR * float(floor_kl.max()), float(floor_kl.max())),
+        Gate(scenario, "logits", "greedy flip's margin", float(flipped), 2 * margin, float(floor_flipped)),
+    ]
+
+
+def _same_bits(scenario: str, bound: Observation, unbound: Observation) -> Gate:
+    """Pools updated in place against pools fed and fetched: not a bit may differ."""
+    differing = [
+        name for name in bound.pools if not np.array_equal(bound.pools[name][1:], unbound.pools[name][1:], equal_nan=True)
+    ]
+    if not np.array_equal(bound.logits_RV, unbound.logits_RV, equal_nan=True):
+        differing.append("logits")
+    return Gate(scenario, differing[0] if differing else "all", "bound and unbound differ", float(len(differing)), 0.0)

@@ -1,0 +1,50 @@
+"""Grouped-query attention without position encoding.
+
+Legend: T tokens, D hidden size, Q query heads, V key-value heads, H head dim.
+"""
+
+import torch
+from torch import Tensor, nn
+
+import nemotrt.plugins.torch_op  # noqa: F401  registers torch.ops.nemo
+from nemotrt.model.config import ModelConfig
+from nemotrt.model.step import Step
+
+
+class AttentionMixer(nn.Module):
+    """Causal attention over a paged cache, scores scaled by head_dim^−½.
+
+    An FP8 cache holds k / k_scale and v / v_scale (FP32, 1.0 unless calibrated); any other ignores them.
+    """
+
+    def __init__(
+        self, config: ModelConfig, *, dtype: torch.dtype, device: torch.device | str | None = None
+    ) -> None:
+        super().__init__()
+        hidden, head_dim, biased = config.hidden_size, config.head_dim, config.attention_bias
+        self.query_shape = (config.num_attention_heads, head_dim)
+        self.kv_shape = (config.num_key_value_heads, head_dim)
+        self.scale = head_dim**-0.5
+        query_size, kv_size = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
+        self.q_proj = nn.Linear(hidden, query_size, bias=biased, dtype=dtype, device=device)
+        self.k_proj = nn.Linear(hidden, kv_size, bias=biased, dtype=dtype, device=device)
+        self.v_proj = nn.Linear(hidden, kv_size, bias=biased, dtype=dtype, device=device)
+        self.o_proj = nn.Linear(query_size, hidden, bias=biased, dtype=dtype, device=device)
+        self.k_scale = nn.Parameter(torch.ones(1, dtype=torch.float32, device=device))
+        self.v_scale = nn.Parameter(torch.ones(1, dtype=torch.float32, device=device))
+
+    def forward(self, x_TD: Tensor, step: Step, kv_cache: Tensor) -> tuple[Tensor, Tensor]:
+        """[T, D] and the layer's cache → [T, D] and the cache after this step."""
+        o_TQH, next_kv_cache = torch.ops.nemo.paged_attention(
+            self.q_proj(x_TD).unflatten(1, self.query_shape),
+            self.k_proj(x_TD).unflatten(1, self.kv_shape),
+            self.v_proj(x_TD).unflatten(1, self.kv_shape),
+            kv_cache,
+            self.k_scale,
+            self.v_scale,
+            step.query_start,
+            step.context_len,
+            step.page_table,
+            scale=self.scale,
+        )
+        return self.o_proj(o_TQH.flatten(1)), next_kv_cache

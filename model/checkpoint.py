@@ -1,0 +1,204 @@
+"""Where each parameter comes from in a checkpoint: one table for every reader of checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from enum import Enum, auto
+from typing import TYPE_CHECKING
+
+from nemotrt.model.config import ModelConfig
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from nemotrt.model.hybrid import NemotronH
+
+PREFIXES = ("backbone.", "model.")
+"""What stands before every name but the head's: as published, and as in transformers 5's state dict."""
+
+EMBEDDINGS = ("embeddings.weight", "embedding.weight")
+"""What checkpoints call the embedding table."""
+
+
+class Transform(Enum):
+    """What happens to stored values on their way into the parameter, whose dtype they take at the end."""
+
+    COPY = auto()
+    NEG_EXP = auto()
+    """−exp of the stored value, computed in FP32: A from A_log."""
+    RESHAPE = auto()
+    """The same values in order, in the parameter's shape."""
+    ZEROS = auto()
+    """No stored tensor: the parameter is 0."""
+    ONES = auto()
+    """No stored tensor: the parameter is 1."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """The stored tensors of one parameter.
+
+    Each element of `names` is one stored tensor of `shape`, by each name that it may have; several are
+    stacked along a new first axis, or one tensor [len(names), *shape] lies under a name of `stacked`.
+    """
+
+    names: tuple[tuple[str, ...], ...]
+    shape: tuple[int, ...]
+    transform: Transform = Transform.COPY
+    stacked: tuple[str, ...] = ()
+
+
+class TensorError(ValueError):
+    """A checkpoint's tensors are not those of the model: missing, extra, misshapen or named twice."""
+
+
+def is_mtp(name: str) -> bool:
+    """Whether a stored tensor belongs to multi-token prediction, which is not part of the model."""
+    return name.startswith("mtp.")
+
+
+def tensor_sources(config: ModelConfig) -> dict[str, Source]:
+    """The source of every parameter, by its name in NemotronH's state dict and in that order."""
+    table = Source((_aliases(*EMBEDDINGS),), (config.vocab_size, config.hidden_size))
+    head = Source((("lm_head.weight",),), table.shape)
+    norm = (config.hidden_size,)
+    sources = {"backbone.embeddings.weight": table}
+    for i, kind in enumerate(config.layers):
+        layer = f"layers.{i}"
+        sources[f"backbone.{layer}.norm.weight"] = Source((_aliases(f"{layer}.norm.weight"),), norm)
+        for name, source in _MIXERS[kind](config, f"{layer}.mixer."):
+            sources[f"backbone.{layer}.mixer.{name}"] = source
+    sources["backbone.norm_f.weight"] = Source((_aliases("norm_f.weight"),), norm)
+    sources["lm_head.weight"] = table if config.tie_word_embeddings else head
+    return sources
+
+
+def _aliases(*names: str) -> tuple[str, ...]:
+    return tuple(prefix + name for name in names for prefix in PREFIXES)
+
+
+def _same(mixer: str, name: str, *shape: int) -> tuple[str, Source]:
+    return name, Source((_aliases(mixer + name),), shape)
+
+
+def _linear(mixer: str, name: str, outputs: int, inputs: int, *, bias: bool) -> Iterator[tuple[str, Source]]:
+    yield _same(mixer, f"{name}.weight", outputs, inputs)
+    if bias:
+        yield _same(mixer, f"{name}.bias", outputs)
+
+
+def _mamba(config: ModelConfig, mixer: str) -> Iterator[tuple[str, Source]]:
+    heads, inner, channels = config.mamba_num_heads, config.mamba_inner_size, config.conv_channels
+    bias = config.mamba_proj_bias
+    yield from _linear(mixer, "in_proj", inner + channels + heads, config.hidden_size, bias=bias)
+    conv = _aliases(f"{mixer}conv1d.weight")
+    yield "conv1d.weight", Source((conv,), (channels, 1, config.conv_kernel), Transform.RESHAPE)
+    if config.use_conv_bias:
+        yield _same(mixer, "conv1d.bias", channels)
+    else:
+        yield "conv1d.bias", Source((), (channels,), Transform.ZEROS)
+    yield "A", Source((_aliases(f"{mixer}A_log"),), (heads,), Transform.NEG_EXP)
+    yield _same(mixer, "D", heads)
+    yield _same(mixer, "dt_bias", heads)
+    yield _same(mixer, "norm.weight", inner)
+    yield from _linear(mixer, "out_proj", config.hidden_size, inner, bias=bias)
+
+
+def _attention(config: ModelConfig, mixer: str) -> Iterator[tuple[str, Source]]:
+    hidden, bias = config.hidden_size, config.attention_bias
+    query = config.num_attention_heads * config.head_dim
+    kv = config.num_key_value_heads * config.head_dim
+    yield from _linear(mixer, "q_proj", query, hidden, bias=bias)
+    yield from _linear(mixer, "k_proj", kv, hidden, bias=bias)
+    yield from _linear(mixer, "v_proj", kv, hidden, bias=bias)
+    yield from _linear(mixer, "o_proj", hidden, query, bias=bias)
+    yield "k_scale", Source((), (1,), Transform.ONES)
+    yield "v_scale", Source((), (1,), Transform.ONES)
+
+
+def _mlp(config: ModelConfig, mixer: str) -> Iterator[tuple[str, Source]]:
+    hidden, inner = config.hidden_size, config.intermediate_size
+    yield from _linear(mixer, "up_proj", inner, hidden, bias=config.mlp_bias)
+    yield from _linear(mixer, "down_proj", hidden, inner, bias=config.mlp_bias)
+
+
+def _moe(config: ModelConfig, mixer: str) -> Iterator[tuple[str, Source]]:
+    hidden, size, experts = config.hidden_size, config.expert_size, config.n_routed_experts
+    inner, shared = config.moe_intermediate_size, config.moe_shared_expert_intermediate_size
+    yield _same(mixer, "gate.weight", experts, hidden)
+    yield _same(mixer, "gate.e_score_correction_bias", experts)
+    yield "experts.up", _stack(mixer, "up_proj", experts, (inner, size))
+    yield "experts.down", _stack(mixer, "down_proj", experts, (size, inner))
+    yield "experts.up_scale", Source((), (experts,), Transform.ONES)
+    yield "experts.down_scale", Source((), (experts,), Transform.ONES)
+    yield "experts.input_scale", Source((), (1,), Transform.ONES)
+    yield "experts.hidden_scale", Source((), (1,), Transform.ONES)
+    yield from _linear(mixer, "shared_experts.up_proj", shared, hidden, bias=config.mlp_bias)
+    yield from _linear(mixer, "shared_experts.down_proj", hidden, shared, bias=config.mlp_bias)
+    if config.moe_latent_size:
+        yield from _linear(mixer, "fc1_latent_proj", size, hidden, bias=config.mlp_bias)
+        yield from _linear(mixer, "fc2_latent_proj", hidden, size, bias=config.mlp_bias)
+
+
+def _stack(mixer: str, projection: str, experts: int, shape: tuple[int, ...]) -> Source:
+    names = tuple(_aliases(f"{mixer}experts.{e}.{projection}.weight") for e in range(experts))
+    return Source(names, shape, stacked=_aliases(f"{mixer}experts.{projection}"))
+
+
+_MIXERS = {"mamba": _mamba, "attention": _attention, "mlp": _mlp, "moe": _moe}
+
+
+def load_into(model: NemotronH, tensors: Mapping[str, Tensor]) -> None:
+    """Fill every parameter of the model from stored tensors, leaving out what `is_mtp`.
+
+    Raises TensorError on a tensor that is missing, extra, misshapen or stored under two names.
+    """
+    import torch
+
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    parameters = model.state_dict(keep_vars=True)
+    used: set[str] = set()
+    with torch.no_grad():
+        for name, source in tensor_sources(model.config).items():
+            stored = find(source, shapes)
+            used.update(stored)
+            parameters[name].copy_(_value(source, [tensors[key] for key in stored], parameters[name]))
+    if extra := sorted(key for key in tensors if key not in used and not is_mtp(key)):
+        raise TensorError(f"{extra[0]} is stored, but not in the model that the configuration describes")
+
+
+def find(source: Source, shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, ...]:
+    """The names under which a source's tensors are stored, of all that are stored; one if they lie stacked.
+
+    Raises TensorError on a tensor that is missing, misshapen or stored under two names.
+    """
+    whole = [name for name in source.stacked if name in shapes]
+    wanted = (source.stacked,) if whole else source.names
+    shape = (len(source.names), *source.shape) if whole else source.shape
+    found: list[str] = []
+    for aliases in wanted:
+        present = [name for name in aliases if name in shapes]
+        if not present:
+            raise TensorError(f"{aliases[0]} is missing")
+        if len(present) > 1:
+            raise TensorError(f"{present[0]} and {present[1]} are two names of one tensor; keep one")
+        if shapes[present[0]] != shape:
+            raise TensorError(
+                f"{present[0]} has shape {list(shapes[present[0]])}, the configuration asks for {list(shape)}"
+            )
+        found += present
+    return tuple(found)
+
+
+def _value(source: Source, stored: list[Tensor], parameter: Tensor) -> Tensor:
+    import torch
+
+    match source.transform:
+        case Transform.ZEROS:
+            return torch.zeros_like(parameter)
+        case Transform.ONES:
+            return torch.ones_like(parameter)
+        case Transform.NEG_EXP:
+            return -torch.exp(stored[0].float())
+    return (torch.stack(stored) if len(stored) > 1 else stored[0]).reshape(parameter.shape)

@@ -1,0 +1,83 @@
+"""The Mamba-2 mixer.
+
+Legend: T tokens, D hidden size, I inner size, C conv channels, H heads, P head dim, G groups, N state.
+"""
+
+import torch
+from torch import Tensor, nn
+
+import nemotrt.plugins.torch_op  # noqa: F401  registers torch.ops.nemo
+from nemotrt.model.config import ModelConfig
+from nemotrt.model.norm import GatedGroupRMSNorm
+from nemotrt.model.step import Step
+
+
+class ConvWeights(nn.Module):
+    """A depthwise convolution's weight [C, taps] and bias [C], zero where the checkpoint has none."""
+
+    def __init__(
+        self, channels: int, taps: int, *, dtype: torch.dtype, device: torch.device | str | None = None
+    ) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(channels, taps, dtype=dtype, device=device))
+        self.bias = nn.Parameter(torch.zeros(channels, dtype=dtype, device=device))
+
+
+class MambaMixer(nn.Module):
+    """in_proj → causal convolution → selective scan → gated group norm → out_proj.
+
+    Dao and Gu 2024, arXiv 2405.21060, section 7. A (= −exp(A_log)), D and dt_bias are always FP32.
+    """
+
+    def __init__(
+        self, config: ModelConfig, *, dtype: torch.dtype, device: torch.device | str | None = None
+    ) -> None:
+        super().__init__()
+        heads, inner = config.mamba_num_heads, config.mamba_inner_size
+        groups, state = config.n_groups, config.ssm_state_size
+        self.dt_min, self.dt_max = config.time_step_limit
+        self.head_shape, self.group_shape = (heads, config.mamba_head_dim), (groups, state)
+        self.zxbcdt_sizes = [inner, config.conv_channels, heads]
+        self.xbc_sizes = [inner, groups * state, groups * state]
+        biased = config.mamba_proj_bias
+        self.in_proj = nn.Linear(
+            config.hidden_size, sum(self.zxbcdt_sizes), bias=biased, dtype=dtype, device=device
+        )
+        self.conv1d = ConvWeights(config.conv_channels, config.conv_kernel, dtype=dtype, device=device)
+        self.A = nn.Parameter(torch.zeros(heads, dtype=torch.float32, device=device))
+        self.D = nn.Parameter(torch.zeros(heads, dtype=torch.float32, device=device))
+        self.dt_bias = nn.Parameter(torch.zeros(heads, dtype=torch.float32, device=device))
+        self.norm = GatedGroupRMSNorm(inner, groups, config.norm_eps, device=device)
+        self.out_proj = nn.Linear(inner, config.hidden_size, bias=biased, dtype=dtype, device=device)
+
+    def forward(
+        self, x_TD: Tensor, step: Step, conv_state: Tensor, ssm_state: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """[T, D] and the layer's two pools → [T, D] and the pools after this step."""
+        z_TI, xbc_TC, dt_TH = self.in_proj(x_TD).split(self.zxbcdt_sizes, dim=1)
+        xbc_TC, next_conv_state = torch.ops.nemo.causal_conv1d(
+            xbc_TC,
+            self.conv1d.weight,
+            self.conv1d.bias,
+            conv_state,
+            step.query_start,
+            step.context_len,
+            step.slot,
+        )
+        x_TI, b_TGN, c_TGN = xbc_TC.split(self.xbc_sizes, dim=1)
+        y_THP, next_ssm_state = torch.ops.nemo.selective_scan(
+            x_TI.unflatten(1, self.head_shape),
+            dt_TH,
+            self.A,
+            b_TGN.unflatten(1, self.group_shape),
+            c_TGN.unflatten(1, self.group_shape),
+            self.D,
+            self.dt_bias,
+            ssm_state,
+            step.query_start,
+            step.context_len,
+            step.slot,
+            dt_min=self.dt_min,
+            dt_max=self.dt_max,
+        )
+        return self.out_proj(self.norm(y_THP.flatten(1), z_TI)), next_conv_state, next_ssm_state

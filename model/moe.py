@@ -1,0 +1,88 @@
+"""The mixture of experts, with or without a latent.
+
+Legend: T tokens, D hidden size, L expert input size, E experts, I inner size.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import nemotrt.plugins.torch_op  # noqa: F401  registers torch.ops.nemo
+from nemotrt.model.config import ModelConfig
+from nemotrt.model.mlp import MLP
+from nemotrt.model.step import Step
+
+
+class Router(nn.Module):
+    """The experts' logits, and the correction bias that counts in choosing and not in weighting; FP32."""
+
+    def __init__(self, config: ModelConfig, *, device: torch.device | str | None = None) -> None:
+        super().__init__()
+        experts, hidden = config.n_routed_experts, config.hidden_size
+        self.weight = nn.Parameter(torch.zeros(experts, hidden, dtype=torch.float32, device=device))
+        self.e_score_correction_bias = nn.Parameter(torch.zeros(experts, dtype=torch.float32, device=device))
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        """[T, D] → logits [T, E] FP32."""
+        return F.linear(x_TD.float(), self.weight)
+
+
+class Experts(nn.Module):
+    """The routed experts' weights, stacked, with the scales that multiply FP8 ones (1.0 otherwise)."""
+
+    def __init__(
+        self, config: ModelConfig, *, dtype: torch.dtype, device: torch.device | str | None = None
+    ) -> None:
+        super().__init__()
+        experts, size, inner = config.n_routed_experts, config.expert_size, config.moe_intermediate_size
+        self.up = nn.Parameter(torch.zeros(experts, inner, size, dtype=dtype, device=device))
+        self.down = nn.Parameter(torch.zeros(experts, size, inner, dtype=dtype, device=device))
+        self.up_scale = nn.Parameter(torch.ones(experts, dtype=torch.float32, device=device))
+        self.down_scale = nn.Parameter(torch.ones(experts, dtype=torch.float32, device=device))
+        self.input_scale = nn.Parameter(torch.ones(1, dtype=torch.float32, device=device))
+        self.hidden_scale = nn.Parameter(torch.ones(1, dtype=torch.float32, device=device))
+
+
+class MoE(nn.Module):
+    """fc2(Σ w · expert(fc1 x)) + shared(x), where fc1 and fc2 are the identity if there is no latent."""
+
+    def __init__(
+        self, config: ModelConfig, *, dtype: torch.dtype, device: torch.device | str | None = None
+    ) -> None:
+        super().__init__()
+        self.top_k, self.num_groups = config.num_experts_per_tok, config.n_group
+        self.topk_group, self.norm_topk_prob = config.topk_group, int(config.norm_topk_prob)
+        self.routed_scaling_factor = config.routed_scaling_factor
+        self.gate = Router(config, device=device)
+        self.experts = Experts(config, dtype=dtype, device=device)
+        self.shared_experts = MLP(
+            config, inner_size=config.moe_shared_expert_intermediate_size, dtype=dtype, device=device
+        )
+        self.fc1_latent_proj: nn.Module = nn.Identity()
+        self.fc2_latent_proj: nn.Module = nn.Identity()
+        if config.moe_latent_size:
+            hidden, latent, biased = config.hidden_size, config.moe_latent_size, config.mlp_bias
+            self.fc1_latent_proj = nn.Linear(hidden, latent, bias=biased, dtype=dtype, device=device)
+            self.fc2_latent_proj = nn.Linear(latent, hidden, bias=biased, dtype=dtype, device=device)
+
+    def forward(self, x_TD: Tensor, step: Step) -> tuple[Tensor]:
+        """[T, D] → [T, D]; a token's result depends on no other token, so the step is not read."""
+        routed_TL = torch.ops.nemo.moe_dispatch(
+            self.fc1_latent_proj(x_TD),
+            self.gate(x_TD),
+            self.gate.e_score_correction_bias,
+            self.experts.up,
+            self.experts.down,
+            self.experts.up_scale,
+            self.experts.down_scale,
+            self.experts.input_scale,
+            self.experts.hidden_scale,
+            top_k=self.top_k,
+            num_groups=self.num_groups,
+            topk_group=self.topk_group,
+            norm_topk_prob=self.norm_topk_prob,
+            routed_scaling_factor=self.routed_scaling_factor,
+            first_expert=0,
+        )
+        (shared_TD,) = self.shared_experts(x_TD, step)
+        return (self.fc2_latent_proj(routed_TL) + shared_TD,)
