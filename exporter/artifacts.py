@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nemotrt.exporter.config import COMPUTE_DTYPES, BuildConfig
+
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
@@ -33,6 +35,19 @@ class LoadedModel:
     weights: dict[str, WeightSource]
     not_exported: tuple[str, ...]
     side_files: tuple[str, ...]
+
+    def pools(self, config: BuildConfig) -> tuple[PoolSpec, ...]:
+        """The pools of the graph that `config` asks for, in layer order."""
+        from nemotrt.model.pools import pool_specs
+
+        dtype = COMPUTE_DTYPES[config.precision]
+        return pool_specs(
+            self.config,
+            page_size=config.page_size,
+            dtype=dtype,
+            state_dtype=COMPUTE_DTYPES[config.state_dtype],
+            kv_dtype=dtype,
+        )
 
 
 @dataclass(frozen=True)

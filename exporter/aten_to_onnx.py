@@ -123,7 +123,9 @@ class Translator(onnx_op.Operators):
 
     def _describe(self, node: fx.Node, result: Any) -> None:
         recorded = node.meta["val"]
-        pairs = zip(result, recorded, strict=True) if isinstance(recorded, list | tuple) else [(result, recorded)]
+        pairs = (
+            zip(result, recorded, strict=True) if isinstance(recorded, list | tuple) else [(result, recorded)]
+        )
         for value, tensor in pairs:
             value.dtype = DTYPES[tensor.dtype]
             value.shape = self.shape(tensor.shape)
@@ -138,13 +140,20 @@ class Translator(onnx_op.Operators):
 Write = Callable[..., Any]
 
 
-def _linear(op: Translator, _: fx.Node, x: ir.Value, weight: ir.Value, bias: ir.Value | None = None) -> ir.Value:
+def _linear(
+    op: Translator, _: fx.Node, x: ir.Value, weight: ir.Value, bias: ir.Value | None = None
+) -> ir.Value:
     # Rank 2 throughout, so a linear is one Gemm on the checkpoint's own [out, in] layout.
     return op.Gemm(x, weight, bias, transB=1) if bias is not None else op.Gemm(x, weight, transB=1)  # type: ignore[no-any-return]
 
 
 def _rms_norm(
-    op: Translator, node: fx.Node, x: ir.Value, normalized: list[int], weight: ir.Value | None = None, eps: float = 0.0
+    op: Translator,
+    node: fx.Node,
+    x: ir.Value,
+    normalized: list[int],
+    weight: ir.Value | None = None,
+    eps: float = 0.0,
 ) -> ir.Value:
     dtype = node.meta["val"].dtype
     if dtype != torch.float32:
@@ -206,7 +215,9 @@ def _index_select(op: Translator, _: fx.Node, x: ir.Value, axis: int, index: ir.
 
 SKIPPED = {aten._assert_tensor_metadata.default}
 
-OPS: dict[Any, OpSpec] = {getattr(getattr(torch.ops, DOMAIN), spec.torch_name).default: spec for spec in ops()}
+OPS: dict[Any, OpSpec] = {
+    getattr(getattr(torch.ops, DOMAIN), spec.torch_name).default: spec for spec in ops()
+}
 
 OPERATORS: dict[Any, Write] = {
     operator.getitem: _getitem,

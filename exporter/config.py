@@ -38,10 +38,14 @@ class BuildConfig:
 
     def __post_init__(self) -> None:
         if self.precision not in ("", *PRECISIONS):
-            raise UsageError(f"precision {self.precision} is not known", hint="choose from " + ", ".join(PRECISIONS))
+            raise UsageError(
+                f"precision {self.precision} is not known", hint="choose from " + ", ".join(PRECISIONS)
+            )
         for name in ("max_tokens", "max_sequences", "max_context", "page_size"):
             if getattr(self, name) < 1:
-                raise UsageError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least 1")
+                raise UsageError(
+                    f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least 1"
+                )
         if self.max_sequences > self.max_tokens:
             raise UsageError(
                 f"--max-sequences {self.max_sequences} is more than --max-tokens {self.max_tokens}",

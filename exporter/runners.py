@@ -54,12 +54,17 @@ class TorchRunner:
         return torch.float32 if self._dtype == torch.float32 else getattr(torch, spec.dtype)  # type: ignore[no-any-return]
 
     def reset(self, pools: dict[str, NDArray[np.float32]]) -> None:
-        self._pools = [torch.from_numpy(pools[spec.name].copy()).to(self._pool_dtype(spec)) for spec in self._specs]
+        self._pools = [
+            torch.from_numpy(pools[spec.name].copy()).to(self._pool_dtype(spec)) for spec in self._specs
+        ]
 
     @torch.no_grad()
     def step(self, inputs: StepInputs) -> Array:
         step = Step(
-            *(torch.from_numpy(getattr(inputs, name)) for name in ("query_start", "context_len", "slot", "page_table"))
+            *(
+                torch.from_numpy(getattr(inputs, name))
+                for name in ("query_start", "context_len", "slot", "page_table")
+            )
         )
         ids, rows = torch.from_numpy(inputs.input_ids), torch.from_numpy(inputs.logits_row)
         logits, self._pools = self._network(ids, step, rows, self._pools)

@@ -88,7 +88,9 @@ def pages_of(tokens: int, page_size: int) -> int:
     return -(-tokens // page_size)
 
 
-def scenarios(prompt: NDArray[np.int64], continuation: NDArray[np.int64], page_size: int) -> tuple[Scenario, ...]:
+def scenarios(
+    prompt: NDArray[np.int64], continuation: NDArray[np.int64], page_size: int
+) -> tuple[Scenario, ...]:
     """Prefill at once, in uneven pieces, then decode; and a mixed batch with an empty and a padded sequence.
 
     `prompt` must have more tokens than the pieces; `continuation` is decoded token by token, whatever a runner says.

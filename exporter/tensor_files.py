@@ -70,7 +70,8 @@ def open_checkpoint(folder: Path) -> dict[str, StoredTensor]:
             hint="convert them with transformers: model.save_pretrained(folder) writes safetensors",
         )
     raise CheckpointError(
-        f"{folder} has neither {SINGLE} nor {INDEX}", hint="name a checkpoint folder in the Hugging Face layout"
+        f"{folder} has neither {SINGLE} nor {INDEX}",
+        hint="name a checkpoint folder in the Hugging Face layout",
     )
 
 
@@ -165,7 +166,9 @@ def _stored(path: Path, name: str, entry: Any, data_start: int) -> StoredTensor:
     if not all(type(number) is int and number >= 0 for number in numbers):
         raise CheckpointError(f"{path}: {name} has a shape or offset that is not a count")
     if dtype not in DTYPES:
-        raise CheckpointError(f"{path}: {name} has dtype {dtype}, which is not known", hint="known: " + " ".join(DTYPES))
+        raise CheckpointError(
+            f"{path}: {name} has dtype {dtype}, which is not known", hint="known: " + " ".join(DTYPES)
+        )
     torch_name, width = DTYPES[dtype]
     if end - begin != math.prod(shape) * width:
         raise CheckpointError(f"{path}: {name} is {dtype} {list(shape)}, but its bytes are {begin} to {end}")
@@ -180,7 +183,9 @@ def _check_layout(path: Path, tensors: dict[str, StoredTensor], data_start: int,
             raise CheckpointError(f"{path}: {tensor.name} {what}")
         position += tensor.length
     if position > size:
-        raise CheckpointError(f"{path} is truncated: {size} bytes, its header promises {position}", hint="download it again")
+        raise CheckpointError(
+            f"{path} is truncated: {size} bytes, its header promises {position}", hint="download it again"
+        )
     if position < size:
         raise CheckpointError(f"{path} has {size - position} bytes that belong to no tensor")
 

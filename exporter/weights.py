@@ -46,7 +46,9 @@ def _check_finite(tensor: StoredTensor, values: Tensor, dtype: torch.dtype) -> N
     extreme = values.abs().amax() if values.numel() else torch.zeros(())
     if not torch.isfinite(extreme):
         what = "NaN" if torch.isnan(extreme) else "an infinity"
-        raise CheckpointError(f"{tensor.name} holds {what}", hint="the checkpoint is damaged; download it again")
+        raise CheckpointError(
+            f"{tensor.name} holds {what}", hint="the checkpoint is damaged; download it again"
+        )
 
 
 def _check_overflow(tensor: StoredTensor, values: Tensor, converted: Tensor) -> None:
@@ -73,7 +75,11 @@ def values(source: WeightSource, shape: tuple[int, ...], dtype: torch.dtype) -> 
 
 
 def write(
-    file: BinaryIO, source: WeightSource, shape: tuple[int, ...], dtype: torch.dtype, advance: Callable[[int], None]
+    file: BinaryIO,
+    source: WeightSource,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    advance: Callable[[int], None],
 ) -> tuple[int, int]:
     """Append a parameter's bytes to the file; gives offset and length. `advance` hears of bytes written."""
     file.seek(-(-file.tell() // ALIGNMENT) * ALIGNMENT)

@@ -44,7 +44,9 @@ class Workspace:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
-                raise UsageError(f"another build is writing {output}", hint="wait for it, or choose another --output") from error
+                raise UsageError(
+                    f"another build is writing {output}", hint="wait for it, or choose another --output"
+                ) from error
             workspace.folder.mkdir(exist_ok=True)
             workspace._read_journal()
             try:
@@ -62,10 +64,15 @@ class Workspace:
             return
         if not self._force:
             raise UsageError(f"{self.output} exists", hint="use --force to replace it")
-        is_bundle = self.output.is_dir() and not self.output.is_symlink() and (self.output / MANIFEST).is_file()
+        is_bundle = (
+            self.output.is_dir() and not self.output.is_symlink() and (self.output / MANIFEST).is_file()
+        )
         is_empty = self.output.is_dir() and not self.output.is_symlink() and not any(self.output.iterdir())
         if not is_bundle and not is_empty:
-            raise UsageError(f"{self.output} is not a bundle: --force replaces nothing else", hint="choose another --output")
+            raise UsageError(
+                f"{self.output} is not a bundle: --force replaces nothing else",
+                hint="choose another --output",
+            )
 
     def _read_journal(self) -> None:
         try:

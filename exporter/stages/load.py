@@ -31,7 +31,9 @@ def load(checkpoint: Path) -> LoadedModel:
     if not checkpoint.is_dir():
         raise CheckpointError(f"{checkpoint} is not a folder", hint="name the folder that holds config.json")
     if not (checkpoint / "config.json").is_file():
-        raise CheckpointError(f"{checkpoint} has no config.json", hint="name a checkpoint folder in the Hugging Face layout")
+        raise CheckpointError(
+            f"{checkpoint} has no config.json", hint="name a checkpoint folder in the Hugging Face layout"
+        )
     try:
         config = ModelConfig.from_dict(read_json(checkpoint / "config.json"))
     except ConfigError as error:
@@ -57,12 +59,16 @@ def load(checkpoint: Path) -> LoadedModel:
     )
 
 
-def _find(parameter: str, source: Source, stored: Mapping[str, StoredTensor], shapes: Mapping[str, tuple[int, ...]]) -> WeightSource:
+def _find(
+    parameter: str, source: Source, stored: Mapping[str, StoredTensor], shapes: Mapping[str, tuple[int, ...]]
+) -> WeightSource:
     """The stored tensors of one parameter, in the order in which they are stacked."""
     try:
         tensors = tuple(stored[name] for name in find(source, shapes))
     except TensorError as error:
-        raise CheckpointError(str(error), hint="the configuration and the weights do not belong together") from error
+        raise CheckpointError(
+            str(error), hint="the configuration and the weights do not belong together"
+        ) from error
     for tensor in tensors:
         if tensor.dtype not in FLOATING:
             raise CheckpointError(

@@ -84,7 +84,9 @@ class _GraphWriter:
     def write(self, part: TracedPart) -> None:
         """Write one part; the tokens' values flow in from the part before it, as its first input."""
         sources = iter([self._flow, *(self.pools[pool.name] for pool in part.pools)])
-        recorded = {node.name: node.meta["val"] for node in part.program.graph.nodes if node.op == "placeholder"}
+        recorded = {
+            node.name: node.meta["val"] for node in part.program.graph.nodes if node.op == "placeholder"
+        }
         placeholders: dict[str, ir.Value] = {}
         symbols: dict[str, str] = {}
         for spec in part.program.graph_signature.input_specs:

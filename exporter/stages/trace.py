@@ -15,7 +15,7 @@ from torch.export import Dim, ExportedProgram
 from nemotrt.exporter.artifacts import LoadedModel, TracedModel, TracedPart
 from nemotrt.exporter.config import COMPUTE_DTYPES, BuildConfig
 from nemotrt.model.hybrid import NemotronH
-from nemotrt.model.pools import PoolSpec, pool_specs
+from nemotrt.model.pools import PoolSpec
 from nemotrt.model.step import Step
 
 # Sizes to trace with: distinct, and above 1, which PyTorch would take for a constant.
@@ -25,13 +25,7 @@ TOKENS, SEQUENCES, SLOTS, PAGES, TABLE, ROWS = 11, 3, 5, 7, 2, 4
 def trace(model: LoadedModel, config: BuildConfig) -> TracedModel:
     """Every part of the model in order; layers of one kind share a program."""
     dtype = COMPUTE_DTYPES[config.precision]
-    pools = pool_specs(
-        model.config,
-        page_size=config.page_size,
-        dtype=dtype,
-        state_dtype=COMPUTE_DTYPES[config.state_dtype],
-        kv_dtype=dtype,
-    )
+    pools = model.pools(config)
     network = NemotronH(model.config, dtype=getattr(torch, dtype), device="meta")
     tokens = torch.zeros(TOKENS, dtype=torch.int64, device="meta")
     x_TD = torch.zeros(TOKENS, model.config.hidden_size, dtype=getattr(torch, dtype), device="meta")
@@ -39,7 +33,9 @@ def trace(model: LoadedModel, config: BuildConfig) -> TracedModel:
 
     names = {id(parameter): name for name, parameter in network.named_parameters(remove_duplicate=False)}
 
-    def part(module: nn.Module, program: ExportedProgram, prefix: str, own: tuple[PoolSpec, ...] = ()) -> TracedPart:
+    def part(
+        module: nn.Module, program: ExportedProgram, prefix: str, own: tuple[PoolSpec, ...] = ()
+    ) -> TracedPart:
         parameters = {name: names[id(parameter)] for name, parameter in module.named_parameters()}
         return TracedPart(program, prefix, parameters, own)
 

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from nemotrt.exporter import metrics
 from nemotrt.exporter.artifacts import Gate, LoadedModel, ValidationReport
+from nemotrt.exporter.config import COMPUTE_DTYPES, BuildConfig
 from nemotrt.exporter.errors import ValidationError
 from nemotrt.exporter.runners import Array, GraphRunner, Runner, TorchRunner
 from nemotrt.exporter.scenarios import NUM_SLOTS, Scenario, num_pages, scenarios
@@ -39,10 +40,9 @@ class Observation:
     pools: dict[str, Array]
 
 
-def validate(
-    model: LoadedModel, pools: tuple[PoolSpec, ...], graph: Path, *, dtype: str, page_size: int, seed: int = 0
-) -> ValidationReport:
-    """The report of every gate; it has not passed when any gate failed or an output was not compared."""
+def validate(model: LoadedModel, config: BuildConfig, graph: Path, *, seed: int = 0) -> ValidationReport:
+    """The report of every gate; raises ValidationError when an output that should be compared is missing."""
+    dtype, page_size, pools = COMPUTE_DTYPES[config.precision], config.page_size, model.pools(config)
     generator = np.random.default_rng(seed)
     prompt = generator.integers(0, model.config.vocab_size, PROMPT, dtype=np.int64)
     pages = num_pages(PROMPT, DECODE, page_size)
@@ -63,7 +63,7 @@ def validate(
     gates: list[Gate] = []
     for scenario in plan:
         name = scenario.name
-        _judge(gates, name, seen[name], expected[name], floor[name] if floor else None)
+        gates += _judge(name, seen[name], expected[name], floor[name] if floor else None, noise)
         gates.append(_same_bits(name, seen[name], unbound[name]))
     return ValidationReport(
         candidate=f"ONNX Runtime, {bound.runs_as}",
@@ -71,18 +71,24 @@ def validate(
         floor=f"PyTorch, {dtype}" if floor else "",
         tokens={"prompt": PROMPT, "decode": DECODE, "seed": seed},
         gates=tuple(gates),
-        not_compared=(*(f"{name}: not exported" for name in model.not_exported), "TensorRT engine: not built"),
+        not_compared=(
+            *(f"{name}: not exported" for name in model.not_exported),
+            "TensorRT engine: not built",
+        ),
     )
 
 
-def _noise(pools: tuple[PoolSpec, ...], pages: int, generator: np.random.Generator) -> dict[str, NDArray[np.float32]]:
+def _noise(
+    pools: tuple[PoolSpec, ...], pages: int, generator: np.random.Generator
+) -> dict[str, NDArray[np.float32]]:
     """Pools that hold what another sequence left: a runner that reads a fresh sequence's slot is found out.
 
     The values are exact in every dtype, so that all runners start from the same bits.
     """
-    rows = {pool.name: pages if pool.kind == "kv_cache" else NUM_SLOTS for pool in pools}
+    rows = {pool.name: pages if pool.is_paged else NUM_SLOTS for pool in pools}
     return {
-        pool.name: generator.integers(-4, 5, (rows[pool.name], *pool.row)).astype(np.float32) / 4 for pool in pools
+        pool.name: generator.integers(-4, 5, (rows[pool.name], *pool.row_shape)).astype(np.float32) / 4
+        for pool in pools
     }
 
 
@@ -113,25 +119,45 @@ def _observe(
 
 
 def _judge(
-    gates: list[Gate], scenario: str, seen: Observation, expected: Observation, floor: Observation | None
-) -> None:
+    scenario: str,
+    seen: Observation,
+    expected: Observation,
+    floor: Observation | None,
+    noise: dict[str, NDArray[np.float32]],
+) -> list[Gate]:
     """Every gate of one scenario: finiteness, logits, next token, and every pool without its scratch row."""
     missing = sorted(set(expected.pools) - set(seen.pools))
     if missing or seen.logits_RV.shape != expected.logits_RV.shape:
-        raise ValidationError(f"{scenario}: {missing[0] if missing else 'logits'} was not produced by the graph")
+        raise ValidationError(
+            f"{scenario}: {missing[0] if missing else 'logits'} was not produced by the graph"
+        )
+    gates: list[Gate] = []
     values = {"logits": (seen.logits_RV, expected.logits_RV, floor.logits_RV if floor else None)}
     for name, pool in expected.pools.items():
-        values[name] = (seen.pools[name][1:], pool[1:], floor.pools[name][1:] if floor else None)
+        # Only what the reference wrote is compared as numbers, so that noise cannot dilute an error; the rest must
+        # be as it was, to the bit.
+        written = pool[1:] != noise[name][1:]
+        candidate = seen.pools[name][1:]
+        stray = np.count_nonzero(candidate[~written] != noise[name][1:][~written])
+        gates.append(Gate(scenario, name, "stray writes", float(stray), 0.0))
+        values[name] = (
+            candidate[written],
+            pool[1:][written],
+            floor.pools[name][1:][written] if floor else None,
+        )
     for name, (candidate, reference, base) in values.items():
-        finite = bool(np.isfinite(candidate).all())
-        gates.append(Gate(scenario, name, "not finite", float(not finite), 0.0))
-        if finite:
+        broken = np.count_nonzero(~np.isfinite(candidate))
+        gates.append(Gate(scenario, name, "not finite", float(broken), 0.0))
+        if not broken:
             gates += _distances(scenario, name, candidate, reference, base)
     if np.isfinite(seen.logits_RV).all():
         gates += _next_token(scenario, seen.logits_RV, expected.logits_RV, floor.logits_RV if floor else None)
+    return gates
 
 
-def _distances(scenario: str, name: str, candidate: Array, reference: Array, base: Array | None) -> list[Gate]:
+def _distances(
+    scenario: str, name: str, candidate: Array, reference: Array, base: Array | None
+) -> list[Gate]:
     """Relative L2, and at a lower precision the norm ratio too, each against its limit."""
     error = metrics.relative_l2(candidate, reference)
     if base is None:
@@ -159,8 +185,22 @@ def _next_token(scenario: str, candidate: Array, reference: Array, base: Array |
     # Where the floor flips nothing, a flip may still stand between two tokens closer than the floor's own error.
     margin = max(float(floor_flipped), float(np.abs(base - reference).max()))
     return [
-        Gate(scenario, "logits", "mean KL", float(kl.mean()), FLOOR_FACTOR * float(floor_kl.mean()), float(floor_kl.mean())),
-        Gate(scenario, "logits", "max KL", float(kl.max()), FLOOR_FACTOR * float(floor_kl.max()), float(floor_kl.max())),
+        Gate(
+            scenario,
+            "logits",
+            "mean KL",
+            float(kl.mean()),
+            FLOOR_FACTOR * float(floor_kl.mean()),
+            float(floor_kl.mean()),
+        ),
+        Gate(
+            scenario,
+            "logits",
+            "max KL",
+            float(kl.max()),
+            FLOOR_FACTOR * float(floor_kl.max()),
+            float(floor_kl.max()),
+        ),
         Gate(scenario, "logits", "greedy flip's margin", float(flipped), 2 * margin, float(floor_flipped)),
     ]
 
@@ -168,8 +208,12 @@ def _next_token(scenario: str, candidate: Array, reference: Array, base: Array |
 def _same_bits(scenario: str, bound: Observation, unbound: Observation) -> Gate:
     """Pools updated in place against pools fed and fetched: not a bit may differ."""
     differing = [
-        name for name in bound.pools if not np.array_equal(bound.pools[name][1:], unbound.pools[name][1:], equal_nan=True)
+        name
+        for name in bound.pools
+        if not np.array_equal(bound.pools[name][1:], unbound.pools[name][1:], equal_nan=True)
     ]
     if not np.array_equal(bound.logits_RV, unbound.logits_RV, equal_nan=True):
         differing.append("logits")
-    return Gate(scenario, differing[0] if differing else "all", "bound and unbound differ", float(len(differing)), 0.0)
+    return Gate(
+        scenario, differing[0] if differing else "all", "bound and unbound differ", float(len(differing)), 0.0
+    )

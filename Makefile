@@ -1,0 +1,50 @@
+# make demo and make test set up everything they need; make setup makes .venv.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# Any torch from 2.11 on will do. Where none is installed, this release has a CPU build.
+TORCH ?= torch==2.13.0
+
+
+help: ## what there is to make
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+setup: $(VENV)/.ready ## .venv with the tool and what develops it
+
+$(VENV)/.ready: pyproject.toml
+	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or later is needed"'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1' 'setuptools>=77'
+	$(BIN)/python -m pip install --quiet '$(TORCH)'
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[cpu,kernels]' --group dev
+	touch $@
+
+demo: setup ## build a bundle from the example checkpoint, and let it write
+	rm -rf demo && mkdir demo
+	$(BIN)/nemo-export build examples/tiny --output demo/tiny
+	$(BIN)/nemo-export generate demo/tiny --prompt 'The for statement is used to' --max-new-tokens 40
+	$(BIN)/nemo-export inspect demo/tiny
+
+test: setup ## the tests that need no GPU
+	$(BIN)/python -m pytest
+
+lint: setup ## format and lint
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+types: setup ## mypy, strict
+	mkdir -p build/typing/nemotrt
+	for name in exporter plugins model; do ln -sfn ../../../$$name build/typing/nemotrt/$$name; done
+	$(BIN)/mypy -p nemotrt.exporter -p nemotrt.model -p nemotrt.plugins
+
+imports: setup ## the layers of the architecture
+	$(BIN)/lint-imports
+
+bench: setup ## the figures of docs/performance.md
+	$(BIN)/python scripts/bench.py
+
+clean: ## remove what make made
+	rm -rf $(VENV) build demo
