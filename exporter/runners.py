@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from nemotrt.exporter import weights
 from nemotrt.exporter.artifacts import LoadedModel
 from nemotrt.exporter.runtime.session import Session
-from nemotrt.exporter.scenarios import StepInputs
+from nemotrt.exporter.runtime.step import StepInputs
 from nemotrt.model.hybrid import NemotronH
 from nemotrt.model.pools import PoolSpec
 from nemotrt.model.step import Step

@@ -7,20 +7,10 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from nemotrt.exporter.runtime.step import StepInputs
+
 PIECES = (1, 17, 64)
 """Uneven pieces of a prompt; what is left is the last piece."""
-
-
-@dataclass(frozen=True)
-class StepInputs:
-    """One step's inputs, as the graph's contract names them."""
-
-    input_ids: NDArray[np.int64]
-    query_start: NDArray[np.int32]
-    context_len: NDArray[np.int32]
-    slot: NDArray[np.int32]
-    page_table: NDArray[np.int32]
-    logits_row: NDArray[np.int32]
 
 
 @dataclass(frozen=True)

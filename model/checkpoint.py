@@ -90,7 +90,7 @@ def _linear(mixer: str, name: str, outputs: int, inputs: int, *, bias: bool) -> 
 
 def _mamba(config: ModelConfig, mixer: str) -> Iterator[tuple[str, Source]]:
     heads, inner, channels = config.mamba_num_heads, config.mamba_inner_size, config.conv_channels
-    bias = config.mamba_proj_bias
+    bias = config.use_bias
     yield from _linear(mixer, "in_proj", inner + channels + heads, config.hidden_size, bias=bias)
     conv = _aliases(f"{mixer}conv1d.weight")
     yield "conv1d.weight", Source((conv,), (channels, 1, config.conv_kernel), Transform.RESHAPE)

@@ -47,7 +47,8 @@ class ModelConfig:
     conv_kernel: int = 0
     """Taps of the causal convolution, the newest included."""
     use_conv_bias: bool = True
-    mamba_proj_bias: bool = False
+    use_bias: bool = False
+    """Of a Mamba mixer's in_proj and out_proj."""
     time_step_limit: tuple[float, float] = (0.0, LARGEST)
     """Bounds of softplus(dt + dt_bias), finite."""
 
@@ -185,6 +186,9 @@ def _check_fixed(raw: dict[str, Any]) -> None:
     for name, (allowed, reason) in FIXED.items():
         if raw.get(name) is not None and raw[name] not in allowed:
             raise ConfigError(f"{name} is {json.dumps(raw[name])}: {reason}")
+    # transformers writes mamba_proj_bias and reads use_bias: the first, set alone, is a wish that is lost.
+    if raw.get("mamba_proj_bias") and not raw.get("use_bias"):
+        raise ConfigError("mamba_proj_bias is set but use_bias, which decides, is not")
 
 
 LAYER_FIELDS = ("hybrid_override_pattern", "layers_block_type", "layer_types", "num_hidden_layers")
@@ -212,11 +216,11 @@ def _layers(raw: dict[str, Any]) -> tuple[str, ...]:
     for name, other in others:
         if other != layers:
             raise ConfigError(f"{first} and {name} describe different layers")
+    if not layers:
+        raise ConfigError(f"{first} is empty: the model has no layer")
     count = raw.get("num_hidden_layers")
     if count is not None and _whole("num_hidden_layers", count) != len(layers):
         raise ConfigError(f"num_hidden_layers is {count}, but {first} has {len(layers)} layers")
-    if not layers:
-        raise ConfigError(f"{first} is empty: the model has no layer")
     return layers
 
 

@@ -22,7 +22,6 @@ ALIASES = {
     "head_dim": ("head_dim", "attention_head_dim"),
     "dtype": ("dtype", "torch_dtype"),
     "num_key_value_heads": ("num_key_value_heads", "num_query_groups"),
-    "mamba_proj_bias": ("use_bias", "mamba_proj_bias"),
     "n_groups": ("n_groups", "mamba_n_groups"),
     "conv_kernel": ("conv_kernel", "mamba_d_conv"),
     "use_conv_bias": ("use_conv_bias", "mamba_conv_bias"),
@@ -38,7 +37,7 @@ USED_BY: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(
         (
             *("mamba_num_heads", "mamba_head_dim", "ssm_state_size", "n_groups", "conv_kernel"),
-            *("use_conv_bias", "mamba_proj_bias", "time_step_limit", "ssm_state_dtype"),
+            *("use_conv_bias", "use_bias", "time_step_limit", "ssm_state_dtype"),
         ),
         ("mamba",),
     ),
@@ -93,6 +92,7 @@ INERT: dict[str, str] = {
     "time_step_min": _INITIAL,
     "time_step_max": _INITIAL,
     "time_step_floor": _INITIAL,
+    "mamba_proj_bias": "use_bias says whether a Mamba mixer's projections have one",
     "time_step_rank": "dt is projected at full rank in Mamba-2",
     "mamba_expand": "the inner size is mamba_num_heads · mamba_head_dim",
     "mamba_chunk_size": "it cuts the same sum another way; the kernel chooses its own",

@@ -39,7 +39,7 @@ class MambaMixer(nn.Module):
         self.head_shape, self.group_shape = (heads, config.mamba_head_dim), (groups, state)
         self.zxbcdt_sizes = [inner, config.conv_channels, heads]
         self.xbc_sizes = [inner, groups * state, groups * state]
-        biased = config.mamba_proj_bias
+        biased = config.use_bias
         self.in_proj = nn.Linear(
             config.hidden_size, sum(self.zxbcdt_sizes), bias=biased, dtype=dtype, device=device
         )

@@ -1,15 +1,22 @@
-"""The FP32 twin of a BF16 graph, for ONNX Runtime's CPU provider, which stores BF16 but has no arithmetic on it.
+"""The FP32 twin of a graph in BF16 or FP16, for ONNX Runtime's CPU provider.
 
-What the twin promises: every value that is BF16 in the original is, in the twin, an FP32 value that BF16 can
-represent. An operator computes in FP32 and its result is rounded once to BF16 (Cast there and back), which is how a
-BF16 operator with an FP32 accumulator rounds. Operators that only move elements, and those whose result is one of
-their operands (Max, Relu), give representable values from representable ones and need no rounding.
+That provider computes nothing in BF16. FP16 it takes, but computes in FP32 and drops the roundings between
+operators (1.32: Mul, Add, Gemm, Add became Cast, Mul, Add, Gemm, Add, Cast), so that neither FP16's error
+nor its overflow would show. Below, *half* is either type.
 
-Pools follow from this: `conv_state` and `kv_cache` rows are copies (Gather, Where, ScatterND) of values that were
-rounded where they were computed, so the twin's FP32 pools hold what the BF16 pools would, with no cast around them.
+What the twin promises: every value that is half in the original is, in the twin, an FP32 value that the half
+type can represent. An operator computes in FP32 and its result is rounded once (Cast there and back), which
+is how a half operator with an FP32 accumulator rounds. Operators that only move elements, and those whose
+result is one of their operands (Max, Relu), make representable values of representable ones and need no
+rounding.
 
-Weights stay BF16 and lie where they lie. One that is only gathered (embeddings, experts) stays BF16 in memory, and
-what was gathered is cast; any other is cast whole, which ONNX Runtime folds when it loads the graph.
+Pools follow from this: rows of `conv_state` and `kv_cache` are copies (Gather, Where, ScatterND) of values
+that were rounded where they were computed, so the twin's FP32 pools hold the values of the half pools, with
+no cast around them.
+
+Weights stay half and lie where they lie. One that is only gathered (embeddings, experts) stays half in
+memory, and what was gathered is cast; any other is cast whole, which ONNX Runtime folds when it loads the
+graph.
 """
 
 from __future__ import annotations
@@ -25,23 +32,25 @@ from nemotrt.exporter.errors import BundleError
 if TYPE_CHECKING:
     from onnx import AttributeProto, GraphProto, ModelProto, NodeProto
 
-BFLOAT16, FLOAT = 16, 1
-"""onnx.TensorProto's numbers for the two types: see onnx.proto."""
+FLOAT, FLOAT16, BFLOAT16 = 1, 10, 16
+"""onnx.TensorProto's numbers for the types: see onnx.proto."""
+
+HALVES = frozenset((FLOAT16, BFLOAT16))
 
 STORED = frozenset(
     ("Concat", "Gather", "Identity", "Reshape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze")
 )
-"""Operators that ONNX Runtime's CPU provider runs on BF16 (tried with 1.32; Expand is not one)."""
+"""Operators that ONNX Runtime's CPU provider runs on both half types (tried with 1.32; Expand is not one)."""
 
-EXACT = STORED | frozenset(
-    ("Abs", "Expand", "Flatten", "GatherElements", "GatherND", "Max", "Min", "Neg", "Pad", "Relu")
-    + ("ScatterElements", "ScatterND", "Tile", "TopK", "Trilu", "Where")
+EXACT = STORED.union(
+    ("Abs", "Expand", "Flatten", "GatherElements", "GatherND", "Max", "Min", "Neg", "Pad", "Relu"),
+    ("ScatterElements", "ScatterND", "Tile", "TopK", "Trilu", "Where"),
 )
-"""Operators whose results are BF16 values when their operands are: they need no rounding."""
+"""Operators whose results are half values when their operands are: they need no rounding."""
 
 
 def needs_twin(model: ModelProto) -> bool:
-    """Whether any input, weight or operator of the model, its subgraphs or its functions is BF16."""
+    """Whether any input, weight or operator of the model, its subgraphs or its functions is half."""
     graphs = [model.graph, *(graph for node in _nodes(model) for graph in _subgraphs(node))]
     declared = [
         value.type.tensor_type.elem_type
@@ -49,21 +58,21 @@ def needs_twin(model: ModelProto) -> bool:
         for value in (*graph.input, *graph.output, *graph.value_info)
     ]
     stored = [tensor.data_type for graph in graphs for tensor in graph.initializer]
-    return BFLOAT16 in declared or BFLOAT16 in stored or any(_makes_bf16(node) for node in _nodes(model))
+    return not HALVES.isdisjoint(declared + stored) or any(_makes_half(node) for node in _nodes(model))
 
 
-def bf16_twin(model: ModelProto) -> ModelProto:
+def fp32_twin(model: ModelProto) -> ModelProto:
     """A model with FP32 inputs, outputs and arithmetic that rounds wherever the original does.
 
-    Model-local functions are inlined, so that their inner roundings are kept too. External data stays referenced.
-    Raises BundleError when the original is not a valid graph.
+    Model-local functions are inlined, so that their inner roundings are kept too. External data stays
+    referenced. Raises BundleError when the original is not a valid graph.
     """
-    import onnx
+    from onnx import inliner, shape_inference
 
     try:
-        flat = onnx.inliner.inline_local_functions(model)
-        typed = onnx.shape_inference.infer_shapes(flat, strict_mode=True)
-    except (onnx.shape_inference.InferenceError, RuntimeError) as error:
+        flat = inliner.inline_local_functions(model)
+        typed = shape_inference.infer_shapes(flat, strict_mode=True)
+    except (shape_inference.InferenceError, RuntimeError) as error:
         raise BundleError(f"the graph's types cannot be inferred: {str(error).splitlines()[0]}") from error
     _Rewriter().graph(typed.graph, ChainMap(), ChainMap())
     return typed
@@ -82,16 +91,18 @@ def _subgraphs(node: NodeProto) -> list[GraphProto]:
     return [attribute.g for attribute in node.attribute if attribute.HasField("g")]
 
 
-def _makes_bf16(node: NodeProto) -> bool:
-    return any(_cast_to_bf16(node, attribute) or _is_bf16_constant(attribute) for attribute in node.attribute)
+def _makes_half(node: NodeProto) -> bool:
+    return any(
+        _casts_to_half(node, attribute) or _is_half_constant(attribute) for attribute in node.attribute
+    )
 
 
-def _cast_to_bf16(node: NodeProto, attribute: AttributeProto) -> bool:
-    return node.op_type == "Cast" and attribute.name == "to" and attribute.i == BFLOAT16
+def _casts_to_half(node: NodeProto, attribute: AttributeProto) -> bool:
+    return node.op_type == "Cast" and attribute.name == "to" and attribute.i in HALVES
 
 
-def _is_bf16_constant(attribute: AttributeProto) -> bool:
-    return attribute.HasField("t") and attribute.t.data_type == BFLOAT16
+def _is_half_constant(attribute: AttributeProto) -> bool:
+    return attribute.HasField("t") and attribute.t.data_type in HALVES
 
 
 class _Rewriter:
@@ -101,27 +112,27 @@ class _Rewriter:
         self._num_names = 0
 
     def graph(self, graph: GraphProto, dtypes: ChainMap[str, int], widened: ChainMap[str, str]) -> None:
-        """Rewrite one graph: `dtypes` are the original's; `widened` maps each BF16 name to the FP32 name of its value.
+        """Rewrite one graph; `dtypes` are the original's, of this graph and those around it.
 
-        A BF16 name that `widened` lacks still is BF16 in the twin: a weight, or what was gathered from one.
+        `widened` maps each half name to the FP32 name of its value. A name that it lacks still is half in the
+        twin: a weight, or what was gathered from one.
         """
-        scope = _Scope(self, dtypes.new_child(), widened.new_child())
+        outputs = frozenset(value.name for value in graph.output)
+        scope = _Scope(self, outputs, dtypes.new_child(), widened.new_child())
         for value in (*graph.input, *graph.output, *graph.value_info):
             scope.dtypes[value.name] = value.type.tensor_type.elem_type
         for tensor in graph.initializer:
             scope.dtypes[tensor.name] = tensor.data_type
         stored = {tensor.name for tensor in graph.initializer}
         for value in graph.input:
-            if scope.is_bf16(value.name) and value.name not in stored:
+            if scope.is_half(value.name) and value.name not in stored:
                 value.type.tensor_type.elem_type = FLOAT
                 scope.widened[value.name] = value.name
         for node in graph.node:
             scope.rewrite(node)
         for value in graph.output:
-            if scope.is_bf16(value.name):
+            if scope.is_half(value.name):
                 value.type.tensor_type.elem_type = FLOAT
-                if value.name not in scope.widened:
-                    value.name = scope.wide(value.name)
         del graph.node[:], graph.value_info[:]
         graph.node.extend(scope.nodes)
 
@@ -134,32 +145,44 @@ class _Rewriter:
 class _Scope:
     """The nodes of one graph, rewritten one by one, in order."""
 
-    def __init__(self, rewriter: _Rewriter, dtypes: ChainMap[str, int], widened: ChainMap[str, str]) -> None:
+    def __init__(
+        self,
+        rewriter: _Rewriter,
+        outputs: frozenset[str],
+        dtypes: ChainMap[str, int],
+        widened: ChainMap[str, str],
+    ) -> None:
         self.dtypes = dtypes
         self.widened = widened
         self.nodes: list[NodeProto] = []
         self._rewriter = rewriter
+        self._outputs = outputs
 
-    def is_bf16(self, name: str) -> bool:
-        return self.dtypes.get(name) == BFLOAT16
+    def is_half(self, name: str) -> bool:
+        return self.dtypes.get(name) in HALVES
 
     def rewrite(self, node: NodeProto) -> None:
         """Append what stands for the node in the twin."""
         for graph in _subgraphs(node):
             self._rewriter.graph(graph, self.dtypes, self.widened)
-        operands = [name for name in node.input if self.is_bf16(name)]
-        results = [name for name in node.output if self.is_bf16(name)]
+        operands = [name for name in node.input if self.is_half(name)]
+        results = [name for name in node.output if self.is_half(name)]
         if not operands and not results:
             self.nodes.append(node)
         elif node.op_type in ("Cast", "CastLike"):
             self._cast(node)
-        elif node.op_type in STORED and operands and not any(name in self.widened for name in operands):
+        elif self._stays_half(node, operands):
             self.nodes.append(node)
         else:
             self._compute(node, results)
 
+    def _stays_half(self, node: NodeProto, operands: list[str]) -> bool:
+        """Whether the node only moves weights that still are half, and makes no output of the graph."""
+        is_weights = bool(operands) and not any(name in self.widened for name in operands)
+        return node.op_type in STORED and is_weights and not self._outputs.intersection(node.output)
+
     def wide(self, name: str) -> str:
-        """The FP32 name of a BF16 value, cast here when no graph around has done it."""
+        """The FP32 name of a half value, cast here when no graph around has done it."""
         if name not in self.widened:
             self.widened[name] = self._rewriter.fresh(name, "fp32")
             self._append_cast(name, self.widened[name], FLOAT)
@@ -168,9 +191,9 @@ class _Scope:
     def _cast(self, node: NodeProto) -> None:
         source, result = node.input[0], node.output[0]
         source = self.widened.get(source, source)
-        if not self.is_bf16(result):
+        if not self.is_half(result):
             self._append_cast(source, result, self.dtypes[result], like=node)
-        elif self.is_bf16(node.input[0]):
+        elif self.dtypes.get(node.input[0]) == self.dtypes[result]:
             self._append_cast(source, result, FLOAT, like=node)
             self.widened[result] = result
         else:
@@ -178,10 +201,10 @@ class _Scope:
 
     def _compute(self, node: NodeProto, results: list[str]) -> None:
         for i, name in enumerate(node.input):
-            if self.is_bf16(name):
+            if self.is_half(name):
                 node.input[i] = self.wide(name)
         for attribute in node.attribute:
-            if _is_bf16_constant(attribute):
+            if _is_half_constant(attribute):
                 _widen_constant(attribute)
         self.nodes.append(node)
         is_exact = _is_exact(node)
@@ -193,9 +216,9 @@ class _Scope:
                 self.widened[name] = name
 
     def _round(self, source: str, result: str, like: NodeProto) -> None:
-        """Cast to BF16 and back, under the original's name."""
-        rounded = self._rewriter.fresh(result, "bf16")
-        self._append_cast(source, rounded, BFLOAT16, like=like)
+        """Cast to the original's type and back, under the original's name."""
+        rounded = self._rewriter.fresh(result, "rounded")
+        self._append_cast(source, rounded, self.dtypes[result], like=like)
         self._append_cast(rounded, result, FLOAT, like=like)
         self.widened[result] = result
 
@@ -209,7 +232,7 @@ class _Scope:
 
 
 def _is_exact(node: NodeProto) -> bool:
-    """Whether a node's results are BF16 values when its operands are; branches and bodies round inside."""
+    """Whether a node's results are half values when its operands are; branches and bodies round inside."""
     if node.op_type in ("Constant", "ConstantOfShape") or _subgraphs(node):
         return True
     reduces = any(

@@ -43,7 +43,8 @@ def reference(
         if start == end:
             continue
         row = int(slot[b])
-        h_HPN = ssm_state[row].to(compute) * (context_len[b] > 0)
+        stored_HPN = ssm_state[row].to(compute)
+        h_HPN = stored_HPN if context_len[b] > 0 else torch.zeros_like(stored_HPN)
         for t in range(start, end):
             input_HP = delta_TH[t, :, None] * x_THP[t]
             h_HPN = decay_TH[t, :, None, None] * h_HPN + input_HP[:, :, None] * B_THN[t, :, None, :]

@@ -1,0 +1,173 @@
+"""An ONNX file opened in ONNX Runtime: which inputs are pools, and the graph or its twin, loaded.
+
+Legend: R rows that want logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from nemotrt.exporter.errors import BundleError, UsageError
+from nemotrt.exporter.runtime.interruptible import Interruptible
+from nemotrt.exporter.runtime.step import StepInputs
+from nemotrt.exporter.runtime.twin import fp32_twin, needs_twin
+
+if TYPE_CHECKING:
+    import onnxruntime as ort
+    from onnx import ModelProto
+
+LOGITS = "logits"
+NEXT = "next."
+"""Prefix of the output that replaces a pool."""
+
+CPU = "CPUExecutionProvider"
+
+SLOT_AXIS, PAGE_AXIS = "S", "K"
+"""Names of a pool's first axis: its rows are slots, or pages."""
+
+DTYPES = {
+    "tensor(float)": "float32",
+    "tensor(float16)": "float16",
+    "tensor(int64)": "int64",
+    "tensor(int32)": "int32",
+}
+"""ONNX Runtime's names of the types that the graph's inputs may have → NumPy's."""
+
+PRECISIONS = {1: "fp32", 10: "fp16", 16: "bf16"}
+"""onnx.TensorProto's numbers of weight types → what they are called here."""
+
+
+@dataclass(frozen=True)
+class Pool:
+    """One pool of the graph: its rows are slots or pages, row 0 is scratch."""
+
+    name: str
+    dtype: str
+    """What the session holds it in, NumPy's name: a half pool is held in FP32 by the graph's twin."""
+    row_shape: tuple[int, ...]
+    is_paged: bool
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row."""
+        return prod(self.row_shape) * np.dtype(self.dtype).itemsize
+
+
+def open_graph(
+    path: Path, *, threads: int, providers: Sequence[str], map_weights: bool, thread: Interruptible
+) -> tuple[ort.InferenceSession, str]:
+    """The graph, or its twin where the CPU would round otherwise than the graph, and how it runs in words.
+
+    Raises BundleError on a file that ONNX Runtime refuses, UsageError where it or a provider is not installed.
+    """
+    if find_spec("onnxruntime") is None:
+        raise UsageError("ONNX Runtime is not installed", hint="pip install 'nemo-export[cpu]'")
+    import onnxruntime as ort
+
+    missing = [name for name in providers if name not in ort.get_available_providers()]
+    if missing:
+        raise UsageError(
+            f"this ONNX Runtime has no {missing[0]}",
+            hint="it has " + ", ".join(ort.get_available_providers()),
+        )
+    model = _read(path)
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    # Errors only: those are raised too, and its warnings are about machines without a GPU.
+    options.log_severity_level = 3
+    # Every step has other sizes; a plan of the memory for each would be kept for ever.
+    options.enable_mem_pattern = False
+    if map_weights:
+        options.add_session_config_entry("session.disable_prepacking", "1")
+    source: str | bytes = str(path)
+    runs_as = _precision(model)
+    if tuple(providers) == (CPU,) and needs_twin(model):
+        folder = str(path.parent.resolve())
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
+        source, runs_as = fp32_twin(model).SerializeToString(), f"{runs_as} as an FP32 twin"
+    session = _create(path, source, options, providers, thread)
+    return session, runs_as
+
+
+def _read(path: Path) -> ModelProto:
+    import onnx
+    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+
+    try:
+        return onnx.load(str(path), load_external_data=False)
+    except (OSError, DecodeError) as error:
+        raise BundleError(f"{path} is not a readable ONNX file: {first_line(error)}") from error
+
+
+def _precision(model: ModelProto) -> str:
+    """What most of the weights are stored in."""
+    sizes = dict.fromkeys(PRECISIONS, 0)
+    for tensor in model.graph.initializer:
+        if tensor.data_type in sizes:
+            sizes[tensor.data_type] += prod(tensor.dims)
+    return PRECISIONS[max(sizes, key=sizes.__getitem__)]
+
+
+def _create(
+    path: Path,
+    source: str | bytes,
+    options: ort.SessionOptions,
+    providers: Sequence[str],
+    thread: Interruptible,
+) -> ort.InferenceSession:
+    import onnxruntime as ort
+    from onnxruntime.capi import onnxruntime_pybind11_state as state
+
+    try:
+        return thread.run(
+            lambda: ort.InferenceSession(source, options, providers=list(providers)),
+            stop=lambda: options.set_load_cancellation_flag(True),
+        )
+    except (state.InvalidArgument, state.InvalidGraph, state.InvalidProtobuf, state.NoSuchFile) as error:
+        raise BundleError(f"ONNX Runtime refuses {path}: {first_line(error)}") from error
+    except (state.Fail, state.NotImplemented, state.RuntimeException) as error:
+        raise BundleError(f"ONNX Runtime cannot run {path}: {first_line(error)}") from error
+
+
+def read_pools(session: ort.InferenceSession) -> dict[str, Pool]:
+    """The inputs that an output replaces, in the graph's order; raises BundleError on an unknown edge."""
+    outputs = {value.name for value in session.get_outputs()}
+    pools: dict[str, Pool] = {}
+    for value in session.get_inputs():
+        if value.type not in DTYPES:
+            raise BundleError(f"the graph's input {value.name} is {value.type}, which cannot be held")
+        if NEXT + value.name in outputs:
+            rows, *row_shape = value.shape
+            if rows not in (SLOT_AXIS, PAGE_AXIS) or not all(isinstance(size, int) for size in row_shape):
+                raise BundleError(
+                    f"the pool {value.name} has shape {value.shape}; only its first axis may vary, S or K"
+                )
+            pools[value.name] = Pool(value.name, DTYPES[value.type], tuple(row_shape), rows == PAGE_AXIS)
+        elif value.name not in StepInputs.names():
+            raise BundleError(f"the graph's input {value.name} is not known, and no output replaces it")
+    unpaired = sorted(outputs - {LOGITS} - {NEXT + name for name in pools})
+    if unpaired:
+        raise BundleError(f"the graph's output {unpaired[0]} replaces no input")
+    return pools
+
+
+def read_vocab_size(session: ort.InferenceSession) -> int:
+    """The width of the logits; raises BundleError when the graph has none."""
+    for value in session.get_outputs():
+        if value.name == LOGITS and len(value.shape) == 2 and isinstance(value.shape[1], int):
+            return value.shape[1]
+    raise BundleError(
+        "the graph has no output logits [R, vocabulary]", hint="it was not written by this tool"
+    )
+
+
+def first_line(error: Exception) -> str:
+    """What the error says, in one line."""
+    return str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -1,0 +1,125 @@
+"""One step's inputs, checked against the graph's contract before a kernel may read out of bounds.
+
+Legend: T tokens in this step, B sequences in this step, M pages of one sequence, R rows that want logits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nemotrt.exporter.errors import UsageError
+
+
+@dataclass(frozen=True)
+class StepInputs:
+    """The graph's inputs that say what a step is, by the contract's names."""
+
+    input_ids: NDArray[np.int64]
+    """[T]: tokens of all sequences, one after the other."""
+    query_start: NDArray[np.int32]
+    """[B+1]: sequence b owns tokens query_start[b] : query_start[b+1]; later tokens are padding."""
+    context_len: NDArray[np.int32]
+    """[B]: tokens already in its state; 0 = fresh."""
+    slot: NDArray[np.int32]
+    """[B]: its row in the recurrent pools."""
+    page_table: NDArray[np.int32]
+    """[B, M]: its pages in the KV pools, unused entries 0."""
+    logits_row: NDArray[np.int32]
+    """[R]: which tokens want logits."""
+
+    @classmethod
+    def names(cls) -> tuple[str, ...]:
+        """The inputs' names in the contract's order."""
+        return tuple(field.name for field in fields(cls))
+
+
+RANKS = {"input_ids": 1, "query_start": 1, "context_len": 1, "slot": 1, "page_table": 2, "logits_row": 1}
+
+
+def pages_of(num_tokens: int, page_size: int) -> int:
+    """Pages that so many tokens take; none where there are no pages (`page_size` 0)."""
+    return -(-num_tokens // page_size) if page_size else 0
+
+
+def check_step(
+    inputs: StepInputs, *, vocab_size: int, num_slots: int, num_pages: int, page_size: int
+) -> None:
+    """Raise UsageError that names the first input that breaks the contract; `page_size` 0: no KV cache."""
+    _check_arrays(inputs)
+    _check_sequences(inputs)
+    _check_range("input_ids", inputs.input_ids, 0, vocab_size, "the vocabulary")
+    _check_range("logits_row", inputs.logits_row, 0, len(inputs.input_ids), "this step's tokens")
+    _check_slots(inputs, num_slots)
+    if page_size:
+        _check_pages(inputs, num_pages, page_size)
+
+
+def _check_arrays(inputs: StepInputs) -> None:
+    for name, rank in RANKS.items():
+        array = getattr(inputs, name)
+        dtype = np.int64 if name == "input_ids" else np.int32
+        if array.dtype != dtype or array.ndim != rank:
+            raise UsageError(
+                f"{name} is {array.dtype} of rank {array.ndim},"
+                f" where the graph takes {dtype.__name__} of rank {rank}"
+            )
+    num_sequences = len(inputs.context_len)
+    if not len(inputs.input_ids) or not num_sequences:
+        raise UsageError("a step needs at least one token and one sequence")
+    sizes = {"query_start": num_sequences + 1, "slot": num_sequences, "page_table": num_sequences}
+    for name, size in sizes.items():
+        if len(getattr(inputs, name)) != size:
+            raise UsageError(
+                f"{name} has {len(getattr(inputs, name))} rows; {num_sequences} sequences make that {size}"
+            )
+
+
+def _check_sequences(inputs: StepInputs) -> None:
+    start = inputs.query_start
+    if start[0] != 0 or (np.diff(start) < 0).any() or start[-1] > len(inputs.input_ids):
+        raise UsageError(
+            f"query_start is {start.tolist()}: it must start at 0, never fall, and end within the"
+            f" {len(inputs.input_ids)} tokens"
+        )
+    if (inputs.context_len < 0).any():
+        raise UsageError(f"context_len holds {int(inputs.context_len.min())}, which is no number of tokens")
+
+
+def _check_range(name: str, values: NDArray[Any], low: int, high: int, what: str) -> None:
+    outside = values[(values < low) | (values >= high)]
+    if outside.size:
+        raise UsageError(f"{name} holds {int(outside[0])}, outside {what} ({low} to {high - 1})")
+
+
+def _check_slots(inputs: StepInputs, num_slots: int) -> None:
+    _check_range("slot", inputs.slot, 0, num_slots, "the session's slots")
+    is_live = np.diff(inputs.query_start) > 0
+    if (inputs.slot[is_live] == 0).any():
+        raise UsageError("slot holds 0 for a sequence that has tokens; slot 0 is scratch")
+    # An empty sequence writes its slot's old contents back: with another's slot that would undo the step.
+    _check_unique("slot", inputs.slot[inputs.slot > 0])
+
+
+def _check_pages(inputs: StepInputs, num_pages: int, page_size: int) -> None:
+    _check_range("page_table", inputs.page_table, 0, num_pages, "the session's pages")
+    length = np.diff(inputs.query_start)
+    used = -(-(inputs.context_len + length) // page_size) * (length > 0)
+    if (used > inputs.page_table.shape[1]).any():
+        raise UsageError(
+            f"page_table has {inputs.page_table.shape[1]} columns, where a sequence of this step takes"
+            f" {int(used.max())} pages of {page_size} tokens"
+        )
+    pages = inputs.page_table[np.arange(inputs.page_table.shape[1]) < used[:, None]]
+    if (pages == 0).any():
+        raise UsageError("page_table holds 0 for a page that a sequence uses; page 0 is scratch")
+    _check_unique("page_table", pages)
+
+
+def _check_unique(name: str, rows: NDArray[np.int32]) -> None:
+    values, counts = np.unique(rows, return_counts=True)
+    if (counts > 1).any():
+        raise UsageError(f"{name} gives {int(values[counts > 1][0])} to two sequences or twice to one")
