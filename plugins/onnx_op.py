@@ -78,8 +78,11 @@ class Operators:
         """A graph for Scan or If: `body(op, *inputs)` writes into it, and may use values from outside."""
         inner = Operators(prefix=f"{self._prefix}{name}_")
         inputs = list(inputs)
-        # An output of a subgraph must be its own node's: a value from outside passes through an Identity.
-        outputs = [inner.Identity(value) for value in body(inner, *inputs)]
+        outputs: list[ir.Value] = []
+        for value in body(inner, *inputs):
+            # An output of a subgraph must be its own node's, and not twice; an Identity copies, so only where needed.
+            is_own = value.producer() in inner.nodes and value not in outputs
+            outputs.append(value if is_own else inner.Identity(value))
         return ir.Graph(inputs, outputs, nodes=inner.nodes, name=f"{self._prefix}{name}")
 
     def input(self, name: str, dtype: ir.DataType, rank: int) -> ir.Value:

@@ -28,8 +28,8 @@ class _Packed:
     start_B: ir.Value
     end_B: ir.Value
     is_fresh_B: ir.Value
-    slot_B: ir.Value
-    state: ir.Value
+    old_BHPN: ir.Value
+    """What the sequences' slots hold, in the pool's dtype."""
     num_tokens: ir.Value
     sequence_T: ir.Value
     heads: int
@@ -57,10 +57,10 @@ def body(
     y_THP = op.Add(y_THP, op.Mul(op.Unsqueeze(inputs["D"], [1]), packed.x_THP))
     y_THP = op.CastLike(op.Where(op.Unsqueeze(is_owned_T, [1, 2]), y_THP, 0.0), inputs["x"])
 
-    old_BHPN = op.Gather(inputs["ssm_state"], packed.slot_B, axis=0)
     is_empty_B111 = op.Unsqueeze(op.Equal(length_B, 0), [1, 2, 3])
-    new_BHPN = op.Where(is_empty_B111, old_BHPN, op.CastLike(state_BHPN, inputs["ssm_state"]))
-    return y_THP, op.ScatterND(inputs["ssm_state"], op.Unsqueeze(packed.slot_B, [1]), new_BHPN)
+    new_BHPN = op.Where(is_empty_B111, packed.old_BHPN, op.CastLike(state_BHPN, inputs["ssm_state"]))
+    slot_B1 = op.Unsqueeze(op.cast(inputs["slot"], ir.DataType.INT64), [1])
+    return y_THP, op.ScatterND(inputs["ssm_state"], slot_B1, new_BHPN)
 
 
 def _read(
@@ -84,8 +84,7 @@ def _read(
         start_B=start_B,
         end_B=end_B,
         is_fresh_B=op.Equal(op.cast(inputs["context_len"], ir.DataType.INT64), 0),
-        slot_B=op.cast(inputs["slot"], ir.DataType.INT64),
-        state=inputs["ssm_state"],
+        old_BHPN=op.Gather(inputs["ssm_state"], inputs["slot"], axis=0),
         num_tokens=num_tokens,
         sequence_T=sequence_T,
         heads=int(sizes["H"]),
@@ -106,8 +105,8 @@ def _one_step(op: Operators, packed: _Packed) -> tuple[ir.Value, ir.Value]:
     B_BG1N = op.Unsqueeze(op.Gather(packed.B_TGN, token_B, axis=0), [2])
     C_BGN1 = op.Unsqueeze(op.Gather(packed.C_TGN, token_B, axis=0), [3])
 
-    old_BHPN = op.cast(op.Gather(packed.state, packed.slot_B, axis=0), ir.DataType.FLOAT)
-    old_BHPN = op.Where(op.Unsqueeze(packed.is_fresh_B, [1, 2, 3]), 0.0, old_BHPN)
+    stored_BHPN = op.cast(packed.old_BHPN, ir.DataType.FLOAT)
+    old_BHPN = op.Where(op.Unsqueeze(packed.is_fresh_B, [1, 2, 3]), 0.0, stored_BHPN)
     decay_BH11 = op.Unsqueeze(op.Exp(op.Mul(delta_BH, packed.A_H)), [2, 3])
     input_BHP = op.Mul(op.Unsqueeze(delta_BH, [2]), x_BHP)
     outer = op.Mul(op.Reshape(input_BHP, by_group), B_BG1N)
@@ -201,7 +200,5 @@ def _chunk(
 
 def _initial_state(op: Operators, packed: _Packed, sequence: ir.Value) -> ir.Value:
     """The state [H, P, N] that a sequence's first chunk starts from: its slot's, or zero when it is fresh."""
-    stored_HPN = op.cast(
-        op.Gather(packed.state, op.Gather(packed.slot_B, sequence), axis=0), ir.DataType.FLOAT
-    )
+    stored_HPN = op.cast(op.Gather(packed.old_BHPN, sequence, axis=0), ir.DataType.FLOAT)
     return op.Where(op.Gather(packed.is_fresh_B, sequence), 0.0, stored_HPN)  # type: ignore[no-any-return]

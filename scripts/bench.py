@@ -1,0 +1,236 @@
+#!/usr/bin/env python3
+"""The figures of docs/performance.md on a CPU: each subcommand makes its model, measures, and prints one JSON object.
+
+Times of things that are compared are taken in turns in one process, and are medians. Peak memory is the kernel's own
+count for a child process (ru_maxrss).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import onnx_ir as ir
+import torch
+from make_random_checkpoint import write_checkpoint
+
+from nemotrt.exporter.runtime.session import Session
+from nemotrt.plugins import onnx_op
+from nemotrt.plugins.selective_scan import SPEC as SCAN
+
+MAMBA = {"ssm_state_size": 128, "n_groups": 8, "conv_kernel": 4, "mamba_head_dim": 64}
+COMMON = {"model_type": "nemotron_h", "norm_eps": 1e-5, "tie_word_embeddings": False, **MAMBA}
+
+DENSE_1270M = COMMON | {
+    "vocab_size": 131072,
+    "hidden_size": 2048,
+    "hybrid_override_pattern": "M-M-M*-M-M-M*-M-M-M-M-M*-M-",
+    "mamba_num_heads": 64,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "intermediate_size": 8192,
+    "torch_dtype": "bfloat16",
+}
+
+MOE_321M = COMMON | {
+    "vocab_size": 32000,
+    "hidden_size": 1024,
+    "hybrid_override_pattern": "MEMEM*EMEMEM",
+    "mamba_num_heads": 32,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "n_routed_experts": 64,
+    "num_experts_per_tok": 6,
+    "moe_intermediate_size": 288,
+    "moe_shared_expert_intermediate_size": 1024,
+    "n_shared_experts": 1,
+    "routed_scaling_factor": 2.5,
+    "torch_dtype": "float32",
+}
+
+
+def build(checkpoint: Path, bundle: Path) -> dict[str, float]:
+    """Seconds and peak resident bytes of `nemo-export build --no-validate` in a process of its own."""
+    command = [str(Path(sys.executable).with_name("nemo-export")), "--quiet", "build", str(checkpoint)]
+    started = time.perf_counter()
+    child = subprocess.Popen([*command, "--output", str(bundle), "--no-validate", "--runtime", "onnx"])
+    _, status, usage = os.wait4(child.pid, 0)
+    if status:
+        raise SystemExit(f"build failed with status {status}")
+    return {"seconds": time.perf_counter() - started, "peak_gb": usage.ru_maxrss * 1024 / 1e9}
+
+
+def in_turns(calls: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
+    """The median milliseconds of each call, after one warm-up, each round running every call once."""
+    for call in calls.values():
+        call()
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(repeats):
+        for name, call in calls.items():
+            started = time.perf_counter()
+            call()
+            times[name].append(time.perf_counter() - started)
+    return {name: statistics.median(found) * 1e3 for name, found in times.items()}
+
+
+def one_sequence(session: Session, tokens: int, context: int) -> Callable[[], Any]:
+    """A step of so many tokens of one sequence in slot 1, its pages in order."""
+    pages = -(-(tokens + context) // session.page_size)
+    arguments = (
+        np.ones(tokens, dtype=np.int64),
+        np.asarray([0, tokens], dtype=np.int32),
+        np.asarray([context], dtype=np.int32),
+        np.asarray([1], dtype=np.int32),
+        np.arange(1, pages + 1, dtype=np.int32)[None],
+        np.asarray([tokens - 1], dtype=np.int32),
+    )
+    return lambda: session.step(*arguments)
+
+
+@click.group()
+def main() -> None:
+    """Measure, and print JSON."""
+    torch.set_num_threads(os.cpu_count() or 1)
+
+
+def report(figures: dict[str, Any]) -> None:
+    click.echo(json.dumps(figures | {"cores": os.cpu_count(), "torch": torch.__version__}, indent=2))
+
+
+@main.command()
+def dense() -> None:
+    """Lower a dense model of 1.27 B parameters in BF16."""
+    with tempfile.TemporaryDirectory(dir=".") as folder:
+        write_checkpoint(DENSE_1270M, Path(folder) / "checkpoint", dtype=torch.bfloat16)
+        copied = _copy_seconds(Path(folder) / "checkpoint", Path(folder) / "copy")
+        figures = build(Path(folder) / "checkpoint", Path(folder) / "bundle")
+        report({"model": "1.27 B dense, bf16", "copy_of_the_checkpoint_seconds": copied, **figures})
+
+
+def _copy_seconds(source: Path, target: Path) -> float:
+    started = time.perf_counter()
+    subprocess.run(["cp", "-r", str(source), str(target)], check=True)
+    os.sync()
+    return time.perf_counter() - started
+
+
+@main.command()
+@click.option("--peer/--no-peer", default=True, help="Export with transformers too (a minute or two).")
+@click.option("--repeats", default=15, show_default=True)
+def moe(peer: bool, repeats: int) -> None:
+    """A model of 321 M parameters with 64 experts: lowering, loading, prefill of 512 tokens, decode."""
+    with tempfile.TemporaryDirectory(dir=".") as folder:
+        checkpoint, bundle = Path(folder) / "checkpoint", Path(folder) / "bundle"
+        write_checkpoint(MOE_321M, checkpoint, dtype=torch.float32)
+        figures: dict[str, Any] = {"model": "321 M MoE, fp32", "build": build(checkpoint, bundle)}
+        graph = ir.load(bundle / "model.onnx")
+        figures["nodes"] = len(graph.graph)
+        started = time.perf_counter()
+        session = Session(bundle / "model.onnx", num_slots=2, num_pages=10)
+        figures["load_seconds"] = time.perf_counter() - started
+        prefill = {"this tool": one_sequence(session, 512, 0)}
+        decode = {"this tool": one_sequence(session, 1, 512)}
+        eager_prefill, eager_decode, model = _eager(checkpoint)
+        prefill["transformers, eager"], decode["transformers, eager"] = eager_prefill, eager_decode
+        if peer:
+            figures["peer"], peer_prefill, peer_decode = _peer(model)
+            prefill["transformers' ONNX"], decode["transformers' ONNX"] = peer_prefill, peer_decode
+        figures["prefill_512_ms"] = in_turns(prefill, max(repeats // 3, 3))
+        figures["decode_ms"] = in_turns(decode, repeats)
+        report(figures)
+
+
+def _eager(checkpoint: Path) -> tuple[Callable[[], Any], Callable[[], Any], Any]:
+    """Prefill and decode of transformers' model in eager mode, and the model."""
+    from transformers import DynamicCache, NemotronHConfig, NemotronHForCausalLM
+
+    raw = json.loads((checkpoint / "config.json").read_text())
+    config = NemotronHConfig(**raw)
+    torch.manual_seed(0)
+    model = NemotronHForCausalLM(config).eval()
+    ids = torch.ones(1, 512, dtype=torch.int64)
+
+    @torch.no_grad()
+    def prefill() -> Any:
+        return model(input_ids=ids, past_key_values=DynamicCache(config=config), use_cache=True, logits_to_keep=1)
+
+    cache = prefill().past_key_values
+
+    @torch.no_grad()
+    def decode() -> Any:
+        return model(input_ids=ids[:, :1], past_key_values=cache, use_cache=True, logits_to_keep=1)
+
+    return prefill, decode, model
+
+
+def _peer(model: Any) -> tuple[dict[str, Any], Callable[[], Any], Callable[[], Any]]:
+    """Prefill and decode as transformers' own exporter writes them, in ONNX Runtime."""
+    from transformers import DynamicCache
+    from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
+
+    ids = torch.ones(1, 512, dtype=torch.int64)
+    with torch.no_grad():
+        cache = model(input_ids=ids, past_key_values=DynamicCache(config=model.config), use_cache=True).past_key_values
+    found: dict[str, Any] = {}
+    calls = []
+    cases = {"prefill": {"input_ids": ids}, "decode": {"input_ids": ids[:, :1], "past_key_values": cache}}
+    for name, inputs in cases.items():
+        started = time.perf_counter()
+        exported = OnnxExporter().export(model, inputs, config=OnnxConfig(dynamic=False))
+        found[f"{name}_export_seconds"] = time.perf_counter() - started
+        found[f"{name}_nodes"] = len(exported.program.graph)
+        calls.append(lambda exported=exported, inputs=inputs: exported(**inputs))
+    return found, calls[0], calls[1]
+
+
+@main.command()
+def scan() -> None:
+    """The scan's ONNX body at 512 and 4096 tokens, in the size of a layer of Nano."""
+    heads, head_dim, groups, state = 64, 64, 8, 128
+    sizes = {"H": heads, "P": head_dim, "G": groups, "N": state}
+    attributes = {"dt_min": 0.0, "dt_max": 3.4e38}
+    types = {"X": ir.DataType.FLOAT, "STATE": ir.DataType.FLOAT, "float32": ir.DataType.FLOAT, "int32": ir.DataType.INT32}
+    shapes = [[sizes.get(axis, axis) for axis in tensor.axes] for tensor in SCAN.inputs]
+    inputs = [ir.val(t.name, types[t.dtype], shape) for t, shape in zip(SCAN.inputs, shapes, strict=True)]
+    outputs = [ir.val(t.name, types[t.dtype], [sizes.get(a, a) for a in t.axes]) for t in SCAN.outputs]
+    graph = ir.Graph(
+        inputs,
+        outputs,
+        nodes=[onnx_op.node(SCAN, inputs, outputs, attributes, "scan")],
+        opset_imports={"": onnx_op.OPSET, "nemo": 1},
+        name="scan",
+    )
+    model = ir.Model(graph, ir_version=10, functions=[onnx_op.function(SCAN, sizes, attributes)])
+    import onnxruntime as ort
+
+    session = ort.InferenceSession(ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"])
+    generator = np.random.default_rng(0)
+
+    def feeds(tokens: int) -> dict[str, Any]:
+        known = {**sizes, "T": tokens, "B": 1, "B+1": 2, "S": 2}
+        found: dict[str, Any] = {
+            tensor.name: generator.standard_normal([known[axis] for axis in tensor.axes], dtype=np.float32)
+            for tensor in SCAN.inputs
+        }
+        integers = {"query_start": [0, tokens], "context_len": [0], "slot": [1]}
+        return found | {name: np.asarray(values, dtype=np.int32) for name, values in integers.items()} | {"A": -found["A"] ** 2}
+
+    calls = {str(tokens): lambda data=feeds(tokens): session.run(None, data) for tokens in (1, 512, 4096)}
+    found = in_turns(calls, 5)
+    report({"scan_body_ms": found, "4096_over_512": found["4096"] / found["512"]})
+
+
+if __name__ == "__main__":
+    main()
