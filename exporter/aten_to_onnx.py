@@ -17,7 +17,7 @@ import torch
 from torch import fx
 
 from nemotrt.exporter.errors import LowerError
-from nemotrt.plugins import onnx_op
+from nemotrt.plugins import onnx_op, torch_op
 from nemotrt.plugins.spec import DOMAIN, OpSpec, ops
 
 DTYPES = {
@@ -215,9 +215,7 @@ def _index_select(op: Translator, _: fx.Node, x: ir.Value, axis: int, index: ir.
 
 SKIPPED = {aten._assert_tensor_metadata.default}
 
-OPS: dict[Any, OpSpec] = {
-    getattr(getattr(torch.ops, DOMAIN), spec.torch_name).default: spec for spec in ops()
-}
+OPS: dict[Any, OpSpec] = {torch_op.overload(spec): spec for spec in ops()}
 
 OPERATORS: dict[Any, Write] = {
     operator.getitem: _getitem,

@@ -51,11 +51,18 @@ def _build(
             hint="--keep-failed writes the bundle all the same, for looking into it",
         )
     with console.stage("bundle", str(config.output)):
-        result = bundle(config, model, graph, report, workspace.folder)
+        manifest = bundle(config, model, graph, report, workspace.folder)
         workspace.publish()
     if failed:
         raise ValidationError(f"{len(failed)} gates failed; {config.output} says so", hint="do not ship it")
-    return result
+    return {
+        "bundle": str(config.output),
+        "bundle_id": manifest.bundle_id,
+        "precision": config.precision,
+        "nodes": graph.nodes,
+        "weight_bytes": graph.weight_bytes,
+        "validation": dataclasses.asdict(manifest.validation),
+    }
 
 
 def _resolved(config: BuildConfig, model: LoadedModel) -> BuildConfig:

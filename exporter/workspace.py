@@ -29,7 +29,9 @@ class Workspace:
 
     def __init__(self, output: Path, *, force: bool) -> None:
         self.output = output
-        self.folder = output.parent / f".{output.name}.building"
+        self._root = output.parent / f".{output.name}.building"
+        self.folder = self._root / "bundle"
+        """What becomes the output; the journal lies beside it."""
         self._force = force
         self._journal: dict[str, Any] = {}
 
@@ -47,7 +49,6 @@ class Workspace:
                 raise UsageError(
                     f"another build is writing {output}", hint="wait for it, or choose another --output"
                 ) from error
-            workspace.folder.mkdir(exist_ok=True)
             workspace._read_journal()
             try:
                 yield workspace
@@ -76,11 +77,13 @@ class Workspace:
 
     def _read_journal(self) -> None:
         try:
-            self._journal = json.loads((self.folder / JOURNAL).read_text())
+            self._journal = json.loads((self._root / JOURNAL).read_text())
         except (FileNotFoundError, ValueError):
-            # No journal, or one that a kill cut short: nothing here can be trusted.
+            self._journal = {}
+        if not self._journal or not self.folder.is_dir():
+            # A build that was killed before its first stage ended, or in the moment of publishing: nothing to keep.
             self.clear()
-            self.folder.mkdir()
+            self.folder.mkdir(parents=True)
 
     def result(self, stage: str, key: str) -> Any | None:
         """What the stage recorded when it last ended with these inputs, or None."""
@@ -91,16 +94,15 @@ class Workspace:
         """Say that the stage ended; what it wrote is on disk before the journal says so."""
         sync(self.folder)
         self._journal[stage] = {"key": key, "result": result}
-        write_whole(self.folder / JOURNAL, json.dumps(self._journal))
+        write_whole(self._root / JOURNAL, json.dumps(self._journal))
 
     def clear(self) -> None:
-        """Remove the folder and all in it."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """Remove all that the build has written."""
+        shutil.rmtree(self._root, ignore_errors=True)
         self._journal = {}
 
     def publish(self) -> None:
         """Rename the folder to the output: all of it is there, or nothing."""
-        (self.folder / JOURNAL).unlink(missing_ok=True)
         sync(self.folder)
         old = self.output.parent / f".{self.output.name}.replaced"
         shutil.rmtree(old, ignore_errors=True)
@@ -109,6 +111,7 @@ class Workspace:
         self.folder.rename(self.output)
         _sync_one(self.output.parent)
         shutil.rmtree(old, ignore_errors=True)
+        self.clear()
 
 
 def write_whole(path: Path, text: str) -> None:

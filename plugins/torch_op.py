@@ -51,6 +51,11 @@ def register(spec: OpSpec) -> None:
     torch.library.register_fake(name)(fake(spec))
 
 
+def overload(spec: OpSpec) -> Any:
+    """The op as a traced graph calls it."""
+    return getattr(getattr(torch.ops, DOMAIN), spec.torch_name).default
+
+
 for _spec in ops():
     if not hasattr(getattr(torch.ops, DOMAIN), _spec.torch_name):
         register(_spec)

@@ -63,9 +63,9 @@ class Pool:
 def open_graph(
     path: Path, *, threads: int, providers: Sequence[str], map_weights: bool, thread: Interruptible
 ) -> tuple[ort.InferenceSession, str]:
-    """The graph, or its twin where the CPU would round otherwise than the graph, and how it runs in words.
+    """The graph, or its twin where the CPU would not round as the graph does, and how it runs in words.
 
-    Raises BundleError on a file that ONNX Runtime refuses, UsageError where it or a provider is not installed.
+    Raises BundleError on a file that ONNX Runtime refuses, UsageError where it or a provider is missing.
     """
     if find_spec("onnxruntime") is None:
         raise UsageError("ONNX Runtime is not installed", hint="pip install 'nemo-export[cpu]'")
@@ -77,7 +77,7 @@ def open_graph(
             f"this ONNX Runtime has no {missing[0]}",
             hint="it has " + ", ".join(ort.get_available_providers()),
         )
-    model = _read(path)
+    model = read_proto(path)
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     # Errors only: those are raised too, and its warnings are about machines without a GPU.
@@ -96,7 +96,8 @@ def open_graph(
     return session, runs_as
 
 
-def _read(path: Path) -> ModelProto:
+def read_proto(path: Path) -> ModelProto:
+    """The graph without its external data; raises BundleError when it is no ONNX file."""
     import onnx
     from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 

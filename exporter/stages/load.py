@@ -22,6 +22,8 @@ SIDE_FILES = (
     "tokenizer_config.json",
     "special_tokens_map.json",
     "chat_template.jinja",
+    "LICENSE",
+    "NOTICE",
 )
 """Files of the checkpoint that go into the bundle as they are, where present."""
 

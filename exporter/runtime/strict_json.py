@@ -1,0 +1,87 @@
+"""JSON into frozen dataclasses, strictly: every missing, unknown, repeated or mistyped field is an error."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from types import UnionType
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+
+from nemotrt.exporter.errors import BundleError
+
+MAX_BYTES = 64 << 20
+"""More than any bundle's JSON: a longer file is not one."""
+
+Entry = TypeVar("Entry")
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; raises BundleError that names the file and what is wrong with it."""
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise BundleError(f"{path} has {path.stat().st_size} bytes, over {MAX_BYTES}")
+        found = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique)
+    except OSError as error:
+        raise BundleError(f"{path} cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise BundleError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise BundleError(f"{path} is not a JSON object")
+    return found
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"duplicate key {name}")
+        found[name] = value
+    return found
+
+
+def decode(kind: type[Entry], fields: dict[str, Any], file: str) -> Entry:
+    """The fields as a dataclass; raises BundleError that names the file and the field, as `files[3].size`."""
+    try:
+        return _dataclass(kind, fields, "")  # type: ignore[no-any-return]
+    except ValueError as error:
+        raise BundleError(f"{file}: {error}") from error
+
+
+def _dataclass(kind: Any, value: Any, where: str) -> Any:
+    if not isinstance(value, dict):
+        raise ValueError(f"{where} is not an object")
+    hints = get_type_hints(kind)
+    prefix = f"{where}." if where else ""
+    strays = sorted(set(value) ^ set(hints))
+    if strays:
+        raise ValueError(f"{prefix}{strays[0]} is {'not known' if strays[0] in value else 'missing'}")
+    return kind(**{name: _value(hint, value[name], prefix + name) for name, hint in hints.items()})
+
+
+def _value(hint: Any, value: Any, where: str) -> Any:
+    origin, arguments = get_origin(hint), get_args(hint)
+    if dataclasses.is_dataclass(hint):
+        return _dataclass(hint, value, where)
+    if origin is tuple:
+        if not isinstance(value, list):
+            raise ValueError(f"{where} is not a list")
+        return tuple(_value(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(value))
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise ValueError(f"{where} is not an object")
+        return {name: _value(arguments[1], item, f"{where}.{name}") for name, item in value.items()}
+    accepted = arguments if origin is UnionType else (hint,)
+    # bool is an int to isinstance, but not to JSON.
+    if type(value) not in accepted:
+        names = " or ".join(kind.__name__ for kind in accepted)
+        raise ValueError(f"{where} is {json.dumps(value)[:40]}, not {names}")
+    return value
+
+
+def encode(entry: Any, *, indent: int | None = 2) -> str:
+    """A dataclass as JSON text; without `indent` in the one form that hashes are taken of."""
+    fields = dataclasses.asdict(entry)
+    if indent is None:
+        return json.dumps(fields, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return json.dumps(fields, indent=indent, ensure_ascii=False) + "\n"

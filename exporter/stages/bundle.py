@@ -1,0 +1,116 @@
+"""Bundle: everything that runs the model and proves it, in one folder that its manifest describes to the byte."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+import shutil
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from nemotrt.exporter import environment, weights
+from nemotrt.exporter.artifacts import LoadedModel, LoweredGraph, ValidationReport
+from nemotrt.exporter.config import BuildConfig
+from nemotrt.exporter.runtime import manifest
+from nemotrt.exporter.runtime.graph_summary import describe_graph
+
+REPORT = "report.json"
+
+ROLES = {
+    "config.json": "config",
+    "generation_config.json": "generation_config",
+    "chat_template.jinja": "chat_template",
+    "LICENSE": "licence",
+    "NOTICE": "licence",
+}
+"""A side file → its role in the manifest; every other one is the tokenizer's."""
+
+
+def bundle(
+    config: BuildConfig, model: LoadedModel, graph: LoweredGraph, report: ValidationReport | None, folder: Path
+) -> manifest.Manifest:
+    """The manifest of `folder`, which already holds the graph and now everything else too."""
+    roles = {graph.path.name: "graph", weights.data_path(graph.path).name: "weights"}
+    for name in model.side_files:
+        shutil.copyfile(model.folder / name, folder / name)
+        roles[name] = ROLES.get(name, "tokenizer")
+    if report is not None:
+        (folder / REPORT).write_text(json.dumps(as_json(report), indent=1), encoding="utf-8")
+        roles[REPORT] = "report"
+    for path in folder.iterdir():
+        if path.name not in roles:
+            path.unlink()  # what an earlier build of other options left in the workspace
+    return manifest.write(folder, _describe(config, model, graph, report, folder, roles))
+
+
+def as_json(report: ValidationReport) -> dict[str, Any]:
+    """The report for machines: the verdict first, each gate with whether it passed."""
+    fields = dataclasses.asdict(report)
+    gates = [dataclasses.asdict(gate) | {"passed": gate.passed} for gate in report.gates]
+    return {"schema_version": 1, "passed": report.passed, **fields, "gates": gates}
+
+
+def _describe(
+    config: BuildConfig,
+    model: LoadedModel,
+    graph: LoweredGraph,
+    report: ValidationReport | None,
+    folder: Path,
+    roles: dict[str, str],
+) -> manifest.Manifest:
+    raw = (model.folder / "config.json").read_bytes()
+    files = sorted({tensor.path for weight in model.weights.values() for tensor in weight.tensors})
+    machine = environment.machine()
+    return manifest.Manifest(
+        schema_version=manifest.SCHEMA_VERSION,
+        bundle_id="",
+        files=manifest.describe_files(folder, roles),
+        model=manifest.ModelSummary(
+            architectures=tuple(json.loads(raw).get("architectures") or ()),
+            layers=dict(Counter(model.config.layers)),
+            precision=config.precision,
+            vocab_size=model.config.vocab_size,
+            eos_token_ids=model.config.eos_token_id,
+        ),
+        source=manifest.Source(
+            name=model.folder.resolve().name,
+            config_sha256=hashlib.sha256(raw).hexdigest(),
+            files=tuple(manifest.SourceFile(path.name, path.stat().st_size, "") for path in files),
+        ),
+        graph=describe_graph(graph.path),
+        profiles=(
+            manifest.Profile(
+                runtime="onnx",
+                path=graph.path.name,
+                max_tokens=config.max_tokens,
+                max_sequences=config.max_sequences,
+                max_context=config.max_context,
+                page_size=config.page_size,
+            ),
+        ),
+        environment=manifest.BuildEnvironment(machine["os"], machine["arch"], environment.tool_versions()),
+        plugins=(),
+        partial=False,
+        not_exported=model.not_exported,
+        validation=_verdict(report),
+        licence=_licence(model.folder),
+    )
+
+
+def _verdict(report: ValidationReport | None) -> manifest.Verdict:
+    if report is None:
+        return manifest.Verdict("not run", 0, 0, "", ("everything: validation was not asked for",))
+    failed = sum(not gate.passed for gate in report.gates)
+    verdict = "passed" if report.passed else "failed"
+    return manifest.Verdict(verdict, len(report.gates), failed, report.candidate, report.not_compared)
+
+
+def _licence(checkpoint: Path) -> str:
+    """What the model card's front matter says, the one place where the layout states a licence."""
+    card = checkpoint / "README.md"
+    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+    found = re.match(r"---\n(?:.*\n)*?license(?:_name)?:\s*(\S+)", text)
+    return found.group(1) if found else "not stated"
