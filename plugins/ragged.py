@@ -82,6 +82,11 @@ def chunks(op: Operators, start: ir.Value, size: ir.Value) -> Chunks:
 def rows_of_chunk(
     op: Operators, start: ir.Value, end: ir.Value, size: ir.Value, num_rows: ir.Value
 ) -> tuple[ir.Value, ir.Value]:
-    """The rows of one chunk [size], clipped to rows that exist, and which of them are its own [size]."""
+    """The rows of one chunk [size] and which of them are its own [size]; the others repeat its first row.
+
+    So a chunk never reads another group's rows: a NaN stays in the group that made it.
+    """
     row = op.Add(start, op.Range(0, size, 1))
-    return op.Min(row, op.Sub(num_rows, 1)), op.Less(row, end)
+    is_own = op.Less(row, end)
+    first = op.Min(start, op.Sub(num_rows, 1))  # a chunk of no rows may stand past the last one
+    return op.Where(is_own, row, first), is_own

@@ -53,8 +53,8 @@ def body(
     row_A = op.Where(is_local_A, row_A, 0)
     latent = op.Shape(inputs["x"], start=1)
     parts = op.Gather(op.Reshape(parts_CJL, op.Concat([-1], latent, axis=0)), row_A, axis=0)
-    weight_A = op.Where(is_local_A, op.Reshape(weight_Tk, [-1]), 0.0)
-    weighted = op.Mul(op.Unsqueeze(weight_A, [1]), parts)
+    parts = op.Where(op.Unsqueeze(is_local_A, [1]), parts, 0.0)
+    weighted = op.Mul(op.Reshape(weight_Tk, [-1, 1]), parts)
     parts_TkL = op.Reshape(weighted, op.Concat([-1, top_k], latent, axis=0))
     return (op.CastLike(op.ReduceSum(parts_TkL, [1], keepdims=0), inputs["x"]),)
 

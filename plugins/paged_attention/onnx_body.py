@@ -50,7 +50,7 @@ def body(
         pages = inner.Slice(row_M, [0], inner.Unsqueeze(num_pages, [0]), [0])
         return [
             _attend(
-                inner, sizes, attributes, inner.Gather(inputs["q"], row_I, axis=0), position_I, cache, pages
+                inner, sizes, attributes, inner.Gather(inputs["q"], row_I, axis=0), position_I, seen, cache, pages
             )
         ]
 
@@ -105,6 +105,7 @@ def _attend(
     attributes: Mapping[str, int | float],
     q_IQD: ir.Value,
     position_I: ir.Value,
+    seen: ir.Value,
     cache: ir.Value,
     pages: ir.Value,
 ) -> ir.Value:
@@ -118,6 +119,9 @@ def _attend(
     q_VRD = op.Reshape(op.Mul(q_QID, float(attributes["scale"])), [kv_heads, -1, head_dim])
     scores_VRL = op.MatMul(q_VRD, op.Transpose(keys_VLD, perm=[0, 2, 1]))
     keys = size_of(op, keys_VLD, 1)
+    # Rows past the last key hold what another sequence left: 0 · NaN is NaN.
+    is_seen_L1 = op.Unsqueeze(op.Less(op.Range(0, keys, 1), seen), [1])
+    values_VLD = op.Where(is_seen_L1, values_VLD, 0.0)
     by_head = op.Concat([heads], op.Shape(position_I), op.Unsqueeze(keys, [0]), axis=0)
     is_future_IL = op.Greater(op.Range(0, keys, 1), op.Unsqueeze(position_I, [1]))
     scores_QIL = op.Where(is_future_IL, float("-inf"), op.Reshape(scores_VRL, by_head))

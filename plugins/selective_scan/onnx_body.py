@@ -180,7 +180,8 @@ def _chunk(
 
     # weights_HJI: what input J adds to output I ≥ J, (C_I · B_J) exp(decay_I − decay_J).
     between_HJI = op.Sub(op.Unsqueeze(decay_HQ, [1]), op.Unsqueeze(decay_HQ, [2]))
-    is_past_JI = op.LessOrEqual(op.Unsqueeze(row_Q, [1]), op.Unsqueeze(row_Q, [0]))
+    place_Q = op.Range(0, table.size, 1)
+    is_past_JI = op.LessOrEqual(op.Unsqueeze(place_Q, [1]), op.Unsqueeze(place_Q, [0]))
     between_HJI = op.Exp(op.Where(is_past_JI, between_HJI, float("-inf")))
     dots_GJI = op.MatMul(op.Transpose(B_QGN, perm=[1, 0, 2]), C_GNQ)
     size = op.Unsqueeze(table.size, [0])
