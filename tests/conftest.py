@@ -1,0 +1,20 @@
+"""What every test may use."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import write_checkpoint
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small random FP32 checkpoint with every kind of layer; not to be written to."""
+    return write_checkpoint(tmp_path_factory.mktemp("checkpoints") / "small")
+
+
+def pytest_configure() -> None:
+    # Tensors are tiny: a second thread only waits, and the tests run on all cores already.
+    torch.set_num_threads(1)

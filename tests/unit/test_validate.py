@@ -1,0 +1,135 @@
+"""The gates: a right graph passes in every precision, and each injected fault is caught."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from nemotrt.exporter import metrics
+from nemotrt.exporter.artifacts import Gate, LoadedModel, ValidationReport
+from nemotrt.exporter.config import BuildConfig
+from nemotrt.exporter.stages import validate as stage
+from nemotrt.exporter.stages.load import load
+from nemotrt.exporter.stages.lower import lower
+from nemotrt.exporter.stages.trace import trace
+from nemotrt.exporter.stages.validate import validate
+
+
+@pytest.fixture(scope="module")
+def loaded(checkpoint: Path) -> LoadedModel:
+    return load(checkpoint)
+
+
+def build(model: LoadedModel, folder: Path, precision: str) -> BuildConfig:
+    folder.mkdir(parents=True)
+    config = BuildConfig(checkpoint=model.folder, output=folder, precision=precision)
+    lower(model, trace(model, config), folder / "model.onnx")
+    return config
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+def test_a_right_graph_passes(loaded: LoadedModel, tmp_path: Path, precision: str) -> None:
+    config = build(loaded, tmp_path / "graph", precision)
+    report = validate(loaded, config, tmp_path / "graph" / "model.onnx")
+    assert report.passed, [gate for gate in report.gates if not gate.passed]
+    outputs = {gate.output for gate in report.gates if gate.metric == "relative L2"}
+    assert outputs == {"logits", *(pool.name for pool in loaded.pools(config))}
+
+
+def scale_expert(weights: dict[str, np.ndarray]) -> None:
+    weights["backbone.layers.1.mixer.experts.up"][1] = 0
+
+
+def scale_head(weights: dict[str, np.ndarray]) -> None:
+    weights["lm_head.weight"] *= 1.02
+
+
+def drop_conv_bias(weights: dict[str, np.ndarray]) -> None:
+    weights["backbone.layers.4.mixer.conv1d.bias"][:] = 0
+
+
+def drop_skip(weights: dict[str, np.ndarray]) -> None:
+    weights["backbone.layers.0.mixer.D"][:] = 1
+
+
+def drop_correction_bias(weights: dict[str, np.ndarray]) -> None:
+    weights["backbone.layers.5.mixer.gate.e_score_correction_bias"][:] = 0
+
+
+def negate_decay(weights: dict[str, np.ndarray]) -> None:
+    weights["backbone.layers.4.mixer.A"] *= 1.05
+
+
+def swap_experts(weights: dict[str, np.ndarray]) -> None:
+    weights["backbone.layers.5.mixer.experts.down"][[0, 1]] = weights["backbone.layers.5.mixer.experts.down"][
+        [1, 0]
+    ]
+
+
+def one_nan(weights: dict[str, np.ndarray]) -> None:
+    weights["backbone.layers.3.mixer.up_proj.weight"][5, 7] = np.nan
+
+
+FAULTS = [
+    scale_expert, scale_head, drop_conv_bias, drop_skip,
+    drop_correction_bias, negate_decay, swap_experts, one_nan,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
+def test_a_wrong_weight_is_caught(
+    loaded: LoadedModel,
+    tmp_path: Path,
+    fault: Callable[[dict[str, np.ndarray]], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(stage, "DECODE", 4)  # the prompt alone finds every one of them
+    config = build(loaded, tmp_path / "graph", "fp32")
+    path = tmp_path / "graph" / "model.onnx"
+    initializers = {name: value.const_value for name, value in ir.load(path).graph.initializers.items()}
+    weights = {
+        name: np.memmap(tensor.path, np.float32, "r+", tensor.offset, tuple(tensor.shape.numpy()))
+        for name, tensor in initializers.items()
+        if isinstance(tensor, ir.ExternalTensor)
+    }
+    fault(weights)
+    for array in weights.values():
+        array.flush()
+    report = validate(loaded, config, path)
+    assert not report.passed
+
+
+def test_a_wrong_attribute_is_caught(loaded: LoadedModel, tmp_path: Path) -> None:
+    config = build(loaded, tmp_path / "graph", "fp32")
+    path = tmp_path / "graph" / "model.onnx"
+    model = ir.load(path)
+    norm = next(node for node in model.graph if node.name == "layers.3.norm.rms_norm")
+    norm.attributes["epsilon"] = ir.AttrFloat32("epsilon", 0.05)
+    path.write_bytes(ir.to_proto(model).SerializeToString())
+    assert not validate(loaded, config, path).passed
+
+
+def test_no_gate_is_no_pass() -> None:
+    assert not ValidationReport("a", "b", "", {}, (), ()).passed
+
+
+def test_nan_is_no_pass() -> None:
+    assert not Gate("s", "o", "m", float("nan"), 1.0).passed
+
+
+def test_metrics_see_what_they_are_for() -> None:
+    values = np.random.default_rng(0).standard_normal((5, 7))
+    assert metrics.relative_l2(values, values) == 0
+    assert metrics.relative_l2(values * 1.5, values) == pytest.approx(0.5)
+    assert metrics.cosine(values * 1.5, values) == pytest.approx(1)
+    assert metrics.norm_ratio_error(values * 1.5, values) == pytest.approx(0.5)
+    assert metrics.kl_divergence(values, values).max() == 0
+    assert metrics.kl_divergence(values * 1.5, values).min() > 0
+    assert metrics.relative_l2(values, values * 0) == float("inf")
+    flipped = values.copy()
+    flipped[2, values[2].argmax()] -= 100
+    assert len(metrics.flips(flipped, values)) == 1
