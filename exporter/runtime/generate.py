@@ -61,7 +61,7 @@ class TextEvent:
 def generate(bundle: Path, prompts: Sequence[str], config: GenerateConfig) -> Iterator[TextEvent]:
     """Text for every prompt, token by token as steps end; events of one prompt come in order.
 
-    Raises BundleError on a bundle that is not whole or not fit for text, UsageError on prompts that do not fit.
+    Raises BundleError on a bundle that is not whole or not fit for text, UsageError on prompts that are not.
     """
     manifest = manifests.verify(bundle, deep=False)
     tokenizer = Tokenizer(bundle)
@@ -140,7 +140,7 @@ def _chosen(session: Session, step: PlannedStep, samplers: dict[int, Sampler]) -
     for number, logits_V in zip(step.wanting, logits_RV, strict=True):
         if not np.isfinite(logits_V).all():
             raise BundleError(
-                f"the logits of prompt {number} are not finite",
+                f"the logits of prompt {number + 1} are not finite",
                 hint="the model overflows its precision: build it with --precision bf16 or fp32",
             )
         tokens[number] = samplers[number].choose(logits_V)
@@ -158,11 +158,11 @@ def _requests(
         message = [{"role": "user", "content": prompt}]
         tokens = tokenizer.chat(message) if config.chat else tokenizer.encode(prompt)
         if not tokens:
-            raise UsageError(f"prompt {number} is empty", hint="give some text to go on from")
+            raise UsageError(f"prompt {number + 1} is empty", hint="give some text to go on from")
         room = max_context - len(tokens)
         if room < 1:
             raise UsageError(
-                f"prompt {number} has {len(tokens)} tokens, the context holds {max_context}",
+                f"prompt {number + 1} has {len(tokens)} tokens, the context holds {max_context}",
                 hint="shorten it, or build with a larger --max-context",
             )
         requests.append(Request(number, tokens, min(config.max_new_tokens, room)))

@@ -5,6 +5,7 @@ Legend: R rows that want logits.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -171,4 +172,5 @@ def read_vocab_size(session: ort.InferenceSession) -> int:
 
 def first_line(error: Exception) -> str:
     """What the error says, in one line."""
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
+    text = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", str(error))
+    return text.splitlines()[0] if text else type(error).__name__

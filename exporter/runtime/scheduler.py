@@ -106,8 +106,8 @@ class Scheduler:
         """The next step, at least one token; call `complete` with its outcome before the next."""
         counts: dict[int, int] = {}
         budget = self._limits.max_tokens
-        # Sequences that decode go first: one long prompt must not hold up everybody's next token.
-        for running in sorted(self._running.values(), key=lambda running: running.num_pending > 1):
+        # The oldest first: who decodes was here before who still reads its prompt.
+        for running in self._running.values():
             budget -= self._take(running, budget, counts)
         while budget and self._queue and self._admit():
             running = self._running[self._queue.popleft().number]

@@ -34,9 +34,9 @@ if TYPE_CHECKING:
 class Session:
     """A graph that runs step by step on pools that the session owns, zero at first.
 
-    Bound, each pool's input and output are the same buffer, so that a step writes only the rows it changes
-    (for a 256 MB pool that is 0.2 ms where a copy took 211 ms). Unbound, every step makes new pools: slower,
-    and free of any effect of sharing, for comparison.
+    Bound, each pool's input and output are the same buffer, so that a step writes only the rows it changes:
+    with 544 MB of pools a step of one token took 0.5 ms, and 272 ms unbound. Unbound, every step makes new
+    pools: slower, and free of any effect of sharing, for comparison.
     """
 
     def __init__(
@@ -65,8 +65,8 @@ class Session:
         self._session, self.runs_as = open_graph(
             onnx_path, threads=threads, providers=providers, map_weights=map_weights, thread=self._thread
         )
-        self.pools = read_pools(self._session)
         self.vocab_size = read_vocab_size(self._session)
+        self.pools = read_pools(self._session)
         self.num_slots, self.num_pages = num_slots, num_pages
         self._inputs = [value.name for value in self._session.get_inputs() if value.name not in self.pools]
         self._values = {name: self._new_pool(pool) for name, pool in self.pools.items()}
@@ -130,7 +130,7 @@ class Session:
 
         rows = self.num_pages if pool.is_paged else self.num_slots
         value = ort.OrtValue.ortvalue_from_shape_and_type([rows, *pool.row_shape], np.dtype(pool.dtype).type)
-        # Attention weighs rows past a sequence's end by 0, and 0 · NaN of memory never written is NaN.
+        # Rows that no step has written are read by whoever compares pools: the same in every run.
         value.numpy()[...] = 0
         return value
 

@@ -21,9 +21,6 @@ CHAT_TEMPLATE = "chat_template.jinja"
 INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 """What stands for bytes that are no character, or none yet."""
 
-MAX_INCOMPLETE = 3
-"""Bytes of UTF-8 that may wait for the last of their character, and so replacement characters at the end."""
-
 
 class Tokenizer:
     """The tokenizer of one bundle or checkpoint folder."""
@@ -144,6 +141,7 @@ class TextStream:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._tokens: list[int] = []
+        self._num_old = 0
         self._sent = 0
 
     def push(self, token: int) -> str:
@@ -152,20 +150,20 @@ class TextStream:
             return ""
         self._tokens.append(token)
         text = self._tokenizer.decode(self._tokens)
-        waiting = len(text) - len(text.rstrip(INCOMPLETE))
-        ready = len(text) - min(waiting, MAX_INCOMPLETE)
+        ready = len(text.rstrip(INCOMPLETE))
         new = text[self._sent : ready]
         self._sent = max(self._sent, ready)
-        if not waiting:
-            # Some tokenizers write a first token otherwise, so one that was sent stays in front of the next.
-            self._tokens = self._tokens[-1:]
+        if ready == len(text):
+            # Some tokenizers write a first token otherwise, so whole characters stay before the next ones.
+            self._tokens = self._tokens[self._num_old :]
+            self._num_old = len(self._tokens)
             self._sent = len(self._tokenizer.decode(self._tokens))
         return new
 
     def end(self) -> str:
         """What is left when no token follows: an incomplete character, as a replacement character."""
         text = self._tokenizer.decode(self._tokens)[self._sent :]
-        self._tokens, self._sent = [], 0
+        self._tokens, self._num_old, self._sent = [], 0, 0
         return text
 
 

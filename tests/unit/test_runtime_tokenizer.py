@@ -1,0 +1,167 @@
+"""Text goes to tokens and comes back whole, however it is cut into tokens; templates run in a sandbox."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from runtime_bundle import TEXT, write_tokenizer
+from tokenizers import Tokenizer as FastTokenizer
+from tokenizers import decoders, models
+
+from nemotrt.exporter.errors import BundleError, UsageError
+from nemotrt.exporter.runtime.tokenizer import TextStream, Tokenizer
+
+MESSAGES = [{"role": "user", "content": "hi"}]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    write_tokenizer(folder)
+    return Tokenizer(folder)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    write_tokenizer(tmp_path)
+    return tmp_path
+
+
+def streamed(tokenizer: Tokenizer, tokens: list[int]) -> list[str]:
+    stream = TextStream(tokenizer)
+    return [*(stream.push(token) for token in tokens), stream.end()]
+
+
+@given(st.text() | st.sampled_from(TEXT))
+def test_text_comes_back_piece_by_piece(tokenizer: Tokenizer, text: str) -> None:
+    pieces = streamed(tokenizer, list(tokenizer.encode(text)))
+    assert "".join(pieces) == text
+    if "\N{REPLACEMENT CHARACTER}" not in text:
+        assert not any("\N{REPLACEMENT CHARACTER}" in piece for piece in pieces)
+
+
+@given(st.lists(st.integers(0, 299), max_size=40))
+def test_any_tokens_give_the_text_of_all_of_them(tokenizer: Tokenizer, tokens: list[int]) -> None:
+    """Random tokens are mostly bytes that are no UTF-8."""
+    assert "".join(streamed(tokenizer, tokens)) == tokenizer.decode(tokens)
+
+
+def test_a_character_waits_for_its_last_byte(tokenizer: Tokenizer) -> None:
+    tokens = tokenizer.encode("a\N{MUSICAL SYMBOL G CLEF}b")
+    assert len(tokens) == 6
+    assert streamed(tokenizer, list(tokens)) == ["a", "", "", "", "\N{MUSICAL SYMBOL G CLEF}", "b", ""]
+    assert streamed(tokenizer, list(tokens[:3])) == ["a", "", "", "\N{REPLACEMENT CHARACTER}"]
+
+
+def test_special_tokens_are_no_text(tokenizer: Tokenizer) -> None:
+    (a,) = tokenizer.encode("a")
+    assert streamed(tokenizer, [0, a, 1, a]) == ["", "a", "", "a", ""]
+    assert tokenizer.decode([0, a, 1]) == "a"
+
+
+def test_bytes_that_fall_back_wait_too(tmp_path: Path) -> None:
+    """Sentencepiece's way: a token a byte, and a space that the first token loses."""
+    vocab = {f"<0x{byte:02X}>": byte for byte in range(256)} | {"▁the": 256, "▁cat": 257}
+    fast = FastTokenizer(models.BPE(vocab=vocab, merges=[], byte_fallback=True))
+    strip = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    fast.decoder = decoders.Sequence(strip)
+    fast.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = Tokenizer(tmp_path)
+    tokens = [256, 257, *"€🙂".encode(), 257]
+    pieces = streamed(tokenizer, tokens)
+    assert pieces[:2] == ["the", " cat"]
+    assert "".join(pieces) == "the cat€🙂 cat"
+    assert not any("\N{REPLACEMENT CHARACTER}" in piece for piece in pieces)
+
+
+def test_the_chat_template_writes_the_prompt(tokenizer: Tokenizer) -> None:
+    assert tokenizer.has_chat_template
+    assert tokenizer.render(MESSAGES) == "<s>[user] hi\n[assistant] "
+    tokens = tokenizer.chat(MESSAGES)
+    assert tokens[0] == 0
+    assert tokenizer.decode(tokens) == "[user] hi\n[assistant] "
+
+
+def write_template(folder: Path, template: object) -> Tokenizer:
+    config = json.loads((folder / "tokenizer_config.json").read_text()) | {"chat_template": template}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return Tokenizer(folder)
+
+
+def test_a_template_file_comes_first_and_a_list_gives_its_default(folder: Path) -> None:
+    named = [{"name": "tool", "template": "T"}, {"name": "default", "template": "D"}]
+    assert write_template(folder, named).render(MESSAGES) == "D"
+    (folder / "chat_template.jinja").write_text("F {{ messages[0].content }}")
+    assert Tokenizer(folder).render(MESSAGES) == "F hi"
+
+
+def test_templates_have_what_transformers_gives_them(folder: Path) -> None:
+    template = (
+        "{% for message in messages %}\n"
+        "    {% if loop.first %}{{ message | tojson }}{% endif %}\n"
+        "{% break %}{% endfor %}{{ strftime_now('%Y') | length }}"
+    )
+    assert write_template(folder, template).render(MESSAGES) == '{"role": "user", "content": "hi"}4'
+
+
+REFUSED = {
+    "raised": ("{{ raise_exception('roles must alternate') }}", UsageError, "roles must alternate"),
+    "syntax": ("{% if %}", BundleError, "template is broken"),
+    "undefined": ("{{ nothing.at.all }}", BundleError, "template is broken"),
+    "type": ("{{ 1 + 'a' }}", BundleError, "template is broken"),
+    "zero": ("{{ 1 / 0 }}", BundleError, "template is broken"),
+    "escape": ("{{ ''.__class__.__mro__ }}", BundleError, "may not"),
+    "mutation": ("{{ messages.append(1) }}", BundleError, "may not"),
+    "range": ("{% for i in range(1000000000) %}{% endfor %}", BundleError, "template is broken"),
+    "no text": (5, BundleError, "chat_template is no text"),
+    "none": ("", UsageError, "no chat template"),
+}
+
+
+@pytest.mark.parametrize(("template", "error", "message"), REFUSED.values(), ids=REFUSED)
+def test_a_template_that_cannot_be_used_is_an_error(
+    folder: Path, template: object, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        write_template(folder, template).render(MESSAGES)
+
+
+def test_the_end_is_what_the_generation_config_says(folder: Path) -> None:
+    assert Tokenizer(folder).eos_ids == {1}
+    write_tokenizer(folder, eos=[1, 7])
+    assert Tokenizer(folder).eos_ids == {1, 7}
+    write_tokenizer(folder, eos=None)
+    assert Tokenizer(folder).eos_ids == {1}  # </s>, by tokenizer_config.json
+    (folder / "config.json").write_text('{"eos_token_id": 9}')
+    assert Tokenizer(folder).eos_ids == {9}
+    for broken in ("</s>", [1, True], 1.5):
+        write_tokenizer(folder, eos=broken)
+        with pytest.raises(BundleError, match="not token ids"):
+            Tokenizer(folder)
+
+
+def test_a_tokenizer_alone_is_enough(folder: Path) -> None:
+    for name in ("tokenizer_config.json", "generation_config.json"):
+        (folder / name).unlink()
+    tokenizer = Tokenizer(folder)
+    assert tokenizer.eos_ids == frozenset()
+    assert not tokenizer.has_chat_template
+    assert tokenizer.decode(tokenizer.encode("the cat")) == "the cat"
+
+
+def test_an_absent_or_broken_tokenizer_is_refused(folder: Path) -> None:
+    path = folder / "tokenizer.json"
+    for text in ("{", "{}", '{"version": "1.0", "model": {"type": "Unheard"}}'):
+        path.write_text(text)
+        with pytest.raises(BundleError, match=r"tokenizer\.json is no tokenizer"):
+            Tokenizer(folder)
+    path.write_bytes(b"\xff")
+    with pytest.raises(BundleError, match="cannot be read"):
+        Tokenizer(folder)
+    path.unlink()
+    with pytest.raises(BundleError, match="cannot be read"):
+        Tokenizer(folder)
