@@ -1,0 +1,319 @@
+# mypy: disable-error-code="no-untyped-def,untyped-decorator"
+# Parameters of a jit function have Triton's types, which Python's cannot say.
+"""The op's Triton kernels. Legend: T tokens, B sequences, C channels, TAPS taps, S slots.
+
+- `conv_sequences`: a program owns one sequence and one block of channels. It walks the sequence's first
+  `walk` tokens with the window in registers, then keeps the last inputs in the pool. T ≤ B: all tokens.
+- `conv_tokens`: a program owns a block of packed tokens, whichever sequences they belong to, and a block of
+  channels. It writes the tokens whose window lies within this step, and zeroes padding. T > B: this for the
+  bulk, and conv_sequences with walk = TAPS − 1 for the tokens that need their sequence's history.
+
+Only conv_sequences touches the pool, and each of the pool's values has one program that reads it, then writes
+it: so the pool is updated in place. The launches have no output token in common: their order does not matter.
+Sums are FP32; inputs reach the pool without conversion, so their bits are kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from nemotrt.plugins.causal_conv1d import SPEC
+from nemotrt.plugins.spec import FLOATS
+from nemotrt.plugins.variant import SMS, TRITON_DTYPES, Variant
+
+FAMILY_TAPS = (2, 3, 4)
+"""Taps that the kernels are compiled for; the family has 4."""
+
+ALIGNMENT = 16
+"""Channels come in multiples of this, so that a row of any dtype starts on a vector load's boundary."""
+
+BLOCKS: dict[str, dict[str, int]] = {
+    "conv_sequences": {
+        "BLOCK_C": 128
+    },  # one channel a thread: a wider block moves the window between threads
+    "conv_tokens": {"BLOCK_T": 64, "BLOCK_C": 128},
+}
+"""Block sizes of each kernel, the same on every SM: nothing is kept in shared memory."""
+
+WARPS = {"conv_sequences": 4, "conv_tokens": 8}
+
+
+@triton.jit
+def silu(value):
+    """value · sigmoid(value) in FP32."""
+    return value / (1.0 + tl.exp(-value))
+
+
+@triton.jit
+def tap_weights(weight, c, inside, TAPS: tl.constexpr):
+    """FP32 weights of the taps at lag 0, 1, 2 and 3; a tap that is not there repeats another's."""
+    # A channel's taps lie side by side, so that 4 or 2 come in one load.
+    if TAPS == 4:
+        taps = tl.load(weight + c[:, None] * 4 + tl.arange(0, 4)[None, :], mask=inside[:, None], other=0.0)
+        even, odd = tl.split(tl.reshape(taps.to(tl.float32), [c.shape[0], 2, 2]))
+        oldest, newest = tl.split(even)
+        middle, now = tl.split(odd)
+    elif TAPS == 2:
+        taps = tl.load(weight + c[:, None] * 2 + tl.arange(0, 2)[None, :], mask=inside[:, None], other=0.0)
+        newest, now = tl.split(taps.to(tl.float32))
+        middle, oldest = newest, newest
+    else:
+        now = tl.load(weight + c * TAPS + 2, mask=inside, other=0.0).to(tl.float32)
+        newest = tl.load(weight + c * TAPS + 1, mask=inside, other=0.0).to(tl.float32)
+        middle = tl.load(weight + c * TAPS, mask=inside, other=0.0).to(tl.float32)
+        oldest = middle
+    return now, newest, middle, oldest
+
+
+@triton.jit
+def conv_sequences(  # noqa: C901 - most branches are constants, one a tap
+    x,
+    weight,
+    bias,
+    conv_state,
+    query_start,
+    context_len,
+    slot,
+    y,
+    T,
+    B,
+    C,
+    walk,
+    TAPS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Grid (channel blocks, B, 1): the first `walk` tokens of sequence b, its history, padding row b."""
+    b = tl.program_id(1)
+    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    inside = c < C
+    start = tl.load(query_start + b)
+    end = tl.load(query_start + b + 1)
+    if (b < T) & (b >= tl.load(query_start + B)):  # where T ≤ B, every padding row has a program
+        tl.store(y + b.to(tl.int64) * C + c, tl.zeros([BLOCK_C], y.dtype.element_ty), mask=inside)
+    if start < end:
+        state = conv_state + (tl.load(slot + b).to(tl.int64) * C + c) * (TAPS - 1)
+        continued = inside & (tl.load(context_len + b) > 0)
+        newest = tl.load(state + TAPS - 2, mask=continued, other=0.0)
+        weight_now, weight_newest, weight_middle, weight_oldest = tap_weights(weight, c, inside, TAPS)
+        if TAPS >= 3:
+            middle = tl.load(state + TAPS - 3, mask=continued, other=0.0)
+        if TAPS >= 4:
+            oldest = tl.load(state + TAPS - 4, mask=continued, other=0.0)
+        offset = tl.load(bias + c, mask=inside, other=0.0).to(tl.float32)
+
+        here = start.to(tl.int64) * C + c
+        walk_end = tl.minimum(end, start + walk)
+        for _ in range(start, walk_end):
+            now = tl.load(x + here, mask=inside, other=0.0)
+            total = offset + weight_now * now.to(tl.float32) + weight_newest * newest.to(tl.float32)
+            if TAPS >= 3:
+                total += weight_middle * middle.to(tl.float32)
+            if TAPS >= 4:
+                total += weight_oldest * oldest.to(tl.float32)
+            tl.store(y + here, silu(total).to(y.dtype.element_ty), mask=inside)
+            if TAPS >= 4:
+                oldest = middle
+            if TAPS >= 3:
+                middle = newest
+            newest = now
+            here += C
+
+        if walk_end < end:  # walk ≥ TAPS − 1, so the last inputs are all of this step
+            last = x + end.to(tl.int64) * C + c
+            newest = tl.load(last - C, mask=inside, other=0.0)
+            if TAPS >= 3:
+                middle = tl.load(last - 2 * C, mask=inside, other=0.0)
+            if TAPS >= 4:
+                oldest = tl.load(last - 3 * C, mask=inside, other=0.0)
+        tl.debug_barrier()  # no warp stores before all have loaded: two may hold the same channel
+        tl.store(state + TAPS - 2, newest, mask=inside)
+        if TAPS >= 3:
+            tl.store(state + TAPS - 3, middle, mask=inside)
+        if TAPS >= 4:
+            tl.store(state + TAPS - 4, oldest, mask=inside)
+
+
+@triton.jit
+def sequence_start(query_start, token, B):
+    """Where the sequence that owns each token starts; a padding token counts as the last sequence's."""
+    low = token * 0
+    high = low + B
+    width = B
+    while width > 1:
+        middle = (low + high) // 2
+        reached = tl.load(query_start + middle) <= token
+        low = tl.where(reached, middle, low)
+        high = tl.where(reached, high, middle)
+        width = (width + 1) // 2
+    return tl.load(query_start + low)
+
+
+@triton.jit
+def conv_tokens(
+    x,
+    weight,
+    bias,
+    query_start,
+    y,
+    T,
+    B,
+    C,
+    TAPS: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Grid (channel blocks, token blocks, 1): y of tokens that need no history, and 0 for padding."""
+    t = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
+    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    inside = c < C
+    own = (t < T)[:, None] & inside[None, :]
+    here = t.to(tl.int64)[:, None] * C + c[None, :]
+    # Loaded before anything is known of the sequences, so that the search below hides in their latency.
+    now = tl.load(x + here, mask=own, other=0.0)
+    newest = tl.load(x + here - C, mask=own & (t >= 1)[:, None], other=0.0)
+    if TAPS >= 3:
+        middle = tl.load(x + here - 2 * C, mask=own & (t >= 2)[:, None], other=0.0)
+    if TAPS >= 4:
+        oldest = tl.load(x + here - 3 * C, mask=own & (t >= 3)[:, None], other=0.0)
+    weight_now, weight_newest, weight_middle, weight_oldest = tap_weights(weight, c, inside, TAPS)
+    offset = tl.load(bias + c, mask=inside, other=0.0).to(tl.float32)
+
+    padding = t >= tl.load(query_start + B)
+    whole = t - sequence_start(query_start, t, B) >= TAPS - 1  # its window lies within this step
+
+    total = offset[None, :] + weight_now[None, :] * now.to(tl.float32)
+    total += weight_newest[None, :] * newest.to(tl.float32)
+    if TAPS >= 3:
+        total += weight_middle[None, :] * middle.to(tl.float32)
+    if TAPS >= 4:
+        total += weight_oldest[None, :] * oldest.to(tl.float32)
+    result = tl.where(padding[:, None], 0.0, silu(total))
+    tl.store(y + here, result.to(y.dtype.element_ty), mask=own & (padding | whole)[:, None])
+
+
+KERNELS = {"conv_sequences": conv_sequences, "conv_tokens": conv_tokens}
+
+POINTERS = {
+    "conv_sequences": ("x", "weight", "bias", "conv_state", "query_start", "context_len", "slot", "y"),
+    "conv_tokens": ("x", "weight", "bias", "query_start", "y"),
+}
+"""Pointers of each kernel, in declaration order, by the SPEC's names; `conv_state` is the output pool too."""
+
+INTEGERS = {"conv_sequences": ("T", "B", "C", "walk"), "conv_tokens": ("T", "B", "C")}
+"""Runtime integers of each kernel, in declaration order, after its pointers."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch: its variant, grid and runtime integers; a pointer's name says what to pass for it."""
+
+    variant: Variant
+    grid: tuple[int, int, int]
+    integers: dict[str, int]
+
+
+def variant(kernel: str, dtype: str, taps: int) -> Variant:
+    """The variant of a kernel for a dtype as the SPEC writes it."""
+    types = {tensor.name: tensor.dtype for tensor in SPEC.inputs} | {"y": "X"}
+    pointers = {
+        name: f"*{TRITON_DTYPES[dtype if types[name] == 'X' else types[name]]}" for name in POINTERS[kernel]
+    }
+    return Variant(
+        kernel=kernel,
+        signature=pointers | dict.fromkeys(INTEGERS[kernel], "i32"),
+        constants={"TAPS": taps, **BLOCKS[kernel]},
+        num_warps=WARPS[kernel],
+        num_stages=1,  # no loop to pipeline
+        aligned=(*pointers, "C"),
+    )
+
+
+def variants(sm: int) -> Iterator[Variant]:
+    """Every variant of the op on an SM; raises ValueError for an SM that is not in `SMS`."""
+    _check_sm(sm)
+    for kernel in KERNELS:
+        for dtype in FLOATS:
+            for taps in FAMILY_TAPS:
+                yield variant(kernel, dtype, taps)
+
+
+MAX_GRID_Y = 65535
+"""CUDA's limit on a grid's second axis."""
+
+
+def supports(sizes: dict[str, int], dtypes: dict[str, str], sm: int) -> None:
+    """None where the kernels run these sizes (the SPEC's axes) and dtypes, else ValueError naming them."""
+    _check_sm(sm)
+    for name, given, allowed in (("X", dtypes["X"], FLOATS), ("K", sizes["K"], FAMILY_TAPS)):
+        if given not in allowed:
+            raise ValueError(f"{SPEC.name}: kernels take {name} in {list(allowed)}, not {given}")
+    if sizes["C"] % ALIGNMENT:
+        raise ValueError(f"{SPEC.name}: kernels take C in multiples of {ALIGNMENT}, not {sizes['C']}")
+    if not (sizes["T"] >= 1 and 1 <= sizes["B"] <= MAX_GRID_Y):
+        raise ValueError(
+            f"{SPEC.name}: kernels take T ≥ 1 and B in 1…{MAX_GRID_Y}, not T {sizes['T']}, B {sizes['B']}"
+        )
+
+
+def _check_sm(sm: int) -> None:
+    if sm not in SMS:
+        raise ValueError(f"{SPEC.name}: kernels are compiled for SM {list(SMS)}, not {sm}")
+
+
+def launches(sizes: dict[str, int], dtypes: dict[str, str], sm: int) -> list[Launch]:
+    """The launches for these sizes (the SPEC's axes) and dtypes, in any order; no workspace."""
+    supports(sizes, dtypes, sm)
+    T, B, C, taps = (sizes[axis] for axis in ("T", "B", "C", "K"))
+    walk = T if T <= B else taps - 1
+    grids = {"conv_sequences": (triton.cdiv(C, BLOCKS["conv_sequences"]["BLOCK_C"]), B, 1)}
+    if T > B:
+        blocks = BLOCKS["conv_tokens"]
+        grids["conv_tokens"] = (triton.cdiv(C, blocks["BLOCK_C"]), triton.cdiv(T, blocks["BLOCK_T"]), 1)
+    integers = {"T": T, "B": B, "C": C, "walk": walk}
+    return [
+        Launch(variant(name, dtypes["X"], taps), grid, {key: integers[key] for key in INTEGERS[name]})
+        for name, grid in grids.items()
+    ]
+
+
+def run(*tensors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the op's reference gives, by the kernels: inputs in SPEC order → y [T, C], next pool [S, C, K-1].
+
+    Runs on the tensors' device, on a CPU in Triton's interpreter only. Raises what `supports` raises.
+    """
+    sizes = SPEC.sizes([tuple(tensor.shape) for tensor in tensors])
+    buffers = {spec.name: tensor.contiguous() for spec, tensor in zip(SPEC.inputs, tensors, strict=True)}
+    buffers["conv_state"] = buffers["conv_state"].clone()
+    buffers["y"] = torch.empty_like(buffers["x"])
+    dtypes = {"X": str(buffers["x"].dtype).removeprefix("torch.")}
+    execute(launches(sizes, dtypes, _sm(tensors[0].device)), buffers)
+    return buffers["y"], buffers["conv_state"]
+
+
+def execute(plan: list[Launch], buffers: dict[str, torch.Tensor]) -> None:
+    """Launch a plan on contiguous tensors by pointer name: writes y [T, C], updates conv_state in place."""
+    for launch in plan:
+        form = launch.variant
+        arguments: dict[str, Any] = {name: buffers[name] for name in POINTERS[form.kernel]}
+        KERNELS[form.kernel][launch.grid](
+            **arguments,
+            **launch.integers,
+            **form.constants,
+            num_warps=form.num_warps,
+            num_stages=form.num_stages,
+        )
+
+
+def _sm(device: torch.device) -> int:
+    """The SM whose variants run on a device; the interpreter's is nobody's, and takes Hopper's."""
+    if device.type != "cuda":
+        return 90
+    major, minor = torch.cuda.get_device_capability(device)
+    capability: int = 10 * major + minor
+    return max((sm for sm in SMS if sm // 10 == major and sm <= capability), default=capability)
