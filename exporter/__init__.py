@@ -1,0 +1,1 @@
+"""The application: from a checkpoint to a bundle."""

@@ -1,4 +1,4 @@
-"""Writes an exported PyTorch graph as ONNX nodes: one table entry an operator, one node an operator wherever ONNX has it.
+"""Writes an exported PyTorch graph as ONNX nodes: one table entry an operator, one node where ONNX has it.
 
 Only what the model uses is here; anything else is a LowerError that names it. Precision is explicit in the traced
 graph, so every entry keeps the dtypes that PyTorch recorded.
@@ -80,26 +80,28 @@ class Translator(onnx_op.Operators):
 
     def _call(self, node: fx.Node) -> Any:
         spec = OPS.get(node.target)
-        write = OPERATORS.get(node.target)
-        if spec is None and write is None:
+        if spec is None and node.target not in OPERATORS:
             raise LowerError(
                 f"no ONNX form for {node.target} in {self.scope(node)}",
                 hint=f"add it to the table of {__name__.removeprefix('nemotrt.')}",
             )
-        arguments = fx.node.map_arg(node.args, self._values.__getitem__)
+        arguments: Any = fx.node.map_arg(node.args, self._values.__getitem__)
         before = len(self.nodes)
-        result = self._plugin_op(spec, node, arguments) if spec else write(self, node, *arguments)  # type: ignore[misc]
+        result = (
+            self._plugin_op(spec, node, arguments) if spec else OPERATORS[node.target](self, node, *arguments)
+        )
         self._name(node, before)
         self._describe(node, result)
         return result
 
     def _plugin_op(self, spec: OpSpec, node: fx.Node, inputs: Sequence[ir.Value]) -> Any:
         outputs = [ir.val(None) for _ in spec.outputs]
-        written = onnx_op.node(spec, inputs, outputs, node.kwargs, f"{self.scope(node)}.{spec.label}")
+        attributes: dict[str, Any] = dict(node.kwargs)
+        written = onnx_op.node(spec, inputs, outputs, attributes, f"{self.scope(node)}.{spec.label}")
         self.add(written)
         shapes = [tuple(argument.meta["val"].shape) for argument in node.args]  # type: ignore[union-attr]
         static = {axis: size for axis, size in spec.sizes(shapes).items() if isinstance(size, int)}
-        self.forms.append((spec, static, dict(node.kwargs)))
+        self.forms.append((spec, static, attributes))
         return outputs if len(outputs) > 1 else outputs[0]
 
     def scope(self, node: fx.Node) -> str:

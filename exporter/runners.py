@@ -51,15 +51,18 @@ class TorchRunner:
 
     def _pool_dtype(self, spec: PoolSpec) -> torch.dtype:
         # The FP32 reference keeps everything in FP32; at a lower precision each pool has its own dtype.
-        return torch.float32 if self._dtype == torch.float32 else getattr(torch, spec.dtype)  # type: ignore[no-any-return]
+        own: torch.dtype = getattr(torch, spec.dtype)
+        return torch.float32 if self._dtype == torch.float32 else own
 
     def reset(self, pools: dict[str, NDArray[np.float32]]) -> None:
+        """Fill every pool, in its own dtype."""
         self._pools = [
             torch.from_numpy(pools[spec.name].copy()).to(self._pool_dtype(spec)) for spec in self._specs
         ]
 
     @torch.no_grad()
     def step(self, inputs: StepInputs) -> Array:
+        """The logits [R, V] of one step."""
         step = Step(
             *(
                 torch.from_numpy(getattr(inputs, name))
@@ -71,6 +74,7 @@ class TorchRunner:
         return logits.double().numpy()  # type: ignore[no-any-return]
 
     def pools(self) -> dict[str, Array]:
+        """Every pool's values."""
         return {spec.name: pool.double().numpy() for spec, pool in zip(self._specs, self._pools, strict=True)}
 
 
@@ -82,10 +86,12 @@ class GraphRunner:
         self.runs_as = self._session.runs_as
 
     def reset(self, pools: dict[str, NDArray[np.float32]]) -> None:
+        """Fill every pool, in its own dtype."""
         for name, values in pools.items():
             self._session.set_pool(name, values)
 
     def step(self, inputs: StepInputs) -> Array:
+        """The logits [R, V] of one step."""
         return self._session.step(
             inputs.input_ids,
             inputs.query_start,
@@ -96,4 +102,5 @@ class GraphRunner:
         ).astype(np.float64)
 
     def pools(self) -> dict[str, Array]:
+        """Every pool's values."""
         return {name: self._session.pool(name).astype(np.float64) for name in self._session.pool_names}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ ALIGNMENT = 4096
 """Tensors start on a page, so that a runtime can map each of them."""
 
 
-INFINITY_BITS = {
+INFINITY_BITS: dict[torch.dtype, tuple[Any, int]] = {
     torch.float64: (np.uint64, 0x7FF0_0000_0000_0000),
     torch.float32: (np.uint32, 0x7F80_0000),
     torch.float16: (np.uint16, 0x7C00),
@@ -42,7 +42,9 @@ def convert(tensor: StoredTensor, transform: Transform, dtype: torch.dtype) -> I
         stored = torch.frombuffer(piece, dtype=getattr(torch, tensor.dtype))
         if not _is_finite(stored):
             what = "NaN" if torch.isnan(stored).any() else "an infinity"
-            raise CheckpointError(f"{tensor.name} holds {what}", hint="the checkpoint is damaged; download it again")
+            raise CheckpointError(
+                f"{tensor.name} holds {what}", hint="the checkpoint is damaged; download it again"
+            )
         wanted = -torch.exp(stored.float()) if transform is Transform.NEG_EXP else stored
         converted = wanted.to(dtype)
         if converted is not stored and not _is_finite(converted):

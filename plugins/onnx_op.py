@@ -1,4 +1,4 @@
-"""The ops as ONNX: one node in domain `nemo` each, and a model-local function that says in standard operators what it means.
+"""The ops as ONNX: one node in domain `nemo` each, and a function that says its meaning in standard operators.
 
 ONNX Runtime runs the function; TensorRT takes the plugin of the node's `plugin_namespace`.
 """
@@ -16,7 +16,7 @@ from nemotrt.plugins.spec import DOMAIN, VERSION, OpSpec
 OPSET = 23
 """The ONNX opset of graphs and bodies: the first with RMSNormalization, inside what TensorRT parses (21 to 27)."""
 
-Operand = ir.Value | int | float | bool | Sequence[int] | np.ndarray
+Operand = ir.Value | int | float | bool | Sequence[int] | np.ndarray[Any, Any]
 """What an operator takes: a value, or a Python number, list or array that becomes a constant."""
 
 

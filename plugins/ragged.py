@@ -1,4 +1,4 @@
-"""Rows of unequal groups, packed on one axis, in ONNX: which group a row is in, and equal chunks that never cross groups.
+"""Rows of unequal groups, packed on one axis, in ONNX: a row's group, and chunks that never cross groups.
 
 The rows are tokens and the groups their sequences, or routed rows and their experts. Legend: N groups, R rows,
 C chunks, `size` rows a chunk. All integers are int64.
@@ -57,6 +57,12 @@ def group_of_rows(op: Operators, end_N: ir.Value, num_rows: ir.Value) -> tuple[i
     group_R = last_axis_sum(op, op.GreaterOrEqual(op.Unsqueeze(row_R, [1]), end_N))
     last = op.Sub(size_of(op, end_N, 0), 1)
     return op.Min(group_R, last), op.LessOrEqual(group_R, last)
+
+
+def written_slots(op: Operators, slot_B: ir.Value, length_B: ir.Value) -> ir.Value:
+    """Where each sequence's new state goes [B, 1]: its slot, or the scratch row for a sequence without a token."""
+    slot_B = op.cast(slot_B, ir.DataType.INT64)
+    return op.Unsqueeze(op.Where(op.Equal(length_B, 0), 0, slot_B), [1])  # type: ignore[no-any-return]
 
 
 def chunks(op: Operators, start: ir.Value, size: ir.Value) -> Chunks:

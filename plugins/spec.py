@@ -107,8 +107,8 @@ class OpSpec:
         """The definition of correct: inputs in SPEC order, then attributes by name → outputs in SPEC order."""
         return import_module(f"{self.package}.reference").reference  # type: ignore[no-any-return]
 
-    def onnx_body(self) -> Callable[..., None]:
-        """The op in standard ONNX operators: see `onnx_op.function`."""
+    def onnx_body(self) -> Callable[..., tuple[Any, ...]]:
+        """Writes the op in standard ONNX operators and gives its outputs: see `onnx_op.function`."""
         return import_module(f"{self.package}.onnx_body").body  # type: ignore[no-any-return]
 
 

@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +118,7 @@ def main() -> None:
 
 
 def report(figures: dict[str, Any]) -> None:
+    """Print the figures with what they depend on."""
     click.echo(json.dumps(figures | {"cores": os.cpu_count(), "torch": torch.__version__}, indent=2))
 
 
@@ -175,7 +177,8 @@ def _eager(checkpoint: Path) -> tuple[Callable[[], Any], Callable[[], Any], Any]
 
     @torch.no_grad()
     def prefill() -> Any:
-        return model(input_ids=ids, past_key_values=DynamicCache(config=config), use_cache=True, logits_to_keep=1)
+        cache = DynamicCache(config=config)
+        return model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
 
     cache = prefill().past_key_values
 
@@ -193,7 +196,8 @@ def _peer(model: Any) -> tuple[dict[str, Any], Callable[[], Any], Callable[[], A
 
     ids = torch.ones(1, 512, dtype=torch.int64)
     with torch.no_grad():
-        cache = model(input_ids=ids, past_key_values=DynamicCache(config=model.config), use_cache=True).past_key_values
+        empty = DynamicCache(config=model.config)
+        cache = model(input_ids=ids, past_key_values=empty, use_cache=True).past_key_values
     found: dict[str, Any] = {}
     calls = []
     cases = {"prefill": {"input_ids": ids}, "decode": {"input_ids": ids[:, :1], "past_key_values": cache}}
@@ -202,7 +206,7 @@ def _peer(model: Any) -> tuple[dict[str, Any], Callable[[], Any], Callable[[], A
         exported = OnnxExporter().export(model, inputs, config=OnnxConfig(dynamic=False))
         found[f"{name}_export_seconds"] = time.perf_counter() - started
         found[f"{name}_nodes"] = len(exported.program.graph)
-        calls.append(lambda exported=exported, inputs=inputs: exported(**inputs))
+        calls.append(partial(exported, **inputs))
     return found, calls[0], calls[1]
 
 
@@ -212,7 +216,7 @@ def scan() -> None:
     heads, head_dim, groups, state = 64, 64, 8, 128
     sizes = {"H": heads, "P": head_dim, "G": groups, "N": state}
     attributes = {"dt_min": 0.0, "dt_max": 3.4e38}
-    types = {"X": ir.DataType.FLOAT, "STATE": ir.DataType.FLOAT, "float32": ir.DataType.FLOAT, "int32": ir.DataType.INT32}
+    types = dict.fromkeys(("X", "STATE", "float32"), ir.DataType.FLOAT) | {"int32": ir.DataType.INT32}
     shapes = [[sizes.get(axis, axis) for axis in tensor.axes] for tensor in SCAN.inputs]
     inputs = [ir.val(t.name, types[t.dtype], shape) for t, shape in zip(SCAN.inputs, shapes, strict=True)]
     outputs = [ir.val(t.name, types[t.dtype], [sizes.get(a, a) for a in t.axes]) for t in SCAN.outputs]
@@ -236,9 +240,10 @@ def scan() -> None:
             for tensor in SCAN.inputs
         }
         integers = {"query_start": [0, tokens], "context_len": [0], "slot": [1]}
-        return found | {name: np.asarray(values, dtype=np.int32) for name, values in integers.items()} | {"A": -found["A"] ** 2}
+        found |= {name: np.asarray(values, dtype=np.int32) for name, values in integers.items()}
+        return found | {"A": -(found["A"] ** 2)}
 
-    calls = {str(tokens): lambda data=feeds(tokens): session.run(None, data) for tokens in (1, 512, 4096)}
+    calls = {str(tokens): partial(session.run, None, feeds(tokens)) for tokens in (1, 512, 4096)}
     found = in_turns(calls, 5)
     report({"scan_body_ms": found, "4096_over_512": found["4096"] / found["512"]})
 

@@ -6,7 +6,7 @@ from typing import Any
 import onnx_ir as ir
 
 from nemotrt.plugins.onnx_op import Operators
-from nemotrt.plugins.ragged import bounds, group_of_rows, size_of
+from nemotrt.plugins.ragged import bounds, group_of_rows, size_of, written_slots
 
 
 def body(
@@ -32,7 +32,8 @@ def body(
         """The row `lag` tokens before `token`: a token of its own sequence, or the history's."""
         in_history = op.Add(op.Mul(sequence, kept), op.Add(position, kept - lag))
         in_tokens = op.Add(num_history, op.Sub(token, lag))
-        return op.Where(op.GreaterOrEqual(position, lag), in_tokens, in_history)
+        row: ir.Value = op.Where(op.GreaterOrEqual(position, lag), in_tokens, in_history)
+        return row
 
     sequence_T, is_owned_T = group_of_rows(op, end_B, num_tokens)
     token_T = op.Range(0, num_tokens, 1)
@@ -53,6 +54,4 @@ def body(
     last_rows = [row_before(length_B, end_B, sequence_B, kept - tap) for tap in range(kept)]
     last_BK = op.Concat(*[op.Unsqueeze(row, [1]) for row in last_rows], axis=1)
     new_BCK = op.Transpose(op.Gather(rows_RC, last_BK, axis=0), perm=[0, 2, 1])
-    is_empty_B11 = op.Unsqueeze(op.Equal(length_B, 0), [1, 2])
-    kept_BCK = op.Where(is_empty_B11, old_BCK, new_BCK)
-    return y_TC, op.ScatterND(inputs["conv_state"], op.Unsqueeze(slot_B, [1]), kept_BCK)
+    return y_TC, op.ScatterND(inputs["conv_state"], written_slots(op, slot_B, length_B), new_BCK)

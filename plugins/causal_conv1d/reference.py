@@ -1,5 +1,7 @@
 """The definition of correct, in plain PyTorch. Legend: T tokens, B sequences, C channels, K taps, S slots."""
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -22,7 +24,7 @@ def reference(
     y = torch.zeros_like(x)
     next_state = conv_state.clone()
     starts = query_start.tolist()
-    for b, (start, end) in enumerate(zip(starts, starts[1:], strict=False)):
+    for b, (start, end) in enumerate(pairwise(starts)):
         if start == end:
             continue
         row = int(slot[b])

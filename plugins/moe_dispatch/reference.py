@@ -54,8 +54,8 @@ def reference(
         hidden = _quantised(hidden, hidden_scale) if is_fp8 else hidden
         parts_TkL[t, k] = (hidden.to(compute) @ down[e].to(compute).T) * down_scale[e]
     y_TL = torch.zeros(x.shape, dtype=compute, device=x.device)
-    for k in range(top_k):
-        y_TL += weights_Tk[:, k, None].to(compute) * parts_TkL[:, k]
+    for rank in range(top_k):
+        y_TL += weights_Tk[:, rank, None].to(compute) * parts_TkL[:, rank]
     return (y_TL.to(x.dtype),)
 
 
@@ -77,7 +77,7 @@ def route(
     scores_TR = torch.sigmoid(router_logits)
     ranked_TR = scores_TR + correction_bias
     if num_groups > 1:
-        grouped_TGR = ranked_TR.unflatten(1, (num_groups, -1))
+        grouped_TGR = ranked_TR.reshape(len(ranked_TR), num_groups, -1)
         group_score_TG = grouped_TGR.topk(min(2, grouped_TGR.shape[2]), dim=2).values.sum(2)
         kept_TG = _top(group_score_TG, topk_group)
         mask_TG = torch.ones_like(group_score_TG, dtype=torch.bool).scatter(1, kept_TG, False)

@@ -50,7 +50,14 @@ def body(
         pages = inner.Slice(row_M, [0], inner.Unsqueeze(num_pages, [0]), [0])
         return [
             _attend(
-                inner, sizes, attributes, inner.Gather(inputs["q"], row_I, axis=0), position_I, seen, cache, pages
+                inner,
+                sizes,
+                attributes,
+                inner.Gather(inputs["q"], row_I, axis=0),
+                position_I,
+                seen,
+                cache,
+                pages,
             )
         ]
 

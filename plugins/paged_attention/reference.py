@@ -3,6 +3,8 @@
 Legend: T tokens, B sequences, Q query heads, V key-value heads, D head dim, K pages, M pages of a sequence, L keys.
 """
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -35,7 +37,7 @@ def reference(
     o = torch.zeros_like(q)
     cache = kv_cache.clone()
     starts = query_start.tolist()
-    for b, (start, end) in enumerate(zip(starts, starts[1:], strict=False)):
+    for b, (start, end) in enumerate(pairwise(starts)):
         if start == end:
             continue
         context, total = int(context_len[b]), int(context_len[b]) + end - start

@@ -10,7 +10,7 @@ from typing import Any
 import onnx_ir as ir
 
 from nemotrt.plugins.onnx_op import Operators
-from nemotrt.plugins.ragged import Chunks, bounds, chunks, group_of_rows, rows_of_chunk, size_of
+from nemotrt.plugins.ragged import Chunks, bounds, chunks, group_of_rows, rows_of_chunk, size_of, written_slots
 
 CHUNK = 64
 """Tokens a chunk: work within a chunk grows with its square, work between chunks with their number."""
@@ -57,10 +57,8 @@ def body(
     y_THP = op.Add(y_THP, op.Mul(op.Unsqueeze(inputs["D"], [1]), packed.x_THP))
     y_THP = op.CastLike(op.Where(op.Unsqueeze(is_owned_T, [1, 2]), y_THP, 0.0), inputs["x"])
 
-    is_empty_B111 = op.Unsqueeze(op.Equal(length_B, 0), [1, 2, 3])
-    new_BHPN = op.Where(is_empty_B111, packed.old_BHPN, op.CastLike(state_BHPN, inputs["ssm_state"]))
-    slot_B1 = op.Unsqueeze(op.cast(inputs["slot"], ir.DataType.INT64), [1])
-    return y_THP, op.ScatterND(inputs["ssm_state"], slot_B1, new_BHPN)
+    new_BHPN = op.CastLike(state_BHPN, inputs["ssm_state"])
+    return y_THP, op.ScatterND(inputs["ssm_state"], written_slots(op, inputs["slot"], length_B), new_BHPN)
 
 
 def _read(

@@ -3,6 +3,8 @@
 Legend: T tokens, B sequences, H heads, P head dim, G groups, N state size, S slots.
 """
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -39,7 +41,7 @@ def reference(
     y = torch.zeros_like(x)
     next_state = ssm_state.clone()
     starts = query_start.tolist()
-    for b, (start, end) in enumerate(zip(starts, starts[1:], strict=False)):
+    for b, (start, end) in enumerate(pairwise(starts)):
         if start == end:
             continue
         row = int(slot[b])
