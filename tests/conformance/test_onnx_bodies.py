@@ -18,7 +18,11 @@ from nemotrt.plugins import onnx_op
 from nemotrt.plugins.spec import DOMAIN, VERSION, OpSpec, ops
 
 OPS = {spec.torch_name: spec for spec in ops()}
-DTYPES = {torch.float32: ir.DataType.FLOAT, torch.float16: ir.DataType.FLOAT16, torch.int32: ir.DataType.INT32}
+DTYPES = {
+    torch.float32: ir.DataType.FLOAT,
+    torch.float16: ir.DataType.FLOAT16,
+    torch.int32: ir.DataType.INT32,
+}
 FREE = {"T", "B", "B+1", "S", "M", "pages"}
 PAGE = 8
 
@@ -98,7 +102,9 @@ def tensors(spec: OpSpec, step: Step, dtype: torch.dtype) -> dict[str, torch.Ten
     """Random inputs; what is nobody's holds NaN: padding tokens, fresh sequences' rows, free rows, stale pages."""
     generator = torch.Generator().manual_seed(step.seed)
     num_tokens, num_sequences = sum(step.lengths), len(step.lengths)
-    max_pages = max((length + context) // PAGE + 1 for length, context in zip(step.lengths, step.contexts, strict=True))
+    max_pages = max(
+        (length + context) // PAGE + 1 for length, context in zip(step.lengths, step.contexts, strict=True)
+    )
     known = SIZES[spec.torch_name] | {
         "T": num_tokens + step.padding,
         "B": num_sequences,
@@ -118,7 +124,9 @@ def tensors(spec: OpSpec, step: Step, dtype: torch.dtype) -> dict[str, torch.Ten
         "query_start": torch.tensor([0, *step.lengths]).cumsum(0).int(),
         "context_len": context,
         "slot": order.int(),
-        "page_table": (torch.randperm(known["pages"] - 1, generator=generator) + 1).int().view(num_sequences, -1),
+        "page_table": (torch.randperm(known["pages"] - 1, generator=generator) + 1)
+        .int()
+        .view(num_sequences, -1),
     }
     found |= {name: value for name, value in integers.items() if name in found}
     if "A" in found:
@@ -134,7 +142,9 @@ def tensors(spec: OpSpec, step: Step, dtype: torch.dtype) -> dict[str, torch.Ten
         for tensor in spec.inputs:
             if tensor.axes[0] == "T":
                 found[tensor.name][num_tokens:] = torch.nan
-    found |= {name: torch.ones(1) for name in ("k_scale", "v_scale", "input_scale", "hidden_scale") if name in found}
+    found |= {
+        name: torch.ones(1) for name in ("k_scale", "v_scale", "input_scale", "hidden_scale") if name in found
+    }
     return found
 
 

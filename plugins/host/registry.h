@@ -1,0 +1,12 @@
+// The creators of all ops, as TensorRT finds them in this library.
+#pragma once
+
+#include "tensorrt.h"
+
+#define NEMO_EXPORT __attribute__((visibility("default")))
+
+extern "C" {
+NEMO_EXPORT nvinfer1::IPluginCreatorInterface* const* getCreators(int32_t& count);
+NEMO_EXPORT void setLoggerFinder(nvinfer1::ILoggerFinder* finder);
+NEMO_EXPORT char const* nemo_plugin_describe();  // JSON: version, build hash, SMs
+}

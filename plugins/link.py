@@ -1,0 +1,259 @@
+"""Links the compiled kernels and the C++ host into `libnemo_plugins.so`: `python -m nemotrt.plugins.link`.
+
+Needs g++ (or a cross compiler) and nothing of NVIDIA's: no CUDA toolkit, no TensorRT, no GPU. Where
+TensorRT's headers are found, the host compiles against them, else against host/tensorrt_abi.h.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+
+from nemotrt.plugins.kernel_index import KernelError, KernelIndex
+from nemotrt.plugins.kernel_store import digest, write
+from nemotrt.plugins.link_tables import assembler, cpp_description, cpp_tables, specs_digest
+from nemotrt.plugins.spec import VERSION, ops
+
+LIBRARY_NAME = "libnemo_plugins.so"
+DESCRIPTION_NAME = "libnemo_plugins.json"
+
+SOURCES = Path(__file__).parent
+WARNINGS = ("-Wall", "-Wextra", "-Werror", "-Wshadow", "-Wnon-virtual-dtor")
+COMPILE = ("-std=c++17", "-fPIC", "-fvisibility=hidden", "-pthread", *WARNINGS)
+LINK = ("-shared", "-pthread", "-Wl,--no-undefined", "-Wl,-z,relro,-z,now", "-Wl,--build-id=none")
+RELEASE = ("-static-libstdc++", "-static-libgcc", "-Wl,--exclude-libs,ALL", "-Wl,-s")
+SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g")
+
+HEADER = "NvInferRuntime.h"
+HEADERS_VARIABLE = "TENSORRT_INCLUDE_DIR"
+SYSTEM_HEADERS = (
+    "/usr/include",
+    f"/usr/include/{os.uname().machine}-linux-gnu",
+    "/usr/local/tensorrt/include",
+    "/opt/tensorrt/include",
+)
+CUDA_TYPES = "typedef struct CUstream_st* cudaStream_t;\ntypedef struct CUevent_st* cudaEvent_t;\n"
+"""All that NVIDIA's plugin headers use of cuda_runtime_api.h: under that name, so that CUDA is not needed."""
+
+
+@dataclass(frozen=True)
+class Toolchain:
+    """What compiles the host. `headers` is the folder of TensorRT's headers, None for our own declaration."""
+
+    compiler: str = "g++"
+    headers: Path | None = None
+    sanitize: bool = False
+
+    def flags(self) -> list[str]:
+        """What every source is compiled with, the folders of headers left out."""
+        headers = ["-DNEMO_NVIDIA_HEADERS"] if self.headers else []
+        return [*COMPILE, *headers, *(("-O1", *SANITIZE) if self.sanitize else ("-O2",))]
+
+    def version(self) -> str:
+        """The compiler's own name and version; raises KernelError where there is no such compiler."""
+        if not shutil.which(self.compiler):
+            raise KernelError(f"there is no compiler {self.compiler}: install g++, or name another one")
+        command = [self.compiler, "-dumpfullversion", "-dumpmachine"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def headers_version(folder: Path) -> str:
+    """The version of a folder's TensorRT headers; raises KernelError where missing or too old."""
+    try:
+        text = (folder / "NvInferVersion.h").read_text(encoding="utf-8", errors="replace")
+    except (FileNotFoundError, NotADirectoryError):
+        raise KernelError(f"{folder} has no {HEADER}: it is no folder of TensorRT's headers") from None
+    product = "RTX" if "TRT_MAJOR_RTX" in text else "ENTERPRISE"
+    numbers = [re.search(rf"define TRT_{part}_{product}\s+(\d+)", text) for part in ("MAJOR", "MINOR")]
+    major, minor = (int(number[1]) if number else 0 for number in numbers)
+    if not (folder / HEADER).is_file() or (product == "ENTERPRISE" and major < 11):
+        raise KernelError(
+            f"{folder} has headers of TensorRT {major}.{minor}: TensorRT 11 or TensorRT-RTX is needed"
+        )
+    return f"TensorRT{'-RTX' if product == 'RTX' else ''} {major}.{minor}"
+
+
+def find_headers(environment: Mapping[str, str], system: Sequence[str] = SYSTEM_HEADERS) -> Path | None:
+    """The folder of TensorRT's headers: $TENSORRT_INCLUDE_DIR, which must have them, or a system folder."""
+    if chosen := environment.get(HEADERS_VARIABLE):
+        headers_version(Path(chosen))
+        return Path(chosen)
+    for folder in map(Path, system):
+        if (folder / HEADER).is_file():
+            try:
+                headers_version(folder)
+            except KernelError:
+                continue
+            return folder
+    return None
+
+
+@dataclass(frozen=True)
+class Library:
+    """A linked plugin library, and what it says of itself: version, hash, SMs."""
+
+    path: Path
+    description: dict[str, Any]
+
+
+def host_sources() -> list[Path]:
+    """The C++ sources: the host's, and each op's."""
+    return sorted(
+        [*SOURCES.glob("host/*.cpp"), *(SOURCES / spec.torch_name / "plugin.cpp" for spec in ops())]
+    )
+
+
+def describe(index: KernelIndex, toolchain: Toolchain) -> dict[str, Any]:
+    """What a library of these kernels says of itself; `hash` covers all that decides its contents."""
+    files = sorted([*host_sources(), *SOURCES.glob("host/*.h"), SOURCES / "host" / "exports.map"])
+    identity = {
+        "sources": {str(path.relative_to(SOURCES)): _hash(path.read_bytes()) for path in files},
+        "tables": _hash(cpp_tables(ops(), index.kernels).encode()),
+        "cubins": [kernel.sha256 for kernel in index.kernels],
+        "compiler": [toolchain.version(), toolchain.flags(), LINK, RELEASE],
+        "headers": headers_version(toolchain.headers) if toolchain.headers else None,
+    }
+    return {
+        "name": "nemo_plugins",
+        "version": importlib.metadata.version("nemo-export"),
+        "op_version": VERSION,
+        "hash": digest(identity),
+        "specs": specs_digest(ops()),
+        "sms": sorted({kernel.sm for kernel in index.kernels}),
+        "num_kernels": len(index.kernels),
+        "triton": index.triton,
+        "headers": identity["headers"] or "own",
+    }
+
+
+def link(index: KernelIndex, output: Path, toolchain: Toolchain | None = None) -> Library:
+    """The library of these kernels in the folder `output`, its description beside it; kept if unchanged.
+
+    Raises KernelError where a cubin is missing or changed, or the compiler fails.
+    """
+    toolchain = toolchain or Toolchain(headers=find_headers(os.environ))
+    description = describe(index, toolchain)
+    library = Library(output / LIBRARY_NAME, description)
+    if _is_current(library):
+        return library
+    for kernel in index.kernels:
+        index.cubin(kernel)
+    with tempfile.TemporaryDirectory(prefix="nemo-link-") as temporary:
+        built = _compile(index, description, toolchain, Path(temporary))
+        content = built.read_bytes()
+    output.mkdir(parents=True, exist_ok=True)
+    write(library.path, content)
+    library.path.chmod(0o755)
+    note = output / DESCRIPTION_NAME
+    write(note, (json.dumps(description | {"sha256": _hash(content)}, indent=1) + "\n").encode())
+    note.chmod(0o644)
+    return library
+
+
+def _hash(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def _is_current(library: Library) -> bool:
+    try:
+        note = json.loads((library.path.parent / DESCRIPTION_NAME).read_bytes())
+        content = library.path.read_bytes()
+    except (FileNotFoundError, ValueError):
+        return False
+    return bool(note == library.description | {"sha256": _hash(content)})
+
+
+def _compile(index: KernelIndex, description: dict[str, Any], toolchain: Toolchain, folder: Path) -> Path:
+    """The library, linked in `folder`."""
+    (folder / "cuda_runtime_api.h").write_text(CUDA_TYPES)
+    generated = {
+        "tables.cpp": cpp_tables(ops(), index.kernels),
+        "description.cpp": cpp_description(description),
+        "cubins.s": assembler(index.kernels),
+    }
+    for name, content in generated.items():
+        (folder / name).write_text(content, encoding="utf-8")
+    sources = [*host_sources(), *(folder / name for name in generated)]
+    includes = [f"-I{SOURCES}"]
+    if toolchain.headers:
+        includes += ["-isystem", str(toolchain.headers), "-isystem", str(folder)]
+    commands, objects = [], []
+    for i, source in enumerate(sources):
+        objects.append(str(folder / f"{i}.o"))
+        commands.append([*toolchain.flags(), *includes, "-c", str(source), "-o", objects[-1]])
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        list(pool.map(lambda command: _run(toolchain, command, index.folder), commands))
+    library = folder / LIBRARY_NAME
+    kind = SANITIZE if toolchain.sanitize else RELEASE
+    exports = f"-Wl,--version-script={SOURCES / 'host' / 'exports.map'}"
+    _run(toolchain, [*LINK, *kind, exports, *objects, "-ldl", "-o", str(library)], index.folder)
+    return library
+
+
+def _run(toolchain: Toolchain, arguments: Sequence[str], folder: Path) -> None:
+    command = [toolchain.compiler, *arguments]
+    english = os.environ | {"LC_ALL": "C"}
+    result = subprocess.run(command, cwd=folder, env=english, capture_output=True, text=True, check=False)
+    if result.returncode:
+        error = KernelError(f"{toolchain.compiler} failed: {_first_error(result.stderr)}")
+        error.add_note(result.stderr)
+        raise error
+
+
+def _first_error(stderr: str) -> str:
+    lines = stderr.strip().splitlines() or ["it said nothing"]
+    telling = [line for line in lines if re.search(r"error:|undefined reference|multiple definition", line)]
+    return (telling or lines)[0]
+
+
+@click.command()
+@click.option(
+    "--kernels",
+    type=click.Path(path_type=Path),
+    default=Path("build/kernels"),
+    show_default=True,
+    help="Folder that nemotrt.plugins.build wrote.",
+)
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path),
+    default=Path("build/plugins"),
+    show_default=True,
+    help=f"Folder for {LIBRARY_NAME} and its description.",
+)
+@click.option("--compiler", default="g++", show_default=True, help="g++ or a cross compiler.")
+@click.option("--sanitize", is_flag=True, help="Address and undefined-behaviour sanitisers: for tests.")
+@click.option("--verbose", is_flag=True, help="The compiler's whole message where it fails.")
+def main(kernels: Path, output: Path, compiler: str, sanitize: bool, verbose: bool) -> None:
+    """Link compiled kernels and the host into the plugin library.
+
+    TensorRT's headers are used from the folder that TENSORRT_INCLUDE_DIR names, or from the system's.
+    """
+    try:
+        toolchain = Toolchain(compiler, find_headers(os.environ), sanitize)
+        library = link(KernelIndex.load(kernels), output, toolchain)
+    except KernelError as error:
+        if verbose:
+            click.echo("\n".join(getattr(error, "__notes__", [])), err=True)
+        raise click.ClickException(str(error)) from None
+    description = library.description
+    sms = ", ".join(map(str, description["sms"]))
+    num_bytes = library.path.stat().st_size
+    click.echo(f"{description['num_kernels']} kernels for SM {sms}, {num_bytes:,} bytes: {library.path}")
+
+
+if __name__ == "__main__":
+    main()

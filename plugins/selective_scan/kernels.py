@@ -1,0 +1,787 @@
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+# Parameters of a jit function have Triton's types, which Python's cannot say.
+"""The op's Triton kernels. Legend: Q tokens of a chunk, N state size, P a piece of a head's columns, R rows.
+
+T ≤ B, decode: `step_sequences` alone, for any lengths. T > B: `prepare_chunks`, `scan_sequences` for sequences
+longer than STEP_TOKENS, and `step_sequences` for the others, so that the decodes of a mixed step cost what they cost
+in a decode step. No two launches touch the same row of the pool or of y.
+
+- `step_sequences`: a program owns ROWS of a sequence's H · P state rows, all in one group. It loads them once, runs
+  the recurrence over the tokens, and stores them: one read and one write of the state, which is all the traffic.
+- `prepare_chunks`: a program owns a chunk and a group. It writes the chunk's C · Bᵀ, once for all heads of the group,
+  and each head's Δ and running sum of Δ · A.
+- `scan_sequences`: a program owns a sequence and a piece of one head's columns, and walks the chunks in order with
+  the state [N, P] in registers.
+
+Why a walk and not the form that is parallel over chunks: that one writes and reads every chunk's state. For 8192 tokens
+of 128 heads × 64, 8 groups, N 128, it moves 1359 MB, 316 µs at the 4.3 TB/s that an H200 copies; the walk moves 310 MB
+and the scratch below, which fits L2. Its 53 GFLOP are 68 µs at 790 TFLOP/s; per chunk and head it reads 48 KB, nearly
+all from L2, 0.8 GB in all. One sequence gives H programs (128 for 132 SMs) of 128 chunks, about a thousand
+instructions a warp each: on paper 150 to 200 µs. **Not measured.** Fewer heads are cut in pieces of 32 columns to
+fill the SMs; finer pieces would read B, C and C · Bᵀ more often than that gains.
+
+A chunk's place in scratch needs no table: sequence b's chunks begin at query_start[b] // Q + b. That leaves each
+sequence room for ⌈length / Q⌉, since ⌊s/Q⌋ + ⌈l/Q⌉ ≤ ⌊(s + l)/Q⌋ + 1, and ends by T // Q + B.
+
+Precision. Sums, exponents and the state are FP32; factors of matrix products are of x's dtype, FP32 ones exact
+("ieee"). Exponents are differences of the running sum clamped at 0 before exp2, so a masked entry is 0 · 1 and never
+0 · ∞. A step's decay is clamped at 2^−160, which is 0 in FP32 too, so that one step of −10⁶ does not drown the steps
+after it. FP16 factors are divided by powers of two, so that they neither overflow, whatever x, B, C and Δ are, nor
+come near the subnormals where their largest is not one: C · Bᵀ by its largest entry, Δ and the weights of x by the
+head's largest in the chunk (all in `prepare_chunks`), the state by its largest entry, found chunk by chunk. BF16 has
+FP32's range and needs none of it. A ≤ 0 is assumed, as −exp(A_log) is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from nemotrt.plugins.selective_scan import SPEC
+from nemotrt.plugins.variant import SMS, TRITON_DTYPES, Variant
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LEAST_STEP = tl.constexpr(-160.0)
+"""The strongest decay of one token, as a power of two: 0 in FP32."""
+SEARCH = tl.constexpr(128)
+"""Sequences that a program compares at a time when it looks for its own."""
+LEAST_SCALED = tl.constexpr(2.0**-40)
+"""What is smaller as a whole is not scaled up to full precision: quotients of scales stay within FP32."""
+COLUMNS = tl.constexpr(128)
+"""Columns of padding that a program of `prepare_chunks` zeroes at a time."""
+ONE_EXPONENT = tl.constexpr(1 << 23)
+"""The lowest bit of an FP32 exponent."""
+
+
+@triton.jit
+def _softplus(value):
+    """log(1 + exp(value)) to FP32 accuracy, relative, however small: 2 artanh(e / (2 + e)) for e = exp(−|value|) ≤ 1."""
+    e = tl.exp2(tl.abs(value) * -LOG2E)
+    s = e / (2.0 + e)
+    square = s * s
+    series = 1.0 / 15.0
+    series = series * square + 1.0 / 13.0
+    series = series * square + 1.0 / 11.0
+    series = series * square + 1.0 / 9.0
+    series = series * square + 1.0 / 7.0
+    series = series * square + 1.0 / 5.0
+    series = series * square + 1.0 / 3.0
+    series = series * square + 1.0
+    return tl.maximum(value, 0.0) + 2.0 * s * series
+
+
+@triton.jit
+def _delta(raw, bias, dt_min, dt_max):
+    """Δ from an op's raw dt: softplus and clamp, in FP32."""
+    delta = _softplus(raw.to(tl.float32) + bias)
+    return tl.clamp(delta, dt_min, dt_max, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _power_of_two(largest, EXPONENT: tl.constexpr):
+    """A power of two by which numbers up to `largest` become less than 2^(EXPONENT + 1), and its inverse: both exact."""
+    bits = tl.maximum(largest, LEAST_SCALED).to(tl.int32, bitcast=True) & 0x7F800000
+    bits -= EXPONENT * ONE_EXPONENT
+    return bits.to(tl.float32, bitcast=True), (-bits + 254 * ONE_EXPONENT).to(tl.float32, bitcast=True)
+
+
+# 1. One step, or a few
+
+
+@triton.jit
+def step_sequences(
+    ssm_state,
+    x,
+    dt,
+    A,
+    B,
+    C,
+    D,
+    dt_bias,
+    query_start,
+    context_len,
+    slot,
+    y,
+    num_tokens,
+    num_sequences,
+    num_heads,
+    num_groups,
+    head_dim,
+    step_tokens,
+    dt_min,
+    dt_max,
+    N: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """Sequences of 1 … step_tokens tokens, and padding where step_tokens ≥ T. Grid: blocks of rows, B."""
+    sequence = tl.program_id(1)
+    # All that says what to load next is loaded at once.
+    start = tl.load(query_start + sequence)
+    end = tl.load(query_start + sequence + 1)
+    used = tl.load(query_start + num_sequences)
+    pool_row = tl.load(slot + sequence).to(tl.int64)
+    continued = tl.load(context_len + sequence) > 0
+    width = num_heads * head_dim
+    row = tl.program_id(0) * ROWS
+    head = row // head_dim
+    group = head // (num_heads // num_groups)
+    r = tl.arange(0, ROWS)
+
+    if step_tokens >= num_tokens:
+        for token in range(used + sequence, num_tokens, num_sequences):
+            tl.store(y + tl.cast(token, tl.int64) * width + row + r, tl.zeros([ROWS], y.dtype.element_ty))
+    length = end - start
+    if (length == 0) | (length > step_tokens):
+        return
+
+    n = tl.arange(0, N)
+    ssm_state += (pool_row * width + row) * N
+    at_RN = r[:, None] * N + n[None, :]
+    stored_RN = tl.load(ssm_state + at_RN, mask=continued, other=0.0)
+    x += start.to(tl.int64) * width + row
+    y += start.to(tl.int64) * width + row
+    dt += start.to(tl.int64) * num_heads + head
+    B += (start.to(tl.int64) * num_groups + group) * N
+    C += (start.to(tl.int64) * num_groups + group) * N
+    x_R = tl.load(x + r)
+    raw = tl.load(dt)
+    B_N = tl.load(B + n)
+    C_N = tl.load(C + n)
+    decay_rate = tl.load(A + head) * LOG2E
+    skip = tl.load(D + head)
+    bias = tl.load(dt_bias + head)
+    state_RN = stored_RN.to(tl.float32)
+    for token in range(start, end):
+        # The next token's inputs are on their way while this one's are used.
+        is_next = token + 1 < end
+        x += width
+        dt += num_heads
+        B += num_groups * N
+        C += num_groups * N
+        next_x_R = tl.load(x + r, mask=is_next, other=0.0)
+        next_raw = tl.load(dt, mask=is_next, other=0.0)
+        next_B_N = tl.load(B + n, mask=is_next, other=0.0)
+        next_C_N = tl.load(C + n, mask=is_next, other=0.0)
+
+        delta = _delta(raw, bias, dt_min, dt_max)
+        value_R = x_R.to(tl.float32)
+        state_RN *= tl.exp2(delta * decay_rate)
+        state_RN += (delta * value_R)[:, None] * B_N.to(tl.float32)[None, :]
+        y_R = tl.sum(state_RN * C_N.to(tl.float32)[None, :], axis=1) + skip * value_R
+        tl.store(y + r, y_R.to(y.dtype.element_ty))
+        y += width
+        x_R = next_x_R
+        raw = next_raw
+        B_N = next_B_N
+        C_N = next_C_N
+    tl.store(ssm_state + at_RN, state_RN.to(ssm_state.dtype.element_ty))
+
+
+# 2. Chunks
+
+
+@triton.jit
+def _owner(query_start, num_sequences, chunk, Q: tl.constexpr):
+    """The last sequence whose chunks begin at or before this one; padding counts as one more sequence."""
+    count = 0
+    for first in range(0, num_sequences + 1, SEARCH):
+        sequence = first + tl.arange(0, SEARCH)
+        exists = sequence <= num_sequences
+        start = tl.load(query_start + sequence, mask=exists, other=0)
+        count += tl.sum((exists & (start // Q + sequence <= chunk)).to(tl.int32), axis=0)
+    return count - 1
+
+
+@triton.jit
+def _long_sequence(query_start, num_sequences, n, step_tokens):
+    """The n-th sequence of more than step_tokens tokens, from 0; num_sequences where there are fewer."""
+    index = 0
+    seen = 0
+    for first in range(0, num_sequences, SEARCH):
+        sequence = first + tl.arange(0, SEARCH)
+        exists = sequence < num_sequences
+        start = tl.load(query_start + sequence, mask=exists, other=0)
+        end = tl.load(query_start + sequence + 1, mask=exists, other=0)
+        is_long = (end - start > step_tokens).to(tl.int32)
+        rank = seen + tl.cumsum(is_long, axis=0)
+        index += tl.sum((exists & (rank <= n)).to(tl.int32), axis=0)
+        seen += tl.sum(is_long, axis=0)
+    return index
+
+
+@triton.jit
+def prepare_chunks(
+    dt,
+    A,
+    B,
+    C,
+    dt_bias,
+    query_start,
+    products,
+    decays,
+    scales,
+    y,
+    num_tokens,
+    num_sequences,
+    num_heads,
+    num_groups,
+    head_dim,
+    step_tokens,
+    dt_min,
+    dt_max,
+    N: tl.constexpr,
+    Q: tl.constexpr,
+    HEADS: tl.constexpr,
+):
+    """Of each chunk longer than step_tokens' sequences. Grid: T // Q + B chunks, groups.
+
+    products [chunks, G, Q, Q]: C_i · B_j for j ≤ i, else 0. decays [chunks, H, 2, Q]: log2 of the decay since the
+    chunk's beginning, and Δ, 0 past the sequence's end. scales [chunks, H, 3], FP16 only: what a weighted product, Δ and
+    a weight of x were divided by, as `scan_sequences` multiplies it back.
+    """
+    chunk = tl.program_id(0)
+    group = tl.program_id(1)
+    heads = num_heads // num_groups
+    q = tl.arange(0, Q)
+    sequence = _owner(query_start, num_sequences, chunk, Q)
+    is_padding = sequence == num_sequences
+    start = tl.load(query_start + sequence)
+    end = tl.load(query_start + sequence + 1, mask=sequence < num_sequences, other=num_tokens)
+    first = start + (chunk - start // Q - sequence) * Q
+    if first >= end:
+        return
+    if is_padding:
+        at_Q1 = (tl.cast(first, tl.int64) * num_heads + group * heads) * head_dim + (
+            q * num_heads * head_dim
+        )[:, None]
+        for column in range(0, heads * head_dim, COLUMNS):
+            c = column + tl.arange(0, COLUMNS)
+            is_inside = (q < end - first)[:, None] & (c < heads * head_dim)[None, :]
+            tl.store(y + at_Q1 + c[None, :], tl.zeros([Q, COLUMNS], y.dtype.element_ty), mask=is_inside)
+        return
+    if end - start <= step_tokens:
+        return
+
+    dtype: tl.constexpr = B.dtype.element_ty
+    n = tl.arange(0, N)
+    is_token_Q = q < end - first
+    at_QN = (tl.cast(first, tl.int64) * num_groups + group) * N + (q * (num_groups * N))[:, None] + n[None, :]
+    B_QN = tl.load(B + at_QN, mask=is_token_Q[:, None], other=0.0)
+    C_QN = tl.load(C + at_QN, mask=is_token_Q[:, None], other=0.0)
+    product_QQ = tl.dot(C_QN, tl.trans(B_QN))
+    product_QQ = tl.where(q[:, None] >= q[None, :], product_QQ, 0.0)
+    product_scale = 1.0
+    if dtype == tl.float16:
+        product_scale, inverse = _power_of_two(tl.max(tl.abs(product_QQ), axis=None), 13)
+        product_QQ *= inverse
+    products += (chunk * num_groups + group).to(tl.int64) * (Q * Q)
+    tl.store(products + q[:, None] * Q + q[None, :], product_QQ.to(dtype))
+
+    for head in range(0, heads, HEADS):
+        h = head + tl.arange(0, HEADS)
+        is_head = h < heads
+        h += group * heads
+        is_raw = is_token_Q[:, None] & is_head[None, :]
+        raw_QH = tl.load(
+            dt + tl.cast(first, tl.int64) * num_heads + (q * num_heads)[:, None] + h[None, :],
+            mask=is_raw,
+            other=0.0,
+        )
+        A_H = tl.load(A + h, mask=is_head, other=0.0) * LOG2E
+        bias_H = tl.load(dt_bias + h, mask=is_head, other=0.0)
+        delta_QH = tl.where(is_raw, _delta(raw_QH, bias_H[None, :], dt_min, dt_max), 0.0)
+        step_QH = tl.maximum(delta_QH * A_H[None, :], LEAST_STEP)
+        at_H = chunk.to(tl.int64) * num_heads + h
+        at_QH = at_H[None, :] * (2 * Q) + q[:, None]
+        decay_QH = tl.cumsum(step_QH, axis=0)
+        if dtype == tl.float16:
+            total_H = tl.sum(step_QH, axis=0)
+            weight_QH = delta_QH * tl.exp2(tl.minimum(total_H[None, :] - decay_QH, 0.0))
+            delta_scale_H, inverse_H = _power_of_two(tl.max(delta_QH, axis=0), 0)
+            weight_scale_H, _ = _power_of_two(tl.max(weight_QH, axis=0), -1)
+            delta_QH *= inverse_H[None, :]
+            tl.store(scales + at_H * 3, product_scale * delta_scale_H, mask=is_head)
+            tl.store(scales + at_H * 3 + 1, delta_scale_H / weight_scale_H, mask=is_head)
+            tl.store(scales + at_H * 3 + 2, weight_scale_H, mask=is_head)
+        tl.store(decays + at_QH, decay_QH, mask=is_head[None, :])
+        tl.store(decays + at_QH + Q, delta_QH, mask=is_head[None, :])
+
+
+@triton.jit
+def _advance(
+    state_NP,
+    x_QP,
+    weight_QQ,
+    C_QN,
+    B_QN,
+    from_state_Q,
+    to_end_Q,
+    kept,
+    skip,
+    state_inverse,
+    y_scale,
+):
+    """A chunk's y [Q, P] in FP32, and the state [N, P] after it (Dao and Gu 2024, arXiv 2405.21060, section 6)."""
+    dtype: tl.constexpr = x_QP.dtype
+    arriving_QP = (x_QP.to(tl.float32) * to_end_Q[:, None]).to(dtype)
+    factor_NP = (state_NP * state_inverse).to(dtype)
+    # Sums begin in the registers where products accumulate. In this order 80 columns need no spill on SM 90.
+    state_NP = tl.dot(tl.trans(B_QN), arriving_QP, state_NP * kept)
+    y_QP = tl.dot(C_QN, factor_NP) * from_state_Q[:, None]
+    y_QP = tl.dot(weight_QQ, x_QP, y_QP)
+    return y_QP * y_scale + skip * x_QP.to(tl.float32), state_NP
+
+
+@triton.jit
+def scan_sequences(
+    ssm_state,
+    x,
+    B,
+    C,
+    D,
+    query_start,
+    context_len,
+    slot,
+    products,
+    decays,
+    scales,
+    y,
+    num_sequences,
+    num_heads,
+    num_groups,
+    head_dim,
+    step_tokens,
+    N: tl.constexpr,
+    Q: tl.constexpr,
+    P: tl.constexpr,
+    TAIL: tl.constexpr,
+):
+    """Sequences of more than step_tokens tokens, and all padding. Grid: H · head_dim / (P + TAIL), B.
+
+    A piece is P columns, and TAIL more that are a state of their own: 80 columns are 64 + 16, where 128 would waste 48.
+    """
+    first_column = tl.program_id(0) * (P + TAIL)
+    head = first_column // head_dim
+    group = head // (num_heads // num_groups)
+    width = num_heads * head_dim
+    dtype: tl.constexpr = x.dtype.element_ty
+    turn = tl.program_id(1)
+    q = tl.arange(0, Q)
+    n = tl.arange(0, N)
+    p = tl.arange(0, P)
+
+    sequence = _long_sequence(query_start, num_sequences, turn, step_tokens)
+    while sequence < num_sequences:
+        start = tl.load(query_start + sequence)
+        end = tl.load(query_start + sequence + 1)
+        continued = tl.load(context_len + sequence) > 0
+        state = ssm_state + (tl.load(slot + sequence).to(tl.int64) * width + first_column) * N
+        at_PN = p[:, None] * N + n[None, :]
+        state_NP = tl.trans(tl.load(state + at_PN, mask=continued, other=0.0).to(tl.float32))
+        if TAIL:
+            tail = tl.arange(0, TAIL)
+            tail_at_PN = (P + tail)[:, None] * N + n[None, :]
+            tail_NP = tl.trans(tl.load(state + tail_at_PN, mask=continued, other=0.0).to(tl.float32))
+        unit = 1.0  # FP16: what the state is to be multiplied by
+        skip = tl.load(D + head)
+        chunk = start // Q + sequence
+        for first in tl.range(start, end, Q, disable_licm=True):
+            # Past the end, the last token again, finite as the others are: its Δ is 0, so it has no weight.
+            token_Q = tl.minimum(q, end - 1 - first)
+            at_QN = (token_Q * (num_groups * N))[:, None] + n[None, :]
+            from_BC = (tl.cast(first, tl.int64) * num_groups + group) * N
+            B_QN = tl.load(B + from_BC + at_QN)
+            C_QN = tl.load(C + from_BC + at_QN)
+            from_x = tl.cast(first, tl.int64) * width + first_column
+            x_QP = tl.load(x + from_x + (token_Q * width)[:, None] + p[None, :])
+            from_product = (chunk * num_groups + group).to(tl.int64) * (Q * Q)
+            product_QQ = tl.load(products + from_product + q[:, None] * Q + q[None, :])
+            at_head = (chunk * num_heads + head).to(tl.int64)
+            decay = decays + at_head * (2 * Q)
+            decay_Q = tl.load(decay + q)
+            delta_Q = tl.load(decay + Q + q)
+            total = tl.load(decay + Q - 1)
+
+            between_QQ = tl.minimum(decay_Q[:, None] - decay_Q[None, :], 0.0)
+            weight_QQ = (product_QQ.to(tl.float32) * tl.exp2(between_QQ) * delta_Q[None, :]).to(dtype)
+            to_end_Q = delta_Q * tl.exp2(tl.minimum(total - decay_Q, 0.0))
+            from_state_Q = tl.exp2(decay_Q)
+            kept = tl.exp2(total)
+            y_scale = 1.0
+            state_inverse = 1.0
+            if dtype == tl.float16:
+                y_scale = tl.load(scales + at_head * 3)
+                to_end_Q *= tl.load(scales + at_head * 3 + 1)
+                next_unit = tl.load(scales + at_head * 3 + 2)
+                largest = tl.max(tl.abs(state_NP), axis=None)
+                if TAIL:
+                    largest = tl.maximum(largest, tl.max(tl.abs(tail_NP), axis=None))
+                state_scale, state_inverse = _power_of_two(largest, 14)
+                from_state_Q *= state_scale * unit / y_scale
+                kept *= unit / next_unit
+                unit = next_unit
+            is_token_Q1 = (q < end - first)[:, None]
+            if TAIL:
+                tail_QP = tl.load(x + from_x + P + (token_Q * width)[:, None] + tail[None, :])
+                y_QP, tail_NP = _advance(
+                    tail_NP,
+                    tail_QP,
+                    weight_QQ,
+                    C_QN,
+                    B_QN,
+                    from_state_Q,
+                    to_end_Q,
+                    kept,
+                    skip,
+                    state_inverse,
+                    y_scale,
+                )
+                tl.store(
+                    y + from_x + P + (token_Q * width)[:, None] + tail[None, :],
+                    y_QP.to(dtype),
+                    mask=is_token_Q1,
+                )
+            y_QP, state_NP = _advance(
+                state_NP,
+                x_QP,
+                weight_QQ,
+                C_QN,
+                B_QN,
+                from_state_Q,
+                to_end_Q,
+                kept,
+                skip,
+                state_inverse,
+                y_scale,
+            )
+            tl.store(y + from_x + (token_Q * width)[:, None] + p[None, :], y_QP.to(dtype), mask=is_token_Q1)
+            chunk += 1
+        if dtype == tl.float16:
+            state_NP *= unit
+            if TAIL:
+                tail_NP *= unit
+        # Found again rather than kept: registers are short in the loop.
+        state = ssm_state + (tl.load(slot + sequence).to(tl.int64) * width + first_column) * N
+        tl.store(state + at_PN, tl.trans(state_NP).to(ssm_state.dtype.element_ty))
+        if TAIL:
+            tl.store(state + tail_at_PN, tl.trans(tail_NP).to(ssm_state.dtype.element_ty))
+        turn += tl.num_programs(1)
+        sequence = _long_sequence(query_start, num_sequences, turn, step_tokens)
+
+
+# 3. What is compiled, and what is launched
+
+KERNELS = {
+    "prepare_chunks": prepare_chunks,
+    "scan_sequences": scan_sequences,
+    "step_sequences": step_sequences,
+}
+
+POINTERS = {
+    "prepare_chunks": ("dt", "A", "B", "C", "dt_bias", "query_start", "products", "decays", "scales", "y"),
+    "scan_sequences": (
+        *("ssm_state", "x", "B", "C", "D", "query_start", "context_len", "slot"),
+        *("products", "decays", "scales", "y"),
+    ),
+    "step_sequences": (
+        *("ssm_state", "x", "dt", "A", "B", "C", "D", "dt_bias"),
+        *("query_start", "context_len", "slot", "y"),
+    ),
+}
+"""Pointers of each kernel in declaration order: the SPEC's names (`ssm_state` is the output pool too), and scratch.
+
+The pool is first because `Variant.name` lists dtypes in the order of their first use: so it tells an FP16 pool apart.
+"""
+
+INTEGERS = {
+    "prepare_chunks": (
+        *("num_tokens", "num_sequences", "num_heads", "num_groups"),
+        *("head_dim", "step_tokens"),
+    ),
+    "scan_sequences": ("num_sequences", "num_heads", "num_groups", "head_dim", "step_tokens"),
+    "step_sequences": (
+        *("num_tokens", "num_sequences", "num_heads", "num_groups"),
+        *("head_dim", "step_tokens"),
+    ),
+}
+"""Runtime integers of each kernel, in declaration order, after its pointers."""
+
+ATTRIBUTES: dict[str, tuple[str, ...]] = {
+    "prepare_chunks": ("dt_min", "dt_max"),
+    "scan_sequences": (),
+    "step_sequences": ("dt_min", "dt_max"),
+}
+"""The op's attributes that each kernel takes, FP32, in declaration order, after its integers."""
+
+STEP_TOKENS = 8
+"""Sequences up to this long take the recurrence in a step that also has longer ones.
+
+A chunk costs a program the same however few its tokens. A step's cost is the state's traffic until about this many
+tokens, whose arithmetic takes as long: an estimate, not measured.
+"""
+
+STATE_SIZES = (128, 256)
+"""N of the family."""
+
+DTYPES = (
+    *(("float16", "float32"), ("float16", "float16")),
+    *(("bfloat16", "float32"), ("bfloat16", "float16")),
+    ("float32", "float32"),
+)
+"""Dtypes of x and of the pool that the kernels are compiled for."""
+
+CHUNKED = ("float16", "bfloat16")
+"""Dtypes of x that take the chunk kernels. FP32, for validation, takes the recurrence at any length: it is exact."""
+
+MAX_GRID_Y = 65535
+"""CUDA's limit on a grid's second axis."""
+
+FULL_GPU = 96
+"""Programs that keep a GPU busy: with fewer heads than this, a head is cut in pieces of 32 columns."""
+
+WALKERS = 1024
+"""Programs of `scan_sequences` that are launched at most, or one to a piece: they take the sequences in turns.
+
+A program that finds no sequence costs an SM about half a microsecond (an estimate), as its shared memory lets no other
+run beside it; with one program to a piece and sequence, the decodes of a mixed step would cost more than its prefill.
+"""
+
+HEADS_BLOCK = 16
+"""Heads whose running sums `prepare_chunks` computes at a time."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The columns of one head that a program of `scan_sequences` walks: P and TAIL, and its warps and stages."""
+
+    P: int
+    TAIL: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch: its variant, its grid and its runtime integers; a pointer's name says what to pass for it."""
+
+    variant: Variant
+    grid: tuple[int, int, int]
+    integers: dict[str, int]
+
+
+def chunk_tokens(sm: int) -> int:
+    """Q: 64 where warpgroups multiply (SM 90 and 100), else 32, with which nothing spills there either."""
+    return 64 if sm in (90, 100) else 32
+
+
+def pieces(N: int, sm: int) -> dict[str, Piece]:
+    """The pieces that a head is cut in, by use: `wide`, `narrow` (few heads), `eighty` (heads of 80 columns).
+
+    Loads run two chunks ahead with three stages; at N 256 on SM 90 and 100 three would take 244 KB of the 227. SM 90
+    multiplies with one warpgroup a program: a second would repeat the exponentials of the chunk's weights. Where it is
+    used all the same, one would spill.
+    """
+    num_warps = 4 if sm == 90 else 8
+    if N == 256:
+        return {"narrow": Piece(P=32, TAIL=0, num_warps=num_warps, num_stages=2 if sm in (90, 100) else 3)}
+    return {
+        "wide": Piece(P=64, TAIL=0, num_warps=num_warps, num_stages=3),
+        "narrow": Piece(P=32, TAIL=0, num_warps=num_warps, num_stages=3),
+        "eighty": Piece(P=64, TAIL=16, num_warps=8, num_stages=3),
+    }
+
+
+def piece_of(sizes: dict[str, int], sm: int) -> Piece:
+    """The piece for these sizes: the widest that divides a head and still gives every SM a program."""
+    known = pieces(sizes["N"], sm)
+    if "eighty" in known and sizes["P"] == 80:
+        return known["eighty"]
+    wide = known.get("wide")
+    if wide and sizes["P"] % wide.P == 0 and sizes["H"] * sizes["P"] // wide.P >= FULL_GPU:
+        return wide
+    return known["narrow"]
+
+
+def step_rows(P: int, N: int) -> int:
+    """State rows of a program of `step_sequences`: 16 KB of an FP32 pool, or 8 KB where heads have 80."""
+    return 32 if P % 32 == 0 and N == 128 else 16
+
+
+def variant(
+    kernel: str,
+    dtypes: dict[str, str],
+    constants: dict[str, int | float | bool | str],
+    num_warps: int,
+    num_stages: int,
+) -> Variant:
+    """The variant of a kernel for dtypes as the SPEC writes them."""
+    kinds = {tensor.name: tensor.dtype for tensor in (*SPEC.inputs, *SPEC.outputs)}
+    kinds |= {"products": "X", "decays": "float32", "scales": "float32"}
+    signature = {name: f"*{TRITON_DTYPES[dtypes.get(kinds[name], kinds[name])]}" for name in POINTERS[kernel]}
+    integers = INTEGERS[kernel]
+    return Variant(
+        kernel=kernel,
+        signature=signature | dict.fromkeys(integers, "i32") | dict.fromkeys(ATTRIBUTES[kernel], "fp32"),
+        constants=constants,
+        num_warps=num_warps,
+        num_stages=num_stages,
+        aligned=(*signature, *(("head_dim",) if "head_dim" in integers else ())),
+    )
+
+
+def prepare_variant(dtypes: dict[str, str], N: int, sm: int) -> Variant:
+    """The variant of `prepare_chunks`."""
+    constants = {"N": N, "Q": chunk_tokens(sm), "HEADS": HEADS_BLOCK}
+    return variant("prepare_chunks", dtypes, constants, num_warps=4, num_stages=1)
+
+
+def scan_variant(dtypes: dict[str, str], N: int, piece: Piece, sm: int) -> Variant:
+    """The variant of `scan_sequences` for a piece."""
+    constants = {"N": N, "Q": chunk_tokens(sm), "P": piece.P, "TAIL": piece.TAIL}
+    return variant("scan_sequences", dtypes, constants, piece.num_warps, piece.num_stages)
+
+
+def step_variant(dtypes: dict[str, str], N: int, rows: int) -> Variant:
+    """The variant of `step_sequences`: 16 numbers of the state a thread, so that many programs fit an SM."""
+    return variant("step_sequences", dtypes, {"N": N, "ROWS": rows}, num_warps=rows * N // 512, num_stages=1)
+
+
+def variants(sm: int) -> Iterator[Variant]:
+    """Every variant of the op on an SM; raises ValueError for an SM that is not in `SMS`."""
+    _check_sm(sm)
+    for X, STATE in DTYPES:
+        dtypes = {"X": X, "STATE": STATE}
+        for N in STATE_SIZES:
+            if X in CHUNKED and STATE == "float32":
+                yield prepare_variant(dtypes, N, sm)
+            if X in CHUNKED:
+                for piece in pieces(N, sm).values():
+                    yield scan_variant(dtypes, N, piece, sm)
+            for rows in sorted({step_rows(P, N) for P in (64, 80)}):
+                yield step_variant(dtypes, N, rows)
+
+
+def supports(sizes: dict[str, int], dtypes: dict[str, str], sm: int) -> None:
+    """None where the kernels run these sizes (the SPEC's axes) and dtypes, else ValueError naming them."""
+    _check_sm(sm)
+    if (dtypes["X"], dtypes["STATE"]) not in DTYPES:
+        raise ValueError(
+            f"{SPEC.name}: kernels take x and state in {list(DTYPES)}, not {(dtypes['X'], dtypes['STATE'])}"
+        )
+    if sizes["N"] not in STATE_SIZES:
+        raise ValueError(f"{SPEC.name}: kernels take N in {list(STATE_SIZES)}, not {sizes['N']}")
+    if not (sizes["P"] % 32 == 0 or (sizes["P"] == 80 and sizes["N"] == 128)):
+        raise ValueError(
+            f"{SPEC.name}: kernels take P in multiples of 32, or 80 with N 128, not {sizes['P']} with N {sizes['N']}"
+        )
+    if sizes["H"] % sizes["G"]:
+        raise ValueError(f"{SPEC.name}: H = {sizes['H']} is no multiple of G = {sizes['G']}")
+    if not (sizes["T"] >= 1 and 1 <= sizes["B"] <= MAX_GRID_Y):
+        raise ValueError(
+            f"{SPEC.name}: kernels take T ≥ 1 and B in 1…{MAX_GRID_Y}, not T {sizes['T']}, B {sizes['B']}"
+        )
+
+
+def _check_sm(sm: int) -> None:
+    if sm not in SMS:
+        raise ValueError(f"{SPEC.name}: kernels are compiled for SM {list(SMS)}, not {sm}")
+
+
+def is_step(sizes: dict[str, int], dtypes: dict[str, str]) -> bool:
+    """Whether `step_sequences` alone runs: T ≤ B, as in decode, no more tokens than it takes anyway, or FP32."""
+    return sizes["T"] <= max(sizes["B"], STEP_TOKENS) or dtypes["X"] not in CHUNKED
+
+
+def workspace(
+    sizes: dict[str, int], dtypes: dict[str, str], sm: int
+) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Scratch buffers: name → dtype and shape, of sizes that follow from shapes alone; none for a step."""
+    if is_step(sizes, dtypes):
+        return {}
+    Q = chunk_tokens(sm)
+    chunks = sizes["T"] // Q + sizes["B"]
+    return {
+        "products": (dtypes["X"], (chunks, sizes["G"], Q, Q)),
+        "decays": ("float32", (chunks, sizes["H"], 2, Q)),
+        "scales": ("float32", (chunks, sizes["H"], 3)),
+    }
+
+
+def launches(sizes: dict[str, int], dtypes: dict[str, str], sm: int) -> list[Launch]:
+    """The launches, in order, for these sizes (the SPEC's axes) and dtypes (its variables); raises as `supports`."""
+    supports(sizes, dtypes, sm)
+    T, B, H, P, G, N = (sizes[axis] for axis in ("T", "B", "H", "P", "G", "N"))
+    rows = step_rows(P, N)
+    plan = [(step_variant(dtypes, N, rows), (H * P // rows, B, 1))]
+    if not is_step(sizes, dtypes):
+        chunks = T // chunk_tokens(sm) + B
+        piece = piece_of(sizes, sm)
+        walkers = H * P // (piece.P + piece.TAIL)
+        plan = [
+            (prepare_variant(dtypes, N, sm), (chunks + 1, G, 1)),
+            (scan_variant(dtypes, N, piece, sm), (walkers, min(B, triton.cdiv(WALKERS, walkers)), 1)),
+            *plan,
+        ]
+    integers = {
+        "num_tokens": T,
+        "num_sequences": B,
+        "num_heads": H,
+        "num_groups": G,
+        "head_dim": P,
+        "step_tokens": T if is_step(sizes, dtypes) else STEP_TOKENS,
+    }
+    return [
+        Launch(form, grid, {name: integers[name] for name in INTEGERS[form.kernel]}) for form, grid in plan
+    ]
+
+
+def run(
+    *tensors: torch.Tensor, dt_min: float, dt_max: float, sm: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the op's reference gives, by the kernels: inputs in SPEC order → y [T, H, P], next pool [S, H, P, N].
+
+    Runs on the tensors' device, on a CPU in Triton's interpreter only; `sm` takes another GPU's variants than the
+    device's own. Raises what `supports` raises.
+    """
+    sizes = SPEC.sizes([tuple(tensor.shape) for tensor in tensors])
+    device = tensors[0].device
+    sm = _sm(device) if sm is None else sm
+    arguments: dict[str, Any] = {
+        spec.name: tensor.contiguous() for spec, tensor in zip(SPEC.inputs, tensors, strict=True)
+    }
+    dtypes = {
+        spec.dtype: str(tensor.dtype).removeprefix("torch.")
+        for spec, tensor in zip(SPEC.inputs, tensors, strict=True)
+    }
+    arguments["ssm_state"] = arguments["ssm_state"].clone()
+    arguments["y"] = torch.empty_like(arguments["x"])
+    limits = torch.tensor([dt_min, dt_max], dtype=torch.float32).tolist()  # FP32, as a plugin's fields are
+    arguments |= dict(zip(("dt_min", "dt_max"), limits, strict=True))
+    plan = launches(sizes, dtypes, sm)
+    for name, (dtype, shape) in workspace(sizes, dtypes, sm).items():
+        arguments[name] = torch.empty(shape, dtype=getattr(torch, dtype), device=device)
+    for launch in plan:
+        form = launch.variant
+        names = (*POINTERS[form.kernel], *ATTRIBUTES[form.kernel])
+        KERNELS[form.kernel][launch.grid](
+            **{name: arguments[name] for name in names},
+            **launch.integers,
+            **form.constants,
+            num_warps=form.num_warps,
+            num_stages=form.num_stages,
+        )
+    return arguments["y"], arguments["ssm_state"]
+
+
+def _sm(device: torch.device) -> int:
+    """The SM whose variants run on a device; the interpreter's is nobody's, and takes Hopper's."""
+    if device.type != "cuda":
+        return 90
+    major, minor = torch.cuda.get_device_capability(device)
+    capability = 10 * major + minor
+    return max((sm for sm in SMS if sm // 10 == major and sm <= capability), default=capability)

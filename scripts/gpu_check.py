@@ -1,0 +1,279 @@
+"""Proves the kernels on a GPU against the reference, at full width: `python scripts/gpu_check.py`.
+
+Every op × dtype × step of `op_cases`, with inputs drawn anew. An output passes where it is finite, near the
+reference in FP64 (in FP32 for FP8 weights, where the hidden activation is rounded to x's dtype), zero in
+padding, and of the same bits in two runs, the first of which starts from memory full of NaN.
+`--interpret` runs toy sizes on a CPU, in Triton's interpreter.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from op_cases import DTYPES, FP8, FULL_STEPS, NANO, SUPER, TOY, TOY_STEPS, Case, cases, kernels
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from torch import Tensor
+from triton.errors import TritonError
+
+from nemotrt.plugins.variant import supports_fp8
+
+WORST_ROW = 5
+"""How many times the tolerance one token, or row of a pool, may be off: errors of few numbers spread."""
+
+Outputs = tuple[Tensor, ...]
+Errors = tuple[float, float]
+Run = Callable[..., Outputs]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one case showed; `failure` is empty where it passed."""
+
+    case: str
+    error: float
+    """Relative L2 of the worst output."""
+    worst_row: float
+    """Relative L2 of the worst token, or row of a pool."""
+    tolerance: float
+    seconds: float
+    failure: str
+
+
+class CheckFailed(Exception):  # noqa: N818 - not an error in the program
+    """An output is not what it should be: one line that says which and how."""
+
+
+def bits(tensor: Tensor) -> Tensor:
+    """The tensor's bits as integers, which NaN does not keep from being compared."""
+    return tensor.contiguous().view({1: torch.int8, 2: torch.int16, 4: torch.int32}[tensor.element_size()])
+
+
+def same_bits(left: Tensor, right: Tensor) -> bool:
+    """Whether two tensors hold the same bits."""
+    return torch.equal(bits(left), bits(right))
+
+
+@contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """Within it, new tensors are full of NaN, or of the largest integer."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def expected(case: Case, inputs: list[Tensor]) -> tuple[Tensor, ...]:
+    """The reference's outputs, computed in FP64; in FP32 for FP8 weights."""
+    wide = case.dtype.get("W") != FP8
+    raised = [
+        tensor.double() if wide and declared.dtype == "X" else tensor
+        for declared, tensor in zip(case.spec.inputs, inputs, strict=True)
+    ]
+    return case.spec.reference()(*raised, **case.attributes())
+
+
+def error_of(actual: Tensor, wanted: Tensor) -> Errors:
+    """The relative L2 error, and the worst of a row, against the larger of its norm and a usual row's."""
+    wanted = wanted.double().flatten(1)
+    difference = (actual.double().flatten(1) - wanted).norm(dim=1)
+    norms = wanted.norm(dim=1)
+    usual = norms.square().mean().sqrt()
+    if not usual > 0:
+        raise CheckFailed("the reference is zero: nothing was compared")
+    relative = difference / torch.maximum(norms, usual)
+    return float(difference.norm() / norms.norm()), float(relative.max())
+
+
+def check_tokens(case: Case, actual: Tensor, wanted: Tensor) -> Errors:
+    """The errors of an output by token; raises CheckFailed where not finite, or padding is not zero."""
+    used = case.step.num_tokens if case.op == "moe_dispatch" else sum(case.step.lengths)
+    if not actual.isfinite().all():
+        raise CheckFailed(f"{int((~actual.isfinite()).sum())} values are not finite")
+    if actual[used:].any():
+        raise CheckFailed("padding tokens are not zero")
+    return error_of(actual[:used], wanted[:used])
+
+
+def check_pool(
+    case: Case, inputs: dict[str, Tensor], before: Tensor, actual: Tensor, wanted: Tensor
+) -> Errors:
+    """The errors of a pool but its scratch row; raises CheckFailed where bits are not those they must be.
+
+    A convolution's history and a cache hold copies: every bit is the reference's. Of recurrent states, those
+    of sequences with tokens are near the reference's, and the others keep their bits.
+    """
+    if case.op != "selective_scan":
+        if not same_bits(actual[1:], wanted[1:].to(actual.dtype)):
+            raise CheckFailed("the pool's bits are not the reference's")
+        return 0.0, 0.0
+    starts, slots = inputs["query_start"].long(), inputs["slot"].long()
+    used = slots[starts[1:] > starts[:-1]]
+    kept = torch.ones(len(actual), dtype=torch.bool, device=actual.device)
+    kept[0] = kept[used] = False
+    if not same_bits(actual[kept], before[kept]):
+        raise CheckFailed("the state of a sequence without tokens changed")
+    if not actual[used].isfinite().all():
+        raise CheckFailed("a state is not finite")
+    return error_of(actual[used], wanted[used])
+
+
+def compare(case: Case, inputs: list[Tensor], first: Outputs, second: Outputs) -> Errors:
+    """The worst errors of any output; raises CheckFailed at the first fault."""
+    spec, wanted = case.spec, expected(case, inputs)
+    named = {declared.name: tensor for declared, tensor in zip(spec.inputs, inputs, strict=True)}
+    worst = (0.0, 0.0)
+    for i, declared in enumerate(spec.outputs):
+        skipped = 1 if i in spec.pools else 0
+        try:
+            if i in spec.pools:
+                errors = check_pool(case, named, inputs[spec.pools[i]], first[i], wanted[i])
+            else:
+                errors = check_tokens(case, first[i], wanted[i])
+            if not same_bits(first[i][skipped:], second[i][skipped:]):
+                raise CheckFailed("two runs gave different bits")
+        except CheckFailed as error:
+            raise CheckFailed(f"{declared.name}: {error}") from None
+        worst = max(worst[0], errors[0]), max(worst[1], errors[1])
+    return worst
+
+
+def check(case: Case, run: Run, device: torch.device, seed: int) -> Result:
+    """Run a case twice and compare; what went wrong is told in the result."""
+    started = time.perf_counter()
+    tolerance = max(case.spec.tolerances[dtype].relative_l2 for dtype in case.dtype.values())
+    errors, failure = (math.nan, math.nan), ""
+    try:
+        inputs = case.inputs(device, seed)
+        with poisoned_memory():
+            first = run(*inputs, **case.attributes())
+        second = run(*inputs, **case.attributes())
+        errors = compare(case, inputs, first, second)
+        if not errors[0] <= tolerance:
+            failure = "the error is beyond the tolerance"
+        elif not errors[1] <= WORST_ROW * tolerance:
+            failure = f"a row's error is beyond {WORST_ROW} times the tolerance"
+    except (CheckFailed, RuntimeError, ValueError, TritonError) as error:
+        failure = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+    return Result(case.title, *errors, tolerance, time.perf_counter() - started, failure)
+
+
+def chosen_cases(full: bool, sm: int) -> Iterator[Case]:
+    """Nano's and Super's cases, or toy ones; FP8 where the SM has it; attention once: it is the same."""
+    if not full:
+        yield from cases(TOY, TOY_STEPS)
+        return
+    for model in (NANO, SUPER):
+        for case in cases(model, FULL_STEPS):
+            seen = case.op == "paged_attention" and model is SUPER
+            if not seen and (supports_fp8(sm) or not case.needs_fp8):
+                yield case
+
+
+def device_facts(device: torch.device, seed: int) -> dict[str, Any]:
+    """Where and with what a result was had."""
+    packages = {name: version(name) for name in ("torch", "triton")}
+    if device.type != "cuda":
+        return {"device": "Triton's interpreter on a CPU", "seed": seed, **packages}
+    properties = torch.cuda.get_device_properties(device)
+    return {
+        "device": properties.name,
+        "sm": sm_of(device),
+        "cuda": torch.version.cuda,
+        "seed": seed,
+        **packages,
+    }
+
+
+def chosen_device(interpret: bool) -> torch.device:
+    """The GPU, or the CPU where the interpreter is asked for; raises ClickException where there is no GPU."""
+    if interpret:
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise click.ClickException(
+            "there is no CUDA GPU: --interpret runs toy sizes on a CPU, and proves less"
+        )
+    return torch.device("cuda")
+
+
+def sm_of(device: torch.device) -> int:
+    """A GPU's generation: 90 for compute capability 9.0."""
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def as_table(results: Sequence[Result]) -> Table:
+    """One row a case."""
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    table.add_column("case", overflow="fold")
+    for name in ("relative L2", "worst row", "tolerance", "s"):
+        table.add_column(name, justify="right")
+    table.add_column("")
+    for result in results:
+        errors = (f"{value:.1e}" for value in (result.error, result.worst_row, result.tolerance))
+        verdict = f"[red]FAIL: {escape(result.failure)}" if result.failure else "[green]pass"
+        table.add_row(escape(result.case), *errors, f"{result.seconds:.1f}", verdict)
+    return table
+
+
+@click.command()
+@click.option("--op", "names", multiple=True, type=click.Choice(list(DTYPES)), help="Only these ops.")
+@click.option("--match", default="", help="Only cases whose title holds this: Super, decode 64, W float8.")
+@click.option("--interpret", is_flag=True, help="Toy sizes in Triton's interpreter, on a CPU.")
+@click.option("--seed", type=int, help="Of the inputs; drawn anew where not given.")
+@click.option(
+    "--output", type=click.Path(path_type=Path), default=Path("build/gpu_check.json"), show_default=True
+)
+def main(names: tuple[str, ...], match: str, interpret: bool, seed: int | None, output: Path) -> None:
+    """Prove the kernels against the reference; the exit status is 1 where a case fails."""
+    device = chosen_device(interpret)
+    sm = (
+        90
+        if interpret
+        else 10 * torch.cuda.get_device_capability()[0] + torch.cuda.get_device_capability()[1]
+    )
+    seed = random.randrange(2**31) if seed is None else seed
+    picked = [
+        case
+        for case in chosen_cases(not interpret, sm)
+        if match in case.title and case.op in (names or DTYPES)
+    ]
+    if not picked:
+        raise click.ClickException("no case is left: choose fewer limits")
+    torch.set_float32_matmul_precision("highest")
+    results = []
+    for number, case in enumerate(picked):
+        results.append(check(case, kernels(case.op, interpret).run, device, seed + number))
+        click.echo(f"{number + 1}/{len(picked)} {case.title}: {results[-1].failure or 'pass'}", err=True)
+    facts = device_facts(device, seed)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    # JSON has no NaN: what was not had is null.
+    found = [
+        {key: None if value != value else value for key, value in asdict(result).items()}
+        for result in results
+    ]
+    text = json.dumps({**facts, "results": found}, indent=1, allow_nan=False)
+    output.write_text(text + "\n", encoding="utf-8")
+
+    Console(width=None if sys.stdout.isatty() else 180).print(as_table(results))
+    failed = sum(bool(result.failure) for result in results)
+    click.echo(f"{len(results) - failed} of {len(results)} pass on {facts['device']}, seed {seed}; {output}")
+    sys.exit(1 if failed else 0)
+
+
+if __name__ == "__main__":
+    main()

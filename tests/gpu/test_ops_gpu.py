@@ -1,0 +1,36 @@
+"""The kernels at the models' full width on a GPU, as `scripts/gpu_check.py` proves them."""
+
+from __future__ import annotations
+
+import importlib
+import random
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from nemotrt.plugins.variant import SMS, supports_fp8
+
+pytest.importorskip("triton", reason="kernels need Triton: install nemo-export[kernels]")
+sys.path.append(str(Path(__file__).parents[2] / "scripts"))
+gpu_check = importlib.import_module("gpu_check")
+op_cases = importlib.import_module("op_cases")
+
+pytestmark = pytest.mark.gpu
+
+
+CASES = list(gpu_check.chosen_cases(True, max(SMS)))
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.title)
+def test_kernels_give_what_the_reference_gives(case: object) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("there is no CUDA GPU")
+    device = torch.device("cuda")
+    sm = gpu_check.sm_of(device)
+    if case.needs_fp8 and not supports_fp8(sm):  # type: ignore[attr-defined]
+        pytest.skip(f"SM {sm} has no FP8 tensor cores")
+    seed = random.randrange(2**31)
+    result = gpu_check.check(case, op_cases.kernels(case.op, False).run, device, seed)  # type: ignore[attr-defined]
+    assert result.failure == "", f"seed {seed}: {result}"
