@@ -15,16 +15,23 @@ from nemotrt.plugins.onnx_op import Operators
 
 @dataclass(frozen=True)
 class Chunks:
-    """The chunks of all groups in order. A chunk of no rows stands alone when every group is empty."""
+    """The chunks of all groups in order, J rows each. A chunk of no rows stands alone when every group is empty."""
 
     size: ir.Value
-    """Rows a chunk, a scalar."""
+    """J, a scalar."""
     group_C: ir.Value
     """The group that a chunk belongs to."""
-    start_C: ir.Value
-    """A chunk's first row."""
-    end_C: ir.Value
-    """Where its group's rows end: a chunk's rows are start … min(start + size, end)."""
+    row_CJ: ir.Value
+    """A chunk's rows; past its group's last row it repeats its first.
+
+    So a chunk never reads another group's rows: a NaN stays in the group that made it.
+    """
+    is_own_CJ: ir.Value
+    """Which of them are its own, not repeated."""
+    stop_C: ir.Value
+    """Where a chunk's own rows end."""
+    is_first_C: ir.Value
+    """Whether a chunk is its group's first."""
     first_N: ir.Value
     """Each group's first chunk."""
     last_N: ir.Value
@@ -65,8 +72,8 @@ def written_slots(op: Operators, slot_B: ir.Value, length_B: ir.Value) -> ir.Val
     return op.Unsqueeze(op.Where(op.Equal(length_B, 0), 0, slot_B), [1])  # type: ignore[no-any-return]
 
 
-def chunks(op: Operators, start: ir.Value, size: ir.Value) -> Chunks:
-    """Cut each group's rows into chunks of `size`, the last of a group maybe shorter."""
+def chunks(op: Operators, start: ir.Value, size: ir.Value, num_rows: ir.Value) -> Chunks:
+    """Cut each group's rows, from N + 1 starts, into chunks of `size`, the last of a group maybe shorter."""
     first_row_N, end_row_N = bounds(op, start)
     count_N = op.Div(op.Add(op.Sub(end_row_N, first_row_N), op.Sub(size, 1)), size)
     end_chunk_N = op.CumSum(count_N, 0)
@@ -75,24 +82,19 @@ def chunks(op: Operators, start: ir.Value, size: ir.Value) -> Chunks:
     chunk_C = op.Range(0, total, 1)
     group_C, _ = group_of_rows(op, end_chunk_N, total)
     within_C = op.Sub(chunk_C, op.Gather(first_N, group_C))
+    start_C = op.Add(op.Gather(first_row_N, group_C), op.Mul(within_C, size))
+    stop_C = op.Min(op.Add(start_C, size), op.Gather(end_row_N, group_C))
+    row_CJ = op.Add(op.Unsqueeze(start_C, [1]), op.Range(0, size, 1))
+    is_own_CJ = op.Less(row_CJ, op.Unsqueeze(stop_C, [1]))
+    # A chunk of no rows may stand past the last one.
+    first_row_C1 = op.Unsqueeze(op.Min(start_C, op.Sub(num_rows, 1)), [1])
     return Chunks(
         size=size,
         group_C=group_C,
-        start_C=op.Add(op.Gather(first_row_N, group_C), op.Mul(within_C, size)),
-        end_C=op.Gather(end_row_N, group_C),
+        row_CJ=op.Where(is_own_CJ, row_CJ, first_row_C1),
+        is_own_CJ=is_own_CJ,
+        stop_C=stop_C,
+        is_first_C=op.Equal(within_C, 0),
         first_N=first_N,
         last_N=op.Max(op.Sub(end_chunk_N, 1), 0),
     )
-
-
-def rows_of_chunk(
-    op: Operators, start: ir.Value, end: ir.Value, size: ir.Value, num_rows: ir.Value
-) -> tuple[ir.Value, ir.Value]:
-    """The rows of one chunk [size] and which of them are its own [size]; the others repeat its first row.
-
-    So a chunk never reads another group's rows: a NaN stays in the group that made it.
-    """
-    row = op.Add(start, op.Range(0, size, 1))
-    is_own = op.Less(row, end)
-    first = op.Min(start, op.Sub(num_rows, 1))  # a chunk of no rows may stand past the last one
-    return op.Where(is_own, row, first), is_own

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 
 from nemotrt.plugins.onnx_op import Operators
@@ -28,21 +29,25 @@ def body(
     history_RC = op.Reshape(op.Transpose(history_BCK, perm=[0, 2, 1]), op.Concat([-1], channels, axis=0))
     rows_RC = op.Concat(history_RC, inputs["x"], axis=0)
 
-    def row_before(position: ir.Value, token: ir.Value, sequence: ir.Value, lag: int) -> ir.Value:
-        """The row `lag` tokens before `token`: a token of its own sequence, or the history's."""
-        in_history = op.Add(op.Mul(sequence, kept), op.Add(position, kept - lag))
-        in_tokens = op.Add(num_history, op.Sub(token, lag))
-        row: ir.Value = op.Where(op.GreaterOrEqual(position, lag), in_tokens, in_history)
-        return row
+    def rows_before(position_I: ir.Value, token_I: ir.Value, sequence_I: ir.Value, lags: range) -> ir.Value:
+        """The row that lies each lag before a token [I, lags]: a token of its own sequence, or of its history."""
+        lag_L = np.asarray(lags)
+        in_history = op.Add(op.Unsqueeze(op.Add(op.Mul(sequence_I, kept), position_I), [1]), kept - lag_L)
+        in_tokens = op.Add(op.Unsqueeze(op.Add(token_I, num_history), [1]), -lag_L)
+        rows_IL: ir.Value = op.Where(
+            op.GreaterOrEqual(op.Unsqueeze(position_I, [1]), lag_L), in_tokens, in_history
+        )
+        return rows_IL
 
     sequence_T, is_owned_T = group_of_rows(op, end_B, num_tokens)
     token_T = op.Range(0, num_tokens, 1)
     # A padding token belongs to nobody: position 0 of the last sequence keeps its rows in range until it is masked.
     position_T = op.Where(is_owned_T, op.Sub(token_T, op.Gather(start_B, sequence_T)), 0)
+    row_TK = rows_before(position_T, token_T, sequence_T, range(kept, -1, -1))
     weight_KC = op.Transpose(op.cast(inputs["weight"], ir.DataType.FLOAT), perm=[1, 0])
     sums_TC = op.cast(inputs["bias"], ir.DataType.FLOAT)
     for tap in range(taps):
-        lagged_TC = op.Gather(rows_RC, row_before(position_T, token_T, sequence_T, kept - tap), axis=0)
+        lagged_TC = op.Gather(rows_RC, op.Gather(row_TK, tap, axis=1), axis=0)
         weight_C = op.Gather(weight_KC, tap, axis=0)
         sums_TC = op.Add(sums_TC, op.Mul(op.cast(lagged_TC, ir.DataType.FLOAT), weight_C))
     silu_TC = op.Mul(sums_TC, op.Sigmoid(sums_TC))
@@ -50,8 +55,6 @@ def body(
 
     # The next history ends with the sequence's last token: position length, lags K−1 … 1.
     length_B = op.Sub(end_B, start_B)
-    sequence_B = op.Range(0, num_sequences, 1)
-    last_rows = [row_before(length_B, end_B, sequence_B, kept - tap) for tap in range(kept)]
-    last_BK = op.Concat(*[op.Unsqueeze(row, [1]) for row in last_rows], axis=1)
+    last_BK = rows_before(length_B, end_B, op.Range(0, num_sequences, 1), range(kept, 0, -1))
     new_BCK = op.Transpose(op.Gather(rows_RC, last_BK, axis=0), perm=[0, 2, 1])
     return y_TC, op.ScatterND(inputs["conv_state"], written_slots(op, slot_B, length_B), new_BCK)

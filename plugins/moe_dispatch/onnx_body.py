@@ -10,7 +10,7 @@ from typing import Any
 import onnx_ir as ir
 
 from nemotrt.plugins.onnx_op import Operators
-from nemotrt.plugins.ragged import chunks, rows_of_chunk, size_of
+from nemotrt.plugins.ragged import chunks, size_of
 
 CHUNK = 64
 """Rows a chunk at most: an expert's weights are read once a chunk, and a chunk's missing rows are computed in vain."""
@@ -31,20 +31,20 @@ def body(
 
     count_E, start = _offsets(op, expert_A, experts)
     size = op.Max(op.Min(op.ReduceMax(count_E, keepdims=0), CHUNK), 1)
-    table = chunks(op, start, size)
     num_assigned = size_of(op, expert_A, 0)
+    table = chunks(op, start, size, num_assigned)
     _, order_A = op.TopK(
         expert_A, op.Unsqueeze(num_assigned, [0]), largest=0, outputs=2
     )  # ties keep their order
 
-    def run_expert(inner: Operators, expert: ir.Value, first: ir.Value, end: ir.Value) -> list[ir.Value]:
-        row_J, _ = rows_of_chunk(inner, first, end, size, num_assigned)
-        token_J = inner.Div(inner.Gather(order_A, row_J), top_k)
+    token_CJ = op.Div(op.Gather(order_A, table.row_CJ), top_k)
+
+    def run_expert(inner: Operators, expert: ir.Value, token_J: ir.Value) -> list[ir.Value]:
         return [_expert(inner, inputs, inner.Gather(inputs["x"], token_J, axis=0), expert)]
 
-    names = ("expert", "first", "end")
-    scan = op.subgraph("chunk", run_expert, [op.input(name, ir.DataType.INT64, 0) for name in names])
-    parts_CJL = op.Scan(table.group_C, table.start_C, table.end_C, body=scan, num_scan_inputs=3)
+    expert, token_J = op.input("expert", ir.DataType.INT64, 0), op.input("token", ir.DataType.INT64, 1)
+    scan = op.subgraph("chunk", run_expert, [expert, token_J])
+    parts_CJL = op.Scan(table.group_C, token_CJ, body=scan, num_scan_inputs=2)
 
     # Where each assignment's row went: its expert's first chunk, and its rank among that expert's rows.
     rank_A = op.ScatterElements(order_A, order_A, op.Range(0, num_assigned, 1), axis=0)

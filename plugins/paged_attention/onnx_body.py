@@ -10,7 +10,7 @@ from typing import Any
 import onnx_ir as ir
 
 from nemotrt.plugins.onnx_op import Operators
-from nemotrt.plugins.ragged import bounds, chunks, group_of_rows, rows_of_chunk, size_of
+from nemotrt.plugins.ragged import bounds, chunks, group_of_rows, size_of
 
 CHUNK = 64
 """Query tokens a chunk: a chunk's scores take query heads × CHUNK × context numbers."""
@@ -37,33 +37,31 @@ def body(
 
     per_sequence = op.Div(op.Add(num_tokens, op.Sub(num_sequences, 1)), num_sequences)
     start = op.Concat(start_B, op.Slice(end_B, [-1], [2**31 - 1], [0]), axis=0)
-    table = chunks(op, start, op.Min(per_sequence, CHUNK))
+    table = chunks(op, start, op.Min(per_sequence, CHUNK), num_tokens)
+    offset_C = op.Sub(op.Gather(context_B, table.group_C), op.Gather(start_B, table.group_C))
+    seen_C = op.Add(table.stop_C, offset_C)
+    num_pages_C = op.Max(op.Div(op.Add(seen_C, page_size - 1), page_size), 1)
 
-    def attend(inner: Operators, sequence: ir.Value, first: ir.Value, end: ir.Value) -> list[ir.Value]:
-        row_I, _ = rows_of_chunk(inner, first, end, table.size, num_tokens)
-        context = inner.Gather(context_B, sequence)
-        position_I = inner.Add(context, inner.Sub(row_I, inner.Gather(start_B, sequence)))
-        last_row = inner.Min(inner.Sub(inner.Add(first, table.size), 1), inner.Sub(end, 1))
-        seen = inner.Add(context, inner.Sub(inner.Add(last_row, 1), inner.Gather(start_B, sequence)))
-        num_pages = inner.Max(inner.Div(inner.Add(seen, page_size - 1), page_size), 1)
-        row_M = inner.Gather(page_table_BM, sequence, axis=0)
-        pages = inner.Slice(row_M, [0], inner.Unsqueeze(num_pages, [0]), [0])
-        return [
-            _attend(
-                inner,
-                sizes,
-                attributes,
-                inner.Gather(inputs["q"], row_I, axis=0),
-                position_I,
-                seen,
-                cache,
-                pages,
-            )
-        ]
+    def attend(inner: Operators, *values: ir.Value) -> list[ir.Value]:
+        sequence, row_I, position_I, seen, num_pages = values
+        pages_M = inner.Gather(page_table_BM, sequence, axis=0)
+        pages = inner.Slice(pages_M, [0], inner.Unsqueeze(num_pages, [0]), [0])
+        q_IQD = inner.Gather(inputs["q"], row_I, axis=0)
+        return [_attend(inner, sizes, attributes, q_IQD, position_I, seen, cache, pages)]
 
-    names = ("sequence", "first", "end")
-    scan = op.subgraph("chunk", attend, [op.input(name, int64, 0) for name in names])
-    o_CIQD = op.Scan(table.group_C, table.start_C, table.end_C, body=scan, num_scan_inputs=3)
+    ranks = {"sequence": 0, "row": 1, "position": 1, "seen": 0, "num_pages": 0}
+    scan = op.subgraph("chunk", attend, [op.input(name, int64, rank) for name, rank in ranks.items()])
+    o_CIQD = op.Scan(
+        *(
+            table.group_C,
+            table.row_CJ,
+            op.Add(table.row_CJ, op.Unsqueeze(offset_C, [1])),
+            seen_C,
+            num_pages_C,
+        ),
+        body=scan,
+        num_scan_inputs=len(ranks),
+    )
     o_RQD = op.Reshape(o_CIQD, [-1, int(sizes["Q"]), int(sizes["D"])])
     first_row_T = op.Mul(op.Gather(table.first_N, sequence_T), table.size)
     row_T = op.Min(op.Add(first_row_T, within_T), op.Sub(size_of(op, o_RQD, 0), 1))

@@ -10,7 +10,7 @@ from typing import Any
 import onnx_ir as ir
 
 from nemotrt.plugins.onnx_op import Operators
-from nemotrt.plugins.ragged import Chunks, bounds, chunks, group_of_rows, rows_of_chunk, size_of, written_slots
+from nemotrt.plugins.ragged import bounds, chunks, group_of_rows, size_of, written_slots
 
 CHUNK = 64
 """Tokens a chunk: work within a chunk grows with its square, work between chunks with their number."""
@@ -118,22 +118,24 @@ def _chunked(op: Operators, packed: _Packed) -> tuple[ir.Value, ir.Value]:
     num_sequences = size_of(op, packed.start_B, 0)
     per_sequence = op.Div(op.Add(packed.num_tokens, op.Sub(num_sequences, 1)), num_sequences)
     start = op.Concat(packed.start_B, op.Slice(packed.end_B, [-1], [2**31 - 1], [0]), axis=0)
-    table = chunks(op, start, op.Min(per_sequence, CHUNK))
-    state_shape = [packed.heads, packed.head_dim, packed.state_size]
-    carried_HPN = op.input("state", ir.DataType.FLOAT, 3)
-    sequence, first, end = (op.input(name, ir.DataType.INT64, 0) for name in ("sequence", "first", "end"))
+    table = chunks(op, start, op.Min(per_sequence, CHUNK), packed.num_tokens)
+    place_Q = op.Range(0, table.size, 1)
+    is_past_JI = op.LessOrEqual(op.Unsqueeze(place_Q, [1]), place_Q)
+    inputs = [
+        op.input("state", ir.DataType.FLOAT, 3),
+        op.input("sequence", ir.DataType.INT64, 0),
+        op.input("is_first", ir.DataType.BOOL, 0),
+        op.input("row", ir.DataType.INT64, 1),
+        op.input("is_own", ir.DataType.BOOL, 1),
+    ]
     scan = op.subgraph(
-        "chunk",
-        lambda inner, *values: _chunk(inner, packed, table, *values),
-        [carried_HPN, sequence, first, end],
+        "chunk", lambda inner, *values: _chunk(inner, packed, table.size, is_past_JI, *values), inputs
     )
     _, y_CQHP, state_CHPN = op.Scan(
-        op.Expand(0.0, state_shape),
-        table.group_C,
-        table.start_C,
-        table.end_C,
+        op.Expand(0.0, [packed.heads, packed.head_dim, packed.state_size]),
+        *(table.group_C, table.is_first_C, table.row_CJ, table.is_own_CJ),
         body=scan,
-        num_scan_inputs=3,
+        num_scan_inputs=4,
         outputs=3,
     )
     position_T = op.Sub(op.Range(0, packed.num_tokens, 1), op.Gather(packed.start_B, packed.sequence_T))
@@ -147,17 +149,18 @@ def _chunked(op: Operators, packed: _Packed) -> tuple[ir.Value, ir.Value]:
 def _chunk(
     op: Operators,
     packed: _Packed,
-    table: Chunks,
+    size: ir.Value,
+    is_past_JI: ir.Value,
     carried_HPN: ir.Value,
     sequence: ir.Value,
-    first: ir.Value,
-    end: ir.Value,
+    is_first: ir.Value,
+    row_Q: ir.Value,
+    is_own_Q: ir.Value,
 ) -> tuple[ir.Value, ir.Value, ir.Value]:
     """The state after a chunk, twice (carried and kept), and its y [Q, H, P] (arXiv 2405.21060, section 6)."""
     heads, head_dim, groups, state_size = packed.heads, packed.head_dim, packed.groups, packed.state_size
-    row_Q, is_owned_Q = rows_of_chunk(op, first, end, table.size, packed.num_tokens)
     delta_QH = op.Gather(packed.delta_TH, row_Q, axis=0)
-    delta_QH = op.Where(op.Unsqueeze(is_owned_Q, [1]), delta_QH, 0.0)  # Δ = 0 leaves the state as it is
+    delta_QH = op.Where(op.Unsqueeze(is_own_Q, [1]), delta_QH, 0.0)  # Δ = 0 leaves the state as it is
     x_QHP = op.Gather(packed.x_THP, row_Q, axis=0)
     input_HPQ = op.Transpose(op.Mul(op.Unsqueeze(delta_QH, [2]), x_QHP), perm=[1, 2, 0])
     B_QGN = op.Gather(packed.B_TGN, row_Q, axis=0)
@@ -166,23 +169,20 @@ def _chunk(
     by_head = [heads, head_dim, -1]
 
     state_HPN = op.If(
-        op.Equal(first, op.Gather(packed.start_B, sequence)),
+        is_first,
         then_branch=op.subgraph("first", lambda inner: [_initial_state(inner, packed, sequence)]),
         else_branch=op.subgraph("carry", lambda inner: [carried_HPN]),
     )
-    decay_HQ = op.Transpose(
-        op.CumSum(op.Mul(delta_QH, packed.A_H), 0), perm=[1, 0]
-    )  # its logarithm, from the start
+    # The decay's logarithm, from the chunk's start.
+    decay_HQ = op.Transpose(op.CumSum(op.Mul(delta_QH, packed.A_H), 0), perm=[1, 0])
     from_state = op.MatMul(op.Reshape(state_HPN, by_group), C_GNQ)
     from_state_HPQ = op.Mul(op.Reshape(from_state, by_head), op.Unsqueeze(op.Exp(decay_HQ), [1]))
 
     # weights_HJI: what input J adds to output I ≥ J, (C_I · B_J) exp(decay_I − decay_J).
     between_HJI = op.Sub(op.Unsqueeze(decay_HQ, [1]), op.Unsqueeze(decay_HQ, [2]))
-    place_Q = op.Range(0, table.size, 1)
-    is_past_JI = op.LessOrEqual(op.Unsqueeze(place_Q, [1]), op.Unsqueeze(place_Q, [0]))
     between_HJI = op.Exp(op.Where(is_past_JI, between_HJI, float("-inf")))
     dots_GJI = op.MatMul(op.Transpose(B_QGN, perm=[1, 0, 2]), C_GNQ)
-    size = op.Unsqueeze(table.size, [0])
+    size = op.Unsqueeze(size, [0])
     grouped = op.Concat([groups, heads // groups], size, size, axis=0)
     weights = op.Mul(op.Reshape(between_HJI, grouped), op.Unsqueeze(dots_GJI, [1]))
     weights_HJI = op.Reshape(weights, op.Concat([heads], size, size, axis=0))
