@@ -20,6 +20,8 @@ $(VENV)/.ready: pyproject.toml
 	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1' 'setuptools>=77'
 	$(BIN)/python -m pip install --quiet '$(TORCH)'
 	$(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[cpu,kernels]' --group dev
+# TensorRT-RTX builds engines anywhere, and has packages for Linux on x86-64 and for Windows only.
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[rtx]' || echo 'no TensorRT-RTX here: bundles without engines' >&2
 	touch $@
 
 demo: setup ## build a bundle from the example checkpoint, and let it write
@@ -45,6 +47,9 @@ imports: setup ## the layers of the architecture
 
 bench: setup ## the figures of docs/performance.md
 	$(BIN)/python scripts/bench.py
+
+engine-check: setup ## build, run and judge engines on this machine's GPU; writes engine-check.json
+	$(BIN)/python scripts/engine_check.py
 
 clean: ## remove what make made
 	rm -rf $(VENV) build demo

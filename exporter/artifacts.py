@@ -115,3 +115,26 @@ class ValidationReport:
     def passed(self) -> bool:
         """Whether there were gates and all of them hold: no comparison is never a pass."""
         return bool(self.gates) and all(gate.passed for gate in self.gates)
+
+
+@dataclass(frozen=True)
+class CompiledEngine:
+    """An engine, and what it needs: paths are below the bundle, empty where there is no such file."""
+
+    runtime: str
+    version: str
+    """Of the TensorRT that built it, and that must run it."""
+    path: str
+    sms: tuple[int, ...]
+    library: str
+    library_build: str
+    """The plugin library's own hash of what it was made from."""
+    log: str
+    timings: str
+    max_rows: int
+    """Rows of logits that a step may ask for."""
+    num_plugins: int
+    pools_seen: bool
+    """Whether it could be checked that no pool is copied."""
+    peak_bytes: int
+    """Of the builder's memory."""

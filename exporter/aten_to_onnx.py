@@ -85,6 +85,10 @@ class Translator(onnx_op.Operators):
                 f"no ONNX form for {node.target} in {self.scope(node)}",
                 hint=f"add it to the table of {__name__.removeprefix('nemotrt.')}",
             )
+        if node.kwargs and spec is None:
+            raise LowerError(
+                f"{self.scope(node)} calls {node.target} with {', '.join(node.kwargs)}, which has no ONNX form"
+            )
         arguments: Any = fx.node.map_arg(node.args, self._values.__getitem__)
         before = len(self.nodes)
         result = (
@@ -165,10 +169,13 @@ def _rms_norm(
 
 
 def _reshape(op: Translator, node: fx.Node, x: ir.Value, *_: Any) -> ir.Value:
-    # A size that is not fixed stands first (tokens, sequences): 0 keeps it.
-    sizes = node.meta["val"].shape
-    if not all(isinstance(size, int) for size in sizes[1:]):
-        raise LowerError(f"{op.scope(node)} reshapes to {tuple(sizes)}: only the first axis may vary")
+    # A size that is not fixed stands first (tokens, sequences), before and after: 0 keeps it.
+    sizes, before = node.meta["val"].shape, node.args[0].meta["val"].shape  # type: ignore[union-attr]
+    is_kept = isinstance(sizes[0], int) or str(sizes[0]) == str(before[0])
+    if not is_kept or not all(isinstance(size, int) for size in sizes[1:]):
+        raise LowerError(
+            f"{op.scope(node)} reshapes {tuple(before)} to {tuple(sizes)}: only a first axis that stays may vary"
+        )
     return op.Reshape(x, [size if isinstance(size, int) else 0 for size in sizes])  # type: ignore[no-any-return]
 
 

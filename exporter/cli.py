@@ -1,105 +1,98 @@
-"""The command line: an option becomes a config field, a command becomes one call. Heavy imports stay inside."""
+"""The command line's entry: its commands, and what a person sees of an error."""
 
 from __future__ import annotations
 
-import functools
-import json
-import signal
+import errno
+import os
 import sys
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, NoReturn
 
 import click
 
-from nemotrt.exporter.config import PRECISIONS, BuildConfig
+from nemotrt.exporter import interrupts
+from nemotrt.exporter.commands.arguments import TALK
+from nemotrt.exporter.commands.build import build
+from nemotrt.exporter.commands.check import check
+from nemotrt.exporter.commands.generate import generate
+from nemotrt.exporter.commands.inspect import inspect
+from nemotrt.exporter.commands.validate import validate
+from nemotrt.exporter.commands.verify import verify
 from nemotrt.exporter.console import Console
-from nemotrt.exporter.errors import ExportError
-
-CHECKPOINT = click.argument("checkpoint", type=click.Path(path_type=Path))
-BUNDLE = click.argument("bundle", type=click.Path(path_type=Path))
-JSON = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
+from nemotrt.exporter.errors import ExportError, UsageError
 
 
-def reporting_errors(command: Callable[..., None]) -> Callable[..., None]:
-    """Turn an ExportError into one line and its exit code, and Ctrl-C into 130."""
+class Program(click.Group):
+    """A group whose commands end with one line and an exit code, whatever happens."""
 
-    @functools.wraps(command)
-    def run(*arguments: Any, **options: Any) -> None:
-        debug = click.get_current_context().find_root().params.get("debug", False)
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """The commands in the order in which one meets them."""
+        return list(self.commands)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command; an error becomes one line, and its traceback is shown with --debug only."""
         try:
-            command(*arguments, **options)
+            with interrupts.answered():
+                return super().invoke(ctx)
         except ExportError as error:
-            if debug:
+            _end(ctx, error, str(error), error.hint, error.exit_code)
+        except click.UsageError as error:
+            command = error.ctx.command_path if error.ctx else ctx.command_path
+            _end(ctx, error, error.format_message(), f"see {command} --help", UsageError.exit_code)
+        except KeyboardInterrupt as error:
+            _end(ctx, error, "interrupted", "", interrupts.EXIT_CODE)
+        except MemoryError as error:
+            _end(ctx, error, "out of memory", "nemo-export check estimates what a build needs", 1)
+        except OSError as error:
+            if error.errno in (
+                None,
+                errno.EPIPE,
+            ):  # a library's own, and a reader that has gone: click's to end
                 raise
-            click.echo(f"error: {error}" + (f"\n  {error.hint}" if error.hint else ""), err=True)
-            sys.exit(error.exit_code)
-        except KeyboardInterrupt:
-            click.echo("interrupted", err=True)
-            sys.exit(128 + signal.SIGINT)
-
-    return run
+            where = f"{error.filename}: " if error.filename else ""
+            _end(ctx, error, f"{where}{error.strerror}", "", UsageError.exit_code)
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+def _end(ctx: click.Context, error: BaseException, message: str, hint: str, code: int) -> NoReturn:
+    if ctx.ensure_object(Console).debug:
+        raise error
+    line = " ".join(message.splitlines())  # a tensor's name can hold anything
+    shown = line if code == interrupts.EXIT_CODE else f"error: {line}"
+    click.echo(shown + (f"\n  {hint}" if hint else ""), err=True)
+    raise click.exceptions.Exit(code) from error
+
+
+@click.group(
+    cls=Program,
+    name="nemo-export",
+    params=list(TALK),
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
 @click.version_option(package_name="nemo-export")
-@click.option("--quiet", "-q", is_flag=True, help="Say nothing but errors.")
-@click.option("--verbose", "-v", is_flag=True, help="Say more.")
-@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
-@click.pass_context
-def main(context: click.Context, quiet: bool, verbose: bool, debug: bool) -> None:
+def program() -> None:
     """Export Nemotron-H and Nemotron 3 checkpoints to bundles that run, and are proved against PyTorch."""
-    del debug  # read by reporting_errors
-    context.obj = Console(quiet=quiet, verbose=verbose)
 
 
-@main.command(
-    epilog="Example: nemo-export build examples/tiny --output tiny.bundle",
-)
-@CHECKPOINT
-@click.option(
-    "--output",
-    "-o",
-    type=click.Path(path_type=Path),
-    required=True,
-    help="The bundle's folder; must not exist.",
-)
-@click.option(
-    "--precision", type=click.Choice(PRECISIONS), default=None, help="Default: the checkpoint's own."
-)
-@click.option(
-    "--max-tokens", default=2048, show_default=True, help="Tokens a step, of all sequences together."
-)
-@click.option("--max-sequences", default=16, show_default=True, help="Sequences a step.")
-@click.option("--max-context", default=8192, show_default=True, help="Tokens a sequence.")
-@click.option("--page-size", default=128, show_default=True, help="Tokens a page of the KV cache.")
-@click.option(
-    "--state-dtype",
-    type=click.Choice(["fp32", "fp16"]),
-    default="fp32",
-    show_default=True,
-    help="Of the recurrent state.",
-)
-@click.option("--force", is_flag=True, help="Replace an existing bundle.")
-@click.option("--no-validate", is_flag=True, help="Do not compare with PyTorch; the manifest says so.")
-@click.option(
-    "--keep-failed", is_flag=True, help="Write the bundle even if a gate fails; the manifest says so."
-)
-@JSON
-@click.pass_obj
-@reporting_errors
-def build(
-    console: Console, checkpoint: Path, output: Path, as_json: bool, no_validate: bool, **options: Any
-) -> None:
-    """Build a bundle from CHECKPOINT: the graph, its proof against PyTorch, and a manifest."""
-    from nemotrt.exporter import pipeline
+for command in (check, build, inspect, generate, validate, verify):
+    program.add_command(command)
 
-    config = BuildConfig(
-        checkpoint=checkpoint,
-        output=output,
-        validate=not no_validate,
-        **{name: "" if value is None else value for name, value in options.items()},
-    )
-    result = pipeline.build(config, console)
-    if as_json:
-        click.echo(json.dumps(result, indent=2))
+
+def main() -> None:
+    """The program as a process: a defect of its own is one line too, and Ctrl-C ends it at once."""
+    if "--debug" not in sys.argv:
+        sys.excepthook = _defect
+    try:
+        program()
+    except SystemExit as end:
+        if end.code == interrupts.EXIT_CODE:
+            # PyTorch's libraries take up to a second to unload.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(interrupts.EXIT_CODE)
+        raise
+
+
+def _defect(kind: type[BaseException], error: BaseException, _: TracebackType | None) -> None:
+    first = next(iter(str(error).splitlines()), "")
+    click.echo(f"error: a defect of nemo-export: {kind.__name__}: {first}", err=True)
+    click.echo("  please report it with what --debug shows", err=True)

@@ -10,6 +10,9 @@ from nemotrt.exporter.errors import UsageError
 PRECISIONS = ("fp32", "fp16", "bf16")
 """Precisions of activations and weights."""
 
+RUNTIMES = ("auto", "onnx", "tensorrt-rtx", "tensorrt")
+"""What a bundle can be run by; auto is the best that this machine can build."""
+
 COMPUTE_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 PRECISION_OF_DTYPE = {dtype: precision for precision, dtype in COMPUTE_DTYPES.items()}
 
@@ -30,6 +33,10 @@ class BuildConfig:
     """Tokens a sequence."""
     page_size: int = 128
     """Tokens a page of the KV cache."""
+    runtime: str = "auto"
+    """One of RUNTIMES: what the bundle is to be run by."""
+    sms: tuple[int, ...] = ()
+    """GPU generations that an engine of tensorrt-rtx is for; none for all that the precision runs on."""
     state_dtype: str = "fp32"
     """Of the recurrent state's pools."""
     validate: bool = True
@@ -40,6 +47,10 @@ class BuildConfig:
         if self.precision not in ("", *PRECISIONS):
             raise UsageError(
                 f"precision {self.precision} is not known", hint="choose from " + ", ".join(PRECISIONS)
+            )
+        if self.runtime not in RUNTIMES:
+            raise UsageError(
+                f"runtime {self.runtime} is not known", hint="choose from " + ", ".join(RUNTIMES)
             )
         for name in ("max_tokens", "max_sequences", "max_context", "page_size"):
             if getattr(self, name) < 1:

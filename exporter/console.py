@@ -6,10 +6,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING
 
-from rich.console import Console as RichConsole
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+if TYPE_CHECKING:
+    from rich.console import Console as RichConsole
+    from rich.progress import Progress
 
 
 @dataclass
@@ -18,41 +21,66 @@ class Console:
 
     quiet: bool = False
     verbose: bool = False
+    debug: bool = False
+    log: list[str] = field(default_factory=list)
+    """All that was said, details too, without seconds: equal builds have equal logs."""
 
-    def __post_init__(self) -> None:
-        self._rich = RichConsole(stderr=True, highlight=False, soft_wrap=True, quiet=self.quiet)
+    @cached_property
+    def _rich(self) -> RichConsole:
+        # Rich takes a third of the time that --help has.
+        from rich.console import Console as RichConsole
 
-    def say(self, text: str) -> None:
+        return RichConsole(stderr=True, highlight=False, soft_wrap=True, quiet=self.quiet)
+
+    def say(self, text: str, *, logged: bool = True) -> None:
         """One line for a person."""
+        if logged:
+            self.log.append(text)
         self._rich.print(text, markup=False)
 
     def detail(self, text: str) -> None:
         """One line that only --verbose shows."""
+        self.log.append(text)
         if self.verbose:
             self._rich.print(text, markup=False, style="dim")
 
     @contextmanager
-    def stage(self, name: str, what: str) -> Iterator[None]:
-        """A stage of a build: its line with the seconds it took, once it is done."""
-        started = time.perf_counter()
-        if sys.stderr.isatty() and not self.quiet:
-            with self._rich.status(f"{name}: {what}"):
-                yield
-        else:
-            yield
-        self.say(f"{name:<9} {what}  {time.perf_counter() - started:.1f} s")
+    def stage(
+        self, name: str, what: str, *, total: int | None = None, is_bytes: bool = False
+    ) -> Iterator[Callable[[int], None]]:
+        """A stage of the work: at its end a line that says how long it took.
 
-    @contextmanager
-    def bar(self, name: str, total: int) -> Iterator[Callable[[int], None]]:
-        """A progress bar over bytes; quiet where stderr is not a terminal."""
-        with Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            DownloadColumn(),
-            TimeRemainingColumn(),
+        Gives what advances its bar up to `total`. A terminal shows the bar, or a spinner where there is no
+        total; elsewhere --verbose says when a stage begins.
+        """
+        title = f"{name:<9} {what}"
+        started, ended = time.perf_counter(), "stopped after "
+        self._begin(title)
+        try:
+            with self._progress(total, is_bytes=is_bytes) as progress:
+                task = progress.add_task(title, total=total)
+                yield lambda done: progress.advance(task, done)
+            ended = ""
+        finally:
+            self.log.append(title + ("  stopped" if ended else ""))
+            self._rich.print(f"{title}  {ended}{time.perf_counter() - started:.1f} s", markup=False)
+
+    def _begin(self, title: str) -> None:
+        if self.verbose and not sys.stderr.isatty():
+            self._rich.print(f"{title} …", markup=False, style="dim")
+
+    def _progress(self, total: int | None, *, is_bytes: bool) -> Progress:
+        from rich import progress
+
+        shown: list[progress.ProgressColumn | str] = [progress.SpinnerColumn(), "{task.description}"]
+        if total is not None:
+            shown += [progress.BarColumn(), progress.TaskProgressColumn()]
+            shown += [progress.DownloadColumn()] if is_bytes else []
+        shown.append(progress.TimeElapsedColumn())
+        shown += [progress.TimeRemainingColumn()] if total is not None else []
+        return progress.Progress(
+            *shown,
             console=self._rich,
             transient=True,
             disable=self.quiet or not sys.stderr.isatty(),
-        ) as progress:
-            task = progress.add_task(name, total=total)
-            yield lambda done: progress.advance(task, done)
+        )

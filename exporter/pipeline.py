@@ -3,55 +3,95 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
-from nemotrt.exporter import environment
-from nemotrt.exporter.artifacts import Gate, LoadedModel, LoweredGraph, ValidationReport
+from nemotrt.exporter import environment, estimates
+from nemotrt.exporter.artifacts import CompiledEngine, Gate, LoadedModel, LoweredGraph, ValidationReport
 from nemotrt.exporter.config import PRECISION_OF_DTYPE, BuildConfig
 from nemotrt.exporter.console import Console
-from nemotrt.exporter.errors import ExportError, UsageError, ValidationError
-from nemotrt.exporter.workspace import Workspace, digest
+from nemotrt.exporter.errors import CompileError, ExportError, UsageError, ValidationError
+from nemotrt.exporter.targets import AUTO, ONNX, Target, settle
+from nemotrt.exporter.workspace import Workspace, check_output, digest
 
 GRAPH = "model.onnx"
+MAX_GATES_SAID = 10
+
+DISK_HINTS = {
+    errno.ENOSPC: "free some space, or choose another --output",
+    errno.EDQUOT: "free some space, or choose another --output",
+    errno.EROFS: "choose another --output",
+    errno.EACCES: "choose another --output, or change its permissions",
+    errno.EPERM: "choose another --output, or change its permissions",
+}
+"""The system's error → what to do about it."""
 
 
 def build(config: BuildConfig, console: Console) -> dict[str, Any]:
     """Build the bundle at `config.output`; gives what a script wants to know of it.
 
-    Raises ExportError, and then leaves nothing at the output. A build that was killed is continued by the next one
-    of the same output.
+    Raises ExportError, and then leaves nothing at the output. A build that was killed or interrupted is continued
+    by the next one of the same output.
     """
     from nemotrt.exporter.stages.load import load
 
-    with Workspace.open(config.output, force=config.force) as workspace:
-        try:
-            with console.stage("load", str(config.checkpoint)):
-                model = load(config.checkpoint)
-            config = _resolved(config, model)
-            key = digest(_identity(config, model))
-            _check_disk(config, model)
-            return _build(config, model, key, workspace, console)
-        except ExportError:
-            workspace.clear()
-            raise
+    with _disk_errors_in_words(config):
+        check_output(config.output, force=config.force)
+        with console.stage("load", config.checkpoint.resolve().name):
+            model = load(config.checkpoint)
+        for name, reason in model.config.inert.items():
+            console.detail(f"{'':<9} {name} changes nothing: {reason}")
+        if model.not_exported:
+            console.say(f"{'':<9} {len(model.not_exported)} tensors (mtp.*) are not exported")
+        config, target = _resolved(config, model, console)
+        if config.validate:
+            estimates.check_memory(model, hint="--no-validate builds without it, and the manifest says so")
+        key = digest(_identity(config, model))
+        with Workspace.open(config.output, force=config.force) as workspace:
+            try:
+                return _build(config, target, model, key, workspace, console)
+            except (ExportError, OSError):
+                workspace.clear()
+                raise
+            except KeyboardInterrupt:
+                if workspace.has_results:
+                    console.say(f"{workspace.root} keeps what was done: the same command goes on from there")
+                raise
+
+
+@contextmanager
+def _disk_errors_in_words(config: BuildConfig) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:
+            raise  # a library's, not the system's
+        where = error.filename or config.output.parent
+        raise UsageError(f"{where}: {error.strerror}", hint=DISK_HINTS.get(error.errno, "")) from error
 
 
 def _build(
-    config: BuildConfig, model: LoadedModel, key: str, workspace: Workspace, console: Console
+    config: BuildConfig, target: Target, model: LoadedModel, key: str, workspace: Workspace, console: Console
 ) -> dict[str, Any]:
     from nemotrt.exporter.stages.bundle import bundle
 
     graph = _lowered(config, model, key, workspace, console)
+    engine = _compiled(config, target, graph, key, workspace, console)
     report = _validated(config, model, graph, key, workspace, console)
     failed = [gate for gate in report.gates if not gate.passed] if report else []
+    for gate in failed[:MAX_GATES_SAID]:
+        console.say(f"{'':<9} failed: {describe(gate)}")
     if failed and not config.keep_failed:
         raise ValidationError(
             f"{len(failed)} of {len(report.gates) if report else 0} gates failed; the first: {describe(failed[0])}",
             hint="--keep-failed writes the bundle all the same, for looking into it",
         )
+    log = tuple(console.log)
     with console.stage("bundle", str(config.output)):
-        manifest = bundle(config, model, graph, report, workspace.folder)
+        manifest = bundle(config, model, graph, engine, report, workspace.folder, log)
         workspace.publish()
     if failed:
         raise ValidationError(f"{len(failed)} gates failed; {config.output} says so", hint="do not ship it")
@@ -61,13 +101,34 @@ def _build(
         "precision": config.precision,
         "nodes": graph.nodes,
         "weight_bytes": graph.weight_bytes,
+        "engine": dataclasses.asdict(engine) if engine else None,
         "validation": dataclasses.asdict(manifest.validation),
     }
 
 
-def _resolved(config: BuildConfig, model: LoadedModel) -> BuildConfig:
-    """The configuration with every default that depends on the checkpoint filled in."""
-    return dataclasses.replace(config, precision=config.precision or PRECISION_OF_DTYPE[model.config.dtype])
+def _resolved(config: BuildConfig, model: LoadedModel, console: Console) -> tuple[BuildConfig, Target]:
+    """The configuration with every default that depends on the checkpoint or the machine filled in."""
+    precision = config.precision or PRECISION_OF_DTYPE[model.config.dtype]
+    target = settle(config.runtime, config.sms, precision)
+    if target.runtime != ONNX:
+        target = _checked(target, estimates.graph_bytes(model, precision))
+    if config.runtime == AUTO:
+        console.say(f"{'runtime':<9} {target.title}" + (f" ({target.why})" if target.why else ""))
+    return dataclasses.replace(config, precision=precision, runtime=target.runtime, sms=target.sms), target
+
+
+def _checked(target: Target, weight_bytes: int) -> Target:
+    """The target, whose TensorRT loads and has memory enough to build in; or the graph alone where that may be."""
+    from nemotrt.exporter.stages.compile import check_backend
+
+    try:
+        estimates.check_engine_memory(weight_bytes)
+        check_backend(target)
+    except CompileError as error:
+        if not target.may_fall_back:
+            raise
+        return Target(ONNX, why="; ".join(filter(None, (target.why, str(error)))))
+    return target
 
 
 def _identity(config: BuildConfig, model: LoadedModel) -> list[Any]:
@@ -79,18 +140,34 @@ def _identity(config: BuildConfig, model: LoadedModel) -> list[Any]:
         for name, value in dataclasses.asdict(config).items()
         if name not in ("output", "force", "keep_failed", "validate")
     }
+    fields["checkpoint"] = config.checkpoint.resolve()
     return [environment.tool_versions(), fields, dataclasses.asdict(model.config), stats]
 
 
 def _check_disk(config: BuildConfig, model: LoadedModel) -> None:
-    from nemotrt.exporter.estimates import graph_bytes
-
-    wanted, free = graph_bytes(model, config.precision), shutil.disk_usage(config.output.parent).free
+    copies = 1 if config.runtime == ONNX else 2  # an engine has the weights once more
+    wanted = copies * estimates.graph_bytes(model, config.precision)
+    free = shutil.disk_usage(config.output.parent).free
     if wanted > free:
         raise UsageError(
-            f"{config.output.parent} has {free / 1e9:.1f} GB free, the bundle needs {wanted / 1e9:.1f} GB",
-            hint="free some space or choose another --output",
+            f"{config.output.parent} has {free / 1e9:.3g} GB free, the bundle needs {wanted / 1e9:.3g} GB",
+            hint=DISK_HINTS[errno.ENOSPC],
         )
+
+
+def _once(
+    stage: str, key: str, workspace: Workspace, console: Console, run: Callable[[], dict[str, Any]]
+) -> dict[str, Any]:
+    """What `run` gives, or what it gave when an earlier build ended the stage with the same inputs."""
+    kept: dict[str, Any] | None = workspace.result(stage, key)
+    if kept is not None:
+        console.say(f"{stage:<9} kept from the build before", logged=False)
+        console.log += kept["log"]
+        return dict(kept["result"])
+    before = len(console.log)
+    result = run()
+    workspace.record(stage, key, {"result": result, "log": console.log[before:]})
+    return result
 
 
 def _lowered(
@@ -98,23 +175,60 @@ def _lowered(
 ) -> LoweredGraph:
     """The graph in the workspace; one that an earlier build of the same inputs ended is taken as it is."""
     path = workspace.folder / GRAPH
-    if (kept := workspace.result("lower", key)) is not None:
-        console.say(f"{'lower':<9} kept from the build before")
-        return LoweredGraph(path=path, **kept)
-    from nemotrt.exporter.estimates import graph_bytes
-    from nemotrt.exporter.stages.lower import lower
-    from nemotrt.exporter.stages.trace import trace
 
-    with console.stage("trace", f"{len(model.config.layers)} layers, {len(set(model.config.layers))} kinds"):
-        traced = trace(model, config)
-    total = graph_bytes(model, config.precision)
-    with console.stage("lower", f"{config.precision}, {total / 1e6:.1f} MB of weights"):
-        with console.bar("lower", total) as advance:
+    def run() -> dict[str, Any]:
+        from nemotrt.exporter.stages.lower import lower
+        from nemotrt.exporter.stages.trace import trace
+
+        _check_disk(config, model)
+        kinds = len(set(model.config.layers))
+        with console.stage("trace", f"{len(model.config.layers)} layers, {kinds} kinds"):
+            traced = trace(model, config)
+        total = estimates.graph_bytes(model, config.precision)
+        what = f"{config.precision}, {total / 1e6:.1f} MB of weights"
+        with console.stage("lower", what, total=total, is_bytes=True) as advance:
             graph = lower(model, traced, path, advance=advance)
-    kept = {name: value for name, value in dataclasses.asdict(graph).items() if name != "path"}
-    workspace.record("lower", key, kept)
-    console.detail(f"{graph.nodes} nodes; " + ", ".join(f"{count} {op}" for op, count in graph.ops.items()))
-    return graph
+        ops = ", ".join(f"{count} {op}" for op, count in graph.ops.items())
+        console.detail(f"{graph.nodes} nodes; {ops}")
+        return {name: value for name, value in dataclasses.asdict(graph).items() if name != "path"}
+
+    return LoweredGraph(path=path, **_once("lower", key, workspace, console, run))
+
+
+def _compiled(
+    config: BuildConfig,
+    target: Target,
+    graph: LoweredGraph,
+    key: str,
+    workspace: Workspace,
+    console: Console,
+) -> CompiledEngine | None:
+    """The engine in the workspace; None where none was asked for, or the model has none and that was said."""
+    if target.runtime == ONNX:
+        return None
+
+    def run() -> dict[str, Any]:
+        from nemotrt.exporter.stages.compile import STEPS, compile, prepare
+
+        try:
+            with console.stage("kernels", f"and plugin library for {target.gpus}"):
+                prepared = prepare(config, target, graph)
+        except CompileError as error:
+            if not target.may_fall_back:
+                raise
+            console.say(f"{'runtime':<9} {ONNX} ({error})")
+            return {}
+        with console.stage("compile", f"engine of {target.title}", total=STEPS) as advance:
+            engine = compile(config, target, graph, prepared, workspace.folder, advance=advance)
+        console.detail(f"{engine.num_plugins} ops are plugins")
+        if not engine.pools_seen:
+            console.say(
+                f"{'':<9} whether the engine copies pools is not known: TensorRT did not list its layers"
+            )
+        return dataclasses.asdict(engine)
+
+    kept = _once("compile", digest(key, dataclasses.asdict(target)), workspace, console, run)
+    return CompiledEngine(**{**kept, "sms": tuple(kept["sms"])}) if kept else None
 
 
 def _validated(
@@ -128,15 +242,18 @@ def _validated(
     if not config.validate:
         console.say(f"{'validate':<9} skipped: the manifest says that nothing was proved")
         return None
-    if (kept := workspace.result("validate", key)) is not None:
-        console.say(f"{'validate':<9} kept from the build before")
-        return _report_from(kept)
-    from nemotrt.exporter.stages.validate import validate
 
-    with console.stage("validate", "ONNX Runtime against PyTorch"):
-        report = validate(model, config, graph.path)
-    workspace.record("validate", key, dataclasses.asdict(report))
-    return report
+    def run() -> dict[str, Any]:
+        from nemotrt.exporter.stages.validate import num_steps, validate
+
+        total = num_steps(config.precision)
+        with console.stage("validate", "ONNX Runtime against PyTorch", total=total) as advance:
+            report = validate(model, config, graph.path, advance=advance)
+        passed = sum(gate.passed for gate in report.gates)
+        console.say(f"{'':<9} {passed} of {len(report.gates)} gates passed")
+        return dataclasses.asdict(report)
+
+    return _report_from(_once("validate", key, workspace, console, run))
 
 
 def _report_from(kept: dict[str, Any]) -> ValidationReport:

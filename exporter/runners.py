@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
@@ -11,6 +13,7 @@ from numpy.typing import NDArray
 
 from nemotrt.exporter import weights
 from nemotrt.exporter.artifacts import LoadedModel
+from nemotrt.exporter.runtime.engine_session import EngineSession
 from nemotrt.exporter.runtime.session import Session
 from nemotrt.exporter.runtime.step import StepInputs
 from nemotrt.model.hybrid import NemotronH
@@ -33,6 +36,27 @@ class Runner(Protocol):
         """Every pool's values, scratch row included."""
 
 
+class CandidateRunner(Runner, Protocol):
+    """A runner of what was built."""
+
+    runs_as: str
+    """On what, in words."""
+
+
+SMALL_MODEL_BYTES = 64 << 20
+"""Below this PyTorch runs on one thread: a second one waits longer than it works (three times the CPU time)."""
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 class TorchRunner:
     """The reference model in one dtype, on the CPU."""
 
@@ -44,9 +68,10 @@ class TorchRunner:
         state = {
             name: weights.read(model.weights[name], tuple(parameter.shape), parameter.dtype)
             for name, parameter in self._network.state_dict().items()
-            if name in model.weights
         }
-        self._network.load_state_dict(state, strict=False, assign=True)
+        self._network.load_state_dict(state, assign=True)
+        is_small = sum(tensor.nbytes for tensor in state.values()) < SMALL_MODEL_BYTES
+        self._num_threads = 1 if is_small else torch.get_num_threads()
         self._pools: list[torch.Tensor] = []
 
     def _pool_dtype(self, spec: PoolSpec) -> torch.dtype:
@@ -70,7 +95,8 @@ class TorchRunner:
             )
         )
         ids, rows = torch.from_numpy(inputs.input_ids), torch.from_numpy(inputs.logits_row)
-        logits, self._pools = self._network(ids, step, rows, self._pools)
+        with _threads(self._num_threads):
+            logits, self._pools = self._network(ids, step, rows, self._pools)
         return logits.double().numpy()  # type: ignore[no-any-return]
 
     def pools(self) -> dict[str, Array]:
@@ -78,12 +104,12 @@ class TorchRunner:
         return {spec.name: pool.double().numpy() for spec, pool in zip(self._specs, self._pools, strict=True)}
 
 
-class GraphRunner:
-    """A lowered graph in ONNX Runtime; `bound` pools are updated in place, others are fed and fetched."""
+class SessionRunner:
+    """A session of either runtime."""
 
-    def __init__(self, graph: Path, *, num_slots: int, num_pages: int, bound: bool = True) -> None:
-        self._session = Session(graph, num_slots=num_slots, num_pages=num_pages, bound=bound)
-        self.runs_as = self._session.runs_as
+    def __init__(self, session: Session | EngineSession) -> None:
+        self._session = session
+        self.runs_as = session.runs_as
 
     def reset(self, pools: dict[str, NDArray[np.float32]]) -> None:
         """Fill every pool, in its own dtype."""
@@ -104,3 +130,17 @@ class GraphRunner:
     def pools(self) -> dict[str, Array]:
         """Every pool's values."""
         return {name: self._session.pool(name).astype(np.float64) for name in self._session.pool_names}
+
+
+class GraphRunner(SessionRunner):
+    """A lowered graph in ONNX Runtime; `bound` pools are updated in place, others are fed and fetched."""
+
+    def __init__(self, graph: Path, *, num_slots: int, num_pages: int, bound: bool = True) -> None:
+        super().__init__(Session(graph, num_slots=num_slots, num_pages=num_pages, bound=bound))
+
+
+class EngineRunner(SessionRunner):
+    """A bundle's engine on a GPU; with `capture` steps that decode are launched as CUDA graphs."""
+
+    def __init__(self, bundle: Path, *, num_slots: int, num_pages: int, capture: bool = True) -> None:
+        super().__init__(EngineSession(bundle, num_slots=num_slots, num_pages=num_pages, capture=capture))

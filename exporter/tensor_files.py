@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,10 +60,14 @@ def open_checkpoint(folder: Path) -> dict[str, StoredTensor]:
     Raises CheckpointError on a missing, truncated or malformed file, a name that two shards hold, an index that
     points outside the folder or disagrees with its shards, and on checkpoints that only hold pickles.
     """
-    if (folder / INDEX).exists():
+    if os.path.lexists(folder / INDEX) and os.path.lexists(folder / SINGLE):
+        raise CheckpointError(
+            f"{folder} has both {SINGLE} and {INDEX}", hint="remove the one that is not the model's"
+        )
+    if os.path.lexists(folder / INDEX):
         return _open_index(folder)
-    if (folder / SINGLE).exists():
-        return read_header(_inside(folder, SINGLE))
+    if os.path.lexists(folder / SINGLE):
+        return read_header(file_inside(folder, SINGLE))
     pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
     if pickles:
         raise CheckpointError(
@@ -76,13 +81,13 @@ def open_checkpoint(folder: Path) -> dict[str, StoredTensor]:
 
 
 def _open_index(folder: Path) -> dict[str, StoredTensor]:
-    raw = read_json(_inside(folder, INDEX))
+    raw = read_json(file_inside(folder, INDEX))
     weight_map = raw.get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
         raise CheckpointError(f"{INDEX}: weight_map is not a map from tensor to file")
     tensors: dict[str, StoredTensor] = {}
     for shard in sorted(set(weight_map.values())):
-        found = read_header(_inside(folder, shard))
+        found = read_header(file_inside(folder, shard))
         for name, tensor in found.items():
             if name in tensors:
                 raise CheckpointError(f"{name} is in two shards: {tensors[name].path.name} and {shard}")
@@ -96,8 +101,11 @@ def _open_index(folder: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
-def _inside(folder: Path, name: str) -> Path:
-    """The file `name` of the folder; a link only where the Hugging Face cache keeps its blobs."""
+def file_inside(folder: Path, name: str) -> Path:
+    """The file `name` of the folder; a link only where the Hugging Face cache keeps its blobs.
+
+    Raises CheckpointError on a path, a missing file, and a link that leads out: a build would copy what it leads to.
+    """
     if Path(name).name != name:
         raise CheckpointError(f"{INDEX} names {name}, which is not a file of {folder}")
     path = folder / name
@@ -165,7 +173,7 @@ def _stored(path: Path, name: str, entry: Any, data_start: int) -> StoredTensor:
         raise CheckpointError(f"{path}: {name} has no dtype, shape or data_offsets") from error
     if not all(type(number) is int and number >= 0 for number in numbers):
         raise CheckpointError(f"{path}: {name} has a shape or offset that is not a count")
-    if dtype not in DTYPES:
+    if not isinstance(dtype, str) or dtype not in DTYPES:
         raise CheckpointError(
             f"{path}: {name} has dtype {dtype}, which is not known", hint="known: " + " ".join(DTYPES)
         )

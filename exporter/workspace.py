@@ -1,4 +1,11 @@
-"""The folder that a build works in: beside its output, locked, journalled, and renamed into place when it is whole."""
+"""The folder that a build works in: beside its output, locked, journalled, and renamed when it is whole.
+
+`.NAME.building/` beside the output NAME holds
+    lock           locked by the build that works here
+    journal.json   which stages ended, with what inputs and results
+    bundle/        what becomes the output
+    replaced/      the bundle that --force replaces, while the new one takes its place
+"""
 
 from __future__ import annotations
 
@@ -8,14 +15,16 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Self
+from typing import IO, Any, Self
 
-from nemotrt.exporter.errors import UsageError
+from nemotrt.exporter.errors import BundleError, UsageError
+from nemotrt.exporter.runtime import manifest
 
-JOURNAL = "journal.json"
-MANIFEST = "manifest.json"
+JOURNAL, LOCK = "journal.json", "lock"
+VERSION = 1
+"""Of the journal: one that another version wrote is not continued."""
 
 
 def digest(*parts: Any) -> str:
@@ -24,93 +33,187 @@ def digest(*parts: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def check_output(output: Path, *, force: bool) -> None:
+    """Raise UsageError when nothing can stand at the output, or what stands there may not be replaced."""
+    if not output.parent.is_dir():
+        raise UsageError(
+            f"{output.parent} is not a folder", hint="make the folder that --output is to stand in"
+        )
+    if not os.path.lexists(output):
+        return
+    if not force:
+        raise UsageError(f"{output} exists", hint="use --force to replace it, or choose another --output")
+    if output.is_symlink() or not output.is_dir():
+        raise UsageError(f"{output} is not a bundle: --force replaces nothing else")
+    if not any(output.iterdir()):
+        return
+    try:
+        findings = manifest.examine(output, manifest.read(output), deep=False)
+    except BundleError as error:
+        raise UsageError(
+            f"{output} is not a bundle: --force replaces nothing else", hint="choose another --output"
+        ) from error
+    if strangers := (*findings.added, *findings.irregular):
+        raise UsageError(
+            f"{output} holds {strangers[0]}, which is not of the bundle: --force would delete it",
+            hint="move it away, or choose another --output",
+        )
+
+
 class Workspace:
     """A sibling of the output, kept when a build is killed so that the next one continues it."""
 
-    def __init__(self, output: Path, *, force: bool) -> None:
-        self.output = output
-        self._root = output.parent / f".{output.name}.building"
-        self.folder = self._root / "bundle"
-        """What becomes the output; the journal lies beside it."""
-        self._force = force
-        self._journal: dict[str, Any] = {}
+    def __init__(self, output: Path) -> None:
+        named = output if output.name not in ("", "..") else output.resolve()
+        self.output = named.parent.resolve() / named.name
+        self.root = self.output.parent / f".{self.output.name}.building"
+        self.folder = self.root / "bundle"
+        """What becomes the output."""
+        self._replaced = self.root / "replaced"
+        self._journal: dict[str, dict[str, Any]] = {}
 
     @classmethod
     @contextmanager
     def open(cls, output: Path, *, force: bool) -> Iterator[Self]:
-        """A locked workspace; raises UsageError when the output cannot be written or another build holds it."""
-        workspace = cls(output, force=force)
-        workspace._check_output()
-        lock = output.parent / f".{output.name}.lock"
-        with lock.open("w") as file:
+        """A locked workspace; raises UsageError when another build holds it, or as `check_output` does.
+
+        When it is left, what ended stages wrote stays for the next build, unless it was cleared or published.
+        """
+        workspace = cls(output)
+        check_output(workspace.output, force=force)
+        with workspace._locked():
+            workspace._put_back()
+            workspace._read_journal()
+            try:
+                check_output(workspace.output, force=force)
+                workspace.folder.mkdir(exist_ok=True)
+                yield workspace
+            finally:
+                workspace._put_back()
+                if not workspace.has_results:
+                    workspace.clear()
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Hold the lock; at the end its file and the root go if nothing else is in there."""
+        file = self._open_lock()
+        try:
+            yield
+        finally:
+            # Another build may make its lock between the two: then the folder is its own, and stays.
+            with suppress(OSError):
+                if os.listdir(self.root) == [LOCK]:
+                    (self.root / LOCK).unlink()
+                    self.root.rmdir()
+            file.close()
+
+    def _open_lock(self) -> IO[str]:
+        path = self.root / LOCK
+        while True:
+            self.root.mkdir(exist_ok=True)
+            try:
+                file = path.open("a")
+            except FileNotFoundError:
+                continue  # the build before this one has just removed the folder
+            except OSError:
+                with suppress(OSError):
+                    self.root.rmdir()
+                raise
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
+                file.close()
                 raise UsageError(
-                    f"another build is writing {output}", hint="wait for it, or choose another --output"
+                    f"another build is writing {self.output}", hint="wait for it, or choose another --output"
                 ) from error
-            workspace._read_journal()
-            try:
-                yield workspace
-            finally:
-                lock.unlink(missing_ok=True)
+            # A lock on a file that its holder removed before letting go would be a lock on nothing.
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                    return file
+            file.close()
 
-    def _check_output(self) -> None:
-        parent = self.output.parent
-        if not parent.is_dir():
-            raise UsageError(f"{parent} does not exist", hint="make the folder that --output is to stand in")
-        if not os.access(parent, os.W_OK):
-            raise UsageError(f"{parent} cannot be written")
-        if not self.output.exists() and not self.output.is_symlink():
+    def _put_back(self) -> None:
+        """Undo or end the replacement that a killed build was in the middle of."""
+        if not self._replaced.exists():
             return
-        if not self._force:
-            raise UsageError(f"{self.output} exists", hint="use --force to replace it")
-        is_bundle = (
-            self.output.is_dir() and not self.output.is_symlink() and (self.output / MANIFEST).is_file()
-        )
-        is_empty = self.output.is_dir() and not self.output.is_symlink() and not any(self.output.iterdir())
-        if not is_bundle and not is_empty:
-            raise UsageError(
-                f"{self.output} is not a bundle: --force replaces nothing else",
-                hint="choose another --output",
-            )
+        if os.path.lexists(self.output):
+            shutil.rmtree(self._replaced)
+        else:
+            self._replaced.rename(self.output)
+
+    @property
+    def has_results(self) -> bool:
+        """Whether a stage has ended, so that the next build of this output can go on from it."""
+        return bool(self._journal)
 
     def _read_journal(self) -> None:
         try:
-            self._journal = json.loads((self._root / JOURNAL).read_text())
+            found = json.loads((self.root / JOURNAL).read_text(encoding="utf-8"))
         except (FileNotFoundError, ValueError):
-            self._journal = {}
-        if not self._journal or not self.folder.is_dir():
-            # A build that was killed before its first stage ended, or in the moment of publishing: nothing to keep.
+            found = {}
+        is_ours = isinstance(found, dict) and found.get("version") == VERSION
+        if is_ours and found["stages"] and self.folder.is_dir():
+            self._journal = found["stages"]
+        else:
+            # A build was killed before its first stage ended, or just after publishing.
             self.clear()
-            self.folder.mkdir(parents=True)
 
     def result(self, stage: str, key: str) -> Any | None:
-        """What the stage recorded when it last ended with these inputs, or None."""
+        """What the stage recorded when it last ended with these inputs, or None.
+
+        None too when a file that it wrote is not as it was; it and the stages after it then count as not run.
+        """
         entry = self._journal.get(stage)
-        return entry["result"] if entry and entry["key"] == key else None
+        if entry and entry["key"] == key and entry["files"].items() <= self._files().items():
+            return entry["result"]
+        self._forget(stage)
+        return None
+
+    def _forget(self, stage: str) -> None:
+        """Take the stage and those recorded after it out of the journal before the stage runs again."""
+        stages = list(self._journal)
+        if stage in stages:
+            for later in stages[stages.index(stage) :]:
+                del self._journal[later]
+            self._write_journal()
+        if not self._journal:
+            shutil.rmtree(self.folder)
+            self.folder.mkdir()
 
     def record(self, stage: str, key: str, result: Any) -> None:
         """Say that the stage ended; what it wrote is on disk before the journal says so."""
         sync(self.folder)
-        self._journal[stage] = {"key": key, "result": result}
-        write_whole(self._root / JOURNAL, json.dumps(self._journal))
+        self._journal[stage] = {"key": key, "files": self._files(), "result": result}
+        self._write_journal()
+
+    def _write_journal(self) -> None:
+        write_whole(self.root / JOURNAL, json.dumps({"version": VERSION, "stages": self._journal}))
+
+    def _files(self) -> dict[str, list[int]]:
+        """Size and time of every file in the folder, by its path below it."""
+        found = {}
+        for path in self.folder.rglob("*"):
+            if path.is_file():
+                status = path.stat()
+                found[str(path.relative_to(self.folder))] = [status.st_size, status.st_mtime_ns]
+        return found
 
     def clear(self) -> None:
-        """Remove all that the build has written."""
-        shutil.rmtree(self._root, ignore_errors=True)
+        """Remove all that the build has written, but not what it has published or was to replace."""
+        self._put_back()
         self._journal = {}
+        # The journal first: what it promises must not be half removed if this is interrupted.
+        (self.root / JOURNAL).unlink(missing_ok=True)
+        (self.root / f".{JOURNAL}.writing").unlink(missing_ok=True)
+        shutil.rmtree(self.folder, ignore_errors=True)
 
     def publish(self) -> None:
-        """Rename the folder to the output: all of it is there, or nothing."""
+        """Rename the folder to the output, whole; what stood there is removed after that."""
         sync(self.folder)
-        old = self.output.parent / f".{self.output.name}.replaced"
-        shutil.rmtree(old, ignore_errors=True)
-        if self.output.exists():
-            self.output.rename(old)
+        if os.path.lexists(self.output):
+            self.output.rename(self._replaced)
         self.folder.rename(self.output)
         _sync_one(self.output.parent)
-        shutil.rmtree(old, ignore_errors=True)
         self.clear()
 
 
@@ -120,6 +223,7 @@ def write_whole(path: Path, text: str) -> None:
     temporary.write_text(text, encoding="utf-8")
     _sync_one(temporary)
     temporary.rename(path)
+    _sync_one(path.parent)
 
 
 def sync(folder: Path) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from nemotrt.model.config import ModelConfig
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 POOL_KINDS: dict[str, tuple[str, ...]] = {
     "mamba": ("conv_state", "ssm_state"),
@@ -65,6 +67,8 @@ def empty_pools(
     specs: tuple[PoolSpec, ...], num_slots: int, num_pages: int, device: torch.device | str | None = None
 ) -> list[Tensor]:
     """A zeroed pool for each spec, with rows for slots or pages, scratch included."""
+    import torch
+
     return [
         torch.zeros(
             num_pages if spec.is_paged else num_slots,

@@ -5,11 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from nemotrt.exporter.errors import BundleError, UsageError
 from nemotrt.exporter.runtime import manifest as manifests
+from nemotrt.exporter.runtime.engine_file import engine_profile
+from nemotrt.exporter.runtime.engine_session import EngineSession
+from nemotrt.exporter.runtime.manifest import Manifest, Profile
 from nemotrt.exporter.runtime.sampling import Sampler, SamplingConfig
 from nemotrt.exporter.runtime.scheduler import Limits, PlannedStep, Request, Scheduler
 from nemotrt.exporter.runtime.session import Session
@@ -17,7 +22,7 @@ from nemotrt.exporter.runtime.step import pages_of
 from nemotrt.exporter.runtime.tokenizer import Tokenizer
 
 RUNTIME = "onnx"
-"""The runtime of the profile that this module runs."""
+"""The runtime of the profile that runs anywhere."""
 
 GOING_ON, EOS, LENGTH, CONTEXT = "", "eos", "length", "context"
 """Why a text ends: its last token says so, the tokens asked for are there, or the context is full."""
@@ -33,10 +38,29 @@ class GenerateConfig:
     """Whether a prompt is a user's message to the chat template, and not plain text."""
     threads: int = 0
     """Threads of ONNX Runtime; 0 takes all cores."""
+    engine: bool = False
+    """Whether the bundle's TensorRT engine runs, on a GPU, instead of its graph in ONNX Runtime."""
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
             raise UsageError(f"--max-new-tokens {self.max_new_tokens} is below 1")
+        if self.engine and self.threads:
+            raise UsageError("--threads is ONNX Runtime's, and --engine does not use it")
+
+
+class Steps(Protocol):
+    """What runs steps: a session of either runtime."""
+
+    def step(
+        self,
+        input_ids: NDArray[np.int64],
+        query_start: NDArray[np.int32],
+        context_len: NDArray[np.int32],
+        slot: NDArray[np.int32],
+        page_table: NDArray[np.int32],
+        logits_row: NDArray[np.int32],
+    ) -> NDArray[np.float32]:
+        """The logits [R, V] of one step."""
 
 
 @dataclass(frozen=True)
@@ -65,16 +89,15 @@ def generate(bundle: Path, prompts: Sequence[str], config: GenerateConfig) -> It
     """
     manifest = manifests.verify(bundle, deep=False)
     tokenizer = Tokenizer(bundle)
-    profile = next((profile for profile in manifest.profiles if profile.runtime == RUNTIME), None)
-    if profile is None:
-        raise BundleError(f"{bundle} has no graph for ONNX Runtime")
+    profile = engine_profile(bundle, manifest) if config.engine else _graph_profile(bundle, manifest)
     requests = _requests(tokenizer, prompts, config, profile.max_context)
     at_once = min(profile.max_sequences, len(requests))
-    session = Session(
-        bundle / profile.path,
-        num_slots=1 + at_once,
-        num_pages=1 + max(1, _num_pages(requests, at_once, profile.page_size)),
-        threads=config.threads,
+    num_slots = 1 + at_once
+    num_pages = 1 + max(1, _num_pages(requests, at_once, profile.page_size))
+    session = (
+        EngineSession(bundle, num_slots=num_slots, num_pages=num_pages)
+        if config.engine
+        else Session(bundle / profile.path, num_slots=num_slots, num_pages=num_pages, threads=config.threads)
     )
     limits = Limits(
         max_tokens=profile.max_tokens,
@@ -94,8 +117,15 @@ def generate(bundle: Path, prompts: Sequence[str], config: GenerateConfig) -> It
         yield TextEvent(event.request, event.token, text, finish)
 
 
+def _graph_profile(bundle: Path, manifest: Manifest) -> Profile:
+    found = next((profile for profile in manifest.profiles if profile.runtime == RUNTIME), None)
+    if found is None:
+        raise BundleError(f"{bundle} has no graph for ONNX Runtime")
+    return found
+
+
 def generate_tokens(
-    session: Session,
+    session: Steps,
     limits: Limits,
     requests: Sequence[Request],
     sampling: SamplingConfig,
@@ -125,7 +155,7 @@ def generate_tokens(
         yield from events
 
 
-def _chosen(session: Session, step: PlannedStep, samplers: dict[int, Sampler]) -> dict[int, int]:
+def _chosen(session: Steps, step: PlannedStep, samplers: dict[int, Sampler]) -> dict[int, int]:
     """A request that wants logits → its next token."""
     inputs = step.inputs
     logits_RV = session.step(

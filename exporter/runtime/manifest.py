@@ -30,6 +30,9 @@ ROLES = (
     "report",
     "log",
     "licence",
+    "engine",
+    "plugins",
+    "timing_cache",
 )
 """What a file of a bundle is for; `tokenizer` is every file that the tokenizer reads."""
 
@@ -107,7 +110,7 @@ class GraphSummary:
 
 @dataclass(frozen=True)
 class Profile:
-    """What one step may hold, and the runtime (`onnx`) and file that it holds for."""
+    """What one step may hold, and the runtime (`onnx`, `tensorrt-rtx`, `tensorrt`) and file that it holds for."""
 
     runtime: str
     path: str
@@ -115,6 +118,12 @@ class Profile:
     max_sequences: int
     max_context: int
     page_size: int
+    max_rows: int = 0
+    """Rows of logits that a step may ask for; 0 for one of each token."""
+    runtime_version: str = ""
+    """Of the TensorRT that built the engine and must run it; empty where any version will do."""
+    sms: tuple[int, ...] = ()
+    """GPU generations that the engine is for."""
 
 
 @dataclass(frozen=True)
@@ -128,12 +137,13 @@ class BuildEnvironment:
 
 @dataclass(frozen=True)
 class Plugin:
-    """A library of ops that an engine in the bundle needs."""
+    """A library of ops that an engine in the bundle needs, and the library's own hash of what it was made from."""
 
     name: str
     version: str
     namespace: str
-    sha256: str
+    path: str
+    build: str
 
 
 @dataclass(frozen=True)

@@ -8,16 +8,19 @@ import json
 import re
 import shutil
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from nemotrt.exporter import environment, weights
-from nemotrt.exporter.artifacts import LoadedModel, LoweredGraph, ValidationReport
+from nemotrt.exporter.artifacts import CompiledEngine, LoadedModel, LoweredGraph, ValidationReport
 from nemotrt.exporter.config import BuildConfig
 from nemotrt.exporter.runtime import manifest
 from nemotrt.exporter.runtime.graph_summary import describe_graph
+from nemotrt.plugins.spec import DOMAIN
 
 REPORT = "report.json"
+LOG = "logs/build.log"
 
 ROLES = {
     "config.json": "config",
@@ -30,20 +33,35 @@ ROLES = {
 
 
 def bundle(
-    config: BuildConfig, model: LoadedModel, graph: LoweredGraph, report: ValidationReport | None, folder: Path
+    config: BuildConfig,
+    model: LoadedModel,
+    graph: LoweredGraph,
+    engine: CompiledEngine | None,
+    report: ValidationReport | None,
+    folder: Path,
+    log: Sequence[str],
 ) -> manifest.Manifest:
-    """The manifest of `folder`, which already holds the graph and now everything else too."""
+    """The manifest of `folder`, which already holds the graph and now everything else too.
+
+    `log` has what the build said, and neither times nor paths, so that equal builds make equal bundles.
+    """
     roles = {graph.path.name: "graph", weights.data_path(graph.path).name: "weights"}
+    if engine is not None:
+        roles |= {engine.path: "engine", engine.library: "plugins", engine.log: "log"}
+        roles |= {engine.timings: "timing_cache"} if engine.timings else {}
     for name in model.side_files:
         shutil.copyfile(model.folder / name, folder / name)
         roles[name] = ROLES.get(name, "tokenizer")
     if report is not None:
         (folder / REPORT).write_text(json.dumps(as_json(report), indent=1), encoding="utf-8")
         roles[REPORT] = "report"
-    for path in folder.iterdir():
-        if path.name not in roles:
+    roles[LOG] = "log"
+    (folder / LOG).parent.mkdir(exist_ok=True)
+    (folder / LOG).write_text("".join(f"{line.rstrip()}\n" for line in log), encoding="utf-8")
+    for path in folder.rglob("*"):
+        if path.is_file() and path.relative_to(folder).as_posix() not in roles:
             path.unlink()  # what an earlier build of other options left in the workspace
-    return manifest.write(folder, _describe(config, model, graph, report, folder, roles))
+    return manifest.write(folder, _describe(config, model, graph, engine, report, folder, roles))
 
 
 def as_json(report: ValidationReport) -> dict[str, Any]:
@@ -57,6 +75,7 @@ def _describe(
     config: BuildConfig,
     model: LoadedModel,
     graph: LoweredGraph,
+    engine: CompiledEngine | None,
     report: ValidationReport | None,
     folder: Path,
     roles: dict[str, str],
@@ -81,23 +100,46 @@ def _describe(
             files=tuple(manifest.SourceFile(path.name, path.stat().st_size, "") for path in files),
         ),
         graph=describe_graph(graph.path),
-        profiles=(
-            manifest.Profile(
-                runtime="onnx",
-                path=graph.path.name,
-                max_tokens=config.max_tokens,
-                max_sequences=config.max_sequences,
-                max_context=config.max_context,
-                page_size=config.page_size,
-            ),
-        ),
+        profiles=_profiles(config, graph, engine),
         environment=manifest.BuildEnvironment(machine["os"], machine["arch"], environment.tool_versions()),
-        plugins=(),
+        plugins=_plugins(engine),
         partial=False,
         not_exported=model.not_exported,
         validation=_verdict(report),
         licence=_licence(model.folder),
     )
+
+
+def _profiles(
+    config: BuildConfig, graph: LoweredGraph, engine: CompiledEngine | None
+) -> tuple[manifest.Profile, ...]:
+    """The graph's, and the engine's where there is one."""
+    onnx = manifest.Profile(
+        runtime="onnx",
+        path=graph.path.name,
+        max_tokens=config.max_tokens,
+        max_sequences=config.max_sequences,
+        max_context=config.max_context,
+        page_size=config.page_size,
+    )
+    if engine is None:
+        return (onnx,)
+    own = dataclasses.replace(
+        onnx,
+        runtime=engine.runtime,
+        path=engine.path,
+        max_rows=engine.max_rows,
+        runtime_version=engine.version,
+        sms=engine.sms,
+    )
+    return (onnx, own)
+
+
+def _plugins(engine: CompiledEngine | None) -> tuple[manifest.Plugin, ...]:
+    if engine is None:
+        return ()
+    version = environment.tool_versions()["nemo-export"]
+    return (manifest.Plugin("nemo_plugins", version, DOMAIN, engine.library, engine.library_build),)
 
 
 def _verdict(report: ValidationReport | None) -> manifest.Verdict:

@@ -25,7 +25,7 @@ from nemotrt.plugins import onnx_op
 from nemotrt.plugins.spec import DOMAIN, VERSION, OpSpec
 
 IR_VERSION = 10
-"""The IR of opset 23's release that every reader we target accepts."""
+"""Older than opset 23 (released with 11): the newest that every reader we target accepts, and all the graph needs."""
 
 STEP_INPUTS = {
     "input_ids": (ir.DataType.INT64, ("T",)),
@@ -56,7 +56,7 @@ def lower(
     writer = _GraphWriter(traced)
     for part in traced.parts:
         writer.write(part)
-    leftover = sorted(set(model.weights) - set(writer.parameters))
+    leftover = _leftover(model, writer.parameters)
     if leftover:
         raise LowerError(f"{leftover[0]} has no place in the graph")
     total = _stream(model, writer.parameters, path, advance)
@@ -155,6 +155,14 @@ def _pool_value(pool: PoolSpec, name: str) -> ir.Value:
     return ir.val(name, DTYPES[getattr(torch, pool.dtype)], [axis, *pool.row_shape])
 
 
+def _leftover(model: LoadedModel, placed: Mapping[str, ir.Value]) -> list[str]:
+    """Parameters that the graph does not have, but for those whose tensors it has under another name (tied)."""
+    shared = {model.weights[name].tensors for name in placed} - {()}
+    return sorted(
+        name for name, source in model.weights.items() if name not in placed and source.tensors not in shared
+    )
+
+
 def _stream(
     model: LoadedModel, parameters: Mapping[str, ir.Value], path: Path, advance: Callable[[int], None]
 ) -> int:
@@ -163,7 +171,8 @@ def _stream(
     torch_dtypes = {ir_dtype: dtype for dtype, ir_dtype in DTYPES.items()}
     with target.open("wb") as file:
         for name, value in parameters.items():
-            assert value.dtype is not None and value.shape is not None
+            assert value.dtype is not None
+            assert value.shape is not None
             shape = tuple(int(size) for size in value.shape.numpy())
             source = model.weights[name]
             offset, length = weights.write(file, source, shape, torch_dtypes[value.dtype], advance)

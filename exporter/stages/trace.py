@@ -31,7 +31,8 @@ def trace(model: LoadedModel, config: BuildConfig) -> TracedModel:
     x_TD = torch.zeros(TOKENS, model.config.hidden_size, dtype=getattr(torch, dtype), device="meta")
     rows = torch.zeros(ROWS, dtype=torch.int32, device="meta")
 
-    names = {id(parameter): name for name, parameter in network.named_parameters(remove_duplicate=False)}
+    # Tied embeddings are one parameter, which goes by the first of its names.
+    names = {id(parameter): name for name, parameter in network.named_parameters()}
 
     def part(
         module: nn.Module, program: ExportedProgram, prefix: str, own: tuple[PoolSpec, ...] = ()
@@ -74,7 +75,8 @@ def _export(module: nn.Module, arguments: Sequence[Any]) -> ExportedProgram:
 
     def free(argument: Any) -> Any:
         if isinstance(argument, Step):
-            return Step(*({0: Dim.DYNAMIC} for _ in range(3)), {0: Dim.DYNAMIC, 1: Dim.DYNAMIC})
+            first: Any = {0: Dim.DYNAMIC}
+            return Step(first, first, first, page_table=first | {1: Dim.DYNAMIC})
         return {0: Dim.DYNAMIC}
 
     shapes: list[Any] = [free(argument) for argument in arguments]

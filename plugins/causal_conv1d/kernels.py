@@ -72,7 +72,7 @@ def tap_weights(weight, c, inside, TAPS: tl.constexpr):
 
 
 @triton.jit
-def conv_sequences(  # noqa: C901 - most branches are constants, one a tap
+def conv_sequences(
     x,
     weight,
     bias,

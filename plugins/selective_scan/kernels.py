@@ -1,40 +1,43 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 # Parameters of a jit function have Triton's types, which Python's cannot say.
-"""The op's Triton kernels. Legend: Q tokens of a chunk, N state size, P a piece of a head's columns, R rows.
+"""The op's Triton kernels. Legend: Q tokens of a chunk, N state size, P columns of a piece of a head, R rows.
 
-T ≤ B, decode: `step_sequences` alone, for any lengths. T > B: `prepare_chunks`, `scan_sequences` for sequences
-longer than STEP_TOKENS, and `step_sequences` for the others, so that the decodes of a mixed step cost what they cost
-in a decode step. No two launches touch the same row of the pool or of y.
-
-- `step_sequences`: a program owns ROWS of a sequence's H · P state rows, all in one group. It loads them once, runs
-  the recurrence over the tokens, and stores them: one read and one write of the state, which is all the traffic.
-- `prepare_chunks`: a program owns a chunk and a group. It writes the chunk's C · Bᵀ, once for all heads of the group,
-  and each head's Δ and running sum of Δ · A.
-- `scan_sequences`: a program owns a sequence and a piece of one head's columns, and walks the chunks in order with
+- `step_sequences`: a program owns ROWS rows of one sequence's and head's state. It loads them once, runs the
+  recurrence over the tokens and stores them: a read and a write of the state, which is nearly all the traffic.
+- `prepare_chunks`: a program owns a chunk and a group. It writes the chunk's C · Bᵀ, once for all heads of the
+  group, and each head's Δ and running sum of Δ · A. It zeroes padding.
+- `scan_sequences`: a program owns a piece of one head's columns, and walks the chunks of a sequence in order with
   the state [N, P] in registers.
 
-Why a walk and not the form that is parallel over chunks: that one writes and reads every chunk's state. For 8192 tokens
-of 128 heads × 64, 8 groups, N 128, it moves 1359 MB, 316 µs at the 4.3 TB/s that an H200 copies; the walk moves 310 MB
-and the scratch below, which fits L2. Its 53 GFLOP are 68 µs at 790 TFLOP/s; per chunk and head it reads 48 KB, nearly
-all from L2, 0.8 GB in all. One sequence gives H programs (128 for 132 SMs) of 128 chunks, about a thousand
-instructions a warp each: on paper 150 to 200 µs. **Not measured.** Fewer heads are cut in pieces of 32 columns to
-fill the SMs; finer pieces would read B, C and C · Bᵀ more often than that gains.
+T ≤ B, decode: `step_sequences` alone, right for any lengths. Else `prepare_chunks`, `scan_sequences` for sequences
+of more than STEP_TOKENS tokens, and `step_sequences` for the others: a mixed step's decodes cost what they cost in
+a decode step. No two launches write the same row of the pool or of y, and a program that writes state is the only
+one to read it: the pool is updated in place.
 
-A chunk's place in scratch needs no table: sequence b's chunks begin at query_start[b] // Q + b. That leaves each
-sequence room for ⌈length / Q⌉, since ⌊s/Q⌋ + ⌈l/Q⌉ ≤ ⌊(s + l)/Q⌋ + 1, and ends by T // Q + B.
+Why a walk, and not the form that is parallel over chunks: that one writes and reads every chunk's state. For 8192
+tokens of 128 heads × 64 with 8 groups and N 128 it moves 1359 MB, which is 316 µs at the 4.3 TB/s that an H200
+copies; the walk moves 310 MB (72 µs) and 17 MB of scratch that stay in L2. Its 44 GFLOP are 56 µs at 790 TFLOP/s.
+What bounds it is the chain of chunks: one sequence gives 128 programs for 132 SMs, 128 chunks each, about a thousand
+instructions a warp and 48 KB a chunk, 0.8 GB of it from L2: on paper 150 to 200 µs. None of this is measured. Where
+heads are few they are cut in pieces of 32 columns to fill the SMs; each piece reads B, C and C · Bᵀ again.
 
-Precision. Sums, exponents and the state are FP32; factors of matrix products are of x's dtype, FP32 ones exact
-("ieee"). Exponents are differences of the running sum clamped at 0 before exp2, so a masked entry is 0 · 1 and never
-0 · ∞. A step's decay is clamped at 2^−160, which is 0 in FP32 too, so that one step of −10⁶ does not drown the steps
-after it. FP16 factors are divided by powers of two, so that they neither overflow, whatever x, B, C and Δ are, nor
-come near the subnormals where their largest is not one: C · Bᵀ by its largest entry, Δ and the weights of x by the
-head's largest in the chunk (all in `prepare_chunks`), the state by its largest entry, found chunk by chunk. BF16 has
-FP32's range and needs none of it. A ≤ 0 is assumed, as −exp(A_log) is.
+A chunk's place in scratch needs no table: sequence b's chunks begin at query_start[b] // Q + b. That leaves every
+sequence room for its chunks, ⌊s/Q⌋ + ⌈l/Q⌉ ≤ ⌊(s + l)/Q⌋ + 1, and ends within T // Q + B.
+
+Precision: sums, exponents and the state are FP32, factors of matrix products are of x's dtype.
+- Exponents are differences of running sums, clamped at 0 before exp2: a masked entry is 0 · 1, never 0 · ∞. A
+  token's decay is clamped at 2^−160, which is 0 in FP32, lest a step of −10⁶ drown those after it: what is left is
+  a relative error of 4e-4 where every token of a chunk erases the state, and far less anywhere else.
+- FP16 factors are divided by powers of two, so that none overflows and none is subnormal but where it is negligible:
+  C · Bᵀ by its largest entry, Δ and the weights of x by the head's largest in the chunk, all in `prepare_chunks`;
+  the state by its largest entry at each chunk. BF16 has FP32's range and needs none of it.
+- FP32 x, which is for validation, takes the recurrence at any length: exact, and slow for long sequences.
+A ≤ 0 is assumed, as −exp(A_log) is, and finite inputs: a NaN spreads over its chunk, never to another sequence.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,7 +54,7 @@ LEAST_STEP = tl.constexpr(-160.0)
 SEARCH = tl.constexpr(128)
 """Sequences that a program compares at a time when it looks for its own."""
 LEAST_SCALED = tl.constexpr(2.0**-40)
-"""What is smaller as a whole is not scaled up to full precision: quotients of scales stay within FP32."""
+"""A factor whose largest entry is below is not scaled up further: quotients of scales stay within FP32."""
 COLUMNS = tl.constexpr(128)
 """Columns of padding that a program of `prepare_chunks` zeroes at a time."""
 ONE_EXPONENT = tl.constexpr(1 << 23)
@@ -60,7 +63,8 @@ ONE_EXPONENT = tl.constexpr(1 << 23)
 
 @triton.jit
 def _softplus(value):
-    """log(1 + exp(value)) to FP32 accuracy, relative, however small: 2 artanh(e / (2 + e)) for e = exp(−|value|) ≤ 1."""
+    """log(1 + exp(value)) with FP32's relative accuracy, however small it is."""
+    # log(1 + e) = 2 artanh(e / (2 + e)), whose argument is at most 1/3: eight terms of its series.
     e = tl.exp2(tl.abs(value) * -LOG2E)
     s = e / (2.0 + e)
     square = s * s
@@ -84,7 +88,7 @@ def _delta(raw, bias, dt_min, dt_max):
 
 @triton.jit
 def _power_of_two(largest, EXPONENT: tl.constexpr):
-    """A power of two by which numbers up to `largest` become less than 2^(EXPONENT + 1), and its inverse: both exact."""
+    """A power of two, exact, that divides numbers up to `largest` to less than 2^(EXPONENT + 1), and its inverse."""
     bits = tl.maximum(largest, LEAST_SCALED).to(tl.int32, bitcast=True) & 0x7F800000
     bits -= EXPONENT * ONE_EXPONENT
     return bits.to(tl.float32, bitcast=True), (-bits + 254 * ONE_EXPONENT).to(tl.float32, bitcast=True)
@@ -118,7 +122,7 @@ def step_sequences(
     N: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Sequences of 1 … step_tokens tokens, and padding where step_tokens ≥ T. Grid: blocks of rows, B."""
+    """Sequences of 1 … step_tokens tokens, and padding where step_tokens ≥ T. Grid: H · head_dim / ROWS, B."""
     sequence = tl.program_id(1)
     # All that says what to load next is loaded at once.
     start = tl.load(query_start + sequence)
@@ -238,11 +242,11 @@ def prepare_chunks(
     Q: tl.constexpr,
     HEADS: tl.constexpr,
 ):
-    """Of each chunk longer than step_tokens' sequences. Grid: T // Q + B chunks, groups.
+    """Chunks of sequences of more than step_tokens tokens, and all padding. Grid: T // Q + B + 1, G.
 
     products [chunks, G, Q, Q]: C_i · B_j for j ≤ i, else 0. decays [chunks, H, 2, Q]: log2 of the decay since the
-    chunk's beginning, and Δ, 0 past the sequence's end. scales [chunks, H, 3], FP16 only: what a weighted product, Δ and
-    a weight of x were divided by, as `scan_sequences` multiplies it back.
+    chunk's beginning, and Δ, which is 0 past the sequence's end. scales [chunks, H, 3], for FP16 only: what
+    (C_i · B_j) Δ_j was divided by, what turns Δ into a scaled weight of x, and what that weight was divided by.
     """
     chunk = tl.program_id(0)
     group = tl.program_id(1)
@@ -326,11 +330,11 @@ def _advance(
     state_inverse,
     y_scale,
 ):
-    """A chunk's y [Q, P] in FP32, and the state [N, P] after it (Dao and Gu 2024, arXiv 2405.21060, section 6)."""
+    """A chunk's y [Q, P] in FP32 and the state [N, P] after it (Dao and Gu 2024, arXiv 2405.21060, section 6)."""
     dtype: tl.constexpr = x_QP.dtype
     arriving_QP = (x_QP.to(tl.float32) * to_end_Q[:, None]).to(dtype)
     factor_NP = (state_NP * state_inverse).to(dtype)
-    # Sums begin in the registers where products accumulate. In this order 80 columns need no spill on SM 90.
+    # Sums begin in the registers where products accumulate; in this order 80 columns do not spill on SM 90.
     state_NP = tl.dot(tl.trans(B_QN), arriving_QP, state_NP * kept)
     y_QP = tl.dot(C_QN, factor_NP) * from_state_Q[:, None]
     y_QP = tl.dot(weight_QQ, x_QP, y_QP)
@@ -361,9 +365,9 @@ def scan_sequences(
     P: tl.constexpr,
     TAIL: tl.constexpr,
 ):
-    """Sequences of more than step_tokens tokens, and all padding. Grid: H · head_dim / (P + TAIL), B.
+    """Sequences of more than step_tokens tokens, in turns. Grid: H · head_dim / (P + TAIL), turns.
 
-    A piece is P columns, and TAIL more that are a state of their own: 80 columns are 64 + 16, where 128 would waste 48.
+    A piece is P columns and TAIL more, which are a state of their own: tiles are powers of two, and 80 is 64 + 16.
     """
     first_column = tl.program_id(0) * (P + TAIL)
     head = first_column // head_dim
@@ -390,8 +394,9 @@ def scan_sequences(
         unit = 1.0  # FP16: what the state is to be multiplied by
         skip = tl.load(D + head)
         chunk = start // Q + sequence
+        # Registers are short in this loop: what can be computed again is not hoisted out of it.
         for first in tl.range(start, end, Q, disable_licm=True):
-            # Past the end, the last token again, finite as the others are: its Δ is 0, so it has no weight.
+            # Past the end: the last token again, whose Δ there is 0, so it has no weight.
             token_Q = tl.minimum(q, end - 1 - first)
             at_QN = (token_Q * (num_groups * N))[:, None] + n[None, :]
             from_BC = (tl.cast(first, tl.int64) * num_groups + group) * N
@@ -465,7 +470,6 @@ def scan_sequences(
             state_NP *= unit
             if TAIL:
                 tail_NP *= unit
-        # Found again rather than kept: registers are short in the loop.
         state = ssm_state + (tl.load(slot + sequence).to(tl.int64) * width + first_column) * N
         tl.store(state + at_PN, tl.trans(state_NP).to(ssm_state.dtype.element_ty))
         if TAIL:
@@ -493,9 +497,9 @@ POINTERS = {
         *("query_start", "context_len", "slot", "y"),
     ),
 }
-"""Pointers of each kernel in declaration order: the SPEC's names (`ssm_state` is the output pool too), and scratch.
+"""Pointers of each kernel in declaration order: the SPEC's names (`ssm_state` is both pools), and scratch.
 
-The pool is first because `Variant.name` lists dtypes in the order of their first use: so it tells an FP16 pool apart.
+The pool is first because `Variant.name` lists dtypes by their first use: only so does it tell an FP16 pool apart.
 """
 
 INTEGERS = {
@@ -521,8 +525,8 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
 STEP_TOKENS = 8
 """Sequences up to this long take the recurrence in a step that also has longer ones.
 
-A chunk costs a program the same however few its tokens. A step's cost is the state's traffic until about this many
-tokens, whose arithmetic takes as long: an estimate, not measured.
+A chunk costs a program the same however few its tokens are. The recurrence costs the state's traffic, until its
+arithmetic takes longer: at about this many tokens, an estimate that is not measured.
 """
 
 STATE_SIZES = (128, 256)
@@ -547,8 +551,8 @@ FULL_GPU = 96
 WALKERS = 1024
 """Programs of `scan_sequences` that are launched at most, or one to a piece: they take the sequences in turns.
 
-A program that finds no sequence costs an SM about half a microsecond (an estimate), as its shared memory lets no other
-run beside it; with one program to a piece and sequence, the decodes of a mixed step would cost more than its prefill.
+A program that finds no sequence costs an SM about half a microsecond (an estimate), since its shared memory lets no
+other run beside it. Were there one to a piece and sequence, a mixed step's decodes would cost as much as its prefill.
 """
 
 HEADS_BLOCK = 16
@@ -557,7 +561,7 @@ HEADS_BLOCK = 16
 
 @dataclass(frozen=True)
 class Piece:
-    """The columns of one head that a program of `scan_sequences` walks: P and TAIL, and its warps and stages."""
+    """What columns of a head a program of `scan_sequences` takes, P and TAIL, its warps and its stages."""
 
     P: int
     TAIL: int
@@ -567,7 +571,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch: its variant, its grid and its runtime integers; a pointer's name says what to pass for it."""
+    """One launch: variant, grid and runtime integers; a pointer's or attribute's name says what to pass."""
 
     variant: Variant
     grid: tuple[int, int, int]
@@ -575,23 +579,23 @@ class Launch:
 
 
 def chunk_tokens(sm: int) -> int:
-    """Q: 64 where warpgroups multiply (SM 90 and 100), else 32, with which nothing spills there either."""
+    """Q: 64 where warpgroups multiply (SM 90 and 100), else 32, so that less has to be in registers."""
     return 64 if sm in (90, 100) else 32
 
 
 def pieces(N: int, sm: int) -> dict[str, Piece]:
-    """The pieces that a head is cut in, by use: `wide`, `narrow` (few heads), `eighty` (heads of 80 columns).
+    """The pieces that heads are cut in, by use: `wide`, `narrow` (few heads), `eighty` (heads of 80 columns).
 
-    Loads run two chunks ahead with three stages; at N 256 on SM 90 and 100 three would take 244 KB of the 227. SM 90
-    multiplies with one warpgroup a program: a second would repeat the exponentials of the chunk's weights. Where it is
-    used all the same, one would spill.
+    Three stages load two chunks ahead; for N 256 on SM 90 and 100 they would take 244 KB, of 227. On SM 90 one
+    warpgroup multiplies: a second would compute the chunk's weights over again, but 80 columns need its registers.
+    With these nothing spills in BF16 on SM 90, nor elsewhere but 80 columns on SM 120.
     """
-    num_warps = 4 if sm == 90 else 8
+    one_or_two = 4 if sm == 90 else 8
     if N == 256:
-        return {"narrow": Piece(P=32, TAIL=0, num_warps=num_warps, num_stages=2 if sm in (90, 100) else 3)}
+        return {"narrow": Piece(P=32, TAIL=0, num_warps=one_or_two, num_stages=2 if sm in (90, 100) else 3)}
     return {
-        "wide": Piece(P=64, TAIL=0, num_warps=num_warps, num_stages=3),
-        "narrow": Piece(P=32, TAIL=0, num_warps=num_warps, num_stages=3),
+        "wide": Piece(P=64, TAIL=0, num_warps=one_or_two, num_stages=3),
+        "narrow": Piece(P=32, TAIL=0, num_warps=one_or_two, num_stages=3),
         "eighty": Piece(P=64, TAIL=16, num_warps=8, num_stages=3),
     }
 
@@ -615,7 +619,7 @@ def step_rows(P: int, N: int) -> int:
 def variant(
     kernel: str,
     dtypes: dict[str, str],
-    constants: dict[str, int | float | bool | str],
+    constants: Mapping[str, int],
     num_warps: int,
     num_stages: int,
 ) -> Variant:
@@ -627,7 +631,7 @@ def variant(
     return Variant(
         kernel=kernel,
         signature=signature | dict.fromkeys(integers, "i32") | dict.fromkeys(ATTRIBUTES[kernel], "fp32"),
-        constants=constants,
+        constants=dict(constants),
         num_warps=num_warps,
         num_stages=num_stages,
         aligned=(*signature, *(("head_dim",) if "head_dim" in integers else ())),
@@ -677,7 +681,8 @@ def supports(sizes: dict[str, int], dtypes: dict[str, str], sm: int) -> None:
         raise ValueError(f"{SPEC.name}: kernels take N in {list(STATE_SIZES)}, not {sizes['N']}")
     if not (sizes["P"] % 32 == 0 or (sizes["P"] == 80 and sizes["N"] == 128)):
         raise ValueError(
-            f"{SPEC.name}: kernels take P in multiples of 32, or 80 with N 128, not {sizes['P']} with N {sizes['N']}"
+            f"{SPEC.name}: kernels take P in multiples of 32, or 80 with N 128,"
+            f" not {sizes['P']} with N {sizes['N']}"
         )
     if sizes["H"] % sizes["G"]:
         raise ValueError(f"{SPEC.name}: H = {sizes['H']} is no multiple of G = {sizes['G']}")
@@ -713,7 +718,10 @@ def workspace(
 
 
 def launches(sizes: dict[str, int], dtypes: dict[str, str], sm: int) -> list[Launch]:
-    """The launches, in order, for these sizes (the SPEC's axes) and dtypes (its variables); raises as `supports`."""
+    """The launches, in order, for these sizes (the SPEC's axes) and dtypes (its variables).
+
+    Raises what `supports` raises.
+    """
     supports(sizes, dtypes, sm)
     T, B, H, P, G, N = (sizes[axis] for axis in ("T", "B", "H", "P", "G", "N"))
     rows = step_rows(P, N)
@@ -743,39 +751,50 @@ def launches(sizes: dict[str, int], dtypes: dict[str, str], sm: int) -> list[Lau
 def run(
     *tensors: torch.Tensor, dt_min: float, dt_max: float, sm: int | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the op's reference gives, by the kernels: inputs in SPEC order → y [T, H, P], next pool [S, H, P, N].
+    """What the op's reference gives, by the kernels: inputs in SPEC order → y [T, H, P], pool [S, H, P, N].
 
-    Runs on the tensors' device, on a CPU in Triton's interpreter only; `sm` takes another GPU's variants than the
-    device's own. Raises what `supports` raises.
+    Runs on the tensors' device, on a CPU in Triton's interpreter only; `sm` takes another GPU's variants than
+    the device's own. Raises what `supports` raises.
     """
     sizes = SPEC.sizes([tuple(tensor.shape) for tensor in tensors])
+    dtypes = _dtypes(tensors)
     device = tensors[0].device
     sm = _sm(device) if sm is None else sm
-    arguments: dict[str, Any] = {
-        spec.name: tensor.contiguous() for spec, tensor in zip(SPEC.inputs, tensors, strict=True)
-    }
-    dtypes = {
-        spec.dtype: str(tensor.dtype).removeprefix("torch.")
-        for spec, tensor in zip(SPEC.inputs, tensors, strict=True)
-    }
-    arguments["ssm_state"] = arguments["ssm_state"].clone()
-    arguments["y"] = torch.empty_like(arguments["x"])
-    limits = torch.tensor([dt_min, dt_max], dtype=torch.float32).tolist()  # FP32, as a plugin's fields are
-    arguments |= dict(zip(("dt_min", "dt_max"), limits, strict=True))
     plan = launches(sizes, dtypes, sm)
+    buffers = {spec.name: tensor.contiguous() for spec, tensor in zip(SPEC.inputs, tensors, strict=True)}
+    buffers["ssm_state"] = buffers["ssm_state"].clone()
+    buffers["y"] = torch.empty_like(buffers["x"])
     for name, (dtype, shape) in workspace(sizes, dtypes, sm).items():
-        arguments[name] = torch.empty(shape, dtype=getattr(torch, dtype), device=device)
+        buffers[name] = torch.empty(shape, dtype=getattr(torch, dtype), device=device)
+    execute(plan, buffers, dt_min, dt_max)
+    return buffers["y"], buffers["ssm_state"]
+
+
+def execute(plan: list[Launch], buffers: dict[str, torch.Tensor], dt_min: float, dt_max: float) -> None:
+    """Launch a plan on contiguous tensors by pointer name: writes y and scratch, updates ssm_state in place."""
+    low, high = torch.tensor([dt_min, dt_max], dtype=torch.float32).tolist()  # as a plugin's fields are
+    values: dict[str, Any] = {**buffers, "dt_min": low, "dt_max": high}
     for launch in plan:
         form = launch.variant
         names = (*POINTERS[form.kernel], *ATTRIBUTES[form.kernel])
         KERNELS[form.kernel][launch.grid](
-            **{name: arguments[name] for name in names},
+            **{name: values[name] for name in names},
             **launch.integers,
             **form.constants,
             num_warps=form.num_warps,
             num_stages=form.num_stages,
         )
-    return arguments["y"], arguments["ssm_state"]
+
+
+def _dtypes(tensors: tuple[torch.Tensor, ...]) -> dict[str, str]:
+    """The dtype of each of the SPEC's dtype variables; raises ValueError that names an input of another."""
+    found: dict[str, str] = {}
+    for spec, tensor in zip(SPEC.inputs, tensors, strict=True):
+        given = str(tensor.dtype).removeprefix("torch.")
+        wanted = found.setdefault(spec.dtype, given) if spec.dtype in SPEC.dtypes else spec.dtype
+        if given != wanted:
+            raise ValueError(f"{SPEC.name}: {spec.name} is {given}, wants {wanted}")
+    return found
 
 
 def _sm(device: torch.device) -> int:
@@ -783,5 +802,5 @@ def _sm(device: torch.device) -> int:
     if device.type != "cuda":
         return 90
     major, minor = torch.cuda.get_device_capability(device)
-    capability = 10 * major + minor
+    capability: int = 10 * major + minor
     return max((sm for sm in SMS if sm // 10 == major and sm <= capability), default=capability)

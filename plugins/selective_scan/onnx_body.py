@@ -159,6 +159,7 @@ def _chunk(
 ) -> tuple[ir.Value, ir.Value, ir.Value]:
     """The state after a chunk, twice (carried and kept), and its y [Q, H, P] (arXiv 2405.21060, section 6)."""
     heads, head_dim, groups, state_size = packed.heads, packed.head_dim, packed.groups, packed.state_size
+    float32 = ir.DataType.FLOAT
     delta_QH = op.Gather(packed.delta_TH, row_Q, axis=0)
     delta_QH = op.Where(op.Unsqueeze(is_own_Q, [1]), delta_QH, 0.0)  # Δ = 0 leaves the state as it is
     x_QHP = op.Gather(packed.x_THP, row_Q, axis=0)
@@ -173,13 +174,16 @@ def _chunk(
         then_branch=op.subgraph("first", lambda inner: [_initial_state(inner, packed, sequence)]),
         else_branch=op.subgraph("carry", lambda inner: [carried_HPN]),
     )
-    # The decay's logarithm, from the chunk's start.
-    decay_HQ = op.Transpose(op.CumSum(op.Mul(delta_QH, packed.A_H), 0), perm=[1, 0])
+    # The decay's logarithm from the chunk's start, in FP64: one token of strong decay makes it large, and what counts
+    # is the small difference between tokens after it.
+    steps_QH = op.cast(op.Mul(delta_QH, packed.A_H), ir.DataType.DOUBLE)
+    decay_HQ = op.Transpose(op.CumSum(steps_QH, 0), perm=[1, 0])
     from_state = op.MatMul(op.Reshape(state_HPN, by_group), C_GNQ)
-    from_state_HPQ = op.Mul(op.Reshape(from_state, by_head), op.Unsqueeze(op.Exp(decay_HQ), [1]))
+    from_start_HQ = op.Exp(op.cast(decay_HQ, float32))
+    from_state_HPQ = op.Mul(op.Reshape(from_state, by_head), op.Unsqueeze(from_start_HQ, [1]))
 
     # weights_HJI: what input J adds to output I ≥ J, (C_I · B_J) exp(decay_I − decay_J).
-    between_HJI = op.Sub(op.Unsqueeze(decay_HQ, [1]), op.Unsqueeze(decay_HQ, [2]))
+    between_HJI = op.cast(op.Sub(op.Unsqueeze(decay_HQ, [1]), op.Unsqueeze(decay_HQ, [2])), float32)
     between_HJI = op.Exp(op.Where(is_past_JI, between_HJI, float("-inf")))
     dots_GJI = op.MatMul(op.Transpose(B_QGN, perm=[1, 0, 2]), C_GNQ)
     size = op.Unsqueeze(size, [0])
@@ -189,10 +193,10 @@ def _chunk(
     y_HPQ = op.Add(from_state_HPQ, op.MatMul(input_HPQ, weights_HJI))
 
     final_H1 = op.Gather(decay_HQ, [-1], axis=1)
-    to_end_HQ = op.Exp(op.Sub(final_H1, decay_HQ))
+    to_end_HQ = op.Exp(op.cast(op.Sub(final_H1, decay_HQ), float32))
     arriving = op.Reshape(op.Mul(input_HPQ, op.Unsqueeze(to_end_HQ, [1])), by_group)
     added = op.MatMul(arriving, op.Transpose(B_QGN, perm=[1, 0, 2]))
-    kept_HPN = op.Mul(op.Unsqueeze(op.Exp(final_H1), [2]), state_HPN)
+    kept_HPN = op.Mul(op.Unsqueeze(op.Exp(op.cast(final_H1, float32)), [2]), state_HPN)
     next_HPN = op.Add(kept_HPN, op.Reshape(added, [heads, head_dim, state_size]))
     return next_HPN, op.Transpose(y_HPQ, perm=[2, 0, 1]), next_HPN
 

@@ -1,4 +1,4 @@
-"""Every op's ONNX body in ONNX Runtime against the reference: any mixture of sequences, and NaN wherever nothing may look."""
+"""Every op's ONNX body against the reference: any mixture of sequences, and NaN wherever nothing may look."""
 
 from __future__ import annotations
 
@@ -181,6 +181,26 @@ def test_body_is_the_reference(name: str, form: int, dtype: torch.dtype, step: S
             seen, wanted = seen[~untouched], wanted[~untouched]
         error = (seen.double() - wanted.double()).norm() / wanted.double().norm().clamp_min(1e-30)
         assert error <= limit, f"{spec.outputs[i].name}: {error:.2e} over {limit:.0e}"
+
+
+@pytest.mark.parametrize("step", [Step((130,), (21,), 0, 0), Step((40, 1, 70), (0, 8, 7), 2, 1)], ids=str)
+def test_strong_decay_leaves_the_tokens_after_it_exact(step: Step) -> None:
+    spec, attributes = OPS["selective_scan"], ATTRIBUTES["selective_scan"][0]
+    inputs = tensors(spec, step, torch.float32)
+    generator = torch.Generator().manual_seed(step.seed)
+    inputs["A"] = -1 - 15 * torch.rand(inputs["A"].shape, generator=generator)
+    is_strong = torch.rand(inputs["dt"].shape, generator=generator) < 0.2
+    inputs["dt"] = torch.where(is_strong, 20.0, -5.0)  # Δ·A about −170, and −0.06
+    expected = spec.reference()(*inputs.values(), **attributes)
+    seen = session("selective_scan", 0, torch.float32).run(
+        None, {key: value.numpy() for key, value in inputs.items()}
+    )
+    limit = spec.tolerances["float32"].relative_l2
+    live = inputs["slot"].long()
+    pairs = [(seen[0], expected[0]), (seen[1][live], expected[1][live])]
+    for found, wanted in pairs:
+        error = np.linalg.norm(found - wanted.numpy()) / np.linalg.norm(wanted.numpy())
+        assert error <= limit, f"{error:.2e} over {limit:.0e}"
 
 
 @pytest.mark.parametrize("name", [name for name in OPS if name != "moe_dispatch"])

@@ -1,4 +1,4 @@
-"""The lowered graph: one node an op, names that say where, FP32 islands, the checkpoint's bytes, the same bytes twice."""
+"""The lowered graph: a node an op, names that say where, FP32 islands, the checkpoint's bytes, the same twice."""
 
 from __future__ import annotations
 
@@ -9,9 +9,13 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 import pytest
-from checkpoints import CONFIG, random_tensors
+import torch
+from checkpoints import CONFIG, random_tensors, write_checkpoint
+from torch import Tensor, nn
+from torch.export import Dim
 
 from nemotrt.exporter.artifacts import LoadedModel
+from nemotrt.exporter.aten_to_onnx import Constants, Translator
 from nemotrt.exporter.config import BuildConfig
 from nemotrt.exporter.errors import LowerError
 from nemotrt.exporter.stages.load import load
@@ -127,6 +131,36 @@ def test_same_input_same_bytes(loaded: LoadedModel, tmp_path: Path) -> None:
         build(loaded, tmp_path / name, "fp16")
     for file in ("model.onnx", "model.onnx.data"):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+
+
+def test_tied_embeddings_are_one_weight(tmp_path: Path) -> None:
+    model = load(write_checkpoint(tmp_path / "tied", tie_word_embeddings=True))
+    graph = build(model, tmp_path / "graph", "fp32").graph
+    readers = [
+        node.op_type
+        for node in graph
+        if any(value is not None and value.name == "backbone.embeddings.weight" for value in node.inputs)
+    ]
+    assert readers == ["Gather", "Gemm"]
+    assert "lm_head.weight" not in graph.initializers
+
+
+class Scaled(nn.Module):
+    def forward(self, x_TD: Tensor) -> Tensor:
+        return torch.add(x_TD, x_TD, alpha=2)
+
+
+class Joined(nn.Module):
+    def forward(self, x_TD: Tensor) -> Tensor:
+        return x_TD.reshape(-1, 2)
+
+
+@pytest.mark.parametrize(("module", "message"), [(Scaled(), "alpha"), (Joined(), "reshapes")])
+def test_what_a_node_would_lose_is_refused(module: nn.Module, message: str) -> None:
+    program = torch.export.export(module, (torch.zeros(5, 4),), dynamic_shapes=({0: Dim.DYNAMIC},))
+    x_TD = ir.val("x", FLOAT, ["T", 4])
+    with pytest.raises(LowerError, match=message):
+        Translator("", {}, Constants()).translate(program.graph, {"x_td": x_TD, "x_TD": x_TD})
 
 
 def test_an_op_too_few_is_refused(loaded: LoadedModel, tmp_path: Path) -> None:

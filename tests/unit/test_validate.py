@@ -113,6 +113,41 @@ def test_a_wrong_attribute_is_caught(loaded: LoadedModel, tmp_path: Path) -> Non
     assert not validate(loaded, config, path).passed
 
 
+def judged(
+    candidate: np.ndarray, reference: np.ndarray, noise: np.ndarray, **floor: np.ndarray
+) -> list[Gate]:
+    """The gates of one recurrent pool [slots, 4] that fail, its logits being right."""
+    logits = np.ones((1, 3))
+
+    def observation(pool: np.ndarray) -> stage.Observation:
+        return stage.Observation(logits, {"ssm_state.0": pool})
+
+    floors = observation(floor["floor"]) if floor else None
+    gates = stage._judge(
+        "s", observation(candidate), observation(reference), floors, {"ssm_state.0": noise.astype(np.float32)}
+    )
+    return [gate for gate in gates if not gate.passed]
+
+
+def test_a_written_value_that_equals_its_noise_is_no_stray_write() -> None:
+    noise = np.zeros((3, 4))
+    reference = noise.copy()
+    reference[1] = [0.5, 0.0, -0.25, 1.0]  # slot 1 was written, slot 2 was not
+    candidate = reference + np.array([[0.0], [1e-7], [0.0]])
+    assert not judged(candidate, reference, noise)
+    candidate[2, 3] = 1e-7
+    assert [gate.metric for gate in judged(candidate, reference, noise)] == ["stray writes"]
+
+
+def test_an_infinite_floor_is_no_limit() -> None:
+    noise = np.zeros((2, 4))
+    reference = noise + [[0.0], [1.0]]
+    overflowed = reference.copy()
+    overflowed[1, 2] = np.inf
+    failed = judged(reference * 7, reference, noise, floor=overflowed)
+    assert [gate.metric for gate in failed] == ["floor not finite"]
+
+
 def test_no_gate_is_no_pass() -> None:
     assert not ValidationReport("a", "b", "", {}, (), ()).passed
 

@@ -1,0 +1,1 @@
+"""The commands: each turns its options into a configuration and makes one call. Heavy imports stay inside."""

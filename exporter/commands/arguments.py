@@ -1,0 +1,79 @@
+"""What several commands have in common: paths that must exist, --json, and how much is said."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from nemotrt.exporter.console import Console
+
+
+class ExistingPath(click.Path):
+    """A path that must exist; a mistyped one is refused with the name that was probably meant."""
+
+    def __init__(self, *, is_folder: bool = False) -> None:
+        super().__init__(path_type=Path)
+        self._is_folder = is_folder
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The value as a Path."""
+        path = Path(super().convert(value, param, ctx))
+        if not path.exists():
+            near = _near(path)
+            self.fail(f"{path} does not exist" + (f"; did you mean {near}?" if near else ""), param, ctx)
+        if self._is_folder and not path.is_dir():
+            self.fail(f"{path} is not a folder", param, ctx)
+        return path
+
+
+def _near(path: Path) -> Path | None:
+    """The path with its first name that does not exist replaced by one that does and looks like it."""
+    for parent in reversed(path.parents):
+        name, *rest = path.relative_to(parent).parts
+        if (parent / name).exists():
+            continue
+        names = [entry.name for entry in parent.iterdir()] if parent.is_dir() else []
+        found = difflib.get_close_matches(name, names, n=1)
+        return parent.joinpath(found[0], *rest) if found else None
+    return None
+
+
+def _switch(context: click.Context, parameter: click.Parameter, value: bool) -> None:
+    console = context.ensure_object(Console)
+    if value:
+        setattr(console, str(parameter.name), True)
+    if console.quiet and console.verbose:
+        raise click.UsageError("--quiet and --verbose exclude each other")
+
+
+def _flag(*names: str, says: str) -> click.Option:
+    return click.Option(names, is_flag=True, expose_value=False, callback=_switch, help=says)
+
+
+TALK = (
+    _flag("--quiet", "-q", says="Say nothing but errors."),
+    _flag("--verbose", "-v", says="Say more."),
+    _flag("--debug", says="Show the traceback of an error."),
+)
+"""Options of the program and of each command: they may stand before the command's name or after it."""
+
+
+def command(example: str) -> Callable[[Callable[..., None]], click.Command]:
+    """A command named for its function, with the options of TALK; its help ends with the example."""
+
+    def decorate(function: Callable[..., None]) -> click.Command:
+        made = click.command(epilog=f"Example: nemo-export {example}")(function)
+        made.params += TALK
+        return made
+
+    return decorate
+
+
+FOLDER = ExistingPath(is_folder=True)
+CHECKPOINT = click.argument("checkpoint", type=FOLDER)
+BUNDLE = click.argument("bundle", type=FOLDER)
+JSON = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")

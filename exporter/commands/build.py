@@ -1,0 +1,84 @@
+"""build: a checkpoint becomes a bundle."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from nemotrt.exporter.commands.arguments import CHECKPOINT, JSON, command
+from nemotrt.exporter.config import PRECISIONS, RUNTIMES, BuildConfig
+from nemotrt.exporter.console import Console
+
+
+def _numbers(context: click.Context, parameter: click.Parameter, value: str) -> tuple[int, ...]:
+    parts = [part.strip() for part in value.split(",") if part.strip()]
+    if not all(part.isdigit() for part in parts):
+        raise click.BadParameter(f"{value} is no list of numbers, as 89,120")
+    return tuple(int(part) for part in parts)
+
+
+@command("build examples/tiny --output tiny.bundle")
+@CHECKPOINT
+@click.option(
+    "--output",
+    "-o",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="The bundle's folder; must not exist.",
+)
+@click.option(
+    "--precision", type=click.Choice(PRECISIONS), default=None, help="Default: the checkpoint's own."
+)
+@click.option(
+    "--runtime",
+    type=click.Choice(RUNTIMES),
+    default="auto",
+    show_default=True,
+    help="What is to run the bundle; auto takes the best that this machine can build, and says so.",
+)
+@click.option(
+    "--sm",
+    "sms",
+    callback=_numbers,
+    default="",
+    metavar="LIST",
+    help="GPU generations for tensorrt-rtx, as 89,120; default: all that the precision runs on.",
+)
+@click.option(
+    "--max-tokens", default=2048, show_default=True, help="Tokens a step, of all sequences together."
+)
+@click.option("--max-sequences", default=16, show_default=True, help="Sequences a step.")
+@click.option("--max-context", default=8192, show_default=True, help="Tokens a sequence.")
+@click.option("--page-size", default=128, show_default=True, help="Tokens a page of the KV cache.")
+@click.option(
+    "--state-dtype",
+    type=click.Choice(["fp32", "fp16"]),
+    default="fp32",
+    show_default=True,
+    help="Of the recurrent state.",
+)
+@click.option("--force", is_flag=True, help="Replace an existing bundle.")
+@click.option("--no-validate", is_flag=True, help="Do not compare with PyTorch; the manifest says so.")
+@click.option(
+    "--keep-failed", is_flag=True, help="Write the bundle even if a gate fails; the manifest says so."
+)
+@JSON
+@click.pass_obj
+def build(
+    console: Console, checkpoint: Path, output: Path, as_json: bool, no_validate: bool, **options: Any
+) -> None:
+    """Build a bundle from CHECKPOINT: the graph, its proof against PyTorch, and a manifest."""
+    from nemotrt.exporter import pipeline
+
+    config = BuildConfig(
+        checkpoint=checkpoint,
+        output=output,
+        validate=not no_validate,
+        **{name: "" if value is None else value for name, value in options.items()},
+    )
+    result = pipeline.build(config, console)
+    if as_json:
+        click.echo(json.dumps(result, indent=2))

@@ -1,0 +1,76 @@
+"""check: all that can be known of a build without writing."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import click
+
+from nemotrt.exporter.commands.arguments import FOLDER, JSON, ExistingPath, command
+from nemotrt.exporter.config import PRECISIONS
+from nemotrt.exporter.console import Console
+from nemotrt.exporter.errors import CheckpointError, UsageError
+
+
+@command("check examples/tiny --deep")
+@click.argument("checkpoint", type=FOLDER, required=False)
+@click.option(
+    "--precision", type=click.Choice(PRECISIONS), default=None, help="Default: the checkpoint's own."
+)
+@click.option("--deep", is_flag=True, help="Read every weight too: NaN, infinity, overflow.")
+@click.option(
+    "--config", "config_file", type=ExistingPath(), help="Without a checkpoint: its config.json alone."
+)
+@click.option(
+    "--tensors",
+    "tensors_file",
+    type=ExistingPath(),
+    help="With --config: a JSON table {name: [dtype, shape]}; expert 0 may stand for all.",
+)
+@JSON
+@click.pass_obj
+def check(
+    console: Console,
+    checkpoint: Path | None,
+    precision: str | None,
+    deep: bool,
+    config_file: Path | None,
+    tensors_file: Path | None,
+    as_json: bool,
+) -> None:
+    """Say what a build of CHECKPOINT would make, need and refuse. Nothing is written.
+
+    Reads the configuration and the tensors' headers; exits with 3 if a build would refuse them.
+    """
+    from nemotrt.exporter import check as checks
+
+    if checkpoint is not None and config_file is None and tensors_file is None:
+        with console.stage("read", f"{checkpoint.resolve().name}, headers"):
+            subject = checks.of_folder(checkpoint)
+    elif checkpoint is None and config_file and tensors_file:
+        if deep:
+            raise UsageError("--deep reads weights, and a table has none", hint="name a checkpoint's folder")
+        with console.stage("read", f"{config_file.name}, {tensors_file.name}"):
+            subject = checks.of_table(config_file, tensors_file)
+    else:
+        raise UsageError(
+            "check wants a checkpoint, or --config and --tensors", hint="see nemo-export check --help"
+        )
+    if deep:
+        with console.stage(
+            "scan", "every weight", total=checks.scan_bytes(subject), is_bytes=True
+        ) as advance:
+            found = checks.check(subject, precision or "", Path(), advance)
+    else:
+        found = checks.check(subject, precision or "", Path())
+    if as_json:
+        click.echo(json.dumps(dataclasses.asdict(found), indent=2))
+    else:
+        from nemotrt.exporter import tables
+
+        tables.show(tables.check(found))
+    if found.problems:
+        number = len(found.problems)
+        raise CheckpointError(f"{number} problem{'s' * (number > 1)} would stop a build of {found.name}")

@@ -1,0 +1,42 @@
+"""verify: whether a bundle is to the byte what its build wrote."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import click
+
+from nemotrt.exporter.commands.arguments import BUNDLE, JSON, command
+from nemotrt.exporter.console import Console
+from nemotrt.exporter.errors import BundleError
+
+
+@command("verify tiny.bundle")
+@BUNDLE
+@click.option("--fast", is_flag=True, help="Compare names and sizes only, as every opening does; no hashes.")
+@JSON
+@click.pass_obj
+def verify(console: Console, bundle: Path, fast: bool, as_json: bool) -> None:
+    """Compare BUNDLE with its manifest: the exact set of files, their sizes and hashes."""
+    from nemotrt.exporter.runtime import manifest as manifests
+
+    manifest = manifests.read(bundle)
+    total = sum(file.size for file in manifest.files)
+    with console.stage("verify", f"{len(manifest.files)} files, {total:,} bytes"):
+        findings = manifests.examine(bundle, manifest, deep=not fast)
+    if as_json:
+        fields = {"whole": findings.is_whole, "hashed": not fast, "bundle_id": manifest.bundle_id}
+        click.echo(json.dumps(fields | dataclasses.asdict(findings), indent=2))
+    lines = findings.lines()
+    if lines:
+        if not as_json:
+            for line in lines:
+                click.echo(line)
+        raise BundleError(
+            f"{bundle} is not what its build wrote: {len(lines)} difference{'s' * (len(lines) > 1)}",
+            hint="copy or build the bundle again",
+        )
+    if not as_json:
+        click.echo(f"{bundle} is whole: {manifest.bundle_id}")

@@ -1,0 +1,49 @@
+"""The plugin library for a build's GPUs and dtypes: made of kernels compiled here, and kept for the next build."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from nemotrt.exporter.config import BuildConfig
+from nemotrt.exporter.errors import CompileError
+from nemotrt.plugins.kernel_index import KernelError
+from nemotrt.plugins.kernel_store import cache_folder, digest
+from nemotrt.plugins.library import PluginError, PluginLibrary
+
+Report = Callable[[int, int, str], None]
+"""Takes how many kernels are compiled, of how many, and the latest."""
+
+
+def kernel_dtypes(config: BuildConfig) -> tuple[str, ...]:
+    """The dtypes whose kernels a model of this configuration launches, as `plugins.build` names them."""
+    # FP32 is in every selection, where it is the state's beside a narrower dtype.
+    state = () if config.state_dtype in ("fp32", config.precision) else (config.state_dtype,)
+    return (config.precision, *state)
+
+
+def plugin_library(
+    config: BuildConfig, sms: Sequence[int], report: Report = lambda *_: None
+) -> PluginLibrary:
+    """A library with the kernels for these SMs; only what was never compiled here is compiled.
+
+    Raises CompileError where a kernel cannot be compiled or the library cannot be linked.
+    """
+    from nemotrt.plugins import build, link
+
+    dtypes = kernel_dtypes(config)
+    cache = cache_folder().parent
+    name = digest([sorted(sms), sorted(dtypes)])[:16]
+    try:
+        selection = build.Selection(tuple(sms), dtypes)
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix="kernels-", dir=cache) as folder:
+            index = build.build(selection, Path(folder) / "kernels", report=report)
+            linked = link.link(index, cache / "libraries" / name)
+        return PluginLibrary(linked.path, linked.description["hash"])
+    except (KernelError, PluginError) as error:
+        raise CompileError(
+            f"the plugin library cannot be made: {error}",
+            hint="--runtime onnx builds the bundle without engines",
+        ) from error

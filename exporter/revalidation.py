@@ -1,0 +1,106 @@
+"""A bundle against PyTorch again: with its checkpoint, or with the weights that the bundle itself holds."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from pathlib import Path
+
+from nemotrt.exporter import estimates
+from nemotrt.exporter.artifacts import LoadedModel, ValidationReport, WeightSource
+from nemotrt.exporter.config import PRECISION_OF_DTYPE, BuildConfig
+from nemotrt.exporter.console import Console
+from nemotrt.exporter.errors import BundleError, UsageError
+from nemotrt.exporter.runtime import manifest as manifests
+from nemotrt.exporter.runtime.graph_file import read_proto
+from nemotrt.exporter.runtime.manifest import Manifest
+from nemotrt.exporter.stages.load import load, parse_config
+from nemotrt.exporter.tensor_files import StoredTensor
+from nemotrt.model.checkpoint import Transform, tensor_sources
+
+OWN_WEIGHTS = "the checkpoint: PyTorch ran with the bundle's own weights"
+
+
+def revalidate(bundle: Path, checkpoint: Path | None, console: Console) -> ValidationReport:
+    """The report of every gate, as a build makes it; without a checkpoint it says that the weights were not compared.
+
+    Raises BundleError on a bundle that is not whole, UsageError on another bundle's checkpoint.
+    """
+    with console.stage("load", str(checkpoint or bundle)):
+        manifest = manifests.verify(bundle, deep=False)
+        config = _config(bundle, manifest, checkpoint or bundle)
+        model = _from_bundle(bundle, manifest) if checkpoint is None else _from(checkpoint, manifest)
+    estimates.check_memory(model, hint="use a machine with more")
+    from nemotrt.exporter.stages.validate import num_steps, validate
+
+    graph = bundle / manifest.of_role("graph")[0]
+    with console.stage(
+        "validate", "ONNX Runtime against PyTorch", total=num_steps(config.precision)
+    ) as advance:
+        report = validate(model, config, graph, advance=advance)
+    if checkpoint is None:
+        report = dataclasses.replace(report, not_compared=(*report.not_compared, OWN_WEIGHTS))
+    return report
+
+
+def _config(bundle: Path, manifest: Manifest, checkpoint: Path) -> BuildConfig:
+    """The configuration that the bundle was built with, as far as it concerns the comparison."""
+    profile = next((profile for profile in manifest.profiles if profile.runtime == "onnx"), None)
+    if profile is None or not manifest.of_role("graph"):
+        raise BundleError(f"{bundle} has no graph for ONNX Runtime")
+    state = {pool.dtype for pool in manifest.graph.pools if pool.input.startswith("ssm_state.")}
+    return BuildConfig(
+        checkpoint=checkpoint,
+        output=bundle,
+        precision=manifest.model.precision,
+        runtime="onnx",
+        max_tokens=profile.max_tokens,
+        max_sequences=profile.max_sequences,
+        max_context=profile.max_context,
+        page_size=profile.page_size,
+        state_dtype=PRECISION_OF_DTYPE[state.pop()] if state else "fp32",
+    )
+
+
+def _from(checkpoint: Path, manifest: Manifest) -> LoadedModel:
+    model = load(checkpoint)
+    stored = {tensor.path for weight in model.weights.values() for tensor in weight.tensors}
+    sizes = {path.name: path.stat().st_size for path in stored}
+    digest = hashlib.sha256((checkpoint / "config.json").read_bytes()).hexdigest()
+    differing = "config.json" if digest != manifest.source.config_sha256 else ""
+    for file in manifest.source.files:
+        if sizes.pop(file.name, None) != file.size:
+            differing = differing or file.name
+    differing = differing or next(iter(sizes), "")
+    if differing:
+        raise UsageError(
+            f"{checkpoint} is not what the bundle was built from: {differing} differs",
+            hint=f"name the checkpoint {manifest.source.name}, or leave out --checkpoint",
+        )
+    return model
+
+
+def _from_bundle(bundle: Path, manifest: Manifest) -> LoadedModel:
+    """The model whose weights lie in the graph's external data, where each parameter has its own name."""
+    config = parse_config(bundle / "config.json")
+    weights: dict[str, WeightSource] = {}
+    for tensor in read_proto(bundle / manifest.of_role("graph")[0]).graph.initializer:
+        place = {entry.key: entry.value for entry in tensor.external_data}
+        if not place:
+            continue
+        dtype = {1: "float32", 10: "float16", 16: "bfloat16"}[tensor.data_type]
+        stored = StoredTensor(
+            name=tensor.name,
+            dtype=dtype,
+            shape=tuple(tensor.dims),
+            path=bundle / place["location"],
+            offset=int(place["offset"]),
+            length=int(place["length"]),
+        )
+        weights[tensor.name] = WeightSource(tensor.name, (stored,), Transform.COPY)
+    if config.tie_word_embeddings:
+        weights.setdefault("lm_head.weight", weights["backbone.embeddings.weight"])
+    missing = [name for name in tensor_sources(config) if name not in weights]
+    if missing:
+        raise BundleError(f"the graph of {bundle} has no weight {missing[0]}")
+    return LoadedModel(bundle, config, weights, manifest.not_exported, ())

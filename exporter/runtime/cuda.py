@@ -1,0 +1,223 @@
+"""Memory, streams and graphs of one GPU by CUDA's driver alone: no toolkit, no Python package.
+
+TensorRT uses the device's primary context, and so does this. Loading this module needs no GPU.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from numpy.typing import NDArray
+
+LIBRARY = "libcuda.so.1"
+
+COMPUTE_CAPABILITY_MAJOR, COMPUTE_CAPABILITY_MINOR = 75, 76
+STREAM_NON_BLOCKING = 1
+CAPTURE_THREAD_LOCAL = 1
+"""Numbers of cuda.h: CUdevice_attribute, CUstream_flags, CUstreamCaptureMode."""
+
+
+class CudaError(Exception):
+    """The driver is absent, or refused: one line that says which call and why."""
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU of this machine."""
+
+    name: str
+    sm: int
+    """Its generation: 89 for compute capability 8.9."""
+    memory_bytes: int
+    driver: str
+    """The newest CUDA version that its driver serves."""
+
+
+class Driver:
+    """The driver's functions by name; each raises CudaError that names it."""
+
+    def __init__(self) -> None:
+        try:
+            self._library = ctypes.CDLL(LIBRARY)
+        except OSError:
+            raise CudaError(f"no NVIDIA driver is installed (no {LIBRARY})") from None
+        self.call("cuInit", 0)
+
+    def call(self, name: str, *arguments: Any) -> None:
+        """Call a function of the driver; raises CudaError unless it returns CUDA_SUCCESS."""
+        code = getattr(self._library, name)(*arguments)
+        if code:
+            text = ctypes.c_char_p()
+            self._library.cuGetErrorString(code, ctypes.byref(text))
+            raise CudaError(f"{name}: {(text.value or b'unknown error').decode()} ({code})")
+
+    def device(self, index: int) -> int:
+        """A device's handle."""
+        count, device = ctypes.c_int(), ctypes.c_int()
+        self.call("cuDeviceGetCount", ctypes.byref(count))
+        if index >= count.value:
+            raise CudaError(f"there is no GPU {index}: this machine shows {count.value}")
+        self.call("cuDeviceGet", ctypes.byref(device), index)
+        return device.value
+
+    def describe(self, index: int) -> Gpu:
+        """What the device is."""
+        device, name = self.device(index), ctypes.create_string_buffer(128)
+        total, version = ctypes.c_size_t(), ctypes.c_int()
+        self.call("cuDeviceGetName", name, len(name), device)
+        self.call("cuDeviceTotalMem_v2", ctypes.byref(total), device)
+        self.call("cuDriverGetVersion", ctypes.byref(version))
+        numbers = []
+        for attribute in (COMPUTE_CAPABILITY_MAJOR, COMPUTE_CAPABILITY_MINOR):
+            number = ctypes.c_int()
+            self.call("cuDeviceGetAttribute", ctypes.byref(number), attribute, device)
+            numbers.append(number.value)
+        driver = f"{version.value // 1000}.{version.value % 1000 // 10}"
+        return Gpu(name.value.decode(), 10 * numbers[0] + numbers[1], total.value, driver)
+
+
+def find_gpu(index: int = 0) -> Gpu:
+    """The machine's GPU; raises CudaError that says what is missing."""
+    return Driver().describe(index)
+
+
+class Device:
+    """One GPU's primary context, current in this thread, and a stream that orders all of this class' work."""
+
+    def __init__(self, index: int = 0) -> None:
+        """Retain the context; raises CudaError where there is no such GPU."""
+        self._driver = Driver()
+        self.gpu = self._driver.describe(index)
+        self._device = self._driver.device(index)
+        context, stream = ctypes.c_void_p(), ctypes.c_void_p()
+        self._driver.call("cuDevicePrimaryCtxRetain", ctypes.byref(context), self._device)
+        self._driver.call("cuCtxSetCurrent", context)
+        self._driver.call("cuStreamCreate", ctypes.byref(stream), STREAM_NON_BLOCKING)
+        self._stream = stream
+
+    @property
+    def stream(self) -> int:
+        """The stream as a number, as TensorRT takes it."""
+        return int(self._stream.value or 0)
+
+    def allocate(self, num_bytes: int) -> Memory:
+        """Memory of at least one byte, its contents undefined; freed with the object."""
+        address = ctypes.c_uint64()
+        self._driver.call("cuMemAlloc_v2", ctypes.byref(address), ctypes.c_size_t(max(1, num_bytes)))
+        return Memory(self._driver, address.value, num_bytes)
+
+    def clear(self, memory: Memory) -> None:
+        """Fill with zero bytes, in stream order."""
+        self._driver.call(
+            "cuMemsetD8Async",
+            ctypes.c_uint64(memory.address),
+            ctypes.c_ubyte(0),
+            ctypes.c_size_t(memory.num_bytes),
+            self._stream,
+        )
+
+    def write(self, memory: Memory, values: NDArray[Any]) -> None:
+        """Copy a contiguous array in, in stream order; it may be changed when this returns."""
+        assert values.flags.c_contiguous
+        assert values.nbytes <= memory.num_bytes
+        # From pageable memory the driver takes a copy before it returns.
+        self._driver.call(
+            "cuMemcpyHtoDAsync_v2",
+            ctypes.c_uint64(memory.address),
+            values.ctypes.data_as(ctypes.c_void_p),
+            ctypes.c_size_t(values.nbytes),
+            self._stream,
+        )
+
+    def read(self, memory: Memory, values: NDArray[Any]) -> None:
+        """Copy into a contiguous array what the memory holds when the stream gets there; waits for it."""
+        assert values.flags.c_contiguous
+        assert values.nbytes <= memory.num_bytes
+        self._driver.call(
+            "cuMemcpyDtoHAsync_v2",
+            values.ctypes.data_as(ctypes.c_void_p),
+            ctypes.c_uint64(memory.address),
+            ctypes.c_size_t(values.nbytes),
+            self._stream,
+        )
+        self.synchronize()
+
+    def synchronize(self) -> None:
+        """Wait until the stream has done all its work; raises CudaError when a kernel failed."""
+        self._driver.call("cuStreamSynchronize", self._stream)
+
+    @contextmanager
+    def capturing(self) -> Iterator[CapturedGraph]:
+        """Within it, work on the stream is recorded and not done; the graph can be launched afterwards."""
+        captured = CapturedGraph(self._driver, self._stream)
+        self._driver.call("cuStreamBeginCapture_v2", self._stream, CAPTURE_THREAD_LOCAL)
+        graph = ctypes.c_void_p()
+        try:
+            yield captured
+        except BaseException:
+            # Ended all the same: a stream that is left capturing takes no more work.
+            with _ignored():
+                self._driver.call("cuStreamEndCapture", self._stream, ctypes.byref(graph))
+            raise
+        self._driver.call("cuStreamEndCapture", self._stream, ctypes.byref(graph))
+        captured.instantiate(graph)
+
+    def close(self) -> None:
+        """Give the stream and the context back; memory must have been freed before."""
+        self._driver.call("cuStreamDestroy_v2", self._stream)
+        self._driver.call("cuDevicePrimaryCtxRelease_v2", self._device)
+
+
+@contextmanager
+def _ignored() -> Iterator[None]:
+    try:
+        yield
+    except CudaError:
+        return
+
+
+class Memory:
+    """A piece of the GPU's memory; freed with the object."""
+
+    def __init__(self, driver: Driver, address: int, num_bytes: int) -> None:
+        self._driver, self.address, self.num_bytes = driver, address, num_bytes
+
+    def free(self) -> None:
+        """Free it now; a second time does nothing."""
+        if self.address:
+            address, self.address = self.address, 0
+            self._driver.call("cuMemFree_v2", ctypes.c_uint64(address))
+
+    def __del__(self) -> None:
+        with _ignored():
+            self.free()
+
+
+class CapturedGraph:
+    """Work that was recorded once and is launched as one; freed with the object."""
+
+    def __init__(self, driver: Driver, stream: ctypes.c_void_p) -> None:
+        self._driver, self._stream = driver, stream
+        self._executable = ctypes.c_void_p()
+
+    def instantiate(self, graph: ctypes.c_void_p) -> None:
+        """Make what was recorded launchable; the recording itself is given back."""
+        try:
+            self._driver.call(
+                "cuGraphInstantiateWithFlags", ctypes.byref(self._executable), graph, ctypes.c_ulonglong(0)
+            )
+        finally:
+            self._driver.call("cuGraphDestroy", graph)
+
+    def launch(self) -> None:
+        """Enqueue it on the stream."""
+        self._driver.call("cuGraphLaunch", self._executable, self._stream)
+
+    def __del__(self) -> None:
+        if self._executable:
+            with _ignored():
+                self._driver.call("cuGraphExecDestroy", self._executable)

@@ -1,0 +1,112 @@
+"""A bundle's engine, opened on this machine's GPU: everything that can be wrong with it is said before it is loaded."""
+
+from __future__ import annotations
+
+import hashlib
+import mmap
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from nemotrt.exporter.errors import BundleError
+from nemotrt.exporter.runtime.backends import BACKENDS, Backend, backend, load_module
+from nemotrt.exporter.runtime.cuda import Gpu
+from nemotrt.exporter.runtime.manifest import BundleFile, Manifest, Profile
+
+REBUILD = "build the bundle again on this machine, or with this machine's TensorRT"
+
+
+@dataclass(frozen=True)
+class OpenEngine:
+    """A deserialised engine with what must live as long as it does."""
+
+    backend: Backend
+    trt: ModuleType
+    engine: Any
+    """trt.ICudaEngine."""
+    runtime: Any
+    """trt.Runtime; holds the plugins."""
+    log: Any
+    """trt.ILogger; `reasons` has TensorRT's errors."""
+
+
+def engine_profile(bundle: Path, manifest: Manifest) -> Profile:
+    """The manifest's entry of the bundle's engine; raises BundleError where there is none."""
+    names = [one.runtime for one in BACKENDS]
+    found = next((profile for profile in manifest.profiles if profile.runtime in names), None)
+    if found is None:
+        raise BundleError(
+            f"{bundle} has no TensorRT engine", hint="build it with --runtime tensorrt-rtx or tensorrt"
+        )
+    return found
+
+
+def open_engine(bundle: Path, manifest: Manifest, profile: Profile, gpu: Gpu) -> OpenEngine:
+    """The engine on the current GPU; raises BundleError that names what does not fit.
+
+    The engine and its plugin library hold code that will run: both are compared with their hashes first.
+    """
+    used = backend(profile.runtime)
+    if gpu.sm not in profile.sms:
+        built = ", ".join(map(str, profile.sms))
+        raise BundleError(f"{bundle} has an engine for SM {built}, {gpu.name} is SM {gpu.sm}", hint=REBUILD)
+    trt = load_module(used)
+    if trt.__version__ != profile.runtime_version:
+        raise BundleError(
+            f"{bundle}'s engine was built by {used.title} {profile.runtime_version},"
+            f" installed is {trt.__version__}",
+            hint=f"install {profile.runtime_version}, or {REBUILD}",
+        )
+    files = {file.path: file for file in manifest.files}
+    libraries = [bundle / plugin.path for plugin in manifest.plugins]
+    for path in (*(plugin.path for plugin in manifest.plugins), profile.path):
+        _check_hash(bundle, files[path])
+    log = _log(trt)
+    runtime = trt.Runtime(log)
+    for library in libraries:
+        if runtime.get_plugin_registry().load_library(str(library)) is None:
+            raise BundleError(f"{used.title} does not load {library}: {because(log)}")
+    engine = _deserialize(runtime, bundle / profile.path)
+    if engine is None:
+        raise BundleError(f"{used.title} does not load {bundle / profile.path}: {because(log)}", hint=REBUILD)
+    return OpenEngine(used, trt, engine, runtime, log)
+
+
+def _check_hash(bundle: Path, file: BundleFile) -> None:
+    path = bundle / file.path
+    try:
+        with path.open("rb") as content:
+            found = hashlib.file_digest(content, "sha256").hexdigest()
+    except OSError as error:
+        raise BundleError(f"{path} cannot be read: {error.strerror}") from error
+    if found != file.sha256:
+        raise BundleError(f"{path} was changed after it was built", hint="copy or build the bundle again")
+
+
+def _deserialize(runtime: Any, path: Path) -> Any:
+    """The engine, read from the mapped file: no copy of it is made."""
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        return runtime.deserialize_cuda_engine(content)
+
+
+def because(log: Any) -> str:
+    """What TensorRT's errors said since the last call, in one line."""
+    said = "; ".join(dict.fromkeys(log.reasons)) or "it gave no reason"
+    log.reasons.clear()
+    return said
+
+
+def _log(trt: ModuleType) -> Any:
+    error = trt.ILogger.Severity.ERROR
+
+    class Log(trt.ILogger):  # type: ignore[name-defined,misc]
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self.reasons: list[str] = []
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity <= error:
+                self.reasons.append(" ".join(message.split()))
+
+    return Log()

@@ -1,0 +1,319 @@
+"""What inspect, check and validate found, as tables for a person; `show` prints them on stdout."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterable
+from itertools import groupby
+
+from rich import box
+from rich.console import Console, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from nemotrt.exporter.artifacts import Gate, ValidationReport
+from nemotrt.exporter.check import Check
+from nemotrt.exporter.inspection import Graph, Inspection, Part
+from nemotrt.exporter.runtime.manifest import Manifest
+from nemotrt.model.config_fields import PATTERN
+
+WIDTH = 100
+"""Columns where stdout is no terminal."""
+
+SYMBOLS = {kind: character for character, kind in PATTERN.items()}
+COLOURS = {"mamba": "cyan", "attention": "yellow", "moe": "magenta", "mlp": "green"}
+
+SHORT = {
+    "float64": "FP64",
+    "float32": "FP32",
+    "float16": "FP16",
+    "bfloat16": "BF16",
+    "float8_e4m3fn": "FP8",
+    "float8_e5m2": "FP8 (E5M2)",
+}
+"""A dtype → what tables call it."""
+
+
+def show(items: Iterable[RenderableType]) -> None:
+    """Print one below the other."""
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else WIDTH)
+    for item in items:
+        console.print(item)
+
+
+def size(num_bytes: int) -> str:
+    """Bytes in decimal units, three digits."""
+    value = float(num_bytes)
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 999.5:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.3g} {unit}"
+        value /= 1000
+    return f"{value:.3g} TB"
+
+
+def count(number: int) -> str:
+    """A number of parameters: 12.8 B."""
+    value = float(number)
+    for unit in ("", " k", " M"):
+        if value < 999.5:
+            return f"{value:.3g}{unit}"
+        value /= 1000
+    return f"{value:.4g} B"
+
+
+def duration(seconds: float) -> str:
+    """Seconds, minutes or hours, without false precision."""
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.0f} h"
+
+
+def inspection(found: Inspection) -> list[RenderableType]:
+    """A title, the layers by kind, and what else a checkpoint, a graph or a bundle has to show."""
+    parameters = sum(part.num_parameters for part in found.parts if part.kind not in ("mtp", "other"))
+    stored = sum(part.bytes for part in found.parts)
+    title = Text.assemble(
+        (found.path, "bold"), f"   {found.what}, {count(parameters)} parameters, {size(stored)}"
+    )
+    shown: list[RenderableType] = [title]
+    if found.manifest:
+        shown.append(_bundle(found.manifest))
+    if found.layers:
+        shown += ["", _pattern(found.layers, found.layer)]
+    shown += ["", parts(found.parts), "", _state(found.parts)]
+    if found.layer is not None:
+        shown += ["", *_layer(found)]
+    else:
+        shown += _graph(found.graph) if found.graph else []
+        shown += ["", _files(found.manifest)] if found.manifest else []
+        shown += ["", _inert(found.inert)] if found.inert else []
+    return shown
+
+
+def _table(*columns: str, right: tuple[str, ...] = (), title: str = "") -> Table:
+    table = Table(
+        box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, title=title or None, title_justify="left"
+    )
+    for column in columns:
+        table.add_column(column, justify="right" if column in right else "left", overflow="fold")
+    return table
+
+
+def _pattern(layers: tuple[str, ...], marked: int | None = None) -> RenderableType:
+    """The layers as their pattern's characters, and what those stand for."""
+    text = Text("layers   ")
+    for index, kind in enumerate(layers):
+        style = COLOURS[kind] + (" reverse" if index == marked else "")
+        text.append(SYMBOLS[kind], style)
+    kinds = ", ".join(f"{SYMBOLS[kind]} {kind}" for kind in dict.fromkeys(layers))
+    return text.append(f"   {len(layers)}: {kinds}", "dim")
+
+
+def parts(found: tuple[Part, ...]) -> Table:
+    """The layers by kind: how many, how large, in what precision."""
+    table = _table(
+        "part",
+        "layers",
+        "tensors",
+        "parameters",
+        "bytes",
+        "stored as",
+        right=("layers", "tensors", "parameters", "bytes"),
+    )
+    for part in found:
+        table.add_row(
+            Text(part.kind, COLOURS.get(part.kind, "")),
+            str(part.num_layers or ""),
+            f"{part.num_tensors:,}",
+            count(part.num_parameters),
+            size(part.bytes),
+            ", ".join(_share(dtype, held, part.bytes) for dtype, held in part.bytes_by_dtype.items()),
+        )
+    return table
+
+
+def _share(dtype: str, held: int, whole: int) -> str:
+    percent = 100 * held / whole
+    shown = "" if percent > 99.9 else " <0.1%" if percent < 0.1 else f" {percent:.3g}%"
+    return SHORT.get(dtype, dtype) + shown
+
+
+def _state(found: tuple[Part, ...]) -> str:
+    state, cache = sum(p.state_bytes for p in found), sum(p.cache_bytes_per_token for p in found)
+    return f"a sequence holds {size(state)} of state, and {size(cache)} of KV cache a token"
+
+
+def _bundle(manifest: Manifest) -> RenderableType:
+    verdict = manifest.validation
+    colour = {"passed": "green", "failed": "red"}.get(verdict.verdict, "yellow")
+    proof = f"{verdict.num_gates - verdict.num_failed} of {verdict.num_gates} gates, {verdict.runs_as}"
+    grid = Table.grid(padding=(0, 2))
+    grid.add_row("id", manifest.bundle_id)
+    grid.add_row("from", f"{manifest.source.name}, licence {manifest.licence}")
+    grid.add_row("precision", manifest.model.precision + (", partial" if manifest.partial else ""))
+    grid.add_row("proof", Text.assemble((verdict.verdict, colour), f": {proof}" if verdict.num_gates else ""))
+    for profile in manifest.profiles:
+        grid.add_row(
+            profile.runtime,
+            f"{profile.path}: {profile.max_tokens} tokens and {profile.max_sequences} sequences a step,"
+            f" {profile.max_context} tokens a sequence, {profile.page_size} a page",
+        )
+    return grid
+
+
+def _graph(graph: Graph) -> list[RenderableType]:
+    table = _table(
+        "operator",
+        "nodes",
+        "operator ",
+        "nodes ",
+        "operator  ",
+        "nodes  ",
+        right=("nodes", "nodes ", "nodes  "),
+    )
+    entries = [(name, str(number)) for name, number in graph.ops.items()]
+    rows = -(-len(entries) // 3)
+    for row in range(rows):
+        cells = [cell for entry in entries[row::rows] for cell in entry]
+        table.add_row(*cells)
+    opsets = ", ".join(f"{domain} {version}" for domain, version in graph.opsets.items())
+    bodies = ", ".join(f"{name} ({nodes} nodes)" for name, nodes in graph.functions.items())
+    return [
+        "",
+        table,
+        "",
+        f"{graph.num_nodes} nodes, opset {opsets}" + (f"; bodies: {bodies}" if bodies else ""),
+    ]
+
+
+def _files(manifest: Manifest) -> Table:
+    table = _table("file", "role", "bytes", "sha256", right=("bytes",))
+    for file in manifest.files:
+        table.add_row(file.path, file.role, f"{file.size:,}", file.sha256[:16])
+    return table
+
+
+def _inert(fields: dict[str, str]) -> Table:
+    table = _table("field that changes nothing", "because")
+    for name, reason in fields.items():
+        table.add_row(name, reason)
+    return table
+
+
+def _layer(found: Inspection) -> list[RenderableType]:
+    assert found.layer is not None
+    table = _table(
+        "tensor", "dtype", "shape", "bytes", "file", right=("bytes",), title=f"layer {found.layer}"
+    )
+    for weight in found.weights:
+        shape = " × ".join(str(length) for length in weight.shape) or "scalar"
+        table.add_row(
+            weight.name, SHORT.get(weight.dtype, weight.dtype), shape, f"{weight.bytes:,}", weight.file
+        )
+    if not found.nodes:
+        return [table]
+    nodes = _table("node", "operator")
+    for node in found.nodes:
+        nodes.add_row(node.name, node.op)
+    return [table, "", nodes]
+
+
+def check(found: Check) -> list[RenderableType]:
+    """The verdict first, then what is understood, what is built, and what it needs."""
+    verdict = ("can be built", "green") if found.is_buildable else ("cannot be built", "red")
+    active = ""
+    if found.num_active_parameters != found.num_parameters:
+        active = f", {count(found.num_active_parameters)} active"
+    summary = f"   {count(found.num_parameters)} parameters{active}, {found.num_tensors:,} tensors"
+    shown: list[RenderableType] = [Text.assemble((found.name, "bold"), "   ", verdict, summary)]
+    for problem in found.problems[:MAX_PROBLEMS]:
+        shown.append(
+            Text.assemble(
+                ("✗ ", "red"), problem.message, (f"\n  {problem.hint}" if problem.hint else "", "dim")
+            )
+        )
+    if len(found.problems) > MAX_PROBLEMS:
+        shown.append(f"  and {len(found.problems) - MAX_PROBLEMS} more problems (--json has all)")
+    shown += [Text.assemble(("! ", "yellow"), note) for note in found.notes]
+    shown += ["", _pattern(found.layers), "", parts(found.parts), "", _state(found.parts)]
+    shown += ["", _dtypes(found), "", _runtimes(found), "", _tools(found), "", _estimates(found)]
+    return [*shown, "", _inert(found.inert)] if found.inert else shown
+
+
+MAX_PROBLEMS = 10
+
+
+def _dtypes(found: Check) -> Table:
+    table = _table("as built", "dtype", "parameters and state")
+    for kind, by_dtype in found.dtypes.items():
+        for number, (dtype, names) in enumerate(by_dtype.items()):
+            table.add_row(Text("" if number else kind, COLOURS.get(kind, "")), SHORT[dtype], ", ".join(names))
+    return table
+
+
+def _runtimes(found: Check) -> Table:
+    table = _table("runtime", "built", "how, or why not")
+    for runtime in found.runtimes:
+        table.add_row(runtime.name, "yes" if runtime.is_built else "no", runtime.why)
+    return table
+
+
+def _tools(found: Check) -> Table:
+    table = _table("package", "here", "for", "how to get it")
+    for tool in found.tools:
+        table.add_row(
+            tool.package, tool.version or "missing", tool.needed_for, "" if tool.version else tool.get
+        )
+    return table
+
+
+def _estimates(found: Check) -> Table:
+    table = _table("stage", "memory", "writes", "CPU time", right=("memory", "writes", "CPU time"))
+    for stage in found.estimates:
+        written = size(stage.disk_bytes) if stage.disk_bytes else ""
+        table.add_row(stage.stage, f"~{size(stage.memory_bytes)}", written, f"~{duration(stage.cpu_seconds)}")
+    here = f"{size(found.memory_bytes)} here"
+    table.add_row("", here, f"{size(found.disk_free_bytes)} free", f"{found.num_cores} cores", style="dim")
+    return table
+
+
+def report(found: ValidationReport) -> list[RenderableType]:
+    """Each scenario's metrics: how many gates, and the one nearest to its limit or furthest beyond it."""
+    table = _table(
+        "scenario", "metric", "gates", "worst", "limit", "of", "", right=("gates", "worst", "limit")
+    )
+
+    def place(gate: Gate) -> tuple[str, str]:
+        return gate.scenario, gate.metric
+
+    before = ""
+    for (scenario, metric), group in groupby(sorted(found.gates, key=place), key=place):
+        gates = list(group)
+        worst = max(gates, key=_strain)
+        failed = sum(not gate.passed for gate in gates)
+        verdict = Text(f"{failed} failed", "red") if failed else Text("passed", "green")
+        table.add_row(
+            "" if scenario == before else scenario,
+            metric,
+            str(len(gates)),
+            f"{worst.value:.3g}",
+            f"{worst.limit:.3g}",
+            worst.output,
+            verdict,
+        )
+        before = scenario
+    passed = sum(gate.passed for gate in found.gates)
+    verdict = ("passed", "green") if found.passed else ("failed", "red")
+    line = f": {passed} of {len(found.gates)} gates; {found.candidate} against {found.reference}"
+    shown: list[RenderableType] = [table, "", Text.assemble(verdict, line)]
+    return shown + [Text(f"not compared: {what}", "dim") for what in found.not_compared]
+
+
+def _strain(gate: Gate) -> float:
+    """How much of its limit a gate uses, failed ones first: NaN is the most."""
+    if math.isnan(gate.value):
+        return math.inf
+    if gate.limit == 0:
+        return math.inf if gate.value else 0.0
+    return gate.value / gate.limit

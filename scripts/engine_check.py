@@ -1,0 +1,247 @@
+"""Builds, runs and judges an engine on this machine's GPU: `python scripts/engine_check.py`, or `make engine-check`.
+
+What no machine without a GPU can show: that the engine loads, that every step gives what PyTorch gives, that a
+captured step gives the same bits as one that is not, and how long steps take. Prints a report and writes it as
+JSON, to be sent back. Without a GPU or TensorRT it says what is missing, and exits with 1.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+from rich.console import Console as RichConsole
+from rich.table import Table
+
+from nemotrt.exporter import environment, pipeline
+from nemotrt.exporter.config import PRECISIONS, RUNTIMES, BuildConfig
+from nemotrt.exporter.console import Console
+from nemotrt.exporter.errors import CompileError, ExportError, UsageError
+from nemotrt.exporter.runners import EngineRunner
+from nemotrt.exporter.runtime import manifest as manifests
+from nemotrt.exporter.runtime.backends import BACKENDS
+from nemotrt.exporter.runtime.cuda import CudaError, Gpu, find_gpu
+from nemotrt.exporter.runtime.engine_file import engine_profile
+from nemotrt.exporter.runtime.engine_session import EngineSession
+from nemotrt.exporter.runtime.manifest import Profile
+from nemotrt.exporter.runtime.step import pages_of
+from nemotrt.exporter.scenarios import NUM_SLOTS
+from nemotrt.exporter.stages.load import load
+from nemotrt.exporter.stages.validate import Candidate, judge
+from nemotrt.exporter.targets import Target, settle
+
+EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "tiny"
+WARM_UP, TIMED = 5, 30
+"""Steps before the clock starts, among them the one that is captured, and steps that are timed."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """One check: what was found, or why it failed."""
+
+    check: str
+    passed: bool
+    detail: str
+    data: Any = None
+
+
+def attempt(name: str, run: Callable[[], tuple[str, Any]]) -> Outcome:
+    """The outcome of a check that gives a line and its figures; any error of ours is a failure in words."""
+    try:
+        detail, data = run()
+    except (ExportError, CudaError) as error:
+        return Outcome(name, False, f"{error}" + (f" ({error.hint})" if getattr(error, "hint", "") else ""))
+    return Outcome(name, True, detail, data)
+
+
+def targets(gpu: Gpu, runtime: str, precision: str) -> list[Target]:
+    """What this machine can both build for and run: one target for each TensorRT that it has."""
+    found, refusals = [], []
+    for backend in BACKENDS:
+        if runtime not in ("auto", backend.runtime):
+            continue
+        try:
+            found.append(settle(backend.runtime, () if backend.needs_gpu else (gpu.sm,), precision))
+        except (CompileError, UsageError) as error:
+            refusals.append(f"{error} ({error.hint})")
+    if not found:
+        raise CompileError("nothing can be built for this GPU: " + "; ".join(refusals))
+    return found
+
+
+def build(checkpoint: Path, output: Path, target: Target, precision: str) -> tuple[str, Any]:
+    """A bundle with the target's engine, its graph judged in ONNX Runtime on the way."""
+    config = BuildConfig(checkpoint, output, precision, runtime=target.runtime)
+    if target.runtime == "tensorrt-rtx":
+        config = dataclasses.replace(config, sms=target.sms)
+    result = pipeline.build(config, Console(quiet=True))
+    engine = output / result["engine"]["path"]
+    size = engine.stat().st_size
+    return f"{result['engine']['version']}, {size / 1e6:.1f} MB", {"engine_bytes": size, **result["engine"]}
+
+
+def compare(checkpoint: Path, bundle: Path, precision: str) -> tuple[str, Any]:
+    """Every gate of a validation on the engine, and captured steps against steps that are not."""
+    profile = engine_profile(bundle, manifests.verify(bundle, deep=True))
+    config = BuildConfig(
+        checkpoint,
+        bundle,
+        precision,
+        profile.max_tokens,
+        profile.max_sequences,
+        profile.max_context,
+        profile.page_size,
+    )
+
+    def open_runner(pages: int, way: str) -> EngineRunner:
+        return EngineRunner(bundle, num_slots=NUM_SLOTS, num_pages=pages, capture=way == "captured")
+
+    candidate = Candidate(profile.runtime, ("captured", "uncaptured"), open_runner, ())
+    report = judge(load(checkpoint), config, candidate)
+    failed = [gate for gate in report.gates if not gate.passed]
+    said = f"{report.candidate}: {len(report.gates) - len(failed)} of {len(report.gates)} gates passed"
+    if failed:
+        raise CompileError(f"{said}; the first that failed: {pipeline.describe(failed[0])}")
+    return said, dataclasses.asdict(report)
+
+
+def decode_arguments(profile: Profile, sequences: int, context: int) -> tuple[Any, ...]:
+    """A token of each of so many sequences, each with its own slot and pages."""
+    pages = pages_of(context + 1, profile.page_size)
+    return (
+        np.zeros(sequences, dtype=np.int64),
+        np.arange(sequences + 1, dtype=np.int32),
+        np.full(sequences, context, dtype=np.int32),
+        np.arange(1, sequences + 1, dtype=np.int32),
+        np.arange(1, sequences * pages + 1, dtype=np.int32).reshape(sequences, pages),
+        np.arange(sequences, dtype=np.int32),
+    )
+
+
+def prompt_arguments(profile: Profile) -> tuple[Any, ...]:
+    """One fresh sequence that takes all tokens of a step."""
+    tokens = min(profile.max_tokens, profile.max_context)
+    return (
+        np.zeros(tokens, dtype=np.int64),
+        np.asarray([0, tokens], dtype=np.int32),
+        np.zeros(1, dtype=np.int32),
+        np.ones(1, dtype=np.int32),
+        np.arange(1, pages_of(tokens, profile.page_size) + 1, dtype=np.int32)[None],
+        np.asarray([tokens - 1], dtype=np.int32),
+    )
+
+
+def speed(bundle: Path) -> tuple[str, Any]:
+    """Milliseconds of a step at the median, host copies included: decoding with and without capture, and a prompt."""
+    profile = engine_profile(bundle, manifests.read(bundle))
+    context = min(1024, profile.max_context - 1)
+    steps = {
+        "decode, 1 sequence": decode_arguments(profile, 1, context),
+        f"decode, {profile.max_sequences} sequences": decode_arguments(
+            profile, profile.max_sequences, context
+        ),
+        f"prompt of {min(profile.max_tokens, profile.max_context)} tokens": prompt_arguments(profile),
+    }
+    found = {}
+    for capture in (True, False):
+        session = EngineSession(
+            bundle,
+            num_slots=1 + profile.max_sequences,
+            num_pages=1 + profile.max_sequences * pages_of(profile.max_context, profile.page_size),
+            capture=capture,
+        )
+        for name, arguments in steps.items():
+            if name.startswith("prompt") and not capture:
+                continue  # never captured
+            title = (
+                name if name.startswith("prompt") else f"{name}, {'captured' if capture else 'uncaptured'}"
+            )
+            found[title] = median_milliseconds(session, arguments)
+        del session
+    return "; ".join(f"{name}: {ms:.2f} ms" for name, ms in found.items()), found
+
+
+def median_milliseconds(session: EngineSession, arguments: tuple[Any, ...]) -> float:
+    """Of TIMED steps, each waited for."""
+    times = []
+    for i in range(WARM_UP + TIMED):
+        started = time.perf_counter()
+        session.step(*arguments)
+        if i >= WARM_UP:
+            times.append(1e3 * (time.perf_counter() - started))
+    return statistics.median(times)
+
+
+def run(checkpoint: Path, precisions: tuple[str, ...], runtime: str, gpu: Gpu) -> list[Outcome]:
+    """Every check, for every TensorRT that this machine has and each precision."""
+    outcomes = []
+    with tempfile.TemporaryDirectory(prefix="engine-check-") as folder:
+        for precision in precisions:
+            for target in targets(gpu, runtime, precision):
+                name, bundle = f"{target.title}, {precision}", Path(folder) / f"{target.runtime}-{precision}"
+                outcomes.append(
+                    attempt(
+                        f"{name}: build", lambda t=target, p=precision, b=bundle: build(checkpoint, b, t, p)
+                    )
+                )
+                if not outcomes[-1].passed:
+                    continue
+                outcomes.append(
+                    attempt(f"{name}: compare", lambda p=precision, b=bundle: compare(checkpoint, b, p))
+                )
+                outcomes.append(attempt(f"{name}: speed", lambda b=bundle: speed(b)))
+    return outcomes
+
+
+@click.command()
+@click.argument("checkpoint", type=click.Path(exists=True, path_type=Path), default=EXAMPLE)
+@click.option(
+    "--precision", "precisions", multiple=True, type=click.Choice(PRECISIONS), default=("fp16", "bf16")
+)
+@click.option("--runtime", type=click.Choice([name for name in RUNTIMES if name != "onnx"]), default="auto")
+@click.option(
+    "--output", type=click.Path(path_type=Path), default=Path("engine-check.json"), show_default=True
+)
+def main(checkpoint: Path, precisions: tuple[str, ...], runtime: str, output: Path) -> None:
+    """Build engines from CHECKPOINT (default: the example) for this machine's GPU, run them, and judge them."""
+    console = RichConsole(width=None if sys.stdout.isatty() else 160)
+    try:
+        gpu = find_gpu()
+        outcomes = run(checkpoint, precisions, runtime, gpu)
+    except CudaError as error:
+        raise click.ClickException(f"this check runs engines, and needs a GPU: {error}") from None
+    except ExportError as error:
+        raise click.ClickException(f"{error}" + (f"\n  {error.hint}" if error.hint else "")) from None
+    machine = {"gpu": dataclasses.asdict(gpu), **environment.machine(), "cpu": platform.processor()}
+    report = {
+        "schema_version": 1,
+        "passed": all(outcome.passed for outcome in outcomes),
+        "machine": machine,
+        "tools": environment.tool_versions(),
+        "checkpoint": checkpoint.name,
+        "outcomes": [dataclasses.asdict(outcome) for outcome in outcomes],
+    }
+    output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    table = Table(title=f"{gpu.name}, SM {gpu.sm}, CUDA {gpu.driver}", title_justify="left", box=None)
+    for column in ("check", "", "found"):
+        table.add_column(column, overflow="fold")
+    for outcome in outcomes:
+        table.add_row(outcome.check, "passed" if outcome.passed else "FAILED", outcome.detail)
+    console.print(table)
+    console.print(f"{output} has the whole report: please send it with what went wrong, or right.")
+    if not report["passed"]:
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,79 @@
+#!/usr/bin/env python3
+"""Writes docs/cli.md: every command's help, the exit codes, and how a shell completes them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from nemotrt.exporter import errors, interrupts
+from nemotrt.exporter.cli import program
+
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "cli.md"
+WIDTH = 100
+
+HEAD = """\
+<!-- Written by scripts/make_cli_docs.py: change the command's help, not this page. -->
+
+# The command line
+
+Data goes to stdout, talk to stderr, so that `--json` can be piped. A terminal sees progress bars; a log file does not.
+`--quiet`, `--verbose` and `--debug` may stand before the command or after it. An error is one line that names what is
+wrong, and one that says what to do; its traceback is shown with `--debug` only. Ctrl-C ends any command within a
+second.
+"""
+
+COMPLETION = """\
+## Completion
+
+A shell learns the commands, options and choices, and completes paths:
+
+```bash
+eval "$(_NEMO_EXPORT_COMPLETE=bash_source nemo-export)"    # in ~/.bashrc
+eval "$(_NEMO_EXPORT_COMPLETE=zsh_source nemo-export)"     # in ~/.zshrc
+_NEMO_EXPORT_COMPLETE=fish_source nemo-export | source     # in ~/.config/fish/completions/nemo-export.fish
+```
+"""
+
+OTHER_CODES = {
+    0: "all went well",
+    1: "a defect of nemo-export, or out of memory",
+    interrupts.EXIT_CODE: "interrupted by Ctrl-C; `build` says when the same command goes on from what was done",
+}
+
+
+def page() -> str:
+    """The text of docs/cli.md."""
+    sections = [HEAD, _help(program_context())]
+    for name, command in program.commands.items():
+        context = click.Context(command, parent=program_context(), info_name=name)
+        sections += [f"## {name}\n", _help(context)]
+    return "\n".join([*sections, _exit_codes(), COMPLETION])
+
+
+def program_context() -> click.Context:
+    """The program as if it were called, in a terminal of WIDTH columns."""
+    return click.Context(program, info_name=program.name, terminal_width=WIDTH, **program.context_settings)
+
+
+def _help(context: click.Context) -> str:
+    return f"```console\n$ {context.command_path} --help\n{context.get_help()}\n```\n"
+
+
+def _exit_codes() -> str:
+    kinds = [
+        kind for kind in vars(errors).values() if isinstance(kind, type) and kind is not errors.ExportError
+    ]
+    codes = OTHER_CODES | {kind.exit_code: _meaning(kind) for kind in kinds}
+    rows = "".join(f"| {code} | {codes[code]} |\n" for code in sorted(codes))
+    return f"## Exit codes\n\n| code | meaning |\n|---|---|\n{rows}"
+
+
+def _meaning(kind: type) -> str:
+    sentence = (kind.__doc__ or "").strip().rstrip(".")
+    return sentence[0].lower() + sentence[1:]
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")

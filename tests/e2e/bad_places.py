@@ -1,0 +1,111 @@
+"""Flags and outputs that cannot be meant, and outputs that look odd and can."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+BUILD = ("build", "checkpoint", "--output", "out")
+
+FLAGS: dict[str, tuple[tuple[str, ...], str]] = {
+    "path-mistyped": (
+        ("build", "chekpoint", "--output", "out"),
+        "chekpoint does not exist; did you mean checkpoint",
+    ),
+    "path-mistyped-above": (
+        ("build", "nowhere/at/all", "--output", "out"),
+        "nowhere/at/all does not exist",
+    ),
+    "path-is-a-file": (("verify", "checkpoint/config.json"), "config.json is not a folder"),
+    "path-is-neither": (("inspect", "."), "is no checkpoint, ONNX file or bundle"),
+    "option-unknown": ((*BUILD, "--presicion", "fp16"), "No such option.*--presicion"),
+    "command-unknown": (("biuld", "checkpoint"), "No such command .*biuld"),
+    "output-not-given": (("build", "checkpoint"), "Missing option '--output'"),
+    "precision-unknown": ((*BUILD, "--precision", "fp12"), "'fp12' is not one of"),
+    "max-tokens-zero": ((*BUILD, "--max-tokens", "0"), "--max-tokens is 0; it must be at least 1"),
+    "max-tokens-text": ((*BUILD, "--max-tokens", "many"), "'many' is not a valid integer"),
+    "more-sequences-than-tokens": (
+        (*BUILD, "--max-tokens", "4", "--max-sequences", "8"),
+        "--max-sequences 8 is more than --max-tokens 4",
+    ),
+    "page-size-odd": ((*BUILD, "--page-size", "100"), "--page-size 100 is not a power of two"),
+    "quiet-and-verbose": ((*BUILD, "--quiet", "--verbose"), "--quiet and --verbose exclude each other"),
+    "layer-outside": (("inspect", "checkpoint", "--layer", "7"), "--layer 7 is no layer of this model"),
+    "check-of-nothing": (("check",), "check wants a checkpoint, or --config and --tensors"),
+    "check-of-a-config-alone": (
+        ("check", "--config", "checkpoint/config.json"),
+        "check wants a checkpoint, or --config and --tensors",
+    ),
+}
+
+
+def nothing(folder: Path) -> None:
+    """Leave the folder as it is."""
+
+
+def a_file(folder: Path) -> None:
+    """A file where the output is to stand."""
+    (folder / "out").write_text("the user's")
+
+
+def a_folder(folder: Path) -> None:
+    """A folder of the user's there."""
+    (folder / "out").mkdir()
+    (folder / "out" / "notes.txt").write_text("the user's")
+
+
+def a_web_page(folder: Path) -> None:
+    """A folder with a manifest.json that is not ours."""
+    a_folder(folder)
+    (folder / "out" / "manifest.json").write_text('{"name": "page"}')
+
+
+def a_link(folder: Path) -> None:
+    """A link to a folder of the user's."""
+    a_folder(folder)
+    (folder / "out").rename(folder / "mine")
+    (folder / "out").symlink_to(folder / "mine")
+
+
+def a_dangling_link(folder: Path) -> None:
+    """A link to nothing."""
+    (folder / "out").symlink_to(folder / "nowhere")
+
+
+def the_checkpoint_inside(folder: Path) -> None:
+    """The checkpoint below the output."""
+    (folder / "out").mkdir()
+    (folder / "checkpoint").rename(folder / "out" / "checkpoint")
+    (folder / "checkpoint").symlink_to(folder / "out" / "checkpoint")
+
+
+PLACES: dict[str, tuple[Callable[[Path], None], str, str]] = {
+    "output-is-a-file": (a_file, "out", "out exists"),
+    "output-is-a-folder": (a_folder, "out", "out exists"),
+    "output-is-a-dangling-link": (a_dangling_link, "out", "out exists"),
+    "output-is-the-checkpoint": (nothing, "checkpoint", "checkpoint exists"),
+    "output-is-here": (nothing, ".", " exists"),
+    "output-in-no-folder": (nothing, "nowhere/out", "nowhere is not a folder"),
+    "output-in-a-file": (nothing, "checkpoint/config.json/out", "config.json is not a folder"),
+    "output-with-a-long-name": (nothing, "o" * 250, "File name too long"),
+    "force-on-a-file": (a_file, "out", "is not a bundle: --force replaces nothing else"),
+    "force-on-a-folder": (a_folder, "out", "is not a bundle: --force replaces nothing else"),
+    "force-on-another-manifest": (a_web_page, "out", "is not a bundle: --force replaces nothing else"),
+    "force-on-a-link": (a_link, "out", "is not a bundle: --force replaces nothing else"),
+    "force-on-the-checkpoint": (nothing, "checkpoint", "is not a bundle: --force replaces nothing else"),
+    "force-on-what-holds-the-checkpoint": (
+        the_checkpoint_inside,
+        "out",
+        "is not a bundle: --force replaces nothing else",
+    ),
+}
+
+SPELLINGS = {
+    "trailing-slash": "out/",
+    "relative": "./checkpoint/../out",
+    "spaces": "my first bundle",
+    "accents": "modèle·试验",
+    "like-an-option": "./--force",
+    "inside-the-checkpoint": "checkpoint/bundle",
+}
+"""Outputs that are as good as any."""

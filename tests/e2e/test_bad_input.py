@@ -1,0 +1,251 @@
+"""Bad checkpoints, configurations and flags: one clear line, nothing left behind, nothing of the user's touched."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import resource
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import bad_bundles
+import bad_checkpoints
+import pytest
+from bad_checkpoints import Case
+from bad_places import FLAGS, PLACES, SPELLINGS
+from click.testing import CliRunner, Result
+
+from nemotrt.exporter.cli import program
+from nemotrt.exporter.workspace import Workspace
+
+NOBODY = 65534
+"""The user without rights, on every Linux."""
+
+
+def run(*arguments: object) -> Result:
+    """The command in this process; only an exit is an answer."""
+    result = CliRunner().invoke(program, [str(argument) for argument in arguments])
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exc_info
+    return result
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """Everything below the folder: a file's hash, a link's target."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        name = str(path.relative_to(folder))
+        if path.is_symlink():
+            found[name] = f"link to {os.readlink(path)}"
+        else:
+            found[name] = "folder" if path.is_dir() else digest(path)
+    return found
+
+
+def digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def refused(result: Result, says: str, code: int) -> None:
+    """One line that begins with `error:` and holds `says`, at most one line of advice, and the exit code."""
+    assert result.exit_code == code, result.output
+    lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, result.stderr
+    assert re.search(says, lines[0]), lines[0]
+    after = result.stderr.split(lines[0])[1].splitlines()[1:]
+    assert len(after) <= 1, result.stderr
+    assert all(line.startswith("  ") for line in after), result.stderr
+    assert "Traceback" not in result.stderr
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Relative paths are below the test's own folder: whatever is written by mistake is seen there."""
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize("name", bad_checkpoints.ALL)
+def test_a_bad_checkpoint(tmp_path: Path, name: str) -> None:
+    case: Case = bad_checkpoints.ALL[name]
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "mine.txt").write_text("the user's")
+    bad_checkpoints.write(case, tmp_path / "checkpoint")
+    before = contents(tmp_path)
+    result = run("build", "checkpoint", "--output", "here/out", "--runtime", "onnx", *case.options)
+    refused(result, case.says, case.code)
+    assert contents(tmp_path) == before
+
+
+SMALL = bad_checkpoints.Case("", model=bad_checkpoints.MLP_ONLY)
+ONNX = ("--runtime", "onnx", "--no-validate")
+BUILD = ("build", "checkpoint", *ONNX, "--output")
+
+
+def small_checkpoint() -> None:
+    """A good checkpoint at `checkpoint`."""
+    bad_checkpoints.write(SMALL, Path("checkpoint"))
+
+
+@pytest.mark.parametrize("name", FLAGS)
+def test_a_flag_that_cannot_be_meant(tmp_path: Path, name: str) -> None:
+    arguments, says = FLAGS[name]
+    small_checkpoint()
+    before = contents(tmp_path)
+    refused(run(*arguments), says, 2)
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", PLACES)
+def test_a_place_where_nothing_can_be_written(tmp_path: Path, name: str) -> None:
+    prepare, output, says = PLACES[name]
+    small_checkpoint()
+    prepare(tmp_path)
+    before = contents(tmp_path)
+    refused(run(*BUILD, output, *(["--force"] if name.startswith("force-") else [])), says, 2)
+    assert contents(tmp_path) == before
+
+
+def test_two_builds_into_one_output(tmp_path: Path) -> None:
+    small_checkpoint()
+    with Workspace.open(tmp_path / "out", force=False) as other:
+        (other.folder / "model.onnx").write_text("the other build's")
+        before = contents(tmp_path)
+        refused(run(*BUILD, "out"), "another build is writing .*out", 2)
+        assert contents(tmp_path) == before
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle with a tokenizer; not to be written to."""
+    folder = tmp_path_factory.mktemp("bundles")
+    case = Case("", bad_checkpoints.tokenizer(lambda _: None), model=SMALL.model | {"vocab_size": 1024})
+    bad_checkpoints.write(case, folder / "checkpoint")
+    result = run("build", folder / "checkpoint", *ONNX, "--max-context", 64, "-o", folder / "bundle")
+    assert result.exit_code == 0, result.stderr
+    return folder / "bundle"
+
+
+@pytest.fixture
+def nobody(bundle: Path) -> Iterator[Path]:
+    """A folder, and a process without rights beyond its owner's: the superuser may write anywhere."""
+    del bundle  # building it has imported what nobody may not be allowed to read
+    folder = Path(tempfile.mkdtemp())
+    is_root = os.geteuid() == 0
+    if is_root:
+        os.chown(folder, NOBODY, NOBODY)
+        os.seteuid(NOBODY)
+    try:
+        yield folder
+    finally:
+        if is_root:
+            os.seteuid(0)
+        for path in [folder, *folder.rglob("*")]:
+            path.chmod(0o700)
+        shutil.rmtree(folder)
+
+
+def test_a_read_only_folder(nobody: Path) -> None:
+    bad_checkpoints.write(SMALL, nobody / "checkpoint")
+    (nobody / "here").mkdir(mode=0o555)
+    result = run("build", nobody / "checkpoint", *ONNX, "--output", nobody / "here" / "out")
+    refused(result, "here/.out.building: Permission denied", 2)
+    assert os.listdir(nobody / "here") == []
+
+
+def test_a_checkpoint_that_may_not_be_read(nobody: Path) -> None:
+    bad_checkpoints.write(SMALL, nobody / "checkpoint")
+    (nobody / "checkpoint" / "model.safetensors").chmod(0)
+    result = run("build", nobody / "checkpoint", *ONNX, "--output", nobody / "out")
+    refused(result, r"checkpoint/model\.safetensors: Permission denied", 2)
+    assert os.listdir(nobody) == ["checkpoint"]
+
+
+def test_a_disk_that_fills_up_while_weights_are_written(tmp_path: Path) -> None:
+    small_checkpoint()
+    before = contents(tmp_path)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))  # the system refuses the write that goes beyond
+    try:
+        result = run(*BUILD, "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    refused(result, "File too large", 2)
+    assert contents(tmp_path) == before
+
+
+@pytest.fixture
+def mounted(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
+    """Mounts a file system of so many bytes."""
+    place = tmp_path / "disk"
+    place.mkdir()
+
+    def mount(num_bytes: int) -> Path:
+        command = ["mount", "-t", "tmpfs", "-o", f"size={num_bytes}", "none", str(place)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            pytest.skip(f"no file system can be mounted here: {done.stderr.strip()}")
+        return place
+
+    yield mount
+    subprocess.run(["umount", str(place)], capture_output=True, check=False)
+
+
+def test_a_disk_that_is_too_small_from_the_start(mounted: Callable[[int], Path]) -> None:
+    small_checkpoint()
+    place = mounted(8192)
+    refused(run(*BUILD, place / "out"), "GB free, the bundle needs .* GB", 2)
+    assert os.listdir(place) == []
+
+
+def test_a_full_disk(mounted: Callable[[int], Path]) -> None:
+    """Large enough for the weights, too small for what lies around them."""
+    small_checkpoint()
+    place = mounted(45_056)
+    refused(run(*BUILD, place / "out"), "No space left on device", 2)
+    assert os.listdir(place) == []
+
+
+@pytest.mark.parametrize("name", bad_bundles.ALL)
+def test_a_bad_bundle(tmp_path: Path, bundle: Path, name: str) -> None:
+    damage, says = bad_bundles.ALL[name]
+    shutil.copytree(bundle, tmp_path / "bundle")
+    damage(tmp_path / "bundle")
+    before = contents(tmp_path)
+    verified = run("verify", "bundle")
+    assert verified.exit_code == 7
+    assert re.search(says, verified.output), verified.output
+    if name not in bad_bundles.SEEN_BY_HASHES_ONLY:
+        refused(run("generate", "bundle", "--prompt", "for"), says, 7)
+        refused(run("validate", "bundle"), says, 7)
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", bad_bundles.PROMPTS)
+def test_a_prompt_that_cannot_be_answered(tmp_path: Path, bundle: Path, name: str) -> None:
+    options, says = bad_bundles.PROMPTS[name]
+    result = run("generate", bundle, *options)
+    refused(result, says, 2)
+    assert result.stdout == ""
+
+
+def test_survived_force_replaces_a_bundle(tmp_path: Path, bundle: Path) -> None:
+    shutil.copytree(bundle, tmp_path / "out")
+    (tmp_path / "out" / "model.onnx").unlink()
+    small_checkpoint()
+    assert run(*BUILD, "out", "--force").exit_code == 0
+    assert run("verify", "out").exit_code == 0
+    assert sorted(os.listdir(tmp_path)) == ["checkpoint", "out"]
+
+
+@pytest.mark.parametrize("output", SPELLINGS.values(), ids=SPELLINGS)
+def test_survived_output(tmp_path: Path, output: str) -> None:
+    small_checkpoint()
+    before = contents(tmp_path / "checkpoint")
+    assert run(*BUILD, output).exit_code == 0
+    assert run("verify", output).exit_code == 0
+    after = contents(tmp_path / "checkpoint")
+    assert {name: after[name] for name in before} == before

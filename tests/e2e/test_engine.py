@@ -1,0 +1,239 @@
+"""Engines of TensorRT-RTX, built from a checkpoint on a machine without a GPU, and what stops one from being built.
+
+The plugin library has every kernel's name and none of their code, which TensorRT does not look at: one test, slow
+the first time, links the real one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import onnx
+import pytest
+from checkpoints import write_checkpoint
+from host_library import library
+
+from nemotrt.exporter import pipeline
+from nemotrt.exporter.artifacts import LoweredGraph
+from nemotrt.exporter.config import BuildConfig
+from nemotrt.exporter.console import Console
+from nemotrt.exporter.errors import BundleError, CompileError
+from nemotrt.exporter.plugin_nodes import plugin_nodes
+from nemotrt.exporter.runtime import manifest as manifests
+from nemotrt.exporter.stages import compile as stage
+from nemotrt.exporter.targets import Target
+
+pytestmark = [
+    pytest.mark.tensorrt,
+    pytest.mark.skipif(
+        importlib.util.find_spec("tensorrt_rtx") is None,
+        reason="TensorRT-RTX is not installed: pip install 'nemo-export[rtx]'",
+    ),
+]
+
+KERNEL_SIZES = {"head_dim": 64, "mamba_head_dim": 64, "ssm_state_size": 128, "moe_intermediate_size": 32}
+"""What the kernels take, unlike the sizes of most test checkpoints."""
+
+RTX = "tensorrt-rtx"
+TARGET = Target(RTX, (89,))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("engine")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(folder: Path) -> Path:
+    return write_checkpoint(folder / "checkpoint", **KERNEL_SIZES, mamba_num_heads=2, moe_latent_size=32)
+
+
+@pytest.fixture(autouse=True)
+def names_for_kernels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(stage, "plugin_library", lambda config, sms: library())
+    monkeypatch.setattr("nemotrt.exporter.targets.check_can_link", lambda: None)
+    kept = str(tmp_path / "cache")
+    monkeypatch.setenv("NEMO_EXPORT_CACHE", kept)
+
+
+def built(checkpoint: Path, output: Path, **options: object) -> tuple[manifests.Manifest, list[str]]:
+    """The manifest of a bundle, and what the build said."""
+    options = {
+        "precision": "fp16",
+        "max_tokens": 64,
+        "max_sequences": 4,
+        "max_context": 512,
+        "validate": False,
+    } | options
+    console = Console(quiet=True)
+    pipeline.build(BuildConfig(checkpoint, output, **options), console)  # type: ignore[arg-type]
+    return manifests.read(output), console.log
+
+
+@pytest.fixture(scope="module")
+def bundle(checkpoint: Path, folder: Path) -> Path:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stage, "plugin_library", lambda config, sms: library())
+        built(checkpoint, folder / "bundle", runtime=RTX, sms=(120, 89))
+    return folder / "bundle"
+
+
+def test_a_bundle_has_an_engine_its_library_and_its_log(bundle: Path) -> None:
+    manifest = manifests.verify(bundle, deep=True)
+    roles = {file.path: file.role for file in manifest.files}
+    assert roles["engines/tensorrt-rtx.engine"] == "engine"
+    assert roles["plugins/libnemo_plugins.so"] == "plugins"
+    assert roles["logs/engine.log"] == "log"
+    profile = manifest.profiles[1]
+    assert (profile.runtime, profile.sms, profile.max_rows) == (RTX, (89, 120), 64)
+    assert profile.runtime_version.startswith("1.")
+    assert manifest.plugins[0].build == library().description["hash"]
+    assert not any("partial" in str(path) for path in bundle.rglob("*"))
+
+
+def test_every_op_is_a_plugin_layer_of_the_engine(bundle: Path) -> None:
+    layers = (
+        (bundle / "logs" / "engine.log").read_text().rpartition("Engine Layer Information")[2].splitlines()
+    )
+    engine = (bundle / "engines" / "tensorrt-rtx.engine").read_bytes()
+    nodes = plugin_nodes(bundle / "model.onnx")
+    assert len(nodes) == 7
+    for node in nodes:
+        # In each of three profiles. One without state is called from inside a larger layer.
+        assert engine.count(node.name.encode()) >= 3
+        assert engine.count(node.spec.name.encode()) >= 3
+        found = sum(line.startswith(f"Layer(PluginV3): {node.name}") for line in layers)
+        assert found == (3 if node.spec.pools else 0)
+
+
+@pytest.mark.parametrize("name", ["engines/tensorrt-rtx.engine", "plugins/libnemo_plugins.so"])
+def test_a_changed_byte_is_found_before_anything_is_loaded(bundle: Path, name: str) -> None:
+    path = bundle / name
+    content = path.read_bytes()
+    try:
+        path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        with pytest.raises(BundleError, match=f"{name} was changed"):
+            manifests.verify(bundle, deep=True)
+    finally:
+        path.write_bytes(content)
+
+
+def test_bf16_builds_too(checkpoint: Path, tmp_path: Path) -> None:
+    manifest, _ = built(checkpoint, tmp_path / "bundle", precision="bf16", runtime=RTX, sms=(80,))
+    assert manifest.profiles[1].sms == (80,)
+
+
+def test_a_model_that_no_kernel_serves_is_refused_by_name(tmp_path: Path) -> None:
+    checkpoint = write_checkpoint(tmp_path / "checkpoint")
+    with pytest.raises(CompileError, match=r"layers\.0\.mixer\.scan|layers\.2\.mixer\.attention") as caught:
+        built(checkpoint, tmp_path / "bundle", runtime=RTX)
+    assert "--runtime onnx" in caught.value.hint
+    assert not list(tmp_path.glob("*bundle*"))
+
+
+def test_auto_goes_on_without_an_engine_and_says_why(tmp_path: Path) -> None:
+    checkpoint = write_checkpoint(tmp_path / "checkpoint")
+    manifest, said = built(checkpoint, tmp_path / "bundle", runtime="auto")
+    assert [profile.runtime for profile in manifest.profiles] == ["onnx"]
+    assert manifest.plugins == ()
+    assert any(line.startswith("runtime   onnx (no engine can be built: ") for line in said)
+
+
+def edited(bundle: Path, folder: Path, edit: Callable[[onnx.ModelProto], None]) -> LoweredGraph:
+    """The bundle's graph with a change, beside its weights."""
+    model = onnx.load(str(bundle / "model.onnx"), load_external_data=False)
+    edit(model)
+    (folder / "model.onnx.data").hardlink_to(bundle / "model.onnx.data")
+    (folder / "model.onnx").write_bytes(model.SerializeToString())
+    return LoweredGraph(folder / "model.onnx", 0, {}, 0)
+
+
+def config(folder: Path) -> BuildConfig:
+    return BuildConfig(folder, folder, precision="fp16", max_tokens=64, max_sequences=4, max_context=512)
+
+
+def next_version(model: onnx.ModelProto) -> None:
+    """Ops of a version that this package does not have."""
+    for node in model.graph.node:
+        for attribute in node.attribute:
+            if node.op_type == "NemoSelectiveScan" and attribute.name == "plugin_version":
+                attribute.s = b"2"
+
+
+def test_ops_of_a_newer_version_are_named(bundle: Path, tmp_path: Path) -> None:
+    graph = edited(bundle, tmp_path, next_version)
+    with pytest.raises(
+        CompileError, match=r"layers\.0\.mixer\.scan: NemoSelectiveScan is of op version 2, this"
+    ):
+        stage.prepare(config(tmp_path), TARGET, graph)
+
+
+def test_an_op_that_tensorrt_took_apart_is_a_failure(bundle: Path, tmp_path: Path) -> None:
+    prepared = stage.prepare(config(tmp_path), TARGET, LoweredGraph(bundle / "model.onnx", 0, {}, 0))
+    graph = edited(bundle, tmp_path, next_version)
+    with pytest.raises(
+        CompileError, match=r"2 of 7 nemo ops did not become plugin layers, the first layers\.0"
+    ):
+        stage.compile(config(tmp_path), TARGET, graph, prepared, tmp_path)
+    assert not list((tmp_path / "engines").iterdir())
+
+
+def test_a_graph_that_tensorrt_does_not_take_says_why_and_keeps_its_log(bundle: Path, tmp_path: Path) -> None:
+    def unknown(model: onnx.ModelProto) -> None:
+        next(node for node in model.graph.node if node.op_type == "Relu").op_type = "NonZero"
+
+    prepared = stage.prepare(config(tmp_path), TARGET, LoweredGraph(bundle / "model.onnx", 0, {}, 0))
+    graph = edited(bundle, tmp_path, unknown)
+    with pytest.raises(CompileError, match="TensorRT does not take the graph: ") as caught:
+        stage.compile(config(tmp_path), TARGET, graph, prepared, tmp_path)
+    kept = Path(caught.value.hint.removesuffix(" has all that was said").split("; ")[-1])
+    assert "NonZero" in kept.read_text()
+    assert not list((tmp_path / "engines").iterdir())
+
+
+def test_a_library_that_is_none_is_refused(bundle: Path, tmp_path: Path) -> None:
+    graph = LoweredGraph(bundle / "model.onnx", 0, {}, 0)
+    prepared = stage.prepare(config(tmp_path), TARGET, graph)
+    broken = tmp_path / "broken.so"
+    broken.write_text("no library")
+
+    class Broken:
+        path = broken
+        description = library().description
+
+    with pytest.raises(CompileError, match="is no plugin library that TensorRT loads"):
+        stage.compile(
+            config(tmp_path), TARGET, graph, dataclasses.replace(prepared, library=Broken()), tmp_path
+        )  # type: ignore[arg-type]
+
+
+def test_a_full_disk_is_said_and_leaves_nothing(bundle: Path, tmp_path: Path) -> None:
+    graph = LoweredGraph(bundle / "model.onnx", 0, {}, 0)
+    prepared = stage.prepare(config(tmp_path), TARGET, graph)
+    (tmp_path / "engines").mkdir()
+    (tmp_path / "engines" / "tensorrt-rtx.engine.partial").symlink_to("/dev/full")
+    with pytest.raises(CompileError, match="the engine cannot be written: No space left on device"):
+        stage.compile(config(tmp_path), TARGET, graph, prepared, tmp_path)
+    assert not list((tmp_path / "engines").iterdir())
+
+
+def test_the_version_is_asked_of_the_module_itself() -> None:
+    import tensorrt_rtx
+
+    assert stage.check_backend(TARGET) == tensorrt_rtx.__version__
+
+
+@pytest.mark.slow
+def test_the_real_library_serves_the_model(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()
+    manifest, _ = built(checkpoint, tmp_path / "bundle", runtime=RTX, sms=(89,))
+    assert manifest.profiles[1].sms == (89,)
+    assert (
+        json.loads((tmp_path / "bundle" / "manifest.json").read_text())["plugins"][0]["namespace"] == "nemo"
+    )

@@ -1,0 +1,152 @@
+"""`make engine-check` works on a stand-in for the GPU, fails where an engine errs, and says what is missing."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+from checkpoints import write_checkpoint
+from click.testing import CliRunner
+from fake_gpu import VERSION, FakeCuda, FakeEngine, add_engine, engine_of, fake_module
+
+from nemotrt.exporter import pipeline
+from nemotrt.exporter.config import BuildConfig
+from nemotrt.exporter.console import Console
+from nemotrt.exporter.errors import CompileError
+from nemotrt.exporter.runtime import cuda as cuda_module
+from nemotrt.exporter.runtime import engine_file
+from nemotrt.exporter.targets import Target
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("engine_check", ROOT / "scripts" / "engine_check.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["engine_check"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    """A checkpoint, and its bundle with files that stand for an engine and a library."""
+    folder = tmp_path_factory.mktemp("check")
+    checkpoint = write_checkpoint(folder / "checkpoint")
+    config = BuildConfig(
+        checkpoint,
+        folder / "bundle",
+        "fp32",
+        max_tokens=112,
+        max_sequences=4,
+        max_context=256,
+        runtime="onnx",
+        validate=False,
+    )
+    pipeline.build(config, Console(quiet=True))
+    add_engine(config.output, config)
+    return SimpleNamespace(checkpoint=checkpoint, bundle=config.output, config=config)
+
+
+@pytest.fixture
+def engine(built: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> FakeEngine:
+    """ONNX Runtime as the bundle's engine, on a GPU that is not there."""
+    cuda = FakeCuda()
+    fake = engine_of(built.bundle, built.config, cuda)
+    monkeypatch.setattr(cuda_module.ctypes, "CDLL", lambda name: cuda)
+    monkeypatch.setattr(engine_file, "load_module", lambda backend: fake_module(VERSION, fake))
+    return fake
+
+
+def test_an_engine_that_is_right_passes_every_gate(
+    script: ModuleType, built: SimpleNamespace, engine: FakeEngine
+) -> None:
+    said, report = script.compare(built.checkpoint, built.bundle, "fp32")
+    assert "tensorrt-rtx, TensorRT-RTX 1.7.1 on Fake RTX (SM 89): " in said
+    assert len(report["gates"]) > 50
+    assert any(gate["metric"] == "captured and uncaptured differ" for gate in report["gates"])
+    assert engine.cuda.launched > 50
+
+
+def test_an_engine_that_errs_fails(
+    script: ModuleType, built: SimpleNamespace, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = engine.session.run
+
+    def slightly_wrong(names: Any, feeds: dict[str, Any]) -> list[Any]:
+        logits, *pools = run(names, feeds)
+        return [logits * 1.01, *pools]
+
+    monkeypatch.setattr(
+        engine,
+        "session",
+        SimpleNamespace(
+            run=slightly_wrong, get_inputs=engine.session.get_inputs, get_outputs=engine.session.get_outputs
+        ),
+    )
+    with pytest.raises(
+        CompileError, match="gates passed; the first that failed: prefill, logits: relative L2"
+    ):
+        script.compare(built.checkpoint, built.bundle, "fp32")
+
+
+def test_every_kind_of_step_is_timed(
+    script: ModuleType, built: SimpleNamespace, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(script, "TIMED", 2)
+    _, figures = script.speed(built.bundle)
+    assert set(figures) == {
+        *(
+            f"decode, {who}, {how}"
+            for who in ("1 sequence", "4 sequences")
+            for how in ("captured", "uncaptured")
+        ),
+        "prompt of 112 tokens",
+    }
+    assert all(milliseconds > 0 for milliseconds in figures.values())
+
+
+def test_the_report_names_what_failed_and_the_exit_code_says_so(
+    script: ModuleType,
+    built: SimpleNamespace,
+    engine: FakeEngine,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    def no_engine(*_: object) -> None:
+        raise CompileError("TensorRT builds no engine: out of memory", hint="use a larger GPU")
+
+    monkeypatch.setattr(script, "targets", lambda *_: [Target("tensorrt-rtx", (89,))])
+    monkeypatch.setattr(script, "build", no_engine)
+    output = tmp_path / "report.json"
+    result = CliRunner().invoke(script.main, [str(built.checkpoint), "--output", str(output)])
+    assert result.exit_code == 1
+    assert "FAILED" in result.output
+    assert "out of memory (use a larger GPU)" in output.read_text()
+
+
+def test_a_machine_without_a_gpu_is_told_so(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_library(name: str) -> None:
+        raise OSError(name)
+
+    monkeypatch.setattr(cuda_module.ctypes, "CDLL", no_library)
+    result = CliRunner().invoke(script.main, [str(ROOT)])
+    assert result.exit_code == 1
+    assert "needs a GPU: no NVIDIA driver is installed (no libcuda.so.1)" in result.output
+
+
+def test_a_gpu_without_tensorrt_is_told_what_to_install(
+    script: ModuleType, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nemotrt.exporter.runtime.backends.installed_version", lambda backend: "")
+    result = CliRunner().invoke(script.main, [str(ROOT)])
+    assert result.exit_code == 1
+    assert "nothing can be built for this GPU" in result.output
+    assert "pip install 'nemo-export[rtx]'" in result.output

@@ -1,0 +1,225 @@
+"""Ctrl-C and SIGKILL in every stage: never a bundle that is not whole, and the same command goes on from there."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+import pytest
+from checkpoints import write_checkpoint
+
+STAGES = ("load", "trace", "lower", "validate", "bundle")
+KEPT_AFTER = {"load": (), "trace": (), "lower": (), "validate": ("lower",), "bundle": ("lower", "validate")}
+"""A stage that is interrupted → the stages that the next build does not run again."""
+
+ATTEMPTS = 30
+PATIENCE = 60.0
+"""Seconds that anything may take before a test is stuck."""
+
+
+class Zygote:
+    """Starts commands in forks of a process that has all imports behind it."""
+
+    def __init__(self) -> None:
+        script = Path(__file__).with_name("zygote.py")
+        self._process = subprocess.Popen(
+            [sys.executable, script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def run(self, *arguments: object, stderr: Path) -> Child:
+        """A command that has just begun."""
+        order = {"run": [str(argument) for argument in arguments], "stderr": str(stderr)}
+        return Child(self, self._ask(order), stderr)
+
+    def wait(self, process: int) -> int:
+        """The exit code of a fork, negative for the signal that ended it."""
+        return self._ask({"wait": process})
+
+    def _ask(self, order: dict[str, object]) -> int:
+        stdin, stdout = self._process.stdin, self._process.stdout
+        assert stdin
+        assert stdout
+        stdin.write(json.dumps(order) + "\n")
+        stdin.flush()
+        return int(stdout.readline())
+
+    def close(self) -> None:
+        """End it."""
+        pipes: list[IO[str] | None] = [self._process.stdin, self._process.stdout]
+        for pipe in pipes:
+            if pipe:
+                pipe.close()
+        self._process.wait(PATIENCE)
+
+
+@dataclass(frozen=True)
+class Child:
+    """A command in a fork, and the file that its stderr goes to."""
+
+    zygote: Zygote
+    process: int
+    stderr: Path
+
+    def said(self) -> list[str]:
+        """Its lines so far."""
+        return self.stderr.read_text().splitlines() if self.stderr.exists() else []
+
+    def stop(self) -> None:
+        """Hold it, wherever it is, until it is told to go on."""
+        os.kill(self.process, signal.SIGSTOP)
+        give_up = time.monotonic() + PATIENCE
+        while self._state() not in "TZ":
+            assert time.monotonic() < give_up
+            time.sleep(0.001)
+
+    def _state(self) -> str:
+        # The name before it, in brackets, can hold anything.
+        return Path(f"/proc/{self.process}/stat").read_text().rpartition(")")[2].split()[0]
+
+    def send(self, number: int) -> None:
+        """Send a signal, and let it go on."""
+        os.kill(self.process, number)
+        os.kill(self.process, signal.SIGCONT)
+
+    def wait(self) -> int:
+        """Its exit code, negative for the signal that ended it."""
+        return self.zygote.wait(self.process)
+
+
+@pytest.fixture(scope="module")
+def zygote() -> Iterator[Zygote]:
+    started = Zygote()
+    yield started
+    started.close()
+
+
+@pytest.fixture(scope="module")
+def subject(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of one layer that has state, and weights that take a moment to write."""
+    folder = tmp_path_factory.mktemp("subject") / "checkpoint"
+    return write_checkpoint(folder, hybrid_override_pattern="*", vocab_size=12_000)
+
+
+def held_in(stage: str, zygote: Zygote, command: tuple[object, ...], stderr: Path) -> Child:
+    """The command, stopped in the middle of the stage: its beginning was said, and its end was not.
+
+    Stopping comes too late where a stage takes less than a millisecond or two; then the command is run again.
+    """
+    for _ in range(ATTEMPTS):
+        stderr.unlink(missing_ok=True)
+        child = zygote.run(*command, stderr=stderr)
+        give_up = time.monotonic() + PATIENCE
+        while not any(line.startswith(f"{stage:<9} ") for line in child.said()):
+            assert time.monotonic() < give_up, child.said()
+            time.sleep(0.0005)
+        child.stop()
+        lines = [line for line in child.said() if line.startswith(f"{stage:<9} ")]
+        if len(lines) == 1 and lines[0].endswith("…"):
+            return child
+        child.send(signal.SIGKILL)
+        child.wait()
+    raise AssertionError(f"{ATTEMPTS} times too late for {stage}")
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("name", ["SIGINT", "SIGKILL"])
+def test_a_build_is_stopped(zygote: Zygote, subject: Path, tmp_path: Path, name: str, stage: str) -> None:
+    number = signal.Signals[name]
+    place = tmp_path / "here"
+    place.mkdir()
+    # What comes after the stage is not needed, and comparing takes the most time.
+    early = () if stage in ("validate", "bundle") else ("--no-validate",)
+    command = ("build", "-v", subject, "--output", place / "out", "--runtime", "onnx", *early)
+    before = hashes(subject)
+
+    child = held_in(stage, zygote, command, tmp_path / "stderr")
+    sent = time.monotonic()
+    child.send(number)
+    code = child.wait()
+    took = time.monotonic() - sent
+    assert not (place / "out").exists()
+    said = child.said()
+    if number == signal.SIGINT:
+        assert code == 130, said
+        assert said[-1] == "interrupted"
+        assert not any("Traceback" in line for line in said)
+        assert took < 3  # within a second, where nothing else keeps the machine busy
+        assert os.listdir(place) == ([".out.building"] if KEPT_AFTER[stage] else [])
+    else:
+        assert code == -signal.SIGKILL
+
+    again = zygote.run(*command, stderr=tmp_path / "stderr")
+    assert again.wait() == 0, again.said()
+    kept = tuple(line.split()[0] for line in again.said() if line.endswith("kept from the build before"))
+    assert kept == KEPT_AFTER[stage]
+    assert os.listdir(place) == ["out"]
+    verified = zygote.run("verify", place / "out", stderr=tmp_path / "stderr")
+    assert verified.wait() == 0, verified.said()
+    assert hashes(subject) == before
+
+
+def test_a_resumed_build_is_the_build_that_was_not_stopped(
+    zygote: Zygote, subject: Path, tmp_path: Path
+) -> None:
+    def manifest(output: Path) -> bytes:
+        return (output / "manifest.json").read_bytes()
+
+    options = ("--runtime", "onnx", "--no-validate", "-v")
+    straight = zygote.run("build", subject, "-o", tmp_path / "straight", *options, stderr=tmp_path / "stderr")
+    assert straight.wait() == 0
+    command = ("build", subject, "-o", tmp_path / "resumed", *options)
+    child = held_in("bundle", zygote, command, tmp_path / "stderr")
+    child.send(signal.SIGKILL)
+    child.wait()
+    again = zygote.run(*command, stderr=tmp_path / "stderr")
+    assert again.wait() == 0
+    assert any("kept from the build before" in line for line in again.said())
+    assert manifest(tmp_path / "resumed") == manifest(tmp_path / "straight")
+
+
+def test_the_program_itself_is_interrupted(subject: Path, tmp_path: Path) -> None:
+    """As a user starts it, while it imports PyTorch."""
+    program = Path(sys.executable).with_name("nemo-export")
+    command = [program, "-v", "build", subject, "--output", tmp_path / "out", "--runtime", "onnx"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    assert process.stderr
+    lines = [process.stderr.readline(), process.stderr.readline()]  # load begins, load ends
+    process.send_signal(signal.SIGINT)
+    rest = process.communicate(timeout=PATIENCE)[1]
+    assert process.returncode == 130, lines
+    assert rest.splitlines()[-1] == "interrupted"
+    assert "Traceback" not in rest
+    assert os.listdir(tmp_path) == []
+
+
+NATIVE = """
+import hashlib
+from nemotrt.exporter import interrupts
+with interrupts.answered():
+    print("begins", flush=True)
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 2_000_000_000)  # minutes that Python cannot leave
+"""
+
+
+def test_a_native_call_that_does_not_end_is_left_within_a_second() -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", NATIVE], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout
+    assert process.stdout.readline() == "begins\n"
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=PATIENCE)[1] == "interrupted\n"
+    assert process.returncode == 130

@@ -1,0 +1,205 @@
+"""Loading: every parameter finds its tensors, and every problem is named, all of them at once."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoints import CONFIG, random_tensors, write_checkpoint
+from runtime_bundle import write_tokenizer
+from safetensors.torch import save_file
+
+from nemotrt.exporter.errors import CheckpointError
+from nemotrt.exporter.stages.load import load, match, read_config
+from nemotrt.exporter.tensor_files import SINGLE, StoredTensor, open_checkpoint
+from nemotrt.model.checkpoint import tensor_sources
+from nemotrt.model.config import ModelConfig
+
+
+def table(config: dict[str, Any], dtype: str = "float32") -> dict[str, StoredTensor]:
+    """The stored tensors of a whole checkpoint, as headers describe them."""
+    return {
+        name: StoredTensor(name, dtype, tuple(tensor.shape), Path("x"), 0, tensor.nbytes)
+        for name, tensor in random_tensors(config).items()
+    }
+
+
+def stored(name: str, dtype: str, *shape: int) -> StoredTensor:
+    return StoredTensor(name, dtype, shape, Path("x"), 0, 1)
+
+
+@pytest.fixture
+def config() -> ModelConfig:
+    return ModelConfig.from_dict(CONFIG)
+
+
+def test_every_parameter_has_its_tensors(checkpoint: Path) -> None:
+    model = load(checkpoint)
+    assert set(model.weights) == set(tensor_sources(model.config))
+    used = [tensor.name for source in model.weights.values() for tensor in source.tensors]
+    assert sorted(used) == sorted(open_checkpoint(checkpoint))
+    assert model.side_files == ("config.json",)
+
+
+def test_tied_embeddings_are_used_twice(tmp_path: Path) -> None:
+    model = load(write_checkpoint(tmp_path / "tied", tie_word_embeddings=True))
+    assert model.weights["lm_head.weight"].tensors == model.weights["backbone.embeddings.weight"].tensors
+
+
+def test_every_problem_is_found(config: ModelConfig) -> None:
+    tensors = table(CONFIG)
+    del tensors["lm_head.weight"], tensors["backbone.layers.0.mixer.A_log"]
+    tensors["backbone.layers.0.mixer.D"] = stored("backbone.layers.0.mixer.D", "float32", 5)
+    tensors["backbone.layers.0.mixer.dt_bias"] = stored("backbone.layers.0.mixer.dt_bias", "int64", 4)
+    tensors["backbone.layers.9.norm.weight"] = stored("backbone.layers.9.norm.weight", "float32", 32)
+    messages = [str(problem) for problem in match(config, tensors).problems]
+    assert messages == [
+        "backbone.layers.0.mixer.A_log is missing",
+        "backbone.layers.0.mixer.D has shape [5], the configuration asks for [4]",
+        "backbone.layers.0.mixer.dt_bias is stored as int64, which is no weight format that this tool reads",
+        "lm_head.weight is missing",
+        "backbone.layers.9.norm.weight is in the checkpoint, but not in the model that config.json describes",
+    ]
+
+
+def test_a_build_names_the_first_problem_and_counts_the_others(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "damaged")
+    tensors = random_tensors(CONFIG)
+    save_file({name: value for name, value in tensors.items() if "A_log" not in name}, folder / SINGLE)
+    with pytest.raises(CheckpointError, match=r"0\.mixer\.A_log is missing \(nemo-export check lists 1 more"):
+        load(folder)
+
+
+def test_multi_token_prediction_is_recognised_and_left_out(config: ModelConfig) -> None:
+    mtp = stored("mtp.layers.0.enorm.weight", "float32", 32)
+    survey = match(config, table(CONFIG) | {mtp.name: mtp})
+    assert survey.problems == ()
+    assert survey.not_exported == (mtp.name,)
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+def test_experts_one_by_one_or_stacked(config: ModelConfig, stacked: bool) -> None:
+    tensors = table(CONFIG)
+    if stacked:
+        for layer in (1, 5):
+            for name, shape in (("up_proj", (4, 24, 16)), ("down_proj", (4, 16, 24))):
+                prefix = f"backbone.layers.{layer}.mixer.experts."
+                for expert in range(4):
+                    del tensors[f"{prefix}{expert}.{name}.weight"]
+                tensors[f"{prefix}{name}"] = stored(f"{prefix}{name}", "float32", *shape)
+    survey = match(config, tensors)
+    assert survey.problems == ()
+    assert len(survey.weights["backbone.layers.1.mixer.experts.up"].tensors) == (1 if stacked else 4)
+
+
+def quantised(config: dict[str, Any]) -> dict[str, StoredTensor]:
+    """The table with its projections in FP8, each with the scales that ModelOpt writes."""
+    tensors = table(config, "bfloat16")
+    for name in list(tensors):
+        if name.endswith("_proj.weight"):
+            tensors[name] = stored(name, "float8_e4m3fn", *tensors[name].shape)
+            for scale in ("weight_scale", "input_scale"):
+                scale_name = name.removesuffix("weight") + scale
+                tensors[scale_name] = stored(scale_name, "float32")
+    return tensors
+
+
+def test_fp8_is_one_clear_problem(config: ModelConfig) -> None:
+    survey = match(config, quantised(CONFIG))
+    assert len(survey.problems) == 1
+    problem = survey.problems[0]
+    assert str(problem) == (
+        "the weights are quantised (FP8: backbone.layers.0.mixer.in_proj.weight and 33 more),"
+        " which this version cannot export"
+    )
+    assert problem.hint == "use the model's BF16 checkpoint"
+    assert set(survey.weights) == set(tensor_sources(config))  # so that estimates know every shape
+
+
+def test_other_problems_of_an_fp8_checkpoint_are_found_too(config: ModelConfig) -> None:
+    tensors = quantised(CONFIG)
+    del tensors["lm_head.weight"]
+    tensors["stray"] = stored("stray", "float32", 1)
+    messages = [str(problem) for problem in match(config, tensors).problems]
+    assert [message.split()[0] for message in messages] == ["the", "lm_head.weight", "stray"]
+
+
+def test_packed_four_bit_weights_are_one_clear_problem(config: ModelConfig) -> None:
+    tensors = table(CONFIG, "bfloat16")
+    name = "backbone.layers.3.mixer.up_proj.weight"
+    tensors[name] = stored(name, "uint8", 48, 16)
+    problems = match(config, tensors).problems
+    assert [str(problem) for problem in problems] == [
+        f"the weights are quantised (4-bit: {name}), which this version cannot export"
+    ]
+
+
+def test_scales_without_quantised_weights_are_extra_tensors(config: ModelConfig) -> None:
+    scale = stored("backbone.layers.0.mixer.in_proj.weight_scale", "float32")
+    problems = match(config, table(CONFIG) | {scale.name: scale}).problems
+    assert [str(problem).split()[0] for problem in problems] == [scale.name]
+
+
+def test_a_quantisation_that_nothing_has(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "fp8", quantization_config={"quant_method": "modelopt"})
+    with pytest.raises(CheckpointError, match="quantization_config is set"):
+        load(folder)
+
+
+def test_an_end_token_outside_the_vocabulary(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "eos", eos_token_id=[2, 96])
+    with pytest.raises(CheckpointError, match="eos_token_id 96 is outside the vocabulary of 96"):
+        read_config(folder)
+
+
+@pytest.fixture
+def with_tokenizer(tmp_path: Path) -> Path:
+    folder = write_checkpoint(tmp_path / "text", vocab_size=512)
+    write_tokenizer(folder, eos=1)
+    return folder
+
+
+def test_the_tokenizer_goes_along(with_tokenizer: Path) -> None:
+    names = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
+    assert load(with_tokenizer).side_files == names
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("tokenizer.json", "{}", "tokenizer.json is no tokenizer"),
+        ("tokenizer.json", "{", "tokenizer.json is not valid JSON"),
+        ("tokenizer_config.json", "[]", "tokenizer_config.json is not a JSON object"),
+        ("generation_config.json", '{"eos_token_id": "x"}', "eos_token_id is x, not token ids"),
+    ],
+)
+def test_a_broken_side_file(with_tokenizer: Path, name: str, text: str, message: str) -> None:
+    (with_tokenizer / name).write_text(text)
+    with pytest.raises(CheckpointError, match=message):
+        load(with_tokenizer)
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model(with_tokenizer: Path) -> None:
+    config = json.loads((with_tokenizer / "config.json").read_text())
+    save_file(random_tensors(config | {"vocab_size": 100}), with_tokenizer / SINGLE)
+    (with_tokenizer / "config.json").write_text(json.dumps(config | {"vocab_size": 100}))
+    with pytest.raises(CheckpointError, match=r"tokenizer.json has \d+ tokens, config.json 100"):
+        load(with_tokenizer)
+
+
+def test_a_side_file_that_leads_out_of_the_checkpoint(with_tokenizer: Path) -> None:
+    secret = with_tokenizer.parent / "secret"
+    secret.write_text("{}")
+    (with_tokenizer / "LICENSE").symlink_to(secret)
+    with pytest.raises(CheckpointError, match="LICENSE is a link to"):
+        load(with_tokenizer)
+
+
+def test_no_tensor_is_read(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "small")
+    tensors = {name: torch.full_like(tensor, torch.nan) for name, tensor in random_tensors(CONFIG).items()}
+    save_file(tensors, folder / SINGLE)
+    assert load(folder).weights

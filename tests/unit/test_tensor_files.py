@@ -1,0 +1,289 @@
+"""Safetensors files: everything that the format allows is read, anything else is a CheckpointError."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+from nemotrt.exporter.errors import CheckpointError
+from nemotrt.exporter.tensor_files import (
+    INDEX,
+    SINGLE,
+    StoredTensor,
+    open_checkpoint,
+    read_header,
+    read_json,
+    read_pieces,
+)
+
+TENSORS = {
+    "b.bf16": torch.arange(12, dtype=torch.bfloat16).reshape(3, 4),
+    "a.fp32": torch.arange(5, dtype=torch.float32),
+    "scalar": torch.tensor(1.5),
+    "empty": torch.zeros(0, 3, dtype=torch.float16),
+    "fp8": torch.ones(4, dtype=torch.float8_e4m3fn),
+    "int": torch.arange(3, dtype=torch.int8),
+}
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    save_file(TENSORS, tmp_path / SINGLE, metadata={"format": "pt"})
+    return tmp_path / SINGLE
+
+
+def values(tensor: StoredTensor, piece_bytes: int = 1 << 20) -> torch.Tensor:
+    data = b"".join(bytes(piece) for piece in read_pieces(tensor, piece_bytes))
+    dtype = getattr(torch, tensor.dtype)
+    flat = torch.frombuffer(bytearray(data), dtype=dtype) if data else torch.zeros(0, dtype=dtype)
+    return flat.reshape(tensor.shape)
+
+
+def write(path: Path, header: bytes, data: bytes = b"") -> Path:
+    path.write_bytes(len(header).to_bytes(8, "little") + header + data)
+    return path
+
+
+def write_entries(path: Path, entries: dict[str, Any], data: bytes) -> Path:
+    return write(path, json.dumps(entries).encode(), data)
+
+
+def entry(begin: int, end: int, shape: list[int] | None = None, dtype: str = "U8") -> dict[str, Any]:
+    return {"dtype": dtype, "shape": [end - begin] if shape is None else shape, "data_offsets": [begin, end]}
+
+
+@pytest.mark.parametrize("piece_bytes", [2, 8, 1 << 20])
+def test_what_the_library_writes_is_read(file: Path, piece_bytes: int) -> None:
+    found = read_header(file)
+    assert set(found) == set(TENSORS)
+    for name, tensor in TENSORS.items():
+        read = values(found[name], piece_bytes)
+        assert read.dtype == tensor.dtype
+        assert torch.equal(read.float(), tensor.float())
+
+
+def test_pieces_are_bounded(file: Path) -> None:
+    pieces = list(read_pieces(read_header(file)["b.bf16"], 10))
+    assert [len(piece) for piece in pieces] == [10, 10, 4]
+
+
+def test_a_file_that_shrinks_while_it_is_read(file: Path) -> None:
+    tensor = read_header(file)["a.fp32"]
+    os.truncate(file, tensor.offset + 4)
+    with pytest.raises(CheckpointError, match=r"ended while a\.fp32 was read"):
+        list(read_pieces(tensor, 1 << 20))
+
+
+@pytest.mark.parametrize(
+    ("entries", "data", "message"),
+    [
+        ({"a": entry(0, 4), "b": entry(2, 6)}, b"123456", "b overlaps another tensor"),
+        ({"a": entry(0, 4), "b": entry(0, 4)}, b"1234", "overlaps another tensor"),
+        ({"a": entry(0, 2), "b": entry(3, 5)}, b"12345", "b leaves a hole before it"),
+        ({"a": entry(1, 3)}, b"123", "a leaves a hole before it"),
+        ({"a": entry(0, 8)}, b"1234", "truncated"),
+        ({"a": entry(0, 2)}, b"1234", "2 bytes that belong to no tensor"),
+        ({"a": entry(4, 2, [])}, b"1234", r"a is U8 \[\], but its bytes are 4 to 2"),
+        ({"a": entry(0, 4, [2, 1])}, b"1234", r"a is U8 \[2, 1\], but its bytes are 0 to 4"),
+        ({"a": entry(0, 4, [-2, -2])}, b"1234", "not a count"),
+        ({"a": entry(0, 4, [4.0])}, b"1234", "not a count"),  # type: ignore[list-item]
+        ({"a": entry(0, 4, [True])}, b"1234", "not a count"),
+        ({"a": entry(0, 4, dtype="F4")}, b"1234", "dtype F4, which is not known"),
+        ({"a": entry(0, 4) | {"dtype": []}}, b"1234", "is not known"),
+        ({"a": entry(0, 4) | {"data_offsets": [0]}}, b"1234", "no dtype, shape or data_offsets"),
+        ({"a": {"dtype": "U8"}}, b"", "no dtype, shape or data_offsets"),
+        ({"a": None}, b"", "no dtype, shape or data_offsets"),
+    ],
+)
+def test_a_header_that_contradicts_the_format(
+    tmp_path: Path, entries: dict[str, Any], data: bytes, message: str
+) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        read_header(write_entries(tmp_path / SINGLE, entries, data))
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        (b"", "malformed header"),
+        (b"{", "malformed header"),
+        (b"\xff\xfe{}", "malformed header"),
+        (b"[]", "not a JSON object"),
+        (b'{"a": {}, "a": {}}', "duplicate key a"),
+        (b"[" * 100_000, "malformed header"),
+    ],
+)
+def test_a_header_that_is_no_json_object(tmp_path: Path, header: bytes, message: str) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        read_header(write(tmp_path / SINGLE, header))
+
+
+def test_a_header_longer_than_the_library_accepts(tmp_path: Path) -> None:
+    path = tmp_path / SINGLE
+    path.write_bytes((100_000_001).to_bytes(8, "little"))
+    os.truncate(path, 100_000_009)  # sparse
+    with pytest.raises(CheckpointError, match="a header of 100000001 bytes"):
+        read_header(path)
+
+
+HEADER = json.dumps({"a": entry(0, 4), "b": entry(4, 8, [1], "F32")}).encode()
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.tuples(st.integers(0, len(HEADER) + 15), st.integers(0, 255)), min_size=1, max_size=3))
+def test_flipped_bytes_are_refused_or_harmless(tmp_path: Path, flips: list[tuple[int, int]]) -> None:
+    path = write(tmp_path / SINGLE, HEADER, b"12345678")
+    data = bytearray(path.read_bytes())
+    for place, value in flips:
+        data[place] = value
+    path.write_bytes(data)
+    with suppress(CheckpointError):
+        assert sum(tensor.length for tensor in read_header(path).values()) == 8
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.text(max_size=4),
+        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+        max_leaves=8,
+    )
+)
+def test_any_json_as_header_is_refused_or_describes_the_file(tmp_path: Path, header: Any) -> None:
+    path = write(tmp_path / SINGLE, json.dumps({"a": header}).encode())
+    with pytest.raises(CheckpointError):
+        read_header(path)
+
+
+def shards(folder: Path) -> dict[str, str]:
+    """Two shards and their index; gives the index's map."""
+    names = sorted(TENSORS)
+    for number, part in enumerate((names[:3], names[3:])):
+        save_file({name: TENSORS[name] for name in part}, folder / f"model-{number}.safetensors")
+    weight_map = {name: f"model-{int(i > 2)}.safetensors" for i, name in enumerate(names)}
+    write_index(folder, weight_map)
+    return weight_map
+
+
+def write_index(folder: Path, weight_map: Any) -> None:
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def test_shards_are_one_checkpoint(tmp_path: Path) -> None:
+    shards(tmp_path)
+    found = open_checkpoint(tmp_path)
+    assert {name: tensor.shape for name, tensor in found.items()} == {
+        name: tuple(tensor.shape) for name, tensor in TENSORS.items()
+    }
+
+
+def test_links_into_a_hugging_face_cache_are_followed(tmp_path: Path) -> None:
+    folder, blobs = tmp_path / "snapshots" / "abc", tmp_path / "blobs"
+    folder.mkdir(parents=True)
+    blobs.mkdir()
+    save_file(TENSORS, blobs / "0123")
+    (folder / SINGLE).symlink_to(Path("../../blobs/0123"))
+    assert set(open_checkpoint(folder)) == set(TENSORS)
+
+
+def drop_shard(folder: Path, weight_map: dict[str, str]) -> None:
+    (folder / "model-1.safetensors").unlink()
+
+
+def name_a_file_outside(folder: Path, weight_map: dict[str, str]) -> None:
+    write_index(folder, weight_map | {"scalar": "../model.safetensors"})
+
+
+def name_an_absolute_file(folder: Path, weight_map: dict[str, str]) -> None:
+    write_index(folder, weight_map | {"scalar": "/etc/passwd"})
+
+
+def link_outside(folder: Path, weight_map: dict[str, str]) -> None:
+    outside = folder.parent / f"{folder.name}.outside"
+    (folder / "model-1.safetensors").rename(outside)
+    (folder / "model-1.safetensors").symlink_to(outside)
+
+
+def list_what_no_shard_holds(folder: Path, weight_map: dict[str, str]) -> None:
+    write_index(folder, weight_map | {"other": "model-0.safetensors"})
+
+
+def list_too_little(folder: Path, weight_map: dict[str, str]) -> None:
+    write_index(folder, {name: shard for name, shard in weight_map.items() if name != "scalar"})
+
+
+def list_in_the_wrong_shard(folder: Path, weight_map: dict[str, str]) -> None:
+    write_index(folder, weight_map | {"scalar": "model-0.safetensors"})
+
+
+def store_twice(folder: Path, weight_map: dict[str, str]) -> None:
+    save_file({"fp8": TENSORS["fp8"], "scalar": TENSORS["scalar"]}, folder / "model-2.safetensors")
+    write_index(folder, weight_map | {"x": "model-2.safetensors"})
+
+
+def map_to_numbers(folder: Path, weight_map: dict[str, str]) -> None:
+    write_index(folder, dict.fromkeys(weight_map, 1))
+
+
+def leave_out_the_map(folder: Path, weight_map: dict[str, str]) -> None:
+    (folder / INDEX).write_text("{}")
+
+
+def keep_a_single_file_too(folder: Path, weight_map: dict[str, str]) -> None:
+    save_file(TENSORS, folder / SINGLE)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (drop_shard, "model-1.safetensors is missing"),
+        (name_a_file_outside, "names ../model.safetensors, which is not a file of"),
+        (name_an_absolute_file, "names /etc/passwd, which is not a file of"),
+        (link_outside, "is a link to .*outside, outside the checkpoint"),
+        (list_what_no_shard_holds, "lists other in model-0.safetensors, which does not hold it"),
+        (list_too_little, "scalar is in model-1.safetensors, but .* lists it in nothing"),
+        (list_in_the_wrong_shard, "scalar is in model-1.safetensors, but .* lists it in model-0.safetensors"),
+        (store_twice, "is in two shards"),
+        (map_to_numbers, "weight_map is not a map from tensor to file"),
+        (leave_out_the_map, "weight_map is not a map from tensor to file"),
+        (keep_a_single_file_too, "has both model.safetensors and"),
+    ],
+)
+def test_an_index_that_is_not_true(
+    tmp_path: Path, damage: Callable[[Path, dict[str, str]], None], message: str
+) -> None:
+    damage(tmp_path, shards(tmp_path))
+    with pytest.raises(CheckpointError, match=message):
+        open_checkpoint(tmp_path)
+
+
+def test_pickles_are_never_opened(tmp_path: Path) -> None:
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"only pickled weights \(pytorch_model.bin\)"):
+        open_checkpoint(tmp_path)
+
+
+def test_a_folder_without_weights(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="has neither"):
+        open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [(b"[1]", "not a JSON object"), (b'{"a": 1, "a": 2}', "duplicate key a"), (b"\xff", "not valid JSON")],
+)
+def test_json_is_read_strictly(tmp_path: Path, text: bytes, message: str) -> None:
+    path = tmp_path / "config.json"
+    path.write_bytes(text)
+    with pytest.raises(CheckpointError, match=message):
+        read_json(path)
