@@ -142,8 +142,8 @@ def check(subject: Subject, precision: str, where: Path, scan: Callable[[int], N
     survey = match(config, subject.stored)
     dtypes = _dtypes(config, precision)
     problems = list(survey.problems)
-    if subject.folder is not None:
-        problems += _raised(lambda: check_side_files(subject.folder, config))
+    if (folder := subject.folder) is not None:
+        problems += _raised(lambda: check_side_files(folder, config))
     if scan is not None:
         problems += _scan(survey, dtypes, scan)
     sources = [tensor for source in survey.weights.values() for tensor in source.tensors]
@@ -245,10 +245,10 @@ def _dtypes_by_kind(
             found["beside"][dtype].append(name.removeprefix("backbone."))
     pools = state_of(dataclasses.replace(config, dtype=COMPUTE_DTYPES[precision]), "float32")
     for pool in pools:
-        kind, index = pool.input.split(".")
-        layer = config.layers[int(index)]
-        if first[layer] == int(index):
-            found[layer][pool.dtype].append(kind)
+        pool_kind, position = pool.input.split(".")
+        layer = config.layers[int(position)]
+        if first[layer] == int(position):
+            found[layer][pool.dtype].append(pool_kind)
     return {
         kind: {dtype: tuple(names) for dtype, names in by_dtype.items()} for kind, by_dtype in found.items()
     }

@@ -304,9 +304,9 @@ def report(found: ValidationReport) -> list[RenderableType]:
         )
         before = scenario
     passed = sum(gate.passed for gate in found.gates)
-    verdict = ("passed", "green") if found.passed else ("failed", "red")
+    outcome = ("passed", "green") if found.passed else ("failed", "red")
     line = f": {passed} of {len(found.gates)} gates; {found.candidate} against {found.reference}"
-    shown: list[RenderableType] = [table, "", Text.assemble(verdict, line)]
+    shown: list[RenderableType] = [table, "", Text.assemble(outcome, line)]
     return shown + [Text(f"not compared: {what}", "dim") for what in found.not_compared]
 
 

@@ -67,7 +67,9 @@ def write_checkpoint(raw: dict[str, object], output: Path, *, dtype: torch.dtype
 @click.command()
 @click.argument("config", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.argument("output", type=click.Path(exists=False, path_type=Path))
-@click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), default="bfloat16", show_default=True)
+@click.option(
+    "--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), default="bfloat16", show_default=True
+)
 @click.option("--seed", default=0, show_default=True)
 def main(config: Path, output: Path, dtype: str, seed: int) -> None:
     """Write random weights for the config.json CONFIG to the new folder OUTPUT."""

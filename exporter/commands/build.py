@@ -68,17 +68,13 @@ def _numbers(context: click.Context, parameter: click.Parameter, value: str) -> 
 @JSON
 @click.pass_obj
 def build(
-    console: Console, checkpoint: Path, output: Path, as_json: bool, no_validate: bool, **options: Any
+    console: Console, /, checkpoint: Path, output: Path, as_json: bool, no_validate: bool, **options: Any
 ) -> None:
     """Build a bundle from CHECKPOINT: the graph, its proof against PyTorch, and a manifest."""
     from nemotrt.exporter import pipeline
 
-    config = BuildConfig(
-        checkpoint=checkpoint,
-        output=output,
-        validate=not no_validate,
-        **{name: "" if value is None else value for name, value in options.items()},
-    )
+    given: dict[str, Any] = {name: "" if value is None else value for name, value in options.items()}
+    config = BuildConfig(checkpoint=checkpoint, output=output, validate=not no_validate, **given)
     result = pipeline.build(config, console)
     if as_json:
         click.echo(json.dumps(result, indent=2))

@@ -141,7 +141,7 @@ def test_a_written_value_that_equals_its_noise_is_no_stray_write() -> None:
 
 def test_an_infinite_floor_is_no_limit() -> None:
     noise = np.zeros((2, 4))
-    reference = noise + [[0.0], [1.0]]
+    reference = noise + np.array([[0.0], [1.0]])
     overflowed = reference.copy()
     overflowed[1, 2] = np.inf
     failed = judged(reference * 7, reference, noise, floor=overflowed)
