@@ -31,7 +31,7 @@ demo: setup ## build a bundle from the example checkpoint, and let it write
 	$(BIN)/nemo-export inspect demo/tiny
 
 test: setup ## the tests that need no GPU
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 lint: setup ## format and lint
 	$(BIN)/ruff format --check .
@@ -47,6 +47,12 @@ imports: setup ## the layers of the architecture
 
 bench: setup ## the figures of docs/performance.md
 	$(BIN)/python scripts/bench.py
+
+gpu-check: setup ## every op on this machine's GPU against the reference; writes build/gpu_check.json
+	$(BIN)/python scripts/gpu_check.py
+
+gpu-bench: setup ## every op on this machine's GPU against the roofline and peers; writes build/gpu_bench.json
+	$(BIN)/python scripts/gpu_bench.py
 
 engine-check: setup ## build, run and judge engines on this machine's GPU; writes engine-check.json
 	$(BIN)/python scripts/engine_check.py

@@ -41,9 +41,12 @@ def build(config: BuildConfig, console: Console) -> dict[str, Any]:
     with _disk_errors_in_words(config):
         check_output(config.output, force=config.force)
         with console.stage("load", config.checkpoint.resolve().name):
-            model = load(config.checkpoint)
+            model = load(config.checkpoint, config.layers)
         for name, reason in model.config.inert.items():
             console.detail(f"{'':<9} {name} changes nothing: {reason}")
+        if model.chosen_layers:
+            taken = ", ".join(map(str, model.chosen_layers))
+            console.say(f"{'':<9} layers {taken} only: the bundle says that it is partial")
         if model.not_exported:
             console.say(f"{'':<9} {len(model.not_exported)} tensors (mtp.*) are not exported")
         config, target = _resolved(config, model, console)

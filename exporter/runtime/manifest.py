@@ -59,6 +59,8 @@ class ModelSummary:
     precision: str
     vocab_size: int
     eos_token_ids: tuple[int, ...]
+    chosen_layers: tuple[int, ...] = ()
+    """Which layers of the checkpoint were exported; empty for all."""
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from nemotrt.exporter.artifacts import LoadedModel, WeightSource
 from nemotrt.exporter.errors import BundleError, CheckpointError
+from nemotrt.exporter.layer_selection import chosen_layers, restrict
 from nemotrt.exporter.runtime.tokenizer import CHAT_TEMPLATE, TOKENIZER, Tokenizer
 from nemotrt.exporter.tensor_files import StoredTensor, file_inside, open_checkpoint, read_json
 from nemotrt.model.checkpoint import Source, TensorError, find, is_mtp, tensor_sources
@@ -46,10 +47,17 @@ class Survey:
     problems: tuple[CheckpointError, ...]
 
 
-def load(checkpoint: Path) -> LoadedModel:
-    """The configuration and where each parameter's bytes lie; raises CheckpointError on what is wrong."""
-    config = read_config(checkpoint)
-    survey = match(config, open_checkpoint(checkpoint))
+def load(checkpoint: Path, layers: str = "") -> LoadedModel:
+    """The configuration and where each parameter's bytes lie; raises CheckpointError on what is wrong.
+
+    With `layers`, `A:B` or `kinds`, of these layers only; raises UsageError where it means none.
+    """
+    config, stored = read_config(checkpoint), open_checkpoint(checkpoint)
+    chosen: tuple[int, ...] = ()
+    if layers:
+        chosen = chosen_layers(config.layers, layers)
+        config, stored = restrict(config, stored, chosen)
+    survey = match(config, stored)
     if survey.problems:
         first, others = survey.problems[0], len(survey.problems) - 1
         more = f" (nemo-export check lists {others} more problem{'s' * (others > 1)})" if others else ""
@@ -61,6 +69,7 @@ def load(checkpoint: Path) -> LoadedModel:
         weights=survey.weights,
         not_exported=survey.not_exported,
         side_files=_side_files(checkpoint),
+        chosen_layers=chosen,
     )
 
 
@@ -133,8 +142,9 @@ def match(config: ModelConfig, stored: Mapping[str, StoredTensor]) -> Survey:
             used.update(tensor.name for tensor in weights[parameter].tensors)
         except CheckpointError as error:
             problems.append(error)
-            used.update(name for names in (*source.names, source.stacked) for name in names)
-    unused = [name for name in sorted(stored) if name not in used]
+            names = {name for names in (*source.names, source.stacked) for name in names}
+            used.update(stored[name].name for name in names & stored.keys())
+    unused = [name for name in sorted(stored) if stored[name].name not in used]
     extra = [name for name in unused if not is_mtp(name) and not (quantised and name.endswith(SCALES))]
     problems += [
         CheckpointError(
