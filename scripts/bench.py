@@ -75,7 +75,17 @@ print(time.perf_counter() - started, usage.ru_maxrss, status)
 def build(checkpoint: Path, bundle: Path) -> dict[str, float]:
     """Seconds and peak resident bytes of `nemo-export build --no-validate` in a process of its own."""
     tool = str(Path(sys.executable).with_name("nemo-export"))
-    command = [tool, "--quiet", "build", str(checkpoint), "--output", str(bundle), "--no-validate", "--runtime", "onnx"]
+    command = [
+        tool,
+        "--quiet",
+        "build",
+        str(checkpoint),
+        "--output",
+        str(bundle),
+        "--no-validate",
+        "--runtime",
+        "onnx",
+    ]
     launched = [sys.executable, "-S", "-c", LAUNCHER, *command]
     words = subprocess.run(launched, check=True, stdout=subprocess.PIPE, text=True).stdout.split()
     seconds, peak_kib, status = (float(word) for word in words[-3:])
