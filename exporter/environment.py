@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 import os
 import platform
 from contextlib import suppress
@@ -22,6 +24,11 @@ PACKAGES = (
 
 CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 """A container's limit: a number, or `max` (https://docs.kernel.org/admin-guide/cgroup-v2.html)."""
+
+CPU_FLAGS = Path("/proc/cpuinfo")
+MAX_TILE_PALETTE = bytes.fromhex("53 b81d000000 31c9 0fa2 5b c3")
+"""push rbx; mov eax, 0x1d; xor ecx, ecx; cpuid; pop rbx; ret: leaf 1D has the palettes of AMX's tiles."""
+WITHOUT_AMX = ("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_FP16")
 
 
 def tool_versions() -> dict[str, str]:
@@ -49,3 +56,28 @@ def memory_bytes() -> int:
 def num_cores() -> int:
     """Processor cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def hide_unusable_amx() -> None:
+    """Keep PyTorch's oneDNN from AMX where the processor announces it and has no tile palette.
+
+    Some virtual machines pass AMX's flags on and not CPUID's leaf 1D. oneDNN then loads palette 0, and its first
+    BF16 product ends the process with an illegal instruction. To be called before that product.
+    """
+    if platform.machine() != "x86_64" or not CPU_FLAGS.is_file() or WITHOUT_AMX[0] in os.environ:
+        return
+    if " amx_tile " in CPU_FLAGS.read_text() and _max_tile_palette() == 0:
+        os.environ[WITHOUT_AMX[0]] = WITHOUT_AMX[1]
+
+
+def _max_tile_palette() -> int | None:
+    """CPUID's answer; None where the system runs no code that a program writes."""
+    try:
+        with mmap.mmap(-1, mmap.PAGESIZE, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC) as page:
+            page.write(MAX_TILE_PALETTE)
+            byte = ctypes.c_char.from_buffer(page)
+            palette: int = ctypes.CFUNCTYPE(ctypes.c_uint32)(ctypes.addressof(byte))()
+            del byte  # a page that is looked into cannot be closed
+            return palette
+    except OSError:
+        return None

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from nemotrt.exporter import weights
+from nemotrt.exporter import environment, weights
 from nemotrt.exporter.artifacts import LoadedModel
 from nemotrt.exporter.runtime.engine_session import EngineSession
 from nemotrt.exporter.runtime.session import Session
@@ -61,6 +61,7 @@ class TorchRunner:
     """The reference model in one dtype, on the CPU."""
 
     def __init__(self, model: LoadedModel, pools: tuple[PoolSpec, ...], dtype: torch.dtype) -> None:
+        environment.hide_unusable_amx()
         self._specs = pools
         self._dtype = dtype
         with torch.device("meta"):
