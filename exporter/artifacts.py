@@ -35,8 +35,6 @@ class LoadedModel:
     weights: dict[str, WeightSource]
     not_exported: tuple[str, ...]
     side_files: tuple[str, ...]
-    chosen_layers: tuple[int, ...] = ()
-    """Which layers of the checkpoint these are; empty for all."""
 
     def pools(self, config: BuildConfig) -> tuple[PoolSpec, ...]:
         """The pools of the graph that `config` asks for, in layer order."""

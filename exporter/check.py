@@ -17,6 +17,7 @@ from nemotrt.exporter.artifacts import WeightSource
 from nemotrt.exporter.config import COMPUTE_DTYPES, PRECISION_OF_DTYPE
 from nemotrt.exporter.errors import CheckpointError, CompileError, UsageError
 from nemotrt.exporter.inspection import Part, Weight, parts, state_of
+from nemotrt.exporter.layer_selection import only_layers, partial_model
 from nemotrt.exporter.runtime.backends import BACKENDS, Backend
 from nemotrt.exporter.runtime.tokenizer import TOKENIZER
 from nemotrt.exporter.stages.load import Survey, check_side_files, match, parse_config, read_config
@@ -77,7 +78,8 @@ class Check:
     num_parameters: int
     num_active_parameters: int
     """Parameters that one token passes: of the routed experts only those that it is sent to."""
-    layers: tuple[str, ...]
+    layers: dict[int, str]
+    """Each layer's index in the checkpoint → its kind."""
     parts: tuple[Part, ...]
     inert: dict[str, str]
     precision: str
@@ -92,12 +94,32 @@ class Check:
     values_scanned: bool
 
 
-def of_folder(checkpoint: Path) -> Subject:
-    """A checkpoint folder's configuration and headers; raises CheckpointError on one that cannot be read."""
-    return Subject(str(checkpoint), read_config(checkpoint), open_checkpoint(checkpoint), checkpoint)
+def of_folder(checkpoint: Path, layers: str = "") -> Subject:
+    """A checkpoint folder's configuration and headers; raises CheckpointError on one that cannot be read.
+
+    With `layers`, those of some layers, as a build takes them.
+    """
+    return _subject(
+        str(checkpoint), read_config(checkpoint), open_checkpoint(checkpoint), checkpoint, (), layers
+    )
 
 
-def of_table(config_file: Path, tensors_file: Path) -> Subject:
+def _subject(
+    name: str,
+    config: ModelConfig,
+    stored: Mapping[str, StoredTensor],
+    folder: Path | None,
+    notes: tuple[str, ...],
+    layers: str,
+) -> Subject:
+    if layers:
+        config, stored = only_layers(config, stored, layers)
+        if config.chosen_layers:
+            notes = (*notes, f"{partial_model(config.chosen_layers)}: the bundle would say so")
+    return Subject(name, config, stored, folder, notes)
+
+
+def of_table(config_file: Path, tensors_file: Path, layers: str = "") -> Subject:
     """A configuration and a table {name: [dtype, shape]}, where expert 0 may stand for all experts.
 
     Raises CheckpointError on an entry that is no dtype of safetensors and shape.
@@ -116,7 +138,7 @@ def of_table(config_file: Path, tensors_file: Path) -> Subject:
         length = math.prod(shape) * width
         stored |= {each: StoredTensor(each, dtype, shape, tensors_file, 0, length) for each in names}
     note = f"expert 0 of the table stands for all {config.n_routed_experts}"
-    return Subject(tensors_file.name, config, stored, None, (note,) if stands_for_all else ())
+    return _subject(tensors_file.name, config, stored, None, (note,) if stands_for_all else (), layers)
 
 
 def _entry(file: Path, name: str, entry: Any) -> tuple[str, int, tuple[int, ...]]:
@@ -159,9 +181,9 @@ def check(subject: Subject, precision: str, where: Path, scan: Callable[[int], N
         num_tensors=len(subject.stored),
         num_parameters=parameters,
         num_active_parameters=parameters - _idle_parameters(config),
-        layers=config.layers,
+        layers=config.numbered_layers,
         parts=parts(
-            config.layers,
+            config.numbered_layers,
             [Weight(t.name, t.dtype, t.shape, t.length, "") for t in subject.stored.values()],
             state_of(config, COMPUTE_DTYPES["fp32"]),
         ),
@@ -233,7 +255,7 @@ def _dtypes_by_kind(
 ) -> dict[str, dict[str, tuple[str, ...]]]:
     """The first layer of each kind, and what stands beside the layers: a dtype → what is in it."""
     found: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
-    first = {kind: config.layers.index(kind) for kind in config.layers}
+    first = {kind: index for index, kind in reversed(config.numbered_layers.items())}
     for name, dtype in dtypes.items():
         for kind, index in first.items():
             prefix = f"backbone.layers.{index}."
@@ -245,9 +267,9 @@ def _dtypes_by_kind(
             found["beside"][dtype].append(name.removeprefix("backbone."))
     pools = state_of(dataclasses.replace(config, dtype=COMPUTE_DTYPES[precision]), "float32")
     for pool in pools:
-        pool_kind, position = pool.input.split(".")
-        layer = config.layers[int(position)]
-        if first[layer] == int(position):
+        pool_kind, number = pool.input.split(".")
+        layer = config.numbered_layers[int(number)]
+        if first[layer] == int(number):
             found[layer][pool.dtype].append(pool_kind)
     return {
         kind: {dtype: tuple(names) for dtype, names in by_dtype.items()} for kind, by_dtype in found.items()

@@ -38,7 +38,7 @@ class BuildConfig:
     sms: tuple[int, ...] = ()
     """GPU generations that an engine of tensorrt-rtx is for; none for all that the precision runs on."""
     layers: str = ""
-    """Which layers of the checkpoint to take: a range `A:B`, `kinds` (the first of each), or empty for all."""
+    """Which layers of the checkpoint to take, as `layer_selection` reads it; empty for all."""
     state_dtype: str = "fp32"
     """Of the recurrent state's pools."""
     validate: bool = True

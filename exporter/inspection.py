@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -93,7 +93,8 @@ class Inspection:
     what: str
     """checkpoint, graph or bundle."""
     path: str
-    layers: tuple[str, ...]
+    layers: dict[int, str]
+    """Each layer's index in its checkpoint → its kind."""
     parts: tuple[Part, ...]
     graph: Graph | None = None
     manifest: Manifest | None = None
@@ -133,12 +134,12 @@ def _checkpoint(folder: Path, layer: int | None) -> Inspection:
         Weight(tensor.name, tensor.dtype, tensor.shape, tensor.length, tensor.path.name)
         for tensor in open_checkpoint(folder).values()
     ]
-    _check_layer(layer, config.layers)
+    _check_layer(layer, config.numbered_layers)
     return Inspection(
         what="checkpoint",
         path=str(folder),
-        layers=config.layers,
-        parts=parts(config.layers, weights, state_of(config, COMPUTE_DTYPES["fp32"])),
+        layers=config.numbered_layers,
+        parts=parts(config.numbered_layers, weights, state_of(config, COMPUTE_DTYPES["fp32"])),
         inert=config.inert,
         layer=layer,
         weights=_of_layer(weights, layer),
@@ -187,14 +188,14 @@ def _graph(path: Path, layer: int | None, what: str, file: Path, manifest: Manif
     )
 
 
-def _layers_of(model: ModelProto) -> tuple[str, ...]:
-    """The kind of each layer of a graph that this tool wrote, () for another's."""
+def _layers_of(model: ModelProto) -> dict[int, str]:
+    """Each layer of a graph that this tool wrote, in order; none of another's."""
     kinds: dict[int, str] = {}
     for node in model.graph.node:
         index = _layer_index(node.name)
         if index is not None:
             kinds[index] = KIND_OF_OP.get(node.op_type, kinds.get(index, "mlp"))
-    return tuple(kinds[index] for index in sorted(kinds))
+    return dict(sorted(kinds.items()))
 
 
 def _initializers(model: ModelProto, file: Path) -> list[Weight]:
@@ -218,10 +219,14 @@ def _layer_index(name: str) -> int | None:
     return int(found.group(1)) if found else None
 
 
-def _check_layer(layer: int | None, layers: tuple[str, ...]) -> None:
-    if layer is not None and not 0 <= layer < len(layers):
-        last = f"they go from 0 to {len(layers) - 1}" if layers else "it has none"
-        raise UsageError(f"--layer {layer} is no layer of this model: {last}")
+def _check_layer(layer: int | None, layers: Collection[int]) -> None:
+    if layer is None or layer in layers:
+        return
+    there = "it has none"
+    if layers:
+        is_whole = len(layers) > max(layers)
+        there = f"they go from 0 to {max(layers)}" if is_whole else f"it has {', '.join(map(str, layers))}"
+    raise UsageError(f"--layer {layer} is no layer of this model: {there}")
 
 
 def _of_layer(weights: Iterable[Weight], layer: int | None) -> tuple[Weight, ...]:
@@ -230,8 +235,13 @@ def _of_layer(weights: Iterable[Weight], layer: int | None) -> tuple[Weight, ...
     return tuple(w for w in weights if not is_mtp(w.name) and _layer_index(w.name) == layer)
 
 
-def parts(layers: tuple[str, ...], weights: Iterable[Weight], pools: Iterable[PoolPair]) -> tuple[Part, ...]:
-    """The layers by kind, most bytes first, between the embeddings and the head; then what else there is."""
+def parts(
+    layers: Mapping[int, str], weights: Iterable[Weight], pools: Iterable[PoolPair]
+) -> tuple[Part, ...]:
+    """The layers by kind, most bytes first, between the embeddings and the head; then what else there is.
+
+    `layers` has each layer's index, as names have it, and its kind.
+    """
     held: dict[str, list[Weight]] = defaultdict(list)
     for weight in weights:
         held[_kind(weight.name, layers)].append(weight)
@@ -243,7 +253,7 @@ def parts(layers: tuple[str, ...], weights: Iterable[Weight], pools: Iterable[Po
             state[kind] += _row_bytes(pool)
         else:
             cache[kind] += _row_bytes(pool) // pool.row_shape[2]  # [2, heads, tokens of a page, head_dim]
-    numbers = Counter(layers)
+    numbers = Counter(layers.values())
     kinds = sorted(numbers, key=lambda kind: -sum(weight.bytes for weight in held[kind]))
     order = [EMBEDDINGS, *kinds, HEAD, OTHER, MTP]
     return tuple(
@@ -251,11 +261,10 @@ def parts(layers: tuple[str, ...], weights: Iterable[Weight], pools: Iterable[Po
     )
 
 
-def _kind(name: str, layers: tuple[str, ...]) -> str:
+def _kind(name: str, layers: Mapping[int, str]) -> str:
     if is_mtp(name):
         return MTP
-    index = _layer_index(name)
-    if index is not None and index < len(layers):
+    if (index := _layer_index(name)) is not None and index in layers:
         return layers[index]
     if "embedding" in name:
         return EMBEDDINGS

@@ -1,58 +1,79 @@
-"""A few layers of a checkpoint as a model of their own: a quick look at one that is large."""
+"""A few layers of a checkpoint as a model: a quick look at one that is large.
+
+Every layer keeps the index that it has in the checkpoint, in the names of tensors, nodes and pools alike.
+"""
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 
 from nemotrt.exporter.errors import UsageError
 from nemotrt.exporter.tensor_files import StoredTensor
+from nemotrt.model.checkpoint import is_mtp
 from nemotrt.model.config import ModelConfig
 
-KINDS = "kinds"
+FIRST_OF_EACH = "first-of-each"
 """The choice that means the first layer of each kind."""
 
-RANGE = re.compile(r"(\d*):(\d*)")
-LAYER = re.compile(r"(.*\blayers\.)(\d+)(\..*)")
-"""A tensor's name up to its layer's index, the index, and the rest."""
+ENTRY = re.compile(r"(?P<one>\d+)|(?P<first>\d*):(?P<end>\d*)")
+LAYER = re.compile(r"\.layers\.(\d+)\.")
 
 
 def chosen_layers(layers: Sequence[str], choice: str) -> tuple[int, ...]:
-    """Indices of the layers that `choice` means, `A:B` or `kinds`; raises UsageError where it means none.
+    """Indices of the layers that `choice` means: `0:4`, `0,3,7`, `0:2,7` or `first-of-each`.
 
-    `layers` has each layer's kind.
+    `layers` has each layer's kind. Raises UsageError on what means none, or a layer twice or out of its order.
     """
-    if choice == KINDS:
+    if choice == FIRST_OF_EACH:
         return tuple(sorted(layers.index(kind) for kind in set(layers)))
-    found = RANGE.fullmatch(choice)
+    indices = [index for entry in choice.split(",") for index in _range(entry.strip(), choice, len(layers))]
+    if indices != sorted(set(indices)):
+        in_order = ",".join(map(str, sorted(set(indices))))
+        raise UsageError(
+            f"--layers {choice} is not in the order in which layers run, each once", hint=f"write {in_order}"
+        )
+    return tuple(indices)
+
+
+def _range(entry: str, choice: str, num_layers: int) -> range:
+    found = ENTRY.fullmatch(entry)
     if not found:
         raise UsageError(
             f"--layers {choice} is no choice of layers",
-            hint=f"give a range, as 0:4, or {KINDS}: one of each kind",
+            hint=f"give a range as 0:4, a list as 0,3,7, or {FIRST_OF_EACH}: one of each kind",
         )
-    first, end = int(found[1] or 0), int(found[2] or len(layers))
-    if end > len(layers):
-        raise UsageError(f"--layers {choice}: the model has {len(layers)} layers")
+    if found["one"]:
+        first, end = int(found["one"]), int(found["one"]) + 1
+    else:
+        first, end = int(found["first"] or 0), int(found["end"] or num_layers)
+    if end > num_layers:
+        raise UsageError(
+            f"--layers {choice}: the model has {num_layers} layers",
+            hint=f"they go from 0 to {num_layers - 1}",
+        )
     if first >= end:
-        raise UsageError(f"--layers {choice} is an empty range")
-    return tuple(range(first, end))
+        raise UsageError(f"--layers {choice}: {entry} is an empty range", hint="give its first and its end")
+    return range(first, end)
 
 
-def restrict(
-    config: ModelConfig, stored: Mapping[str, StoredTensor], indices: Sequence[int]
+def partial_model(indices: Sequence[int]) -> str:
+    """Which layers a partial model has, in words."""
+    return f"layer{'s' * (len(indices) > 1)} {', '.join(map(str, indices))} of its checkpoint only"
+
+
+def only_layers(
+    config: ModelConfig, stored: Mapping[str, StoredTensor], choice: str
 ) -> tuple[ModelConfig, dict[str, StoredTensor]]:
-    """The configuration of these layers alone, and their tensors under the names that they have in it.
+    """The model of the chosen layers alone, and the stored tensors without those of its other layers.
 
-    What is beside the layers stays, multi-token prediction included.
+    What is beside the layers stays, multi-token prediction included. Raises UsageError as `chosen_layers` does.
     """
-    new = {old: i for i, old in enumerate(indices)}
-    kept = {}
-    for name, tensor in stored.items():
-        found = None if name.startswith("mtp.") else LAYER.fullmatch(name)
-        if found is None:
-            kept[name] = tensor
-        elif (index := new.get(int(found[2]))) is not None:
-            kept[f"{found[1]}{index}{found[3]}"] = tensor
-    layers = tuple(config.layers[index] for index in indices)
-    return dataclasses.replace(config, layers=layers), kept
+    config = (whole := config).only(chosen_layers(whole.layers, choice))
+    left_out = whole.numbered_layers.keys() - config.numbered_layers.keys()
+
+    def is_left_out(name: str) -> bool:
+        found = None if is_mtp(name) else LAYER.search(name)
+        return found is not None and int(found[1]) in left_out
+
+    return config, {name: tensor for name, tensor in stored.items() if not is_left_out(name)}

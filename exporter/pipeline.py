@@ -14,6 +14,7 @@ from nemotrt.exporter.artifacts import CompiledEngine, Gate, LoadedModel, Lowere
 from nemotrt.exporter.config import PRECISION_OF_DTYPE, BuildConfig
 from nemotrt.exporter.console import Console
 from nemotrt.exporter.errors import CompileError, ExportError, UsageError, ValidationError
+from nemotrt.exporter.layer_selection import partial_model
 from nemotrt.exporter.targets import AUTO, ONNX, Target, settle
 from nemotrt.exporter.workspace import Workspace, check_output, digest
 
@@ -44,9 +45,8 @@ def build(config: BuildConfig, console: Console) -> dict[str, Any]:
             model = load(config.checkpoint, config.layers)
         for name, reason in model.config.inert.items():
             console.detail(f"{'':<9} {name} changes nothing: {reason}")
-        if model.chosen_layers:
-            taken = ", ".join(map(str, model.chosen_layers))
-            console.say(f"{'':<9} layers {taken} only: the bundle says that it is partial")
+        if taken := model.config.chosen_layers:
+            console.say(f"{'':<9} {partial_model(taken)}: the bundle says so")
         if model.not_exported:
             console.say(f"{'':<9} {len(model.not_exported)} tensors (mtp.*) are not exported")
         config, target = _resolved(config, model, console)

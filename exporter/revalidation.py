@@ -63,7 +63,7 @@ def _config(bundle: Path, manifest: Manifest, checkpoint: Path) -> BuildConfig:
 
 
 def _from(checkpoint: Path, manifest: Manifest) -> LoadedModel:
-    model = load(checkpoint)
+    model = load(checkpoint, _choice(manifest))
     stored = {tensor.path for weight in model.weights.values() for tensor in weight.tensors}
     sizes = {path.name: path.stat().st_size for path in stored}
     digest = hashlib.sha256((checkpoint / "config.json").read_bytes()).hexdigest()
@@ -80,9 +80,16 @@ def _from(checkpoint: Path, manifest: Manifest) -> LoadedModel:
     return model
 
 
+def _choice(manifest: Manifest) -> str:
+    """The layers of a partial bundle as --layers takes them."""
+    return ",".join(map(str, manifest.model.chosen_layers))
+
+
 def _from_bundle(bundle: Path, manifest: Manifest) -> LoadedModel:
     """The model whose weights lie in the graph's external data, where each parameter has its own name."""
     config = parse_config(bundle / "config.json")
+    if manifest.partial:
+        config = config.only(manifest.model.chosen_layers)
     weights: dict[str, WeightSource] = {}
     for tensor in read_proto(bundle / manifest.of_role("graph")[0]).graph.initializer:
         place = {entry.key: entry.value for entry in tensor.external_data}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from itertools import groupby
 
 from rich import box
@@ -15,6 +15,7 @@ from rich.text import Text
 from nemotrt.exporter.artifacts import Gate, ValidationReport
 from nemotrt.exporter.check import Check
 from nemotrt.exporter.inspection import Graph, Inspection, Part
+from nemotrt.exporter.layer_selection import partial_model
 from nemotrt.exporter.runtime.manifest import Manifest
 from nemotrt.model.config_fields import PATTERN
 
@@ -100,13 +101,13 @@ def _table(*columns: str, right: tuple[str, ...] = (), title: str = "") -> Table
     return table
 
 
-def _pattern(layers: tuple[str, ...], marked: int | None = None) -> RenderableType:
+def _pattern(layers: Mapping[int, str], marked: int | None = None) -> RenderableType:
     """The layers as their pattern's characters, and what those stand for."""
     text = Text("layers   ")
-    for index, kind in enumerate(layers):
+    for index, kind in layers.items():
         style = COLOURS[kind] + (" reverse" if index == marked else "")
         text.append(SYMBOLS[kind], style)
-    kinds = ", ".join(f"{SYMBOLS[kind]} {kind}" for kind in dict.fromkeys(layers))
+    kinds = ", ".join(f"{SYMBOLS[kind]} {kind}" for kind in dict.fromkeys(layers.values()))
     return text.append(f"   {len(layers)}: {kinds}", "dim")
 
 
@@ -151,7 +152,9 @@ def _bundle(manifest: Manifest) -> RenderableType:
     grid = Table.grid(padding=(0, 2))
     grid.add_row("id", manifest.bundle_id)
     grid.add_row("from", f"{manifest.source.name}, licence {manifest.licence}")
-    grid.add_row("precision", manifest.model.precision + (", partial" if manifest.partial else ""))
+    grid.add_row("precision", manifest.model.precision)
+    if manifest.partial:
+        grid.add_row("partial", Text(partial_model(manifest.model.chosen_layers), "yellow"))
     grid.add_row("proof", Text.assemble((verdict.verdict, colour), f": {proof}" if verdict.num_gates else ""))
     for profile in manifest.profiles:
         grid.add_row(

@@ -64,7 +64,7 @@ def tensor_sources(config: ModelConfig) -> dict[str, Source]:
     head = Source((("lm_head.weight",),), table.shape)
     norm = (config.hidden_size,)
     sources = {"backbone.embeddings.weight": table}
-    for i, kind in enumerate(config.layers):
+    for i, kind in config.numbered_layers.items():
         layer = f"layers.{i}"
         sources[f"backbone.{layer}.norm.weight"] = Source((_aliases(f"{layer}.norm.weight"),), norm)
         for name, source in _MIXERS[kind](config, f"{layer}.mixer."):

@@ -6,10 +6,11 @@ do. What changes no output stands in `config_fields.INERT`, with the reason.
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,8 @@ class ModelConfig:
     vocab_size: int
     layers: tuple[str, ...]
     """The kind of each layer, from LAYER_KINDS."""
+    chosen_layers: tuple[int, ...] = ()
+    """The index that each layer has in the checkpoint's model, where these are not all of its layers."""
 
     mamba_num_heads: int = 0
     mamba_head_dim: int = 0
@@ -93,6 +96,18 @@ class ModelConfig:
     """Fields that were met and change nothing, with the reason."""
 
     @property
+    def numbered_layers(self) -> dict[int, str]:
+        """Each layer's index in the checkpoint's model, in order → its kind."""
+        return dict(zip(self.chosen_layers or range(len(self.layers)), self.layers, strict=True))
+
+    def only(self, indices: Sequence[int]) -> ModelConfig:
+        """The model of these layers alone, in order, each under the index that it has."""
+        if len(indices) == len(self.layers):
+            return self
+        layers = tuple(self.numbered_layers[index] for index in indices)
+        return dataclasses.replace(self, layers=layers, chosen_layers=tuple(indices))
+
+    @property
     def mamba_inner_size(self) -> int:
         """Channels of a Mamba mixer's x, z and y."""
         return self.mamba_num_heads * self.mamba_head_dim
@@ -118,7 +133,7 @@ class ModelConfig:
         values: dict[str, Any] = {}
         for spec in fields(cls):
             kinds = USED_BY.get(spec.name, LAYER_KINDS)
-            if spec.name in ("layers", "inert"):
+            if spec.name in NOT_GIVEN:
                 continue
             name, value = _given(raw, spec.name)
             if not any(kind in layers for kind in kinds):
@@ -147,6 +162,9 @@ class ModelConfig:
         return cls.from_dict(raw)
 
 
+NOT_GIVEN = ("layers", "chosen_layers", "inert")
+"""Fields of ModelConfig that are no field of a config.json."""
+
 REQUIRED = {
     *("mamba_num_heads", "mamba_head_dim", "ssm_state_size", "n_groups", "conv_kernel"),
     *("num_attention_heads", "head_dim", "intermediate_size"),
@@ -170,7 +188,7 @@ def _untagged(value: Any) -> Any:
 
 
 def _check_known(raw: dict[str, Any]) -> None:
-    normalised = {spec.name for spec in fields(ModelConfig)} - {"inert", "layers", "quantization", *ALIASES}
+    normalised = {spec.name for spec in fields(ModelConfig)} - {*NOT_GIVEN, "quantization", *ALIASES}
     known = normalised | {name for names in ALIASES.values() for name in names}
     known |= {*INERT, *FIXED, *LAYER_FIELDS}
     for name in raw:

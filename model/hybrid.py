@@ -24,7 +24,12 @@ class Backbone(nn.Module):
         vocab, hidden = config.vocab_size, config.hidden_size
         weight = torch.zeros(vocab, hidden, dtype=dtype, device=device)
         self.embeddings = nn.Embedding(vocab, hidden, _weight=weight)
-        self.layers = nn.ModuleList(Block(config, kind, dtype=dtype, device=device) for kind in config.layers)
+        self.layers = nn.ModuleDict(
+            {
+                str(i): Block(config, kind, dtype=dtype, device=device)
+                for i, kind in config.numbered_layers.items()
+            }
+        )
         self.norm_f = RMSNorm(config.hidden_size, config.norm_eps, device=device)
 
 
@@ -75,7 +80,7 @@ class NemotronH(nn.Module):
         """
         x_TD = self.backbone.embeddings(input_ids)
         next_pools: list[Tensor] = []
-        for kind, layer in zip(self.config.layers, self.backbone.layers, strict=True):
+        for kind, layer in zip(self.config.layers, self.backbone.layers.values(), strict=True):
             first = len(next_pools)
             x_TD, *replaced = layer(x_TD, step, *pools[first : first + len(POOL_KINDS[kind])])
             next_pools += replaced

@@ -58,7 +58,7 @@ def pool_specs(
     dtypes = {"conv_state": dtype, "ssm_state": state_dtype, "kv_cache": kv_dtype}
     return tuple(
         PoolSpec(f"{kind}.{i}", kind, i, rows[kind], dtypes[kind])
-        for i, layer in enumerate(config.layers)
+        for i, layer in config.numbered_layers.items()
         for kind in POOL_KINDS[layer]
     )
 

@@ -12,6 +12,7 @@ import click
 import torch
 from safetensors.torch import save_file
 
+from nemotrt.exporter.layer_selection import chosen_layers
 from nemotrt.model.checkpoint import Transform, tensor_sources
 from nemotrt.model.config import ModelConfig
 
@@ -32,9 +33,16 @@ def random_tensor(name: str, shape: tuple[int, ...], generator: torch.Generator)
     return drawn / math.sqrt(shape[-1])
 
 
-def write_checkpoint(raw: dict[str, object], output: Path, *, dtype: torch.dtype, seed: int = 0) -> None:
-    """A checkpoint folder at `output`, which must not exist; memory is bounded by a shard."""
+def write_checkpoint(
+    raw: dict[str, object], output: Path, *, dtype: torch.dtype, layers: str = "", seed: int = 0
+) -> None:
+    """A checkpoint folder at `output`, which must not exist; memory is bounded by a shard.
+
+    With `layers`, its weights are those that `build --layers` takes of it, and no others.
+    """
     config = ModelConfig.from_dict(dict(raw))
+    if layers:
+        config = config.only(chosen_layers(config.layers, layers))
     names = [
         (aliases[0], source.shape)
         for source in dict.fromkeys(tensor_sources(config).values())
@@ -70,10 +78,12 @@ def write_checkpoint(raw: dict[str, object], output: Path, *, dtype: torch.dtype
 @click.option(
     "--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), default="bfloat16", show_default=True
 )
+@click.option("--layers", default="", help="Weights of these layers only, as build --layers takes them.")
 @click.option("--seed", default=0, show_default=True)
-def main(config: Path, output: Path, dtype: str, seed: int) -> None:
+def main(config: Path, output: Path, dtype: str, layers: str, seed: int) -> None:
     """Write random weights for the config.json CONFIG to the new folder OUTPUT."""
-    write_checkpoint(json.loads(config.read_text()), output, dtype=getattr(torch, dtype), seed=seed)
+    raw = json.loads(config.read_text())
+    write_checkpoint(raw, output, dtype=getattr(torch, dtype), layers=layers, seed=seed)
 
 
 if __name__ == "__main__":

@@ -78,3 +78,9 @@ FOLDER = ExistingPath(is_folder=True)
 CHECKPOINT = click.argument("checkpoint", type=FOLDER)
 BUNDLE = click.argument("bundle", type=FOLDER)
 JSON = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
+LAYERS = click.option(
+    "--layers",
+    default="",
+    metavar="CHOICE",
+    help="Of these layers only: a range as 0:4, a list as 0,3,7, or first-of-each, one of each kind.",
+)

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from nemotrt.exporter.commands.arguments import CHECKPOINT, JSON, command
+from nemotrt.exporter.commands.arguments import CHECKPOINT, JSON, LAYERS, command
 from nemotrt.exporter.config import PRECISIONS, RUNTIMES, BuildConfig
 from nemotrt.exporter.console import Console
 
@@ -60,6 +60,7 @@ def _numbers(context: click.Context, parameter: click.Parameter, value: str) -> 
     show_default=True,
     help="Of the recurrent state.",
 )
+@LAYERS
 @click.option("--force", is_flag=True, help="Replace an existing bundle.")
 @click.option("--no-validate", is_flag=True, help="Do not compare with PyTorch; the manifest says so.")
 @click.option(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from nemotrt.exporter.commands.arguments import FOLDER, JSON, ExistingPath, command
+from nemotrt.exporter.commands.arguments import FOLDER, JSON, LAYERS, ExistingPath, command
 from nemotrt.exporter.config import PRECISIONS
 from nemotrt.exporter.console import Console
 from nemotrt.exporter.errors import CheckpointError, UsageError
@@ -29,6 +29,7 @@ from nemotrt.exporter.errors import CheckpointError, UsageError
     type=ExistingPath(),
     help="With --config: a JSON table {name: [dtype, shape]}; expert 0 may stand for all.",
 )
+@LAYERS
 @JSON
 @click.pass_obj
 def check(
@@ -38,6 +39,7 @@ def check(
     deep: bool,
     config_file: Path | None,
     tensors_file: Path | None,
+    layers: str,
     as_json: bool,
 ) -> None:
     """Say what a build of CHECKPOINT would make, need and refuse. Nothing is written.
@@ -48,12 +50,12 @@ def check(
 
     if checkpoint is not None and config_file is None and tensors_file is None:
         with console.stage("read", f"{checkpoint.resolve().name}, headers"):
-            subject = checks.of_folder(checkpoint)
+            subject = checks.of_folder(checkpoint, layers)
     elif checkpoint is None and config_file and tensors_file:
         if deep:
             raise UsageError("--deep reads weights, and a table has none", hint="name a checkpoint's folder")
         with console.stage("read", f"{config_file.name}, {tensors_file.name}"):
-            subject = checks.of_table(config_file, tensors_file)
+            subject = checks.of_table(config_file, tensors_file, layers)
     else:
         raise UsageError(
             "check wants a checkpoint, or --config and --tensors", hint="see nemo-export check --help"

@@ -47,7 +47,9 @@ def generate(
     as_json: bool,
 ) -> None:
     """Go on from each prompt with BUNDLE in ONNX Runtime, and print the text as it comes."""
+    from nemotrt.exporter.layer_selection import partial_model
     from nemotrt.exporter.runtime import generate as generation
+    from nemotrt.exporter.runtime import manifest as manifests
     from nemotrt.exporter.runtime.sampling import SamplingConfig
 
     config = generation.GenerateConfig(
@@ -57,6 +59,8 @@ def generate(
         threads=threads,
         engine=engine,
     )
+    if chosen := manifests.read(bundle).model.chosen_layers:
+        console.say(f"this is a partial model, {partial_model(chosen)}: its text means nothing")
     events = generation.generate(bundle, prompts, config)
     if as_json:
         for event in events:

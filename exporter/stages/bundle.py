@@ -93,7 +93,7 @@ def _describe(
             precision=config.precision,
             vocab_size=model.config.vocab_size,
             eos_token_ids=model.config.eos_token_id,
-            chosen_layers=model.chosen_layers,
+            chosen_layers=model.config.chosen_layers,
         ),
         source=manifest.Source(
             name=model.folder.resolve().name,
@@ -104,7 +104,7 @@ def _describe(
         profiles=_profiles(config, graph, engine),
         environment=manifest.BuildEnvironment(machine["os"], machine["arch"], environment.tool_versions()),
         plugins=_plugins(engine),
-        partial=bool(model.chosen_layers),
+        partial=bool(model.config.chosen_layers),
         not_exported=model.not_exported,
         validation=_verdict(report),
         licence=_licence(model.folder),

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from nemotrt.exporter.artifacts import LoadedModel, WeightSource
 from nemotrt.exporter.errors import BundleError, CheckpointError
-from nemotrt.exporter.layer_selection import chosen_layers, restrict
+from nemotrt.exporter.layer_selection import only_layers
 from nemotrt.exporter.runtime.tokenizer import CHAT_TEMPLATE, TOKENIZER, Tokenizer
 from nemotrt.exporter.tensor_files import StoredTensor, file_inside, open_checkpoint, read_json
 from nemotrt.model.checkpoint import Source, TensorError, find, is_mtp, tensor_sources
@@ -50,13 +50,11 @@ class Survey:
 def load(checkpoint: Path, layers: str = "") -> LoadedModel:
     """The configuration and where each parameter's bytes lie; raises CheckpointError on what is wrong.
 
-    With `layers`, `A:B` or `kinds`, of these layers only; raises UsageError where it means none.
+    With `layers`, of the layers alone that `layer_selection` takes it to mean; raises UsageError where it means none.
     """
     config, stored = read_config(checkpoint), open_checkpoint(checkpoint)
-    chosen: tuple[int, ...] = ()
     if layers:
-        chosen = chosen_layers(config.layers, layers)
-        config, stored = restrict(config, stored, chosen)
+        config, stored = only_layers(config, stored, layers)
     survey = match(config, stored)
     if survey.problems:
         first, others = survey.problems[0], len(survey.problems) - 1
@@ -69,7 +67,6 @@ def load(checkpoint: Path, layers: str = "") -> LoadedModel:
         weights=survey.weights,
         not_exported=survey.not_exported,
         side_files=_side_files(checkpoint),
-        chosen_layers=chosen,
     )
 
 

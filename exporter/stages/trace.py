@@ -43,9 +43,9 @@ def trace(model: LoadedModel, config: BuildConfig) -> TracedModel:
     embeddings, head = network.backbone.embeddings, network.head()
     parts = [part(embeddings, _export(embeddings, (tokens,)), "embeddings")]
     programs: dict[str, ExportedProgram] = {}
-    for index, kind in enumerate(model.config.layers):
+    for index, kind in model.config.numbered_layers.items():
         own = tuple(pool for pool in pools if pool.layer == index)
-        block = network.backbone.layers[index]
+        block = network.backbone.layers[str(index)]
         if kind not in programs:
             programs[kind] = _export(block, (x_TD, _step(), *(_pool(pool) for pool in own)))
         parts.append(part(block, programs[kind], f"layers.{index}", own))

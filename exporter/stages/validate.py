@@ -18,6 +18,7 @@ from nemotrt.exporter import metrics
 from nemotrt.exporter.artifacts import Gate, LoadedModel, ValidationReport
 from nemotrt.exporter.config import COMPUTE_DTYPES, BuildConfig
 from nemotrt.exporter.errors import ValidationError
+from nemotrt.exporter.layer_selection import partial_model
 from nemotrt.exporter.runners import Array, CandidateRunner, GraphRunner, Runner, TorchRunner
 from nemotrt.exporter.scenarios import NUM_SLOTS, Scenario, num_pages, scenarios
 from nemotrt.model.pools import PoolSpec
@@ -57,6 +58,11 @@ def validate(
 
     candidate = Candidate("ONNX Runtime", ways, open_runner, ("TensorRT engine: not executed",))
     return judge(model, config, candidate, seed=seed, advance=advance)
+
+
+def _left_out(model: LoadedModel) -> tuple[str, ...]:
+    chosen = model.config.chosen_layers
+    return (f"the whole model: {partial_model(chosen)}",) if chosen else ()
 
 
 @dataclass(frozen=True)
@@ -116,6 +122,7 @@ def judge(
         not_compared=(
             *(f"{name}: not exported" for name in model.not_exported),
             *candidate.not_compared,
+            *_left_out(model),
         ),
     )
 
