@@ -45,13 +45,19 @@ types: setup ## mypy, strict
 imports: setup ## the layers of the architecture
 	$(BIN)/lint-imports
 
+snapshots: setup ## write anew what tests compare with code: docs/cli.md, docs/reliability.md, tests/snapshots
+	$(BIN)/python tests/snapshots/texts.py
+
 bench: setup ## the figures of docs/performance.md
 	$(BIN)/python scripts/bench.py
 
 gpu-check: setup ## every op on this machine's GPU against the reference; writes build/gpu_check.json
 	$(BIN)/python scripts/gpu_check.py
 
-gpu-bench: setup ## every op on this machine's GPU against the roofline and peers; writes build/gpu_bench.json
+gpu-snapshots: setup ## write anew what tests compare with code: docs/cli.md, docs/reliability.md, tests/snapshots
+	$(BIN)/python tests/snapshots/texts.py
+
+bench: setup ## every op on this machine's GPU against the roofline and peers; writes build/gpu_bench.json
 	$(BIN)/python scripts/gpu_bench.py
 
 engine-check: setup ## build, run and judge engines on this machine's GPU; writes engine-check.json

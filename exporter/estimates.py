@@ -1,7 +1,7 @@
 """What a build will need, from shapes alone: no tensor is read.
 
 Bytes written are exact to a page a tensor. Memory and time are rough: the rates were measured with a random model
-of 167 M parameters (docs/reliability.md has the figures), and what other models need was not.
+of 167 M parameters; what other models need was not.
 """
 
 from __future__ import annotations

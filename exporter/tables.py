@@ -38,7 +38,8 @@ SHORT = {
 
 def show(items: Iterable[RenderableType]) -> None:
     """Print one below the other."""
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else WIDTH)
+    # Markup would take the extra of nemo-export[cpu] for a style.
+    console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else WIDTH)
     for item in items:
         console.print(item)
 

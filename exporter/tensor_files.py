@@ -40,6 +40,9 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
+LFS_POINTER = b"version https://git-lfs.github.com/"
+"""What a file begins with where Git LFS has not put the content in its place yet."""
+
 
 @dataclass(frozen=True)
 class StoredTensor:
@@ -147,6 +150,11 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     size = path.stat().st_size
     with path.open("rb") as file:
         prefix = file.read(8)
+        if prefix == LFS_POINTER[:8]:
+            raise CheckpointError(
+                f"{path} is Git LFS's pointer to the weights, not the weights",
+                hint="git lfs pull fetches them",
+            )
         header_bytes = int.from_bytes(prefix, "little")
         if len(prefix) < 8 or header_bytes > size - 8:
             raise CheckpointError(f"{path} is truncated: {size} bytes", hint="download it again")

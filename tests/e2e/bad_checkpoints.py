@@ -241,17 +241,22 @@ TENSORS = {
 }
 
 FILES = {
-    "truncated-file": Case("is truncated", truncated(SINGLE, lambda size: size - 1)),
+    "truncated-file": Case(
+        r"is truncated: \d+ bytes, its header promises \d+", truncated(SINGLE, lambda size: size - 1)
+    ),
     "truncated-header": Case("is truncated: 100 bytes", truncated(SINGLE, lambda size: 100)),
     "empty-file": Case("is truncated: 0 bytes", truncated(SINGLE, lambda size: 0)),
     "trailing-bytes": Case(
         "has 3 bytes that belong to no tensor",
         lambda folder: (folder / SINGLE).write_bytes((folder / SINGLE).read_bytes() + b"abc") and None,
     ),
-    "not-safetensors": Case("is truncated", text(SINGLE, "version https://git-lfs.github.com/spec/v1\noid")),
+    "not-safetensors": Case("is truncated: 19 bytes", text(SINGLE, "<!DOCTYPE html><p>\n")),
+    "git-lfs-pointer": Case(
+        "is Git LFS's pointer to the weights", text(SINGLE, "version https://git-lfs.github.com/spec/v1\noid")
+    ),
     "empty-pickle": Case(r"only pickled weights \(pytorch_model\.bin\)", only_pickles(b"")),
     "pickle-with-code": Case(r"only pickled weights", only_pickles(b"cos\nsystem\n(S'touch was-here'\ntR.")),
-    "no-weights": Case("has neither", lambda folder: (folder / SINGLE).unlink()),
+    "no-weights": Case(f"has neither {SINGLE} nor {INDEX}", lambda folder: (folder / SINGLE).unlink()),
     "header-duplicate-key": Case(
         "duplicate key lm_head.weight",
         header(lambda entries: json.dumps(entries)[:-1].encode() + b', "lm_head.weight": {}}'),
@@ -277,7 +282,9 @@ FILES = {
     ),
     "header-not-json": Case("has a malformed header", header(lambda _: b"{not json}")),
     "header-unknown-dtype": Case("dtype F4, which is not known", header(set_last("dtype", "F4"))),
-    "header-negative-shape": Case("not a count", header(set_last("shape", [-1, -1]))),
+    "header-negative-shape": Case(
+        "has a shape or offset that is not a count", header(set_last("shape", [-1, -1]))
+    ),
     "truncated-shard": Case(
         "shard-2.safetensors is truncated",
         sharded(lambda folder, _: truncated("shard-2.safetensors", lambda size: size - 8)(folder)),
@@ -297,7 +304,7 @@ FILES = {
         sharded(mapped("shard-1.safetensors")),
     ),
     "index-not-json": Case("is not valid JSON", sharded(lambda folder, _: text(INDEX, "{")(folder))),
-    "index-and-single": Case("has both model.safetensors and", sharded(lambda folder, _: added("x")(folder))),
+    "index-and-single": Case(f"has both {SINGLE} and {INDEX}", sharded(lambda folder, _: added("x")(folder))),
 }
 
 CONFIGS = {

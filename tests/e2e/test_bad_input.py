@@ -70,6 +70,7 @@ def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("name", bad_checkpoints.ALL)
 def test_a_bad_checkpoint(tmp_path: Path, name: str) -> None:
+    """Refused by `build`, before the output or anything beside it is there."""
     case: Case = bad_checkpoints.ALL[name]
     (tmp_path / "here").mkdir()
     (tmp_path / "here" / "mine.txt").write_text("the user's")
@@ -92,6 +93,7 @@ def small_checkpoint() -> None:
 
 @pytest.mark.parametrize("name", FLAGS)
 def test_a_flag_that_cannot_be_meant(tmp_path: Path, name: str) -> None:
+    """Refused before anything is read."""
     arguments, says = FLAGS[name]
     small_checkpoint()
     before = contents(tmp_path)
@@ -101,6 +103,7 @@ def test_a_flag_that_cannot_be_meant(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.parametrize("name", PLACES)
 def test_a_place_where_nothing_can_be_written(tmp_path: Path, name: str) -> None:
+    """Refused by `build`; what stands there is as it was."""
     prepare, output, says = PLACES[name]
     small_checkpoint()
     prepare(tmp_path)
@@ -110,6 +113,7 @@ def test_a_place_where_nothing_can_be_written(tmp_path: Path, name: str) -> None
 
 
 def test_two_builds_into_one_output(tmp_path: Path) -> None:
+    """Refused, exit 2: `another build is writing …`; the other one goes on."""
     small_checkpoint()
     with Workspace.open(tmp_path / "out", force=False) as other:
         (other.folder / "model.onnx").write_text("the other build's")
@@ -149,6 +153,7 @@ def nobody(bundle: Path) -> Iterator[Path]:
 
 
 def test_a_read_only_folder(nobody: Path) -> None:
+    """Refused, exit 2: `Permission denied`."""
     bad_checkpoints.write(SMALL, nobody / "checkpoint")
     (nobody / "here").mkdir(mode=0o555)
     result = run("build", nobody / "checkpoint", *ONNX, "--output", nobody / "here" / "out")
@@ -157,6 +162,7 @@ def test_a_read_only_folder(nobody: Path) -> None:
 
 
 def test_a_checkpoint_that_may_not_be_read(nobody: Path) -> None:
+    """Refused, exit 2: `Permission denied`, with the file."""
     bad_checkpoints.write(SMALL, nobody / "checkpoint")
     (nobody / "checkpoint" / "model.safetensors").chmod(0)
     result = run("build", nobody / "checkpoint", *ONNX, "--output", nobody / "out")
@@ -165,6 +171,7 @@ def test_a_checkpoint_that_may_not_be_read(nobody: Path) -> None:
 
 
 def test_a_disk_that_fills_up_while_weights_are_written(tmp_path: Path) -> None:
+    """Refused, exit 2; what was written is removed."""
     small_checkpoint()
     before = contents(tmp_path)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -195,6 +202,7 @@ def mounted(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
 
 
 def test_a_disk_that_is_too_small_from_the_start(mounted: Callable[[int], Path]) -> None:
+    """Refused, exit 2, before a weight is written: what is free, and what is needed."""
     small_checkpoint()
     place = mounted(8192)
     refused(run(*BUILD, place / "out"), "GB free, the bundle needs .* GB", 2)
@@ -202,7 +210,7 @@ def test_a_disk_that_is_too_small_from_the_start(mounted: Callable[[int], Path])
 
 
 def test_a_full_disk(mounted: Callable[[int], Path]) -> None:
-    """Large enough for the weights, too small for what lies around them."""
+    """Large enough for the weights, too small for what lies around them: refused, exit 2: `No space left on device`."""
     small_checkpoint()
     place = mounted(45_056)
     refused(run(*BUILD, place / "out"), "No space left on device", 2)
@@ -211,6 +219,7 @@ def test_a_full_disk(mounted: Callable[[int], Path]) -> None:
 
 @pytest.mark.parametrize("name", bad_bundles.ALL)
 def test_a_bad_bundle(tmp_path: Path, bundle: Path, name: str) -> None:
+    """Named by `verify`; refused by `generate` and `validate` too, but for what only hashes show."""
     damage, says = bad_bundles.ALL[name]
     shutil.copytree(bundle, tmp_path / "bundle")
     damage(tmp_path / "bundle")
@@ -226,6 +235,7 @@ def test_a_bad_bundle(tmp_path: Path, bundle: Path, name: str) -> None:
 
 @pytest.mark.parametrize("name", bad_bundles.PROMPTS)
 def test_a_prompt_that_cannot_be_answered(tmp_path: Path, bundle: Path, name: str) -> None:
+    """Refused by `generate` before a token is printed."""
     options, says = bad_bundles.PROMPTS[name]
     result = run("generate", bundle, *options)
     refused(result, says, 2)
@@ -233,6 +243,7 @@ def test_a_prompt_that_cannot_be_answered(tmp_path: Path, bundle: Path, name: st
 
 
 def test_survived_force_replaces_a_bundle(tmp_path: Path, bundle: Path) -> None:
+    """`--force` replaces a bundle, a damaged one too, and leaves nothing of it."""
     shutil.copytree(bundle, tmp_path / "out")
     (tmp_path / "out" / "model.onnx").unlink()
     small_checkpoint()
@@ -243,6 +254,7 @@ def test_survived_force_replaces_a_bundle(tmp_path: Path, bundle: Path) -> None:
 
 @pytest.mark.parametrize("output", SPELLINGS.values(), ids=SPELLINGS)
 def test_survived_output(tmp_path: Path, output: str) -> None:
+    """Built, and whole: a name is only a name."""
     small_checkpoint()
     before = contents(tmp_path / "checkpoint")
     assert run(*BUILD, output).exit_code == 0

@@ -137,6 +137,7 @@ def hashes(folder: Path) -> dict[str, str]:
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("name", ["SIGINT", "SIGKILL"])
 def test_a_build_is_stopped(zygote: Zygote, subject: Path, tmp_path: Path, name: str, stage: str) -> None:
+    """No output, the checkpoint untouched; the same command then goes on after the last stage that ended."""
     number = signal.Signals[name]
     place = tmp_path / "here"
     place.mkdir()
@@ -174,6 +175,8 @@ def test_a_build_is_stopped(zygote: Zygote, subject: Path, tmp_path: Path, name:
 def test_a_resumed_build_is_the_build_that_was_not_stopped(
     zygote: Zygote, subject: Path, tmp_path: Path
 ) -> None:
+    """Its manifest, and so every file, is the same to the byte."""
+
     def manifest(output: Path) -> bytes:
         return (output / "manifest.json").read_bytes()
 
@@ -191,7 +194,7 @@ def test_a_resumed_build_is_the_build_that_was_not_stopped(
 
 
 def test_the_program_itself_is_interrupted(subject: Path, tmp_path: Path) -> None:
-    """As a user starts it, while it imports PyTorch."""
+    """Exit 130, `interrupted`, no traceback, nothing left."""
     program = Path(sys.executable).with_name("nemo-export")
     command = [program, "-v", "build", subject, "--output", tmp_path / "out", "--runtime", "onnx"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
@@ -215,6 +218,7 @@ with interrupts.answered():
 
 
 def test_a_native_call_that_does_not_end_is_left_within_a_second() -> None:
+    """Ctrl-C ends the process all the same."""
     process = subprocess.Popen(
         [sys.executable, "-c", NATIVE], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )

@@ -1,0 +1,114 @@
+#!/usr/bin/env python3
+"""Writes docs/reliability.md: every case of the tests of bad input and of interrupts, from those tests themselves."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs" / "reliability.md"
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "e2e")]
+
+import bad_bundles  # noqa: E402  (the folders above are no packages)
+import bad_checkpoints  # noqa: E402
+import bad_places  # noqa: E402
+import test_bad_input  # noqa: E402
+import test_interrupts  # noqa: E402
+
+HEAD = """\
+<!-- Written by scripts/make_reliability_docs.py from the tests' own tables: change a case, then `make snapshots`. -->
+
+# What it refuses and survives
+
+{total} cases, each of them a test (`pytest tests/e2e/test_bad_input.py tests/e2e/test_interrupts.py`). *Refused* is one
+line that begins with `error:`, at most one line of advice, the exit code shown, and no traceback; afterwards every file
+of the user's is as it was, to the byte, and nothing else is there. What is survived ends with a bundle that `verify`
+finds whole. In a line, `…` stands for any text and `N` for any number.
+"""
+
+Refusal = tuple[str, int]
+"""What the line says, and the exit code."""
+
+REFUSALS: Mapping[Callable[..., None], Mapping[str, Refusal]] = {
+    test_bad_input.test_a_bad_checkpoint: {
+        name: (case.says, case.code) for name, case in bad_checkpoints.ALL.items()
+    },
+    test_bad_input.test_a_flag_that_cannot_be_meant: {
+        name: (says, 2) for name, (_, says) in bad_places.FLAGS.items()
+    },
+    test_bad_input.test_a_place_where_nothing_can_be_written: {
+        name: (says, 2) for name, (_, _, says) in bad_places.PLACES.items()
+    },
+    test_bad_input.test_a_bad_bundle: {name: (says, 7) for name, (_, says) in bad_bundles.ALL.items()},
+    test_bad_input.test_a_prompt_that_cannot_be_answered: {
+        name: (says, 2) for name, (_, says) in bad_bundles.PROMPTS.items()
+    },
+}
+"""A test whose cases are refused → each case's refusal."""
+
+
+def page() -> str:
+    """The text of docs/reliability.md."""
+    sections, singles, total = [], [], 0
+    for test in itertools.chain(_tests(test_bad_input), _tests(test_interrupts)):
+        ids = list(_ids(test))
+        total += max(1, len(ids))
+        if ids:
+            sections.append(_section(test, ids))
+        else:
+            singles.append(f"| {_words(test.__name__)} | {_sentence(test)} |\n")
+    alone = "## And\n\n| tried | what happens |\n|---|---|\n" + "".join(singles)
+    return "\n".join([HEAD.format(total=total), *sections, alone])
+
+
+def _tests(module: ModuleType) -> Iterator[Callable[..., None]]:
+    for name, found in vars(module).items():
+        if name.startswith("test_") and inspect.isfunction(found):
+            yield found
+
+
+def _ids(test: Callable[..., None]) -> Iterator[str]:
+    """The ids that pytest gives the cases; none where there is one case."""
+    marks = [mark for mark in getattr(test, "pytestmark", ()) if mark.name == "parametrize"]
+    if marks:
+        for case in itertools.product(*(_values(*mark.args, **mark.kwargs) for mark in marks)):
+            yield "-".join(case)
+
+
+def _values(_: str, values: Any, ids: Any = None) -> list[str]:
+    return [str(value) for value in (ids or values)]
+
+
+def _section(test: Callable[..., None], ids: list[str]) -> str:
+    title = f"## {_words(test.__name__).capitalize()} ({len(ids)})\n\n{_sentence(test)}\n\n"
+    refusals = REFUSALS.get(test)
+    if refusals is None:
+        return title + "| tried |\n|---|\n" + "".join(f"| {_words(case)} |\n" for case in ids)
+    rows = [f"| {_words(case)} | {refusals[case][1]} | `{_readable(refusals[case][0])}` |\n" for case in ids]
+    return title + "| tried | exit | the line says |\n|---|---|---|\n" + "".join(rows)
+
+
+def _words(name: str) -> str:
+    return name.removeprefix("test_").replace("_", " ").replace("-", " ")
+
+
+def _sentence(test: Callable[..., None]) -> str:
+    if not test.__doc__:
+        raise SystemExit(f"{test.__name__} has no docstring, which would be its line in {PAGE.name}")
+    return " ".join(test.__doc__.split())
+
+
+def _readable(pattern: str) -> str:
+    """A regular expression as what it stands for."""
+    return re.sub(r"\\(.)", r"\1", pattern.replace(r"\d+", "N").replace(".*", "…").replace("|", r"\|"))
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")

@@ -1,0 +1,39 @@
+"""The manifest's schema as text: each field's path and type, so that a change of it is seen beside its version."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, get_args, get_type_hints
+
+from nemotrt.exporter.runtime import manifest
+
+
+def schema_text() -> str:
+    """Every field of manifest.json, those of an object below it; `?` marks one that may be left out."""
+    lines = [f"schema_version {manifest.SCHEMA_VERSION}", "", *_fields(manifest.Manifest, "  ")]
+    lines += ["", "roles: " + ", ".join(manifest.ROLES), "verdicts: " + ", ".join(manifest.VERDICTS)]
+    return "\n".join(lines) + "\n"
+
+
+def _fields(kind: Any, indent: str) -> list[str]:
+    lines = []
+    hints = get_type_hints(kind)
+    for field in dataclasses.fields(kind):
+        optional = "" if field.default is dataclasses.MISSING else "?"
+        lines.append(f"{indent}{field.name}{optional}: {_name(hints[field.name])}")
+        for inner in (hints[field.name], *get_args(hints[field.name])):
+            if dataclasses.is_dataclass(inner):
+                lines += _fields(inner, indent + "  ")
+    return lines
+
+
+def _name(hint: Any) -> str:
+    """The type as JSON has it: a tuple is a list."""
+    return getattr(hint, "__name__", str(hint)) if not get_args(hint) else _generic(hint)
+
+
+def _generic(hint: Any) -> str:
+    inner = [_name(argument) for argument in get_args(hint) if argument is not Ellipsis]
+    if getattr(hint, "__name__", "") == "dict":
+        return f"object of {inner[1]}"
+    return f"list of {inner[0]}" if getattr(hint, "__name__", "") == "tuple" else " or ".join(inner)
