@@ -109,6 +109,8 @@ class ValidationReport:
     floor: str
     tokens: dict[str, int]
     gates: tuple[Gate, ...]
+    rerouted: dict[str, int]
+    """How often, in each scenario, a token got other experts than the reference gives it: those of near ties."""
     not_compared: tuple[str, ...]
 
     @property

@@ -13,7 +13,9 @@ from numpy.typing import NDArray
 
 from nemotrt.exporter import environment, weights
 from nemotrt.exporter.artifacts import LoadedModel
+from nemotrt.exporter.routing import RouterLogits, RouterTap
 from nemotrt.exporter.runtime.engine_session import EngineSession
+from nemotrt.exporter.runtime.graph_file import read_proto, router_logits_names
 from nemotrt.exporter.runtime.session import Session
 from nemotrt.exporter.runtime.step import StepInputs
 from nemotrt.model.hybrid import NemotronH
@@ -34,6 +36,9 @@ class Runner(Protocol):
 
     def pools(self) -> dict[str, Array]:
         """Every pool's values, scratch row included."""
+
+    def router_logits(self) -> RouterLogits:
+        """Of the last step's tokens, padding included; nothing where they cannot be seen."""
 
 
 class CandidateRunner(Runner, Protocol):
@@ -71,6 +76,7 @@ class TorchRunner:
             for name, parameter in self._network.state_dict().items()
         }
         self._network.load_state_dict(state, assign=True)
+        self.tap = RouterTap(self._network)
         is_small = sum(tensor.nbytes for tensor in state.values()) < SMALL_MODEL_BYTES
         self._num_threads = 1 if is_small else torch.get_num_threads()
         self._pools: list[torch.Tensor] = []
@@ -87,8 +93,9 @@ class TorchRunner:
         ]
 
     @torch.no_grad()
-    def step(self, inputs: StepInputs) -> Array:
-        """The logits [R, V] of one step."""
+    def step(self, inputs: StepInputs, leader: RouterLogits = ()) -> Array:
+        """The logits [R, V] of one step, with the experts that `leader` leads to."""
+        self.tap.begin(leader)
         step = Step(
             *(
                 torch.from_numpy(getattr(inputs, name))
@@ -103,6 +110,10 @@ class TorchRunner:
     def pools(self) -> dict[str, Array]:
         """Every pool's values."""
         return {spec.name: pool.double().numpy() for spec, pool in zip(self._specs, self._pools, strict=True)}
+
+    def router_logits(self) -> RouterLogits:
+        """Of the last step's tokens: the model's own, before another's choices took their place."""
+        return tuple(self.tap.seen)
 
 
 class SessionRunner:
@@ -128,16 +139,31 @@ class SessionRunner:
             inputs.logits_row,
         ).astype(np.float64)
 
+    def router_logits(self) -> RouterLogits:
+        """Nothing: what runs in production does not show them."""
+        return ()
+
     def pools(self) -> dict[str, Array]:
         """Every pool's values."""
         return {name: self._session.pool(name).astype(np.float64) for name in self._session.pool_names}
 
 
 class GraphRunner(SessionRunner):
-    """A lowered graph in ONNX Runtime; `bound` pools are updated in place, others are fed and fetched."""
+    """A lowered graph in ONNX Runtime; `bound` pools are updated in place, others are fed and fetched.
+
+    Unbound, the router logits are outputs too.
+    """
 
     def __init__(self, graph: Path, *, num_slots: int, num_pages: int, bound: bool = True) -> None:
-        super().__init__(Session(graph, num_slots=num_slots, num_pages=num_pages, bound=bound))
+        self._routers = () if bound else router_logits_names(read_proto(graph))
+        self._graph = Session(
+            graph, num_slots=num_slots, num_pages=num_pages, bound=bound, shown=self._routers
+        )
+        super().__init__(self._graph)
+
+    def router_logits(self) -> RouterLogits:
+        """Of the last step's tokens, if unbound."""
+        return tuple(self._graph.shown[name] for name in self._routers)
 
 
 class EngineRunner(SessionRunner):

@@ -311,6 +311,11 @@ def report(found: ValidationReport) -> list[RenderableType]:
     outcome = ("passed", "green") if found.passed else ("failed", "red")
     line = f": {passed} of {len(found.gates)} gates; {found.candidate} against {found.reference}"
     shown: list[RenderableType] = [table, "", Text.assemble(outcome, line)]
+    rerouted = sum(found.rerouted.values())
+    if rerouted:
+        shown.append(
+            Text(f"near ties: {rerouted} times a token got other experts; compared on the same ones")
+        )
     return shown + [Text(f"not compared: {what}", "dim") for what in found.not_compared]
 
 

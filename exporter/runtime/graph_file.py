@@ -62,14 +62,22 @@ class Pool:
 
 
 def open_graph(
-    path: Path, *, threads: int, providers: Sequence[str], map_weights: bool, thread: Interruptible
+    path: Path,
+    *,
+    threads: int,
+    providers: Sequence[str],
+    map_weights: bool,
+    thread: Interruptible,
+    shown: Sequence[str] = (),
 ) -> tuple[ort.InferenceSession, str]:
     """The graph, or its twin where the CPU would not round as the graph does, and how it runs in words.
 
-    Raises BundleError on a file that ONNX Runtime refuses, UsageError where it or a provider is missing.
+    The values named in `shown` are outputs too. Raises BundleError on a file that ONNX Runtime refuses,
+    UsageError where it or a provider is missing.
     """
     if find_spec("onnxruntime") is None:
         raise UsageError("ONNX Runtime is not installed", hint="pip install 'nemo-export[cpu]'")
+    import onnx
     import onnxruntime as ort
 
     missing = [name for name in providers if name not in ort.get_available_providers()]
@@ -89,10 +97,14 @@ def open_graph(
         options.add_session_config_entry("session.disable_prepacking", "1")
     source: str | bytes = str(path)
     runs_as = _precision(model)
-    if tuple(providers) == (CPU,) and needs_twin(model):
+    is_twin = tuple(providers) == (CPU,) and needs_twin(model)
+    if is_twin:
+        model, runs_as = fp32_twin(model), f"{runs_as} as an FP32 twin"
+    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in shown)
+    if is_twin or shown:
         folder = str(path.parent.resolve())
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
-        source, runs_as = fp32_twin(model).SerializeToString(), f"{runs_as} as an FP32 twin"
+        source = model.SerializeToString()
     session = _create(path, source, options, providers, thread)
     return session, runs_as
 
@@ -138,9 +150,14 @@ def _create(
         raise BundleError(f"ONNX Runtime cannot run {path}: {first_line(error)}") from error
 
 
-def read_pools(session: ort.InferenceSession) -> dict[str, Pool]:
+def router_logits_names(model: ModelProto) -> tuple[str, ...]:
+    """The values by which the graph's MoE layers choose experts, in order."""
+    return tuple(node.input[1] for node in model.graph.node if node.op_type == "NemoMoeDispatch")
+
+
+def read_pools(session: ort.InferenceSession, shown: Sequence[str] = ()) -> dict[str, Pool]:
     """The inputs that an output replaces, in the graph's order; raises BundleError on an unknown edge."""
-    outputs = {value.name for value in session.get_outputs()}
+    outputs = {value.name for value in session.get_outputs()}.difference(shown)
     pools: dict[str, Pool] = {}
     for value in session.get_inputs():
         if value.type not in DTYPES:

@@ -49,11 +49,13 @@ class Session:
         threads: int = 0,
         providers: Sequence[str] = (CPU,),
         map_weights: bool = False,
+        shown: Sequence[str] = (),
     ) -> None:
         """Load the graph with `num_slots` slots and `num_pages` pages, scratch included.
 
         `threads` 0 takes all cores. `map_weights` leaves FP32 weights in the mapped file instead of in packed
-        copies: for graphs near or above the memory's size. Raises BundleError on a file that is not such a
+        copies: for graphs near or above the memory's size. `shown` names values of the graph whose last step
+        is kept in `self.shown`; a session that shows any is not bound. Raises BundleError on a file that is not such a
         graph, UsageError on what the arguments cannot mean on this machine.
         """
         if num_slots < 2 or num_pages < 2:
@@ -61,12 +63,20 @@ class Session:
                 f"a session of {num_slots} slots and {num_pages} pages has room for nothing",
                 hint="slot 0 and page 0 are scratch: give at least 2 of each",
             )
+        assert not (bound and shown), "bound outputs are the contract's own"
         self._thread = Interruptible()
         self._session, self.runs_as = open_graph(
-            onnx_path, threads=threads, providers=providers, map_weights=map_weights, thread=self._thread
+            onnx_path,
+            threads=threads,
+            providers=providers,
+            map_weights=map_weights,
+            thread=self._thread,
+            shown=shown,
         )
+        self.shown: dict[str, NDArray[Any]] = {}
+        self._shown = tuple(shown)
         self.vocab_size = read_vocab_size(self._session)
-        self.pools = read_pools(self._session)
+        self.pools = read_pools(self._session, shown)
         self.num_slots, self.num_pages = num_slots, num_pages
         self._inputs = [value.name for value in self._session.get_inputs() if value.name not in self.pools]
         self._values = {name: self._new_pool(pool) for name, pool in self.pools.items()}
@@ -155,11 +165,13 @@ class Session:
         import onnxruntime as ort
 
         values = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in feeds.items()}
-        names = [LOGITS, *(NEXT + name for name in self.pools)]
-        logits, *pools = self._run(
+        names = [LOGITS, *self._shown, *(NEXT + name for name in self.pools)]
+        found = self._run(
             lambda options: self._session.run_with_ort_values(names, values | self._values, options)
         )
-        self._values = dict(zip(self.pools, pools, strict=True))
+        logits, *shown = found[: 1 + len(self._shown)]
+        self.shown = {name: np.array(value.numpy()) for name, value in zip(self._shown, shown, strict=True)}
+        self._values = dict(zip(self.pools, found[1 + len(self._shown) :], strict=True))
         return np.array(logits.numpy())
 
     def _run(self, call: Callable[[ort.RunOptions], Any]) -> Any:

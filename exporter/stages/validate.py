@@ -1,45 +1,32 @@
 """Validate: the graph against PyTorch on identical tokens and carried state, judged by gates that can fail.
 
-FP32 is held to 1e-4. A lower precision is held to three times its *floor*: what PyTorch itself loses at that
-precision against PyTorch in FP32, measured on the same tokens.
+What is compared stands in `scenarios.py`, what it is held to in `gates.py`, and how experts that are nearly tied
+are kept out of it in `routing.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from nemotrt.exporter import metrics
+from nemotrt.exporter import gates as judged
 from nemotrt.exporter.artifacts import Gate, LoadedModel, ValidationReport
 from nemotrt.exporter.config import COMPUTE_DTYPES, BuildConfig
-from nemotrt.exporter.errors import ValidationError
+from nemotrt.exporter.gates import Compared, Observation
 from nemotrt.exporter.layer_selection import partial_model
-from nemotrt.exporter.runners import Array, CandidateRunner, GraphRunner, Runner, TorchRunner
+from nemotrt.exporter.routing import Choosing, RouterLogits, num_rerouted
+from nemotrt.exporter.runners import CandidateRunner, GraphRunner, Runner, TorchRunner
+from nemotrt.exporter.runtime.step import StepInputs
 from nemotrt.exporter.scenarios import NUM_SLOTS, Scenario, num_pages, scenarios
 from nemotrt.model.pools import PoolSpec
 
 PROMPT, DECODE = 96, 64
 """Tokens of the prompt, and tokens decoded after it."""
-
-FP32_RELATIVE_L2 = 1e-4
-FLOOR_FACTOR = 3.0
-"""The worst of ten prompt batches was 2.45 times the median of the floor, so three."""
-
-COSINE, NORM_RATIO = 0.99, 0.25
-"""The two gates of TensorRT Edge-LLM, on top."""
-
-
-@dataclass(frozen=True)
-class Observation:
-    """What one runner showed in one scenario: logits of every step side by side, and the pools at its end."""
-
-    logits_RV: Array
-    pools: dict[str, Array]
 
 
 def validate(
@@ -97,7 +84,9 @@ def judge(
     reference = TorchRunner(model, pools, torch.float32)
     continuation = _greedy(reference, prompt, noise, page_size, advance)
     plan = scenarios(prompt, continuation, page_size)
-    expected = _observe(reference, plan, noise, advance)
+    expected = _Reference(
+        model, pools, plan, noise, _observe(reference, plan, noise, advance), reference.tap.choosing
+    )
     del reference  # one copy of the weights at a time is enough
     floor = None
     if dtype != "float32":
@@ -111,14 +100,17 @@ def judge(
     gates: list[Gate] = []
     for scenario in plan:
         name = scenario.name
-        gates += _judge(name, seen[name], expected[name], floor[name] if floor else None, noise)
-        gates.append(_same_bits(name, f"{first} and {second} differ", seen[name], other[name]))
+        base = expected.beside(name, floor[name], floor[name].routers) if floor else None
+        against = expected.beside(name, seen[name], other[name].routers)
+        gates += judged.gates(name, against, base, noise)
+        gates.append(judged.same_bits(name, f"{first} and {second} differ", seen[name], other[name]))
     return ValidationReport(
         candidate=f"{candidate.title}, {runs_as}",
         reference="PyTorch, FP32",
         floor=f"PyTorch, {dtype}" if floor else "",
         tokens={"prompt": PROMPT, "decode": DECODE, "seed": seed},
         gates=tuple(gates),
+        rerouted={name: expected.num_rerouted(name, found.routers) for name, found in other.items()},
         not_compared=(
             *(f"{name}: not exported" for name in model.not_exported),
             *candidate.not_compared,
@@ -180,132 +172,50 @@ def _observe(
     found = {}
     for scenario in plan:
         runner.reset(noise)
-        logits = []
+        logits, routers = [], []
         for inputs in scenario.steps:
             logits.append(runner.step(inputs))
+            routers.append(_without_padding(runner.router_logits(), inputs))
             advance(1)
-        found[scenario.name] = Observation(np.concatenate(logits), runner.pools())
+        found[scenario.name] = Observation(np.concatenate(logits), runner.pools(), tuple(routers))
     return found
 
 
-def _judge(
-    scenario: str,
-    seen: Observation,
-    expected: Observation,
-    floor: Observation | None,
-    noise: dict[str, NDArray[np.float32]],
-) -> list[Gate]:
-    """Every gate of one scenario: finiteness, logits, next token, and every pool without its scratch row."""
-    missing = sorted(set(expected.pools) - set(seen.pools))
-    if missing or seen.logits_RV.shape != expected.logits_RV.shape:
-        raise ValidationError(
-            f"{scenario}: {missing[0] if missing else 'logits'} was not produced by the graph"
-        )
-    gates: list[Gate] = []
-    values = {"logits": (seen.logits_RV, expected.logits_RV, floor.logits_RV if floor else None)}
-    for name, pool in expected.pools.items():
-        # Only what the reference wrote is compared as numbers, so that noise cannot dilute an error; the rest must
-        # be as it was, to the bit.
-        written = _written(name, pool[1:], noise[name][1:])
-        candidate = seen.pools[name][1:]
-        stray = np.count_nonzero(candidate[~written] != noise[name][1:][~written])
-        gates.append(Gate(scenario, name, "stray writes", float(stray), 0.0))
-        values[name] = (
-            candidate[written],
-            pool[1:][written],
-            floor.pools[name][1:][written] if floor else None,
-        )
-    for name, (candidate, reference, base) in values.items():
-        broken = np.count_nonzero(~np.isfinite(candidate))
-        gates.append(Gate(scenario, name, "not finite", float(broken), 0.0))
-        if base is not None and not np.isfinite(base).all():
-            # An infinite floor is a limit that everything passes.
-            lost = np.count_nonzero(~np.isfinite(base))
-            gates.append(Gate(scenario, name, "floor not finite", float(lost), 0.0))
-        elif not broken:
-            gates += _distances(scenario, name, candidate, reference, base)
-    if np.isfinite(seen.logits_RV).all():
-        gates += _next_token(scenario, seen.logits_RV, expected.logits_RV, floor.logits_RV if floor else None)
-    return gates
+def _without_padding(router_logits: RouterLogits, inputs: StepInputs) -> RouterLogits:
+    return tuple(logits_TE[: inputs.query_start[-1]] for logits_TE in router_logits)
 
 
-def _written(name: str, pool: Array, noise: NDArray[np.float32]) -> NDArray[np.bool_]:
-    """Which of a pool's values a step wrote: whole slots, and whole positions of pages.
+class _Reference:
+    """What the reference shows in each scenario, by itself and on another runner's choice of experts."""
 
-    Not value by value: among the hundred millions of a large model's state, some equal their noise by chance.
-    """
-    within = (1, 2, 4) if name.startswith("kv_cache.") else tuple(range(1, pool.ndim))
-    changed = (pool != noise).any(axis=within, keepdims=True)
-    return np.broadcast_to(changed, pool.shape)
+    def __init__(
+        self,
+        model: LoadedModel,
+        pools: tuple[PoolSpec, ...],
+        plan: tuple[Scenario, ...],
+        noise: dict[str, NDArray[np.float32]],
+        seen: dict[str, Observation],
+        choosing: tuple[Choosing, ...],
+    ) -> None:
+        self._model, self._pools, self._noise = model, pools, noise
+        self._plan = {scenario.name: scenario for scenario in plan}
+        self._seen, self._choosing = seen, choosing
 
+    def num_rerouted(self, name: str, routers: tuple[RouterLogits, ...]) -> int:
+        """How often another runner chose other experts; 0 where it does not show them."""
+        if not any(routers):
+            return 0
+        return num_rerouted(self._choosing, self._seen[name].routers, routers)
 
-def _distances(
-    scenario: str, name: str, candidate: Array, reference: Array, base: Array | None
-) -> list[Gate]:
-    """Relative L2, and at a lower precision the norm ratio too, each against its limit."""
-    error = metrics.relative_l2(candidate, reference)
-    if base is None:
-        return [Gate(scenario, name, "relative L2", error, FP32_RELATIVE_L2)]
-    ratio = metrics.norm_ratio_error(candidate, reference)
-    floor, floor_ratio = metrics.relative_l2(base, reference), metrics.norm_ratio_error(base, reference)
-    angle, floor_angle = 1 - metrics.cosine(candidate, reference), 1 - metrics.cosine(base, reference)
-    return [
-        Gate(scenario, name, "relative L2", error, FLOOR_FACTOR * floor, floor),
-        # A norm can come out right by luck: its error is never larger than the relative L2 of the same values.
-        Gate(scenario, name, "norm ratio", ratio, FLOOR_FACTOR * max(floor_ratio, floor), floor_ratio),
-        # Edge-LLM's thresholds suit trained models. Where PyTorch itself misses them at this precision (a router that
-        # is near a tie, as with random weights), its own loss is the measure.
-        Gate(scenario, name, "1 − cosine", angle, max(1 - COSINE, FLOOR_FACTOR * floor_angle), floor_angle),
-        Gate(
-            scenario,
-            name,
-            "norm ratio, absolute",
-            ratio,
-            max(NORM_RATIO, FLOOR_FACTOR * floor_ratio),
-            floor_ratio,
-        ),
-    ]
-
-
-def _next_token(scenario: str, candidate: Array, reference: Array, base: Array | None) -> list[Gate]:
-    """KL of the next-token distributions, and how clearly the reference prefers a token that was not chosen."""
-    kl = metrics.kl_divergence(candidate, reference)
-    flipped = metrics.flips(candidate, reference).max(initial=0.0)
-    if base is None:
-        scale = float(np.abs(reference).max())
-        return [Gate(scenario, "logits", "greedy flip's margin", float(flipped), FP32_RELATIVE_L2 * scale)]
-    floor_kl = metrics.kl_divergence(base, reference)
-    floor_flipped = metrics.flips(base, reference).max(initial=0.0)
-    # Where the floor flips nothing, a flip may still stand between two tokens closer than the floor's own error.
-    margin = max(float(floor_flipped), float(np.abs(base - reference).max()))
-    return [
-        Gate(
-            scenario,
-            "logits",
-            "mean KL",
-            float(kl.mean()),
-            FLOOR_FACTOR * float(floor_kl.mean()),
-            float(floor_kl.mean()),
-        ),
-        Gate(
-            scenario,
-            "logits",
-            "max KL",
-            float(kl.max()),
-            FLOOR_FACTOR * float(floor_kl.max()),
-            float(floor_kl.max()),
-        ),
-        Gate(scenario, "logits", "greedy flip's margin", float(flipped), 2 * margin, float(floor_flipped)),
-    ]
-
-
-def _same_bits(scenario: str, metric: str, bound: Observation, unbound: Observation) -> Gate:
-    """One way against the other, as pools updated in place against pools fed and fetched: not a bit may differ."""
-    differing = [
-        name
-        for name in bound.pools
-        if not np.array_equal(bound.pools[name][1:], unbound.pools[name][1:], equal_nan=True)
-    ]
-    if not np.array_equal(bound.logits_RV, unbound.logits_RV, equal_nan=True):
-        differing.append("logits")
-    return Gate(scenario, differing[0] if differing else "all", metric, float(len(differing)), 0.0)
+    def beside(self, name: str, seen: Observation, routers: tuple[RouterLogits, ...]) -> Compared:
+        """What another runner showed, whose choice is in `routers`, beside the reference on that choice."""
+        seen = replace(seen, routers=routers)
+        if not self.num_rerouted(name, routers):
+            return Compared(seen, self._seen[name])
+        runner = TorchRunner(self._model, self._pools, torch.float32)
+        runner.reset(self._noise)
+        logits, own = [], []
+        for inputs, leader in zip(self._plan[name].steps, routers, strict=True):
+            logits.append(runner.step(inputs, leader))
+            own.append(_without_padding(runner.router_logits(), inputs))
+        return Compared(seen, Observation(np.concatenate(logits), runner.pools(), tuple(own)))
