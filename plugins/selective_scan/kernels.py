@@ -26,8 +26,9 @@ sequence room for its chunks, ⌊s/Q⌋ + ⌈l/Q⌉ ≤ ⌊(s + l)/Q⌋ + 1, and
 
 Precision: sums, exponents and the state are FP32, factors of matrix products are of x's dtype.
 - Exponents are differences of running sums, clamped at 0 before exp2: a masked entry is 0 · 1, never 0 · ∞. A
-  token's decay is clamped at 2^−160, which is 0 in FP32, lest a step of −10⁶ drown those after it: what is left is
-  a relative error of 4e-4 where every token of a chunk erases the state, and far less anywhere else.
+  token's decay is clamped at 2^−160, which is 0 in FP32, lest a step of −10⁶ drown those after it. Running sums
+  are added up in FP64 and rounded once: what is left is a relative error of 4e-4 behind many tokens that erase the
+  state, and far less anywhere else. In FP32 each slow token after them would be rounded anew, and 4e-3 was seen.
 - FP16 factors are divided by powers of two, so that none overflows and none is subnormal but where it is negligible:
   C · Bᵀ by its largest entry, Δ and the weights of x by the head's largest in the chunk, all in `prepare_chunks`;
   the state by its largest entry at each chunk. BF16 has FP32's range and needs none of it.
@@ -302,7 +303,8 @@ def prepare_chunks(
         step_QH = tl.maximum(delta_QH * A_H[None, :], LEAST_STEP)
         at_H = chunk.to(tl.int64) * num_heads + h
         at_QH = at_H[None, :] * (2 * Q) + q[:, None]
-        decay_QH = tl.cumsum(step_QH, axis=0)
+        # In FP64, since roundings after a token that erases the state would add up over the slow ones that follow.
+        decay_QH = tl.cumsum(step_QH.to(tl.float64), axis=0).to(tl.float32)
         if dtype == tl.float16:
             total_H = tl.sum(step_QH, axis=0)
             weight_QH = delta_QH * tl.exp2(tl.minimum(total_H[None, :] - decay_QH, 0.0))
@@ -587,8 +589,9 @@ def pieces(N: int, sm: int) -> dict[str, Piece]:
     """The pieces that heads are cut in, by use: `wide`, `narrow` (few heads), `eighty` (heads of 80 columns).
 
     Three stages load two chunks ahead; for N 256 on SM 90 and 100 they would take 244 KB, of 227. On SM 90 one
-    warpgroup multiplies: a second would compute the chunk's weights over again, but 80 columns need its registers.
-    With these nothing spills in BF16 on SM 90, nor elsewhere but 80 columns on SM 120.
+    warpgroup multiplies: a second would compute the chunk's weights over again, but 80 columns need its registers,
+    and with three stages those of FP16 would still spill. With these nothing spills on SM 90; elsewhere 80 columns
+    do, most on SM 120.
     """
     one_or_two = 4 if sm == 90 else 8
     if N == 256:
@@ -596,7 +599,7 @@ def pieces(N: int, sm: int) -> dict[str, Piece]:
     return {
         "wide": Piece(P=64, TAIL=0, num_warps=one_or_two, num_stages=3),
         "narrow": Piece(P=32, TAIL=0, num_warps=one_or_two, num_stages=3),
-        "eighty": Piece(P=64, TAIL=16, num_warps=8, num_stages=3),
+        "eighty": Piece(P=64, TAIL=16, num_warps=8, num_stages=2 if sm == 90 else 3),
     }
 
 
