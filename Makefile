@@ -48,6 +48,9 @@ imports: setup ## the layers of the architecture
 snapshots: setup ## write anew what tests compare with code: docs/cli.md, docs/reliability.md, tests/snapshots
 	$(BIN)/python tests/snapshots/texts.py
 
+dist: setup ## the source distribution and the wheel, both looked through, the wheel tried without the checkout
+	$(BIN)/python scripts/check_packages.py
+
 bench: setup ## the figures of docs/performance.md
 	$(BIN)/python scripts/bench.py
 
@@ -57,6 +60,9 @@ gpu-check: setup ## every op on this machine's GPU against the reference; writes
 gpu-snapshots: setup ## write anew what tests compare with code: docs/cli.md, docs/reliability.md, tests/snapshots
 	$(BIN)/python tests/snapshots/texts.py
 
+dist: setup ## the source distribution and the wheel, both looked through, the wheel tried without the checkout
+	$(BIN)/python scripts/check_packages.py
+
 bench: setup ## every op on this machine's GPU against the roofline and peers; writes build/gpu_bench.json
 	$(BIN)/python scripts/gpu_bench.py
 
@@ -64,4 +70,4 @@ engine-check: setup ## build, run and judge engines on this machine's GPU; write
 	$(BIN)/python scripts/engine_check.py
 
 clean: ## remove what make made
-	rm -rf $(VENV) build demo
+	rm -rf $(VENV) build dist demo

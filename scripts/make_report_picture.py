@@ -1,0 +1,39 @@
+#!/usr/bin/env python3
+"""Writes docs/report.svg: the table that `nemo-export validate` shows of a bundle, as a terminal shows it."""
+
+from __future__ import annotations
+
+import io
+import re
+from pathlib import Path
+
+import click
+from rich.console import CONSOLE_SVG_FORMAT
+from rich.console import Console as RichConsole
+
+from nemotrt.exporter import tables
+from nemotrt.exporter.console import Console
+from nemotrt.exporter.revalidation import revalidate
+
+PICTURE = Path(__file__).resolve().parents[1] / "docs" / "report.svg"
+FORMAT = re.sub(r"@font-face \{\{.*?\}\}\s*", "", CONSOLE_SVG_FORMAT, flags=re.DOTALL)
+"""Rich's frame with the reader's own fonts: a page that loads a picture should load nothing else."""
+
+
+@click.command()
+@click.argument("bundle", type=click.Path(exists=True, path_type=Path))
+@click.option("--checkpoint", type=click.Path(exists=True, path_type=Path), required=True)
+def main(bundle: Path, checkpoint: Path) -> None:
+    """Validate BUNDLE again, and write the picture of its report."""
+    report = revalidate(bundle, checkpoint, Console(quiet=True))
+    screen = RichConsole(record=True, width=100, file=io.StringIO(), markup=False, highlight=False)
+    for item in tables.report(report):
+        screen.print(item)
+    title = f"nemo-export validate {bundle.name} --checkpoint {checkpoint}"
+    PICTURE.write_text(
+        screen.export_svg(title=title, code_format=FORMAT, unique_id="report"), encoding="utf-8"
+    )
+
+
+if __name__ == "__main__":
+    main()
