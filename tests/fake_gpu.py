@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,6 +35,8 @@ ACTIONS = {
     "cuDeviceGetName": "_device_get_name",
     "cuDeviceGetAttribute": "_device_get_attribute",
     "cuDriverGetVersion": "_driver_get_version",
+    "cuDevicePrimaryCtxRetain": "_primary_ctx_retain",
+    "cuCtxSetCurrent": "_ctx_set_current",
     "cuStreamCreate": "_stream_create",
     "cuMemAlloc_v2": "_mem_alloc",
     "cuMemFree_v2": "_mem_free",
@@ -48,6 +51,10 @@ ACTIONS = {
 """Functions of the driver that do something here; all others only succeed."""
 
 
+IN_A_CONTEXT = ("cuMem", "cuStream", "cuGraph")
+"""How functions begin that need a context in the calling thread."""
+
+
 @dataclass
 class FakeCuda:
     """Functions of libcuda by name, as ctypes would call them."""
@@ -58,6 +65,7 @@ class FakeCuda:
     launched: int = 0
     failing: str = ""
     sm: tuple[int, int] = (8, 9)
+    current: threading.local = field(default_factory=threading.local)
 
     def __getattr__(self, name: str) -> Callable[..., int]:
         if not name.startswith("cu"):
@@ -66,6 +74,8 @@ class FakeCuda:
         def call(*arguments: Any) -> int:
             if name == self.failing:
                 return 2
+            if name.startswith(IN_A_CONTEXT) and not hasattr(self.current, "context"):
+                return 201
             if name in ACTIONS:
                 getattr(self, ACTIONS[name])(*arguments)
             return 0
@@ -92,6 +102,13 @@ class FakeCuda:
 
     def _driver_get_version(self, version: Any) -> None:
         version._obj.value = 13010
+
+    def _primary_ctx_retain(self, context: Any, device: int) -> None:
+        context._obj.value = 55
+
+    def _ctx_set_current(self, context: Any) -> None:
+        assert context.value == 55
+        self.current.context = context.value
 
     def _stream_create(self, stream: Any, flags: int) -> None:
         stream._obj.value = 77
@@ -145,6 +162,7 @@ class FakeEngine:
         self.cuda, self.session, self.profiles, self.pools = cuda, session, profiles, pools
         self.num_optimization_profiles = len(profiles)
         self.contexts: list[FakeContext] = []
+        self.failing_shapes = False
 
     def get_tensor_profile_shape(self, name: str, index: int) -> list[Shape]:
         return list(self.profiles[index][name])
@@ -195,6 +213,8 @@ class FakeContext:
         return True
 
     def infer_shapes(self) -> list[str]:
+        if self.engine.failing_shapes:
+            raise RuntimeError("shape inference failed")
         return [value.name for value in self.engine.session.get_inputs() if value.name not in self.shapes]
 
     def execute_async_v3(self, stream: int) -> bool:

@@ -86,7 +86,7 @@ def find_gpu(index: int = 0) -> Gpu:
 
 
 class Device:
-    """One GPU's primary context, current in this thread, and a stream that orders all of this class' work."""
+    """One GPU's primary context, current in the thread that makes it, and a stream that orders all work here."""
 
     def __init__(self, index: int = 0) -> None:
         """Retain the context; raises CudaError where there is no such GPU."""
@@ -95,9 +95,14 @@ class Device:
         self._device = self._driver.device(index)
         context, stream = ctypes.c_void_p(), ctypes.c_void_p()
         self._driver.call("cuDevicePrimaryCtxRetain", ctypes.byref(context), self._device)
-        self._driver.call("cuCtxSetCurrent", context)
+        self._context = context
+        self.make_current()
         self._driver.call("cuStreamCreate", ctypes.byref(stream), STREAM_NON_BLOCKING)
         self._stream = stream
+
+    def make_current(self) -> None:
+        """Make the context the calling thread's: a step may come from another thread than the one before."""
+        self._driver.call("cuCtxSetCurrent", self._context)
 
     @property
     def stream(self) -> int:

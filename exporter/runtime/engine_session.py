@@ -121,8 +121,12 @@ class EngineSession:
             num_pages=self.num_pages,
             page_size=self.page_size,
         )
-        index = self._choose(StepSizes.of(inputs))
+        # An engine takes one of each at least: a step that wants no logits has a row of them that is not read.
+        sizes = StepSizes.of(inputs).at_least(self._limits[0][0])
+        index = self._choose(sizes)
+        inputs = padded(inputs, sizes)
         try:
+            self._device.make_current()
             if index == 0 and is_decode(inputs):
                 self._run_decode(inputs)
             else:
@@ -136,6 +140,7 @@ class EngineSession:
     def pool(self, name: str) -> NDArray[Any]:
         """A copy of a pool's values, scratch row first."""
         values = np.empty(self._pool_shape(name), dtype=self.pools[name].dtype)
+        self._device.make_current()
         self._device.read(self._buffers[name], values)
         return values
 
@@ -144,6 +149,7 @@ class EngineSession:
         shape = self._pool_shape(name)
         if values.shape != shape:
             raise UsageError(f"{name} has shape {list(shape)}, not {list(values.shape)}")
+        self._device.make_current()
         self._device.write(self._buffers[name], np.ascontiguousarray(values.astype(self.pools[name].dtype)))
         self._device.synchronize()
 
@@ -275,7 +281,11 @@ class EngineSession:
         for name in self._inputs:
             if not context.handle.set_input_shape(name, getattr(inputs, name).shape):
                 raise BundleError(f"the engine refuses {name}'s shape: {because(self._opened.log)}")
-        if missing := context.handle.infer_shapes():
+        try:
+            missing = context.handle.infer_shapes()
+        except RuntimeError as error:
+            raise BundleError(f"the engine refuses the step: {because(self._opened.log)}") from error
+        if missing:
             raise BundleError(f"the engine has an input {missing[0]} that the manifest does not know")
 
     def _enqueue(self, context: _Context) -> None:

@@ -16,6 +16,9 @@ from nemotrt.exporter.runtime.step import StepInputs
 Integer = TypeVar("Integer", np.int32, np.int64)
 
 
+AXES = ("T", "B", "M", "R")
+
+
 @dataclass(frozen=True)
 class StepSizes:
     """A step's free axes."""
@@ -35,12 +38,13 @@ class StepSizes:
             R=len(inputs.logits_row),
         )
 
+    def at_least(self, least: StepSizes) -> StepSizes:
+        """These sizes, each raised to the least where it is below it."""
+        return StepSizes(*(max(getattr(self, axis), getattr(least, axis)) for axis in AXES))
+
     def fits(self, least: StepSizes, most: StepSizes) -> bool:
         """Whether every axis lies within its bounds."""
-        return all(
-            getattr(least, axis) <= getattr(self, axis) <= getattr(most, axis)
-            for axis in ("T", "B", "M", "R")
-        )
+        return all(getattr(least, axis) <= getattr(self, axis) <= getattr(most, axis) for axis in AXES)
 
 
 def is_decode(inputs: StepInputs) -> bool:

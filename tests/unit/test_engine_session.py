@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,7 @@ STEPS = {
         np.asarray([[10, 11], [0, 0], [4, 5]], dtype=np.int32),
         int32(5, 6),
     ),
+    "a piece of a prompt, of which no logits are wanted": (*one_sequence([2, 7, 1], slot=2)[:5], int32()),
     "two decode": decode_step(1, 3),
     "two decode again": decode_step(3, 1, context=7),
     "two decode from a graph": decode_step(1, 3, context=8),
@@ -129,6 +131,22 @@ def test_without_capture_nothing_is_captured(bundle: Path, trt: Any, cuda: FakeC
     for _ in range(3):
         session.step(*decode_step(1, 3))
     assert not cuda.graphs
+
+
+def test_steps_come_from_any_thread(session: EngineSession) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        for step in (STEPS["a prompt"], decode_step(1, 3), decode_step(1, 3)):
+            assert pool.submit(session.step, *step).result().shape[1] == VOCAB
+        for name in session.pool_names:
+            pool.submit(session.set_pool, name, pool.submit(session.pool, name).result()).result()
+
+
+def test_shapes_that_tensorrt_cannot_infer_are_an_error_in_words(
+    session: EngineSession, engine: FakeEngine
+) -> None:
+    engine.failing_shapes = True
+    with pytest.raises(BundleError, match="the engine refuses the step"):
+        session.step(*STEPS["a prompt"])
 
 
 def test_generation_is_onnx_runtime_s(bundle: Path, trt: Any) -> None:
