@@ -69,5 +69,9 @@ bench: setup ## every op on this machine's GPU against the roofline and peers; w
 engine-check: setup ## build, run and judge engines on this machine's GPU; writes engine-check.json
 	$(BIN)/python scripts/engine_check.py
 
+wheel: setup ## the wheel that carries the plugin library, in dist; ARCH=aarch64 for the other kind of machine
+	$(BIN)/python -m pip install --quiet --group wheel
+	$(BIN)/python scripts/make_wheel.py $(if $(ARCH),--arch $(ARCH))
+
 clean: ## remove what make made
 	rm -rf $(VENV) build dist demo

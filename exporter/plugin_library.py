@@ -1,4 +1,4 @@
-"""The plugin library for a build's GPUs and dtypes: made of kernels compiled here, and kept for the next build."""
+"""The plugin library for a build's GPUs and dtypes: the installation's own, or made of kernels compiled here."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from nemotrt.exporter.errors import CompileError
 from nemotrt.plugins.kernel_index import KernelError
 from nemotrt.plugins.kernel_store import cache_folder, digest
 from nemotrt.plugins.library import PluginError, PluginLibrary
+from nemotrt.plugins.shipped import is_shipped, shipped_library
 
 Report = Callable[[int, int, str], None]
 """Takes how many kernels are compiled, of how many, and the latest."""
@@ -26,24 +27,30 @@ def kernel_dtypes(config: BuildConfig) -> tuple[str, ...]:
 def plugin_library(
     config: BuildConfig, sms: Sequence[int], report: Report = lambda *_: None
 ) -> PluginLibrary:
-    """A library with the kernels for these SMs; only what was never compiled here is compiled.
+    """A library with the kernels for these SMs; only what was neither shipped nor ever compiled here is compiled.
 
-    Raises CompileError where a kernel cannot be compiled or the library cannot be linked.
+    Raises CompileError where the shipped one was changed, a kernel cannot be compiled, or nothing can be linked.
     """
-    from nemotrt.plugins import build, link
-
-    dtypes = kernel_dtypes(config)
-    cache = cache_folder().parent
-    name = digest([sorted(sms), sorted(dtypes)])[:16]
     try:
-        selection = build.Selection(tuple(sms), dtypes)
-        cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix="kernels-", dir=cache) as folder:
-            index = build.build(selection, Path(folder) / "kernels", report=report)
-            linked = link.link(index, cache / "libraries" / name)
-        return PluginLibrary(linked.path, linked.description["hash"])
+        if is_shipped() and set(sms) <= set((shipped := shipped_library()).description["sms"]):
+            return shipped
+        return _linked(config, sms, report)
     except (KernelError, PluginError) as error:
         raise CompileError(
             f"the plugin library cannot be made: {error}",
             hint="--runtime onnx builds the bundle without engines",
         ) from error
+
+
+def _linked(config: BuildConfig, sms: Sequence[int], report: Report) -> PluginLibrary:
+    from nemotrt.plugins import build, link
+
+    dtypes = kernel_dtypes(config)
+    cache = cache_folder().parent
+    name = digest([sorted(sms), sorted(dtypes)])[:16]
+    selection = build.Selection(tuple(sms), dtypes)
+    cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="kernels-", dir=cache) as folder:
+        index = build.build(selection, Path(folder) / "kernels", report=report)
+        linked = link.link(index, cache / "libraries" / name)
+    return PluginLibrary(linked.path, linked.description["hash"])

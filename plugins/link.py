@@ -34,7 +34,7 @@ SOURCES = Path(__file__).parent
 WARNINGS = ("-Wall", "-Wextra", "-Werror", "-Wshadow", "-Wnon-virtual-dtor")
 COMPILE = ("-std=c++17", "-fPIC", "-fvisibility=hidden", "-pthread", *WARNINGS)
 LINK = ("-shared", "-pthread", "-Wl,--no-undefined", "-Wl,-z,relro,-z,now", "-Wl,--build-id=none")
-RELEASE = ("-static-libstdc++", "-static-libgcc", "-Wl,--exclude-libs,ALL", "-Wl,-s")
+RELEASE = ("-static-libstdc++", "-static-libgcc", "-Wl,-s")
 SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g")
 
 HEADER = "NvInferRuntime.h"
@@ -63,11 +63,11 @@ class Toolchain:
         return [*COMPILE, *headers, *(("-O1", *SANITIZE) if self.sanitize else ("-O2",))]
 
     def version(self) -> str:
-        """The compiler's own name and version; raises KernelError where there is no such compiler."""
+        """The compiler's own name, version and target; raises KernelError where there is no such compiler."""
         if not shutil.which(self.compiler):
             raise KernelError(f"there is no compiler {self.compiler}: install g++, or name another one")
-        command = [self.compiler, "-dumpfullversion", "-dumpmachine"]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        said = subprocess.run([self.compiler, "--version"], capture_output=True, text=True, check=True).stdout
+        return "\n".join(said.splitlines()[:2])  # GCC's first line has its target, Clang's second
 
 
 def headers_version(folder: Path) -> str:
@@ -193,7 +193,8 @@ def _compile(index: KernelIndex, description: dict[str, Any], toolchain: Toolcha
     commands, objects = [], []
     for i, source in enumerate(sources):
         objects.append(str(folder / f"{i}.o"))
-        commands.append([*toolchain.flags(), *includes, "-c", str(source), "-o", objects[-1]])
+        flags = [] if source.suffix == ".s" else [*toolchain.flags(), *includes]
+        commands.append([*flags, "-c", str(source), "-o", objects[-1]])
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         list(pool.map(lambda command: _run(toolchain, command, index.folder), commands))
     library = folder / LIBRARY_NAME
