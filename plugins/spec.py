@@ -5,7 +5,7 @@ This module imports nothing heavy: an op's forms (reference, ONNX body, kernels)
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
@@ -106,6 +106,10 @@ class OpSpec:
     def reference(self) -> Callable[..., tuple[Any, ...]]:
         """The definition of correct: inputs in SPEC order, then attributes by name → outputs in SPEC order."""
         return import_module(f"{self.package}.reference").reference  # type: ignore[no-any-return]
+
+    def supports(self) -> Callable[[Mapping[str, float], Mapping[str, str], int], None]:
+        """Takes axes and attributes by name, dtype variables and an SM; raises ValueError where no kernel does."""
+        return import_module(f"{self.package}.supports").supports  # type: ignore[no-any-return]
 
     def onnx_body(self) -> Callable[..., tuple[Any, ...]]:
         """Writes the op in standard ONNX operators and gives its outputs: see `onnx_op.function`."""

@@ -16,22 +16,15 @@ Sums are FP32; inputs reach the pool without conversion, so their bits are kept.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
 from nemotrt.plugins.causal_conv1d import SPEC
+from nemotrt.plugins.causal_conv1d.supports import FAMILY_TAPS, supports
 from nemotrt.plugins.spec import FLOATS
-from nemotrt.plugins.variant import SMS, TRITON_DTYPES, Variant
-
-FAMILY_TAPS = (2, 3, 4)
-"""Taps that the kernels are compiled for; the family has 4."""
-
-ALIGNMENT = 16
-"""Channels come in multiples of this, so that a row of any dtype starts on a vector load's boundary."""
+from nemotrt.plugins.variant import TRITON_DTYPES, Launch, Variant, check_sm, device_sm
 
 BLOCKS: dict[str, dict[str, int]] = {
     "conv_sequences": {
@@ -209,15 +202,6 @@ INTEGERS = {"conv_sequences": ("T", "B", "C", "walk"), "conv_tokens": ("T", "B",
 """Runtime integers of each kernel, in declaration order, after its pointers."""
 
 
-@dataclass(frozen=True)
-class Launch:
-    """One launch: its variant, grid and runtime integers; a pointer's name says what to pass for it."""
-
-    variant: Variant
-    grid: tuple[int, int, int]
-    integers: dict[str, int]
-
-
 def variant(kernel: str, dtype: str, taps: int) -> Variant:
     """The variant of a kernel for a dtype as the SPEC writes it."""
     types = {tensor.name: tensor.dtype for tensor in SPEC.inputs} | {"y": "X"}
@@ -236,34 +220,11 @@ def variant(kernel: str, dtype: str, taps: int) -> Variant:
 
 def variants(sm: int) -> Iterator[Variant]:
     """Every variant of the op on an SM; raises ValueError for an SM that is not in `SMS`."""
-    _check_sm(sm)
+    check_sm(SPEC.name, sm)
     for kernel in KERNELS:
         for dtype in FLOATS:
             for taps in FAMILY_TAPS:
                 yield variant(kernel, dtype, taps)
-
-
-MAX_GRID_Y = 65535
-"""CUDA's limit on a grid's second axis."""
-
-
-def supports(sizes: dict[str, int], dtypes: dict[str, str], sm: int) -> None:
-    """None where the kernels run these sizes (the SPEC's axes) and dtypes, else ValueError naming them."""
-    _check_sm(sm)
-    for name, given, allowed in (("X", dtypes["X"], FLOATS), ("K", sizes["K"], FAMILY_TAPS)):
-        if given not in allowed:
-            raise ValueError(f"{SPEC.name}: kernels take {name} in {list(allowed)}, not {given}")
-    if sizes["C"] % ALIGNMENT:
-        raise ValueError(f"{SPEC.name}: kernels take C in multiples of {ALIGNMENT}, not {sizes['C']}")
-    if not (sizes["T"] >= 1 and 1 <= sizes["B"] <= MAX_GRID_Y):
-        raise ValueError(
-            f"{SPEC.name}: kernels take T ≥ 1 and B in 1…{MAX_GRID_Y}, not T {sizes['T']}, B {sizes['B']}"
-        )
-
-
-def _check_sm(sm: int) -> None:
-    if sm not in SMS:
-        raise ValueError(f"{SPEC.name}: kernels are compiled for SM {list(SMS)}, not {sm}")
 
 
 def launches(sizes: dict[str, int], dtypes: dict[str, str], sm: int) -> list[Launch]:
@@ -292,28 +253,11 @@ def run(*tensors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     buffers["conv_state"] = buffers["conv_state"].clone()
     buffers["y"] = torch.empty_like(buffers["x"])
     dtypes = {"X": str(buffers["x"].dtype).removeprefix("torch.")}
-    execute(launches(sizes, dtypes, _sm(tensors[0].device)), buffers)
+    execute(launches(sizes, dtypes, device_sm(tensors[0].device)), buffers)
     return buffers["y"], buffers["conv_state"]
 
 
 def execute(plan: list[Launch], buffers: dict[str, torch.Tensor]) -> None:
     """Launch a plan on contiguous tensors by pointer name: writes y [T, C], updates conv_state in place."""
     for launch in plan:
-        form = launch.variant
-        arguments: dict[str, Any] = {name: buffers[name] for name in POINTERS[form.kernel]}
-        KERNELS[form.kernel][launch.grid](
-            **arguments,
-            **launch.integers,
-            **form.constants,
-            num_warps=form.num_warps,
-            num_stages=form.num_stages,
-        )
-
-
-def _sm(device: torch.device) -> int:
-    """The SM whose variants run on a device; the interpreter's is nobody's, and takes Hopper's."""
-    if device.type != "cuda":
-        return 90
-    major, minor = torch.cuda.get_device_capability(device)
-    capability: int = 10 * major + minor
-    return max((sm for sm in SMS if sm // 10 == major and sm <= capability), default=capability)
+        launch.start(KERNELS[launch.variant.kernel], buffers)

@@ -38,12 +38,10 @@ import triton
 import triton.language as tl
 
 from nemotrt.plugins.moe_dispatch import SPEC
+from nemotrt.plugins.moe_dispatch.supports import FP8, MAX_EXPERTS, MAX_TOP_K, supports
 from nemotrt.plugins.spec import FLOATS
-from nemotrt.plugins.variant import SMS, TRITON_DTYPES, Variant, supports_fp8
+from nemotrt.plugins.variant import TRITON_DTYPES, Launch, Variant, check_sm, device_sm, supports_fp8
 
-FP8 = "float8_e4m3fn"
-MAX_EXPERTS = 512
-MAX_TOP_K = 32
 CHUNK_TOKENS = 128
 """Tokens whose slots one program of `place_kernel` sorts."""
 
@@ -569,19 +567,6 @@ class Tile:
     swap: bool = False
 
 
-@dataclass(frozen=True)
-class Launch:
-    """One kernel launch: the variant, its grid, and what each runtime parameter is.
-
-    An argument names an input or output of the SPEC, a scratch buffer, an axis, an attribute, or one of
-    `derived`'s integers.
-    """
-
-    variant: Variant
-    grid: tuple[int, int, int]
-    arguments: tuple[str, ...]
-
-
 def _tiles(sm: int, W: str) -> tuple[Tile, ...]:
     """The tiles of a weight dtype on an SM: few rows an expert, some, many, and many in wide columns if any.
 
@@ -692,7 +677,7 @@ def _block_top_k(attributes: Mapping[str, float]) -> int:
 
 def variants(sm: int) -> Iterator[Variant]:
     """Each variant that `launches` can name on an SM, once; raises ValueError for an SM not in SMS."""
-    _check_sm(sm)
+    check_sm(SPEC.name, sm)
     weight_dtypes = (*FLOATS, FP8) if supports_fp8(sm) else FLOATS
     found: dict[str, Variant] = {}
     for W in weight_dtypes:
@@ -707,47 +692,6 @@ def variants(sm: int) -> Iterator[Variant]:
         listed = [_count_variant(block_r), _place_variant(block_r, False), _place_variant(block_r, True)]
         found |= {variant.name: variant for variant in listed}
     yield from found.values()
-
-
-def _check_sm(sm: int) -> None:
-    if sm not in SMS:
-        raise ValueError(f"{SPEC.name}: no kernels for SM {sm}; there are for {', '.join(map(str, SMS))}")
-
-
-def supports(dims: Mapping[str, int], dtypes: Mapping[str, str], sm: int) -> None:
-    """Raise ValueError, naming the op, what does not fit and what does, where no variant serves these inputs.
-
-    `dims` are the SPEC's axes by name (T may be missing), `dtypes` its dtype variables.
-    """
-    X, W = dtypes["X"], dtypes["W"]
-    _check_sm(sm)
-    if W == FP8 and not supports_fp8(sm):
-        raise ValueError(
-            f"{SPEC.name}: SM {sm} has no FP8 tensor cores: use fp16 or bf16 weights, or SM 89 or later"
-        )
-    if X not in FLOATS or W not in (X, FP8):
-        raise ValueError(
-            f"{SPEC.name}: x in {X} with weights in {W}; x is one of {', '.join(FLOATS)},"
-            f" weights are in x's dtype or in {FP8}"
-        )
-    if dims["L"] % 16 or dims["I"] % 16:
-        raise ValueError(f"{SPEC.name}: L = {dims['L']}, I = {dims['I']}; both must be multiples of 16")
-    if max(dims["R"], dims["E"]) > MAX_EXPERTS:
-        raise ValueError(f"{SPEC.name}: R = {dims['R']}, E = {dims['E']}; at most {MAX_EXPERTS} experts")
-
-
-def _check(dims: Mapping[str, int], attributes: Mapping[str, float]) -> None:
-    """Raise ValueError where an attribute does not fit the axes."""
-    R, groups = dims["R"], attributes["num_groups"]
-    most = min(MAX_TOP_K, R)
-    if not 1 <= attributes["top_k"] <= most:
-        raise ValueError(f"{SPEC.name}: top_k = {attributes['top_k']}; from 1 to {most} of {R} experts")
-    if groups < 1 or R % groups:
-        raise ValueError(f"{SPEC.name}: num_groups = {groups} does not divide {R} experts")
-    if not 1 <= attributes["topk_group"] <= groups:
-        raise ValueError(f"{SPEC.name}: topk_group = {attributes['topk_group']}; from 1 to {groups} groups")
-    if attributes["first_expert"] < 0:
-        raise ValueError(f"{SPEC.name}: first_expert = {attributes['first_expert']}; at least 0")
 
 
 @dataclass(frozen=True)
@@ -810,8 +754,7 @@ def launches(
 
     Raises ValueError as `supports` does, or where an attribute does not fit the axes.
     """
-    supports(dims, dtypes, sm)
-    _check(dims, attributes)
+    supports({**dims, **attributes}, dtypes, sm)
     T, L, I, X, W = dims["T"], dims["L"], dims["I"], dtypes["X"], dtypes["W"]
     if T == 0:
         return []
@@ -819,28 +762,40 @@ def launches(
     block_r = _block_r(dims)
     integers = derived(dims, attributes, dtypes, sm)
     rows = T * attributes["top_k"] // dims["R"]
+    up_tile, down_tile = (_chosen_tile(rows, columns, sm, W) for columns in (I, L))
+    up_columns, down_columns = -(-I // up_tile.block_n), -(-L // down_tile.block_n)
 
-    route = _route_variant(block_r, X, W)
-    planned = [_launch(route, (T, -(-L // 512) + 1 if W == FP8 else 1))]
+    plan = [(_route_variant(block_r, X, W), (T, -(-L // 512) + 1 if W == FP8 else 1))]
     if T > CHUNK_TOKENS:
-        planned.append(_launch(_count_variant(block_r), (integers["num_chunks"], 1)))
+        plan.append((_count_variant(block_r), (integers["num_chunks"], 1)))
     if not direct:
-        planned.append(_launch(_place_variant(block_r, T > CHUNK_TOKENS), (integers["num_chunks"], 1)))
-    renamed = {"blocks": "experts"} if direct else {}
-    tile = _chosen_tile(rows, I, sm, W)
-    up = _up_variant(tile, direct, X, W)
-    grid = (integers["max_blocks"] * -(-I // tile.block_n), 1)
-    planned.append(_launch(up, grid, renamed | ({"x": "x_fp8"} if W == FP8 else {})))
-    tile = _chosen_tile(rows, L, sm, W)
-    grid = (integers["max_blocks"] * -(-L // tile.block_n), 1)
-    planned.append(_launch(_down_variant(tile, direct, W), grid, renamed))
-    planned.append(_launch(_combine_variant(_block_top_k(attributes), X), (T, -(-L // 512))))
-    return planned
+        plan.append((_place_variant(block_r, T > CHUNK_TOKENS), (integers["num_chunks"], 1)))
+    plan += [
+        (_up_variant(up_tile, direct, X, W), (integers["max_blocks"] * up_columns, 1)),
+        (_down_variant(down_tile, direct, W), (integers["max_blocks"] * down_columns, 1)),
+        (_combine_variant(_block_top_k(attributes), X), (T, -(-L // 512))),
+    ]
+    return [
+        Launch(
+            variant,
+            (*grid, 1),
+            {
+                name: ({**dims, **attributes, **integers})[name]
+                for name, kind in variant.signature.items()
+                if kind == "i32"
+            },
+            _renames(variant, direct, W),
+        )
+        for variant, grid in plan
+    ]
 
 
-def _launch(variant: Variant, grid: tuple[int, int], renamed: Mapping[str, str] | None = None) -> Launch:
-    renamed = renamed or {}
-    return Launch(variant, (*grid, 1), tuple(renamed.get(name, name) for name in variant.signature))
+def _renames(variant: Variant, direct: bool, W: str) -> dict[str, str]:
+    """What pointers of a product take other than their own: one token's slots are its blocks, and FP8 its own x."""
+    renames = {"blocks": "experts"} if direct else {}
+    if W == FP8 and variant.kernel == "up_kernel":
+        renames["x"] = "x_fp8"
+    return {name: other for name, other in renames.items() if name in variant.signature}
 
 
 def run(*tensors: torch.Tensor, **attributes: Any) -> tuple[torch.Tensor]:
@@ -856,9 +811,9 @@ def run(*tensors: torch.Tensor, **attributes: Any) -> tuple[torch.Tensor]:
         if not values[name].is_contiguous():
             raise ValueError(f"{SPEC.name}: {name} is not contiguous: pass {name}.contiguous()")
     device = values["x"].device
-    sm = _sm(device)
+    sm = device_sm(device)
     planned = launches(dims, attributes, dtypes, sm)
-    values |= dims | attributes | derived(dims, attributes, dtypes, sm)
+    values |= attributes
     for name, buffer in scratch(dims, attributes, dtypes).items():
         values[name] = torch.empty(buffer.shape, dtype=getattr(torch, buffer.dtype), device=device)
     values["y"] = torch.empty_like(values["x"])
@@ -867,20 +822,6 @@ def run(*tensors: torch.Tensor, **attributes: Any) -> tuple[torch.Tensor]:
 
 
 def execute(planned: Iterable[Launch], values: Mapping[str, Any]) -> None:
-    """Launch a plan on what its arguments name: tensors and numbers; writes y [T, L] and scratch."""
+    """Launch a plan on tensors and attributes by name: writes y [T, L] and scratch."""
     for launch in planned:
-        variant = launch.variant
-        globals()[variant.kernel][launch.grid](
-            *(values[name] for name in launch.arguments),
-            **variant.constants,
-            num_warps=variant.num_warps,
-            num_stages=variant.num_stages,
-        )
-
-
-def _sm(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 90
-    major, minor = torch.cuda.get_device_capability(device)
-    capability = 10 * major + minor
-    return max((sm for sm in SMS if sm // 10 == major and sm <= capability), default=capability)
+        launch.start(globals()[launch.variant.kernel], values)

@@ -20,24 +20,15 @@ Softmax and sums are FP32, in powers of 2; probabilities are rounded to q's dtyp
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
 from nemotrt.plugins.paged_attention import SPEC
+from nemotrt.plugins.paged_attention.supports import HEAD_DIMS, MAX_GROUP, caches, supports
 from nemotrt.plugins.spec import FLOATS
-from nemotrt.plugins.variant import SMS, TRITON_DTYPES, Variant, supports_fp8
-
-HEAD_DIMS = (64, 128)
-
-MAX_GROUP = 16
-"""Query heads a key-value head: a decode tile has this many rows, the least that a tensor core takes."""
-
-PAGE_SIZES = (64, 128, 192, 256)
-"""Tokens a page: multiples of the key tile, so that a tile lies within one page."""
+from nemotrt.plugins.variant import TRITON_DTYPES, Launch, Variant, check_sm, device_sm
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 FP8_MAX = tl.constexpr(448.0)
@@ -454,23 +445,6 @@ BLOCK_N = 64
 BLOCK_S = 16
 
 
-@dataclass(frozen=True)
-class Launch:
-    """One launch: its variant, grid and runtime integers; a pointer's name says what to pass for it."""
-
-    variant: Variant
-    grid: tuple[int, int, int]
-    integers: dict[str, int]
-
-
-def caches(sm: int) -> Iterator[tuple[str, str]]:
-    """Pairs of q's dtype and the cache's that the kernels have on an SM."""
-    for dtype in FLOATS:
-        yield dtype, dtype
-        if supports_fp8(sm) and dtype != "float32":
-            yield dtype, "float8_e4m3fn"
-
-
 def shape(kernel: str, dtype: str, head_dim: int, sm: int) -> tuple[dict[str, int], int, int]:
     """A kernel's block sizes, warps and pipeline stages, within an SM's registers and shared memory."""
     if kernel == "paged_append":
@@ -503,40 +477,13 @@ def variant(kernel: str, dtype: str, cache: str, head_dim: int, sm: int) -> Vari
 
 def variants(sm: int) -> Iterator[Variant]:
     """Every variant of the op on an SM; raises ValueError for an SM that is not in `SMS`."""
-    _check_sm(sm)
+    check_sm(SPEC.name, sm)
     for head_dim in HEAD_DIMS:
         for kernel in ("paged_append", "paged_decode", "paged_prefill"):
             for dtype, cache in caches(sm):
                 yield variant(kernel, dtype, cache, head_dim, sm)
         for dtype in FLOATS:
             yield variant("paged_combine", dtype, dtype, head_dim, sm)
-
-
-MAX_GRID_Z = 65535
-"""CUDA's limit on a grid's second and third axis."""
-
-
-def supports(sizes: dict[str, int], dtypes: dict[str, str], sm: int) -> None:
-    """None where the kernels run these sizes (the SPEC's axes) and dtypes, else ValueError naming them."""
-    _check_sm(sm)
-    pair = (dtypes["X"], dtypes["CACHE"])
-    if pair not in caches(sm):
-        raise ValueError(
-            f"{SPEC.name}: kernels on SM {sm} take (X, CACHE) in {sorted(caches(sm))}, not {pair}"
-        )
-    for axis, allowed in (("D", HEAD_DIMS), ("page", PAGE_SIZES)):
-        if sizes[axis] not in allowed:
-            raise ValueError(f"{SPEC.name}: kernels take {axis} in {list(allowed)}, not {sizes[axis]}")
-    Q, V, T, B = (sizes[axis] for axis in ("Q", "V", "T", "B"))
-    if Q % V or Q // V > MAX_GROUP:
-        raise ValueError(f"{SPEC.name}: kernels take Q = 1…{MAX_GROUP} times V, not Q {Q}, V {V}")
-    if not (T >= 1 and 1 <= B <= MAX_GRID_Z):
-        raise ValueError(f"{SPEC.name}: kernels take T ≥ 1 and B in 1…{MAX_GRID_Z}, not T {T}, B {B}")
-
-
-def _check_sm(sm: int) -> None:
-    if sm not in SMS:
-        raise ValueError(f"{SPEC.name}: kernels are compiled for SM {list(SMS)}, not {sm}")
 
 
 def short_tokens(sizes: dict[str, int]) -> int:
@@ -597,30 +544,11 @@ def run(*tensors: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tenso
         "X": str(buffers["q"].dtype).removeprefix("torch."),
         "CACHE": str(buffers["kv_cache"].dtype).removeprefix("torch."),
     }
-    execute(launches(sizes, dtypes, _sm(tensors[0].device)), buffers, scale)
+    execute(launches(sizes, dtypes, device_sm(tensors[0].device)), buffers, scale)
     return buffers["o"], buffers["kv_cache"]
 
 
 def execute(plan: list[Launch], buffers: dict[str, torch.Tensor], scale: float) -> None:
     """Launch a plan on contiguous tensors by pointer name: writes o [T, Q, D], updates kv_cache in place."""
     for launch in plan:
-        form = launch.variant
-        arguments: dict[str, Any] = {name: buffers[name] for name in POINTERS[form.kernel]}
-        if "scale" in form.signature:
-            arguments["scale"] = scale
-        KERNELS[form.kernel][launch.grid](
-            **arguments,
-            **launch.integers,
-            **form.constants,
-            num_warps=form.num_warps,
-            num_stages=form.num_stages,
-        )
-
-
-def _sm(device: torch.device) -> int:
-    """The SM whose variants run on a device; the interpreter's is nobody's, and takes Hopper's."""
-    if device.type != "cuda":
-        return 90
-    major, minor = torch.cuda.get_device_capability(device)
-    capability: int = 10 * major + minor
-    return max((sm for sm in SMS if sm // 10 == major and sm <= capability), default=capability)
+        launch.start(KERNELS[launch.variant.kernel], {**buffers, "scale": scale})

@@ -47,7 +47,8 @@ import triton
 import triton.language as tl
 
 from nemotrt.plugins.selective_scan import SPEC
-from nemotrt.plugins.variant import SMS, TRITON_DTYPES, Variant
+from nemotrt.plugins.selective_scan.supports import DTYPES, STATE_SIZES, supports
+from nemotrt.plugins.variant import TRITON_DTYPES, Launch, Variant, check_sm, device_sm
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LEAST_STEP = tl.constexpr(-160.0)
@@ -531,21 +532,8 @@ A chunk costs a program the same however few its tokens are. The recurrence cost
 arithmetic takes longer: at about this many tokens, an estimate that is not measured.
 """
 
-STATE_SIZES = (128, 256)
-"""N of the family."""
-
-DTYPES = (
-    *(("float16", "float32"), ("float16", "float16")),
-    *(("bfloat16", "float32"), ("bfloat16", "float16")),
-    ("float32", "float32"),
-)
-"""Dtypes of x and of the pool that the kernels are compiled for."""
-
 CHUNKED = ("float16", "bfloat16")
 """Dtypes of x that take the chunk kernels. FP32, for validation, takes the recurrence at any length: it is exact."""
-
-MAX_GRID_Y = 65535
-"""CUDA's limit on a grid's second axis."""
 
 FULL_GPU = 96
 """Programs that keep a GPU busy: with fewer heads than this, a head is cut in pieces of 32 columns."""
@@ -569,15 +557,6 @@ class Piece:
     TAIL: int
     num_warps: int
     num_stages: int
-
-
-@dataclass(frozen=True)
-class Launch:
-    """One launch: variant, grid and runtime integers; a pointer's or attribute's name says what to pass."""
-
-    variant: Variant
-    grid: tuple[int, int, int]
-    integers: dict[str, int]
 
 
 def chunk_tokens(sm: int) -> int:
@@ -660,7 +639,7 @@ def step_variant(dtypes: dict[str, str], N: int, rows: int) -> Variant:
 
 def variants(sm: int) -> Iterator[Variant]:
     """Every variant of the op on an SM; raises ValueError for an SM that is not in `SMS`."""
-    _check_sm(sm)
+    check_sm(SPEC.name, sm)
     for X, STATE in DTYPES:
         dtypes = {"X": X, "STATE": STATE}
         for N in STATE_SIZES:
@@ -671,33 +650,6 @@ def variants(sm: int) -> Iterator[Variant]:
                     yield scan_variant(dtypes, N, piece, sm)
             for rows in sorted({step_rows(P, N) for P in (64, 80)}):
                 yield step_variant(dtypes, N, rows)
-
-
-def supports(sizes: dict[str, int], dtypes: dict[str, str], sm: int) -> None:
-    """None where the kernels run these sizes (the SPEC's axes) and dtypes, else ValueError naming them."""
-    _check_sm(sm)
-    if (dtypes["X"], dtypes["STATE"]) not in DTYPES:
-        raise ValueError(
-            f"{SPEC.name}: kernels take x and state in {list(DTYPES)}, not {(dtypes['X'], dtypes['STATE'])}"
-        )
-    if sizes["N"] not in STATE_SIZES:
-        raise ValueError(f"{SPEC.name}: kernels take N in {list(STATE_SIZES)}, not {sizes['N']}")
-    if not (sizes["P"] % 32 == 0 or (sizes["P"] == 80 and sizes["N"] == 128)):
-        raise ValueError(
-            f"{SPEC.name}: kernels take P in multiples of 32, or 80 with N 128,"
-            f" not {sizes['P']} with N {sizes['N']}"
-        )
-    if sizes["H"] % sizes["G"]:
-        raise ValueError(f"{SPEC.name}: H = {sizes['H']} is no multiple of G = {sizes['G']}")
-    if not (sizes["T"] >= 1 and 1 <= sizes["B"] <= MAX_GRID_Y):
-        raise ValueError(
-            f"{SPEC.name}: kernels take T ≥ 1 and B in 1…{MAX_GRID_Y}, not T {sizes['T']}, B {sizes['B']}"
-        )
-
-
-def _check_sm(sm: int) -> None:
-    if sm not in SMS:
-        raise ValueError(f"{SPEC.name}: kernels are compiled for SM {list(SMS)}, not {sm}")
 
 
 def is_step(sizes: dict[str, int], dtypes: dict[str, str]) -> bool:
@@ -762,7 +714,7 @@ def run(
     sizes = SPEC.sizes([tuple(tensor.shape) for tensor in tensors])
     dtypes = _dtypes(tensors)
     device = tensors[0].device
-    sm = _sm(device) if sm is None else sm
+    sm = device_sm(device) if sm is None else sm
     plan = launches(sizes, dtypes, sm)
     buffers = {spec.name: tensor.contiguous() for spec, tensor in zip(SPEC.inputs, tensors, strict=True)}
     buffers["ssm_state"] = buffers["ssm_state"].clone()
@@ -778,15 +730,7 @@ def execute(plan: list[Launch], buffers: dict[str, torch.Tensor], dt_min: float,
     low, high = torch.tensor([dt_min, dt_max], dtype=torch.float32).tolist()  # as a plugin's fields are
     values: dict[str, Any] = {**buffers, "dt_min": low, "dt_max": high}
     for launch in plan:
-        form = launch.variant
-        names = (*POINTERS[form.kernel], *ATTRIBUTES[form.kernel])
-        KERNELS[form.kernel][launch.grid](
-            **{name: values[name] for name in names},
-            **launch.integers,
-            **form.constants,
-            num_warps=form.num_warps,
-            num_stages=form.num_stages,
-        )
+        launch.start(KERNELS[launch.variant.kernel], values)
 
 
 def _dtypes(tensors: tuple[torch.Tensor, ...]) -> dict[str, str]:
@@ -798,12 +742,3 @@ def _dtypes(tensors: tuple[torch.Tensor, ...]) -> dict[str, str]:
         if given != wanted:
             raise ValueError(f"{SPEC.name}: {spec.name} is {given}, wants {wanted}")
     return found
-
-
-def _sm(device: torch.device) -> int:
-    """The SM whose variants run on a device; the interpreter's is nobody's, and takes Hopper's."""
-    if device.type != "cuda":
-        return 90
-    major, minor = torch.cuda.get_device_capability(device)
-    capability: int = 10 * major + minor
-    return max((sm for sm in SMS if sm // 10 == major and sm <= capability), default=capability)

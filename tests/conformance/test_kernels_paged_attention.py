@@ -289,7 +289,7 @@ def test_refusals_name_the_op_and_the_size(change: dict[str, int], message: str)
 
 @pytest.mark.parametrize(
     ("sm", "dtype", "cache"),
-    [(80, "float16", "float8_e4m3fn"), (90, "float16", "bfloat16"), (90, "float32", "float8_e4m3fn")],
+    [(90, "float16", "bfloat16"), (90, "float32", "float8_e4m3fn")],
 )
 def test_refusals_of_dtypes(sm: int, dtype: str, cache: str) -> None:
     with pytest.raises(ValueError, match=rf"NemoPagedAttention: .* SM {sm} .* not \('{dtype}', '{cache}'\)"):
@@ -299,3 +299,8 @@ def test_refusals_of_dtypes(sm: int, dtype: str, cache: str) -> None:
 def test_refusal_of_an_sm() -> None:
     with pytest.raises(ValueError, match=r"NemoPagedAttention: kernels are compiled for SM .*, not 75"):
         list(kernels.variants(75))
+
+
+def test_refusal_of_an_fp8_cache_says_what_to_use() -> None:
+    with pytest.raises(ValueError, match="SM 86 has no FP8: use a cache of x's dtype, or SM 89 or later"):
+        kernels.supports(SIZES, {"X": "float16", "CACHE": "float8_e4m3fn"}, 86)

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nemotrt.plugins.library import Plugin, PluginError, TensorShape
-from nemotrt.plugins.variant import SMS
+from nemotrt.plugins.variant import SMS, Launch
 
 MANY = settings(max_examples=150, deadline=None, derandomize=True, database=None)
 
@@ -37,16 +37,17 @@ class Expected:
         self.op, self.sizes, self.attributes, self.dtypes = op, sizes, attributes, dtypes
         self.kernels = kernels_of(SPECS[op])
 
+    def plan(self, sm: int) -> list[Launch]:
+        """Raises ValueError where nothing fits."""
+        attributes = [self.attributes] if self.op == "moe_dispatch" else []
+        plan: list[Launch] = self.kernels.launches(self.sizes, *attributes, self.dtypes, sm)
+        return plan
+
     def launches(self, sm: int) -> list[tuple[str, list[int], dict[str, int | float]]]:
-        """Variant, grid, and each number that is passed; raises ValueError where nothing fits."""
-        if self.op == "moe_dispatch":
-            plan = self.kernels.launches(self.sizes, self.attributes, self.dtypes, sm)
-            derived = self.kernels.derived(self.sizes, self.attributes, self.dtypes, sm) if plan else {}
-        else:
-            plan, derived = self.kernels.launches(self.sizes, self.dtypes, sm), {}
+        """Variant, grid, and each number that is passed."""
         found = []
-        for launch in plan:
-            numbers = self.sizes | self.attributes | derived | getattr(launch, "integers", {})
+        for launch in self.plan(sm):
+            numbers = self.attributes | launch.integers
             passed = {
                 name: numbers[name]
                 for name, kind in launch.variant.signature.items()
@@ -57,18 +58,13 @@ class Expected:
 
     def pointers(self, sm: int) -> list[list[str]]:
         """What each pointer of each launch points to."""
-        if self.op != "moe_dispatch":
-            return [
-                [name for name, kind in launch.variant.signature.items() if kind.startswith("*")]
-                for launch in self.kernels.launches(self.sizes, self.dtypes, sm)
-            ]
         return [
             [
-                name
-                for name, kind in zip(launch.arguments, launch.variant.signature.values(), strict=True)
+                launch.renamed.get(name, name)
+                for name, kind in launch.variant.signature.items()
                 if kind.startswith("*")
             ]
-            for launch in self.kernels.launches(self.sizes, self.attributes, self.dtypes, sm)
+            for launch in self.plan(sm)
         ]
 
     def scan_workspace(self, sm: int) -> int:
