@@ -54,7 +54,8 @@ class Program(click.Group):
 
 
 def _end(ctx: click.Context, error: BaseException, message: str, hint: str, code: int) -> NoReturn:
-    if ctx.ensure_object(Console).debug:
+    is_mistyped = isinstance(error, click.UsageError)  # click's: a traceback would show its parser
+    if ctx.ensure_object(Console).debug and not is_mistyped:
         raise error
     line = " ".join(message.splitlines())  # a tensor's name can hold anything
     shown = line if code == interrupts.EXIT_CODE else f"error: {line}"

@@ -6,11 +6,14 @@ import difflib
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from nemotrt.exporter.console import Console
+
+if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
 
 
 class ExistingPath(click.Path):
@@ -29,6 +32,14 @@ class ExistingPath(click.Path):
         if self._is_folder and not path.is_dir():
             self.fail(f"{path} is not a folder", param, ctx)
         return path
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem]:
+        """Tell the shell which of its paths may be meant."""
+        from click.shell_completion import CompletionItem
+
+        return [CompletionItem(incomplete, type="dir" if self._is_folder else "file")]
 
 
 def _near(path: Path) -> Path | None:

@@ -30,10 +30,15 @@ class Tokenizer:
         from tokenizers import Tokenizer as FastTokenizer
 
         path = folder / TOKENIZER
+        if not path.exists():
+            raise BundleError(
+                f"{folder} has no {TOKENIZER}, and text needs one",
+                hint=f"build again with the model's {TOKENIZER} in the checkpoint, or run token ids in a Session",
+            )
         try:
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise BundleError(f"{path} cannot be read: {error}", hint="text needs a tokenizer") from error
+            raise BundleError(f"{path} cannot be read: {error}") from error
         try:
             self._tokenizer: tokenizers.Tokenizer = FastTokenizer.from_str(text)
         except Exception as error:  # tokenizers raises no other type, whatever is wrong

@@ -365,6 +365,9 @@ CONFIGS = {
 
 ALL = TENSORS | FILES | CONFIGS
 
+GOOD = Case("", model=MLP_ONLY)
+GOOD_WITH_TOKENIZER = Case("", tokenizer(lambda _: None), model=MLP_ONLY | {"vocab_size": 1024})
+
 
 def write(case: Case, folder: Path) -> None:
     """The damaged checkpoint at `folder`."""

@@ -81,14 +81,13 @@ def test_a_bad_checkpoint(tmp_path: Path, name: str) -> None:
     assert contents(tmp_path) == before
 
 
-SMALL = bad_checkpoints.Case("", model=bad_checkpoints.MLP_ONLY)
 ONNX = ("--runtime", "onnx", "--no-validate")
 BUILD = ("build", "checkpoint", *ONNX, "--output")
 
 
 def small_checkpoint() -> None:
     """A good checkpoint at `checkpoint`."""
-    bad_checkpoints.write(SMALL, Path("checkpoint"))
+    bad_checkpoints.write(bad_checkpoints.GOOD, Path("checkpoint"))
 
 
 @pytest.mark.parametrize("name", FLAGS)
@@ -122,17 +121,6 @@ def test_two_builds_into_one_output(tmp_path: Path) -> None:
         assert contents(tmp_path) == before
 
 
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A bundle with a tokenizer; not to be written to."""
-    folder = tmp_path_factory.mktemp("bundles")
-    case = Case("", bad_checkpoints.tokenizer(lambda _: None), model=SMALL.model | {"vocab_size": 1024})
-    bad_checkpoints.write(case, folder / "checkpoint")
-    result = run("build", folder / "checkpoint", *ONNX, "--max-context", 64, "-o", folder / "bundle")
-    assert result.exit_code == 0, result.stderr
-    return folder / "bundle"
-
-
 @pytest.fixture
 def nobody(bundle: Path) -> Iterator[Path]:
     """A folder, and a process without rights beyond its owner's: the superuser may write anywhere."""
@@ -154,7 +142,7 @@ def nobody(bundle: Path) -> Iterator[Path]:
 
 def test_a_read_only_folder(nobody: Path) -> None:
     """Refused, exit 2: `Permission denied`."""
-    bad_checkpoints.write(SMALL, nobody / "checkpoint")
+    bad_checkpoints.write(bad_checkpoints.GOOD, nobody / "checkpoint")
     (nobody / "here").mkdir(mode=0o555)
     result = run("build", nobody / "checkpoint", *ONNX, "--output", nobody / "here" / "out")
     refused(result, "here/.out.building: Permission denied", 2)
@@ -163,7 +151,7 @@ def test_a_read_only_folder(nobody: Path) -> None:
 
 def test_a_checkpoint_that_may_not_be_read(nobody: Path) -> None:
     """Refused, exit 2: `Permission denied`, with the file."""
-    bad_checkpoints.write(SMALL, nobody / "checkpoint")
+    bad_checkpoints.write(bad_checkpoints.GOOD, nobody / "checkpoint")
     (nobody / "checkpoint" / "model.safetensors").chmod(0)
     result = run("build", nobody / "checkpoint", *ONNX, "--output", nobody / "out")
     refused(result, r"checkpoint/model\.safetensors: Permission denied", 2)
@@ -261,3 +249,11 @@ def test_survived_output(tmp_path: Path, output: str) -> None:
     assert run("verify", output).exit_code == 0
     after = contents(tmp_path / "checkpoint")
     assert {name: after[name] for name in before} == before
+
+
+def test_survived_a_checkpoint_without_a_tokenizer(tmp_path: Path) -> None:
+    """Built and whole: the bundle takes token ids; `generate` refuses text, exit 7: `has no tokenizer.json`."""
+    small_checkpoint()
+    assert "there is no tokenizer.json" in run("check", "checkpoint").output
+    assert run(*BUILD, "out").exit_code == 0
+    refused(run("generate", "out", "--prompt", "for"), "has no tokenizer.json, and text needs one", 7)

@@ -1,0 +1,24 @@
+"""What the tests of the command line share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import bad_checkpoints
+import pytest
+from click.testing import CliRunner
+
+from nemotrt.exporter.cli import program
+
+
+@pytest.fixture(scope="session")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle with a tokenizer, not proved, beside its `checkpoint`; neither is to be written to."""
+    folder = tmp_path_factory.mktemp("bundles")
+    bad_checkpoints.write(bad_checkpoints.GOOD_WITH_TOKENIZER, folder / "checkpoint")
+    options = ("--runtime", "onnx", "--no-validate", "--max-context", "64")
+    made = CliRunner().invoke(
+        program, ["build", str(folder / "checkpoint"), *options, "-o", str(folder / "bundle")]
+    )
+    assert made.exit_code == 0, made.stderr
+    return folder / "bundle"
