@@ -85,9 +85,9 @@ class Operators:
             outputs.append(value if is_own else inner.Identity(value))
         return ir.Graph(inputs, outputs, nodes=inner.nodes, name=f"{self._prefix}{name}")
 
-    def input(self, name: str, dtype: ir.DataType, rank: int) -> ir.Value:
-        """An input of a subgraph, its sizes unknown."""
-        return ir.val(f"{self._prefix}{name}", dtype, [None] * rank)
+    def input(self, name: str) -> ir.Value:
+        """An input of a subgraph, which takes its type from what it is bound to."""
+        return ir.val(f"{self._prefix}{name}")
 
 
 def function(spec: OpSpec, sizes: Mapping[str, Any], attributes: Mapping[str, int | float]) -> ir.Function:

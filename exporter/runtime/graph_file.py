@@ -66,7 +66,6 @@ def open_graph(
     *,
     threads: int,
     providers: Sequence[str],
-    map_weights: bool,
     thread: Interruptible,
     shown: Sequence[str] = (),
 ) -> tuple[ort.InferenceSession, str]:
@@ -93,8 +92,8 @@ def open_graph(
     options.log_severity_level = 3
     # Every step has other sizes; a plan of the memory for each would be kept for ever.
     options.enable_mem_pattern = False
-    if map_weights:
-        options.add_session_config_entry("session.disable_prepacking", "1")
+    # Weights stay in the mapped file: packed copies of 1.3 GB took 0.55 s to make, and a step gained 4% at most.
+    options.add_session_config_entry("session.disable_prepacking", "1")
     source: str | bytes = str(path)
     runs_as = _precision(model)
     is_twin = tuple(providers) == (CPU,) and needs_twin(model)

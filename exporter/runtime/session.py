@@ -48,13 +48,11 @@ class Session:
         bound: bool = True,
         threads: int = 0,
         providers: Sequence[str] = (CPU,),
-        map_weights: bool = False,
         shown: Sequence[str] = (),
     ) -> None:
         """Load the graph with `num_slots` slots and `num_pages` pages, scratch included.
 
-        `threads` 0 takes all cores. `map_weights` leaves FP32 weights in the mapped file instead of in packed
-        copies: for graphs near or above the memory's size. `shown` names values of the graph whose last step
+        `threads` 0 takes all cores. `shown` names values of the graph whose last step
         is kept in `self.shown`; a session that shows any is not bound. Raises BundleError on a file that is not such a
         graph, UsageError on what the arguments cannot mean on this machine.
         """
@@ -69,7 +67,6 @@ class Session:
             onnx_path,
             threads=threads,
             providers=providers,
-            map_weights=map_weights,
             thread=self._thread,
             shown=shown,
         )

@@ -14,9 +14,9 @@ Pools follow from this: rows of `conv_state` and `kv_cache` are copies (Gather, 
 that were rounded where they were computed, so the twin's FP32 pools hold the values of the half pools, with
 no cast around them.
 
-Weights stay half and lie where they lie. One that is only gathered (embeddings, experts) stays half in
-memory, and what was gathered is cast; any other is cast whole, which ONNX Runtime folds when it loads the
-graph.
+Weights stay half and lie where they lie. One that is gathered (embeddings) or handed over by a Scan (experts)
+stays half in memory, and what was taken from it is cast; any other is cast whole, which ONNX Runtime folds when it loads
+the graph.
 """
 
 from __future__ import annotations
@@ -111,11 +111,17 @@ class _Rewriter:
     def __init__(self) -> None:
         self._num_names = 0
 
-    def graph(self, graph: GraphProto, dtypes: ChainMap[str, int], widened: ChainMap[str, str]) -> None:
+    def graph(
+        self,
+        graph: GraphProto,
+        dtypes: ChainMap[str, int],
+        widened: ChainMap[str, str],
+        kept: frozenset[str] = frozenset(),
+    ) -> None:
         """Rewrite one graph; `dtypes` are the original's, of this graph and those around it.
 
         `widened` maps each half name to the FP32 name of its value. A name that it lacks still is half in the
-        twin: a weight, or what was gathered from one.
+        twin: a weight, or what was gathered from one. Inputs named in `kept` are such.
         """
         outputs = frozenset(value.name for value in graph.output)
         scope = _Scope(self, outputs, dtypes.new_child(), widened.new_child())
@@ -125,7 +131,7 @@ class _Rewriter:
             scope.dtypes[tensor.name] = tensor.data_type
         stored = {tensor.name for tensor in graph.initializer}
         for value in graph.input:
-            if scope.is_half(value.name) and value.name not in stored:
+            if scope.is_half(value.name) and value.name not in stored and value.name not in kept:
                 value.type.tensor_type.elem_type = FLOAT
                 scope.widened[value.name] = value.name
         for node in graph.node:
@@ -163,8 +169,10 @@ class _Scope:
 
     def rewrite(self, node: NodeProto) -> None:
         """Append what stands for the node in the twin."""
+        kept = self._kept_inputs(node)
         for graph in _subgraphs(node):
-            self._rewriter.graph(graph, self.dtypes, self.widened)
+            inside = frozenset(graph.input[i].name for i in kept)
+            self._rewriter.graph(graph, self.dtypes, self.widened, inside)
         operands = [name for name in node.input if self.is_half(name)]
         results = [name for name in node.output if self.is_half(name)]
         if not operands and not results:
@@ -174,7 +182,15 @@ class _Scope:
         elif self._stays_half(node, operands):
             self.nodes.append(node)
         else:
-            self._compute(node, results)
+            self._compute(node, results, kept)
+
+    def _kept_inputs(self, node: NodeProto) -> tuple[int, ...]:
+        """Which inputs of a Scan are weights that still are half: it hands their rows over where they lie."""
+        if node.op_type != "Scan":
+            return ()
+        count = next(attribute.i for attribute in node.attribute if attribute.name == "num_scan_inputs")
+        scanned = range(len(node.input) - count, len(node.input))
+        return tuple(i for i in scanned if self.is_half(node.input[i]) and node.input[i] not in self.widened)
 
     def _stays_half(self, node: NodeProto, operands: list[str]) -> bool:
         """Whether the node only moves weights that still are half, and makes no output of the graph."""
@@ -199,9 +215,9 @@ class _Scope:
         else:
             self._round(source, result, node)
 
-    def _compute(self, node: NodeProto, results: list[str]) -> None:
+    def _compute(self, node: NodeProto, results: list[str], kept: tuple[int, ...]) -> None:
         for i, name in enumerate(node.input):
-            if self.is_half(name):
+            if self.is_half(name) and i not in kept:
                 node.input[i] = self.wide(name)
         for attribute in node.attribute:
             if _is_half_constant(attribute):

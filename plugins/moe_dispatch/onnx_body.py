@@ -1,7 +1,9 @@
-"""The op in standard ONNX operators: rows sorted by expert, one pair of products for each chunk of an expert's rows.
+"""The op in standard ONNX operators: one expert after the other, each on the rows that chose it.
+
+Scan hands each expert's weights over where they lie; gathering them by number would copy them.
 
 Legend: T tokens, k experts a token, A = T·k assignments, R routed experts, E experts here, L expert input size,
-I inner size, C chunks, J rows of a chunk.
+I inner size, J rows of one expert.
 """
 
 from collections.abc import Mapping
@@ -10,10 +12,6 @@ from typing import Any
 import onnx_ir as ir
 
 from nemotrt.plugins.onnx_op import Operators
-from nemotrt.plugins.ragged import chunks, size_of
-
-CHUNK = 64
-"""Rows a chunk at most: an expert's weights are read once a chunk, and a chunk's missing rows are computed in vain."""
 
 
 def body(
@@ -28,55 +26,63 @@ def body(
     local_A = op.Sub(op.Reshape(chosen_Tk, [-1]), int(attributes["first_expert"]))
     is_local_A = op.And(op.GreaterOrEqual(local_A, 0), op.Less(local_A, experts))
     expert_A = op.Where(is_local_A, local_A, experts)  # another rank's experts sort behind all of ours
+    _, order_A = op.TopK(expert_A, op.Shape(expert_A), largest=0, outputs=2)  # ties keep their order
+    token_A = op.Div(order_A, top_k)
+    weight_A = op.Gather(op.Reshape(weight_Tk, [-1]), order_A)
+    start_E, end_E = _bounds(op, expert_A, experts)
 
-    count_E, start = _offsets(op, expert_A, experts)
-    size = op.Max(op.Min(op.ReduceMax(count_E, keepdims=0), CHUNK), 1)
-    num_assigned = size_of(op, expert_A, 0)
-    table = chunks(op, start, size, num_assigned)
-    _, order_A = op.TopK(
-        expert_A, op.Unsqueeze(num_assigned, [0]), largest=0, outputs=2
-    )  # ties keep their order
+    def add_expert(
+        inner: Operators,
+        sum_TL: ir.Value,
+        up_IL: ir.Value,
+        down_LI: ir.Value,
+        up_scale: ir.Value,
+        down_scale: ir.Value,
+        start: ir.Value,
+        end: ir.Value,
+        is_chosen: ir.Value,
+    ) -> list[ir.Value]:
+        def run(chosen: Operators) -> list[ir.Value]:
+            bounds = [chosen.Unsqueeze(start, [0]), chosen.Unsqueeze(end, [0]), [0]]
+            token_J = chosen.Slice(token_A, *bounds)
+            rows_JL = chosen.Gather(inputs["x"], token_J, axis=0)
+            hidden_JI = chosen.Relu(_linear(chosen, rows_JL, up_IL, up_scale))
+            hidden_JI = chosen.CastLike(chosen.Mul(hidden_JI, hidden_JI), rows_JL)
+            part_JL = _linear(chosen, hidden_JI, down_LI, down_scale)
+            part_JL = chosen.Mul(part_JL, chosen.Unsqueeze(chosen.Slice(weight_A, *bounds), [1]))
+            return [chosen.ScatterND(sum_TL, chosen.Unsqueeze(token_J, [1]), part_JL, reduction="add")]
 
-    token_CJ = op.Div(op.Gather(order_A, table.row_CJ), top_k)
+        return [
+            inner.If(
+                is_chosen,
+                then_branch=inner.subgraph("run", run),
+                else_branch=inner.subgraph("skip", lambda skipped: [sum_TL]),
+            )
+        ]
 
-    def run_expert(inner: Operators, expert: ir.Value, token_J: ir.Value) -> list[ir.Value]:
-        return [_expert(inner, inputs, inner.Gather(inputs["x"], token_J, axis=0), expert)]
-
-    expert, token_J = op.input("expert", ir.DataType.INT64, 0), op.input("token", ir.DataType.INT64, 1)
-    scan = op.subgraph("chunk", run_expert, [expert, token_J])
-    parts_CJL = op.Scan(table.group_C, token_CJ, body=scan, num_scan_inputs=2)
-
-    # Where each assignment's row went: its expert's first chunk, and its rank among that expert's rows.
-    rank_A = op.ScatterElements(order_A, order_A, op.Range(0, num_assigned, 1), axis=0)
-    own_A = op.Min(expert_A, experts - 1)
-    row_A = op.Add(op.Mul(op.Gather(table.first_N, own_A), size), op.Sub(rank_A, op.Gather(start, own_A)))
-    row_A = op.Where(is_local_A, row_A, 0)
-    latent = op.Shape(inputs["x"], start=1)
-    parts = op.Gather(op.Reshape(parts_CJL, op.Concat([-1], latent, axis=0)), row_A, axis=0)
-    parts = op.Where(op.Unsqueeze(is_local_A, [1]), parts, 0.0)
-    weighted = op.Mul(op.Reshape(weight_Tk, [-1, 1]), parts)
-    parts_TkL = op.Reshape(weighted, op.Concat([-1, top_k], latent, axis=0))
-    return (op.CastLike(op.ReduceSum(parts_TkL, [1], keepdims=0), inputs["x"]),)
+    names = ("sum", "up", "down", "up_scale", "down_scale", "start", "end", "is_chosen")
+    scan = op.subgraph("expert", add_expert, [op.input(name) for name in names])
+    none_TL = op.Expand(0.0, op.Shape(inputs["x"]))
+    of_experts = [inputs[name] for name in ("up", "down", "up_scale", "down_scale")]
+    ranges = (start_E, end_E, op.Less(start_E, end_E))
+    y_TL = op.Scan(none_TL, *of_experts, *ranges, body=scan, num_scan_inputs=7)
+    return (op.CastLike(y_TL, inputs["x"]),)
 
 
-def _offsets(op: Operators, expert_A: ir.Value, experts: int) -> tuple[ir.Value, ir.Value]:
-    """Rows of each expert [E], and where each expert's rows start [E + 1]."""
+def _bounds(op: Operators, expert_A: ir.Value, experts: int) -> tuple[ir.Value, ir.Value]:
+    """Where each expert's assignments start and end [E], sorted by expert."""
     ones = op.Expand(1, op.Shape(expert_A))
     count = op.ScatterElements(op.Expand(0, [experts + 1]), expert_A, ones, axis=0, reduction="add")
     count_E = op.Slice(count, [0], [experts], [0])
-    return count_E, op.Concat([0], op.CumSum(count_E, 0), axis=0)
+    end_E = op.CumSum(count_E, 0)
+    return op.Sub(end_E, count_E), end_E
 
 
-def _expert(op: Operators, inputs: Mapping[str, ir.Value], rows_JL: ir.Value, expert: ir.Value) -> ir.Value:
-    """down(relu(up x)²) of one expert for the rows of one chunk [J, L]."""
-
-    def linear(rows: ir.Value, weights: str) -> ir.Value:
-        weight = op.cast(op.Gather(inputs[weights], expert, axis=0), ir.DataType.FLOAT)
-        product = op.Gemm(op.cast(rows, ir.DataType.FLOAT), weight, transB=1)
-        return op.Mul(product, op.Gather(inputs[f"{weights}_scale"], expert))  # type: ignore[no-any-return]
-
-    hidden_JI = op.Relu(linear(rows_JL, "up"))
-    return linear(op.CastLike(op.Mul(hidden_JI, hidden_JI), rows_JL), "down")
+def _linear(op: Operators, rows: ir.Value, weight: ir.Value, scale: ir.Value) -> ir.Value:
+    """One expert's rows through one of its weights [outputs, inputs], in FP32."""
+    float32 = ir.DataType.FLOAT
+    product = op.Gemm(op.cast(rows, float32), op.cast(weight, float32), transB=1)
+    return op.Mul(product, scale)  # type: ignore[no-any-return]
 
 
 def _route(

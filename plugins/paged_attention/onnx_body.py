@@ -49,8 +49,8 @@ def body(
         q_IQD = inner.Gather(inputs["q"], row_I, axis=0)
         return [_attend(inner, sizes, attributes, q_IQD, position_I, seen, cache, pages)]
 
-    ranks = {"sequence": 0, "row": 1, "position": 1, "seen": 0, "num_pages": 0}
-    scan = op.subgraph("chunk", attend, [op.input(name, int64, rank) for name, rank in ranks.items()])
+    names = ("sequence", "row", "position", "seen", "num_pages")
+    scan = op.subgraph("chunk", attend, [op.input(name) for name in names])
     o_CIQD = op.Scan(
         *(
             table.group_C,
@@ -60,7 +60,7 @@ def body(
             num_pages_C,
         ),
         body=scan,
-        num_scan_inputs=len(ranks),
+        num_scan_inputs=len(names),
     )
     o_RQD = op.Reshape(o_CIQD, [-1, int(sizes["Q"]), int(sizes["D"])])
     first_row_T = op.Mul(op.Gather(table.first_N, sequence_T), table.size)

@@ -28,8 +28,8 @@ class _Packed:
     start_B: ir.Value
     end_B: ir.Value
     is_fresh_B: ir.Value
-    old_BHPN: ir.Value
-    """What the sequences' slots hold, in the pool's dtype."""
+    pool_SHPN: ir.Value
+    slot_B: ir.Value
     num_tokens: ir.Value
     sequence_T: ir.Value
     heads: int
@@ -82,7 +82,8 @@ def _read(
         start_B=start_B,
         end_B=end_B,
         is_fresh_B=op.Equal(op.cast(inputs["context_len"], ir.DataType.INT64), 0),
-        old_BHPN=op.Gather(inputs["ssm_state"], inputs["slot"], axis=0),
+        pool_SHPN=inputs["ssm_state"],
+        slot_B=inputs["slot"],
         num_tokens=num_tokens,
         sequence_T=sequence_T,
         heads=int(sizes["H"]),
@@ -103,8 +104,11 @@ def _one_step(op: Operators, packed: _Packed) -> tuple[ir.Value, ir.Value]:
     B_BG1N = op.Unsqueeze(op.Gather(packed.B_TGN, token_B, axis=0), [2])
     C_BGN1 = op.Unsqueeze(op.Gather(packed.C_TGN, token_B, axis=0), [3])
 
-    stored_BHPN = op.cast(packed.old_BHPN, ir.DataType.FLOAT)
-    old_BHPN = op.Where(op.Unsqueeze(packed.is_fresh_B, [1, 2, 3]), 0.0, stored_BHPN)
+    stored_BHPN = op.cast(op.Gather(packed.pool_SHPN, packed.slot_B, axis=0), ir.DataType.FLOAT)
+    # Zeros are scattered in place over the fresh ones, of which a step of decode has none; Where would copy all.
+    fresh_F1 = op.Transpose(op.NonZero(packed.is_fresh_B), perm=[1, 0])
+    zeros_FHPN = op.Expand(0.0, op.Concat(op.Shape(fresh_F1, end=1), [heads, head_dim, state_size], axis=0))
+    old_BHPN = op.ScatterND(stored_BHPN, fresh_F1, zeros_FHPN)
     decay_BH11 = op.Unsqueeze(op.Exp(op.Mul(delta_BH, packed.A_H)), [2, 3])
     input_BHP = op.Mul(op.Unsqueeze(delta_BH, [2]), x_BHP)
     outer = op.Mul(op.Reshape(input_BHP, by_group), B_BG1N)
@@ -121,13 +125,7 @@ def _chunked(op: Operators, packed: _Packed) -> tuple[ir.Value, ir.Value]:
     table = chunks(op, start, op.Min(per_sequence, CHUNK), packed.num_tokens)
     place_Q = op.Range(0, table.size, 1)
     is_past_JI = op.LessOrEqual(op.Unsqueeze(place_Q, [1]), place_Q)
-    inputs = [
-        op.input("state", ir.DataType.FLOAT, 3),
-        op.input("sequence", ir.DataType.INT64, 0),
-        op.input("is_first", ir.DataType.BOOL, 0),
-        op.input("row", ir.DataType.INT64, 1),
-        op.input("is_own", ir.DataType.BOOL, 1),
-    ]
+    inputs = [op.input(name) for name in ("state", "sequence", "is_first", "row", "is_own")]
     scan = op.subgraph(
         "chunk", lambda inner, *values: _chunk(inner, packed, table.size, is_past_JI, *values), inputs
     )
@@ -203,5 +201,6 @@ def _chunk(
 
 def _initial_state(op: Operators, packed: _Packed, sequence: ir.Value) -> ir.Value:
     """The state [H, P, N] that a sequence's first chunk starts from: its slot's, or zero when it is fresh."""
-    stored_HPN = op.cast(op.Gather(packed.old_BHPN, sequence, axis=0), ir.DataType.FLOAT)
+    slot = op.Gather(packed.slot_B, sequence)
+    stored_HPN = op.cast(op.Gather(packed.pool_SHPN, slot, axis=0), ir.DataType.FLOAT)
     return op.Where(op.Gather(packed.is_fresh_B, sequence), 0.0, stored_HPN)  # type: ignore[no-any-return]

@@ -112,12 +112,6 @@ def test_the_session_says_how_it_runs(graphs: dict[str, Path]) -> None:
     assert said == ["fp32", "fp16 as an FP32 twin", "bf16 as an FP32 twin"]
 
 
-def test_weights_can_stay_in_the_mapped_file(graphs: dict[str, Path], session: Session) -> None:
-    mapped = Session(graphs["float32"], num_slots=4, num_pages=30, map_weights=True)
-    step = one_sequence([3, 1, 4])
-    np.testing.assert_allclose(mapped.step(*step), session.step(*step), rtol=1e-4, atol=1e-5)
-
-
 def changed(**changes: np.ndarray) -> Arguments:
     names = ("input_ids", "query_start", "context_len", "slot", "page_table", "logits_row")
     return tuple((dict(zip(names, mixed_step(), strict=True)) | changes).values())

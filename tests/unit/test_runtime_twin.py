@@ -146,6 +146,35 @@ def test_a_gathered_weight_stays_half(half: int) -> None:
 
 
 @half_types
+def test_a_weight_that_a_scan_hands_over_stays_half(half: int) -> None:
+    stack = random(half, 3, 4, 4, seed=1)
+    body = helper.make_graph(
+        [node("Cast", "weight", "wide", to=TensorProto.FLOAT), node("MatMul", "state wide", "next")],
+        "body",
+        [onnx.ValueInfoProto(name="state"), onnx.ValueInfoProto(name="weight")],
+        [onnx.ValueInfoProto(name="next")],
+    )
+    model = model_of(
+        [
+            node("Cast", "x", "first", to=TensorProto.FLOAT),
+            node("Scan", "first stack", "last", body=body, num_scan_inputs=1),
+            node("Cast", "last", "y", to=half),
+        ],
+        {"x": half},
+        {"y": half},
+        {"stack": stack.astype(NUMPY[half])},
+    )
+    twin = fp32_twin(model)
+    assert [tensor.data_type for tensor in twin.graph.initializer] == [half]
+    (scan,) = (one for one in twin.graph.node if one.op_type == "Scan")
+    assert scan.input[1] == "stack"
+    x = random(half, 2, 4)
+    np.testing.assert_allclose(
+        run(twin, x=x)[0], rounding(half)(x @ stack[0] @ stack[1] @ stack[2]), rtol=1e-2
+    )
+
+
+@half_types
 def test_a_half_output_straight_from_a_weight_is_widened(half: int) -> None:
     table = random(half, 7, 4, seed=1)
     model = model_of(
