@@ -57,13 +57,7 @@ bench: setup ## the figures of docs/performance.md
 gpu-check: setup ## every op on this machine's GPU against the reference; writes build/gpu_check.json
 	$(BIN)/python scripts/gpu_check.py
 
-gpu-snapshots: setup ## write anew what tests compare with code: docs/cli.md, docs/reliability.md, tests/snapshots
-	$(BIN)/python tests/snapshots/texts.py
-
-dist: setup ## the source distribution and the wheel, both looked through, the wheel tried without the checkout
-	$(BIN)/python scripts/check_packages.py
-
-bench: setup ## every op on this machine's GPU against the roofline and peers; writes build/gpu_bench.json
+gpu-bench: setup ## every op on this machine's GPU against the roofline and peers; writes build/gpu_bench.json
 	$(BIN)/python scripts/gpu_bench.py
 
 engine-check: setup ## build, run and judge engines on this machine's GPU; writes engine-check.json

@@ -15,8 +15,8 @@ that were rounded where they were computed, so the twin's FP32 pools hold the va
 no cast around them.
 
 Weights stay half and lie where they lie. One that is gathered (embeddings) or handed over by a Scan (experts)
-stays half in memory, and what was taken from it is cast; any other is cast whole, which ONNX Runtime folds when it loads
-the graph.
+stays half in memory, and what was taken from it is cast; any other is cast whole, which ONNX Runtime folds
+when it loads the graph.
 """
 
 from __future__ import annotations
