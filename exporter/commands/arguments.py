@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,9 @@ from nemotrt.exporter.console import Console
 
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
+
+HUB_NAME = re.compile(r"[\w-]+/[\w.-]+")
+"""As nvidia/NVIDIA-Nemotron-Nano-9B-v2."""
 
 
 class ExistingPath(click.Path):
@@ -28,7 +32,10 @@ class ExistingPath(click.Path):
         path = Path(os.fsdecode(super().convert(value, param, ctx)))
         if not path.exists():
             near = _near(path)
-            self.fail(f"{path} does not exist" + (f"; did you mean {near}?" if near else ""), param, ctx)
+            why = f"; did you mean {near}?" if near else ""
+            if not near and HUB_NAME.fullmatch(str(path)):
+                why = "; if it is a name on a hub: nothing is downloaded here, name a local folder"
+            self.fail(f"{path} does not exist{why}", param, ctx)
         if self._is_folder and not path.is_dir():
             self.fail(f"{path} is not a folder", param, ctx)
         return path

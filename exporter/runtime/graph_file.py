@@ -114,9 +114,13 @@ def read_proto(path: Path) -> ModelProto:
     from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
     try:
-        return onnx.load(str(path), load_external_data=False)
+        # By its name alone, a .json file would be read as another of ONNX's formats.
+        model = onnx.load(str(path), format="protobuf", load_external_data=False)
     except (OSError, DecodeError) as error:
         raise BundleError(f"{path} is not a readable ONNX file: {first_line(error)}") from error
+    if not model.graph.node:  # an empty file is a message too
+        raise BundleError(f"{path} is not an ONNX file: it has no node")
+    return model
 
 
 def _precision(model: ModelProto) -> str:

@@ -252,7 +252,10 @@ def read(bundle: Path) -> Manifest:
         raise BundleError(f"{bundle} is not a folder", hint="name the bundle that build has written")
     path = bundle / NAME
     if path.is_symlink() or not path.is_file():
-        raise BundleError(f"{bundle} is not a bundle: {NAME} is no file of it")
+        raise BundleError(
+            f"{bundle} is not a bundle: {NAME} is no file of it",
+            hint="nemo-export build makes a bundle of a checkpoint",
+        )
     fields = read_object(path)
     version = fields.get("schema_version")
     if type(version) is not int or version < 1:

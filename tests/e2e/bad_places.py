@@ -16,6 +16,10 @@ FLAGS: dict[str, tuple[tuple[str, ...], str]] = {
         ("build", "nowhere/at/all", "--output", "out"),
         "nowhere/at/all does not exist",
     ),
+    "path-is-a-hub-name": (
+        ("build", "nvidia/Nemotron-Nano", "--output", "out"),
+        "nvidia/Nemotron-Nano does not exist; .*nothing is downloaded here, name a local folder",
+    ),
     "path-is-a-file": (("verify", "checkpoint/config.json"), "config.json is not a folder"),
     "path-is-neither": (("inspect", "."), "is no checkpoint, ONNX file or bundle"),
     "option-unknown": ((*BUILD, "--presicion", "fp16"), "No such option.*--presicion"),

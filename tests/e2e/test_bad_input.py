@@ -221,6 +221,14 @@ def test_a_bad_bundle(tmp_path: Path, bundle: Path, name: str) -> None:
     assert contents(tmp_path) == before
 
 
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "empty.onnx"])
+def test_a_file_that_is_no_graph(tmp_path: Path, name: str) -> None:
+    """Refused by `inspect`, exit 7: `is not a readable ONNX file`, or `it has no node`."""
+    small_checkpoint()
+    (tmp_path / "checkpoint" / "empty.onnx").touch()
+    refused(run("inspect", f"checkpoint/{name}"), f"{name} is not (a readable|an) ONNX file: ", 7)
+
+
 @pytest.mark.parametrize("name", bad_bundles.PROMPTS)
 def test_a_prompt_that_cannot_be_answered(tmp_path: Path, bundle: Path, name: str) -> None:
     """Refused by `generate` before a token is printed."""
