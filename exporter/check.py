@@ -14,16 +14,18 @@ from typing import Any
 
 from nemotrt.exporter import environment, estimates
 from nemotrt.exporter.artifacts import WeightSource
-from nemotrt.exporter.config import COMPUTE_DTYPES, PRECISION_OF_DTYPE
-from nemotrt.exporter.errors import CheckpointError, CompileError, UsageError
+from nemotrt.exporter.config import COMPUTE_DTYPES, PRECISION_OF_DTYPE, BuildConfig
+from nemotrt.exporter.errors import CheckpointError, CompileError, ExportError, UsageError
 from nemotrt.exporter.inspection import Part, Weight, parts, state_of
+from nemotrt.exporter.kernel_support import check_supported
 from nemotrt.exporter.layer_selection import only_layers, partial_model
 from nemotrt.exporter.runtime.backends import BACKENDS, Backend
 from nemotrt.exporter.runtime.tokenizer import TOKENIZER
 from nemotrt.exporter.stages.load import Survey, check_side_files, match, parse_config, read_config
-from nemotrt.exporter.targets import ONNX, settle
+from nemotrt.exporter.targets import AUTO, ONNX, Target, settle
 from nemotrt.exporter.tensor_files import DTYPES, StoredTensor, open_checkpoint, read_json
 from nemotrt.model.config import ModelConfig
+from nemotrt.model.pools import pool_specs
 
 FIRST_EXPERT = re.compile(r"(.*\.experts\.)0(\..*)")
 
@@ -154,18 +156,32 @@ def _entry(file: Path, name: str, entry: Any) -> tuple[str, int, tuple[int, ...]
     return *DTYPES[dtype], sizes
 
 
-def check(subject: Subject, precision: str, where: Path, scan: Callable[[int], None] | None = None) -> Check:
+def check(
+    subject: Subject,
+    precision: str,
+    where: Path,
+    scan: Callable[[int], None] | None = None,
+    *,
+    runtime: str = AUTO,
+    sms: tuple[int, ...] = (),
+) -> Check:
     """What a build of the subject at `precision` (the checkpoint's own if empty) would do, beside `where`.
 
-    With `scan` every value is read too, and it hears of the bytes. A problem is an entry here, not an error.
+    With `scan` every value is read too, and it hears of the bytes. A problem is an entry here, not an error; it is
+    none that an engine cannot be built where neither `runtime` nor `sms` asks for one. Raises UsageError on those
+    that cannot be meant.
     """
     config = subject.config
     precision = precision or PRECISION_OF_DTYPE[config.dtype]
     survey = match(config, subject.stored)
     dtypes = _dtypes(config, precision)
-    problems = list(survey.problems)
+    problems: list[ExportError] = list(survey.problems)
     if (folder := subject.folder) is not None:
         problems += _raised(lambda: check_side_files(folder, config))
+    if sms or runtime not in (AUTO, ONNX):
+        problems += _raised(lambda: _target(config, runtime, sms, precision))
+    elif runtime == ONNX:
+        settle(runtime, sms, precision)
     if scan is not None:
         problems += _scan(survey, dtypes, scan)
     sources = [tensor for source in survey.weights.values() for tensor in source.tensors]
@@ -190,7 +206,7 @@ def check(subject: Subject, precision: str, where: Path, scan: Callable[[int], N
         inert=config.inert,
         precision=precision,
         dtypes=_dtypes_by_kind(config, dtypes, precision),
-        runtimes=_runtimes(precision),
+        runtimes=_runtimes(config, precision),
         tools=_tools(),
         memory_bytes=environment.memory_bytes(),
         disk_free_bytes=free,
@@ -200,15 +216,15 @@ def check(subject: Subject, precision: str, where: Path, scan: Callable[[int], N
     )
 
 
-def _raised(call: Callable[[], object]) -> list[CheckpointError]:
+def _raised(call: Callable[[], object]) -> list[ExportError]:
     try:
         call()
-    except CheckpointError as error:
+    except (CheckpointError, CompileError) as error:
         return [error]
     return []
 
 
-def _scan(survey: Survey, dtypes: Mapping[str, str], advance: Callable[[int], None]) -> list[CheckpointError]:
+def _scan(survey: Survey, dtypes: Mapping[str, str], advance: Callable[[int], None]) -> list[ExportError]:
     """What reading every value finds: one problem a parameter, its first."""
 
     def read(parameter: str, source: WeightSource) -> None:
@@ -221,7 +237,7 @@ def _scan(survey: Survey, dtypes: Mapping[str, str], advance: Callable[[int], No
             for piece in weights.convert(tensor, source.transform, dtype):
                 advance(len(piece) * tensor.length // math.prod(tensor.shape))
 
-    found: list[CheckpointError] = []
+    found: list[ExportError] = []
     for parameter, source in survey.weights.items():
         found += _raised(lambda parameter=parameter, source=source: read(parameter, source))  # type: ignore[misc]
     return found
@@ -276,21 +292,36 @@ def _dtypes_by_kind(
     }
 
 
-def _runtimes(precision: str) -> tuple[RuntimeFact, ...]:
+def _runtimes(config: ModelConfig, precision: str) -> tuple[RuntimeFact, ...]:
     how = {
         "fp32": "ONNX Runtime runs it on the CPU as it is",
         "fp16": "on a CPU, ONNX Runtime runs its FP32 twin, which rounds as the graph does",
         "bf16": "on a CPU, ONNX Runtime runs its FP32 twin: it has no BF16 arithmetic there",
     }
-    return (RuntimeFact(ONNX, True, how[precision]), *(_engine(one, precision) for one in BACKENDS))
+    return (RuntimeFact(ONNX, True, how[precision]), *(_engine(config, one, precision) for one in BACKENDS))
 
 
-def _engine(backend: Backend, precision: str) -> RuntimeFact:
+def _engine(config: ModelConfig, backend: Backend, precision: str) -> RuntimeFact:
     try:
-        target = settle(backend.runtime, (), precision)
+        target = _target(config, backend.runtime, (), precision)
     except (CompileError, UsageError) as error:
         return RuntimeFact(backend.runtime, False, f"{error}: {error.hint}")
     return RuntimeFact(backend.runtime, True, f"an engine for {target.gpus}")
+
+
+def _target(config: ModelConfig, runtime: str, sms: tuple[int, ...], precision: str) -> Target:
+    """What a build with the other flags' defaults would make an engine for; raises as it would."""
+    target = settle(runtime, sms, precision)
+    build = BuildConfig(Path(), Path(), precision=precision)
+    pools = pool_specs(
+        config,
+        page_size=build.page_size,
+        dtype=COMPUTE_DTYPES[precision],
+        state_dtype=COMPUTE_DTYPES[build.state_dtype],
+        kv_dtype=COMPUTE_DTYPES[precision],
+    )
+    check_supported(config, build, pools, target.sms)
+    return target
 
 
 def _tools() -> tuple[Tool, ...]:

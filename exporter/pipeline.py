@@ -114,18 +114,23 @@ def _resolved(config: BuildConfig, model: LoadedModel, console: Console) -> tupl
     precision = config.precision or PRECISION_OF_DTYPE[model.config.dtype]
     target = settle(config.runtime, config.sms, precision)
     if target.runtime != ONNX:
-        target = _checked(target, estimates.graph_bytes(model, precision))
+        target = _checked(target, model, dataclasses.replace(config, precision=precision))
     if config.runtime == AUTO:
         console.say(f"{'runtime':<9} {target.title}" + (f" ({target.why})" if target.why else ""))
     return dataclasses.replace(config, precision=precision, runtime=target.runtime, sms=target.sms), target
 
 
-def _checked(target: Target, weight_bytes: int) -> Target:
-    """The target, whose TensorRT loads and has memory enough to build in; or the graph alone where that may be."""
+def _checked(target: Target, model: LoadedModel, config: BuildConfig) -> Target:
+    """The target, if kernels take the model, and its TensorRT loads and has memory to build in.
+
+    Else the graph alone, where that may be.
+    """
+    from nemotrt.exporter.kernel_support import check_supported
     from nemotrt.exporter.stages.compile import check_backend
 
     try:
-        estimates.check_engine_memory(weight_bytes)
+        check_supported(model.config, config, model.pools(config), target.sms)
+        estimates.check_engine_memory(estimates.graph_bytes(model, config.precision))
         check_backend(target)
     except CompileError as error:
         if not target.may_fall_back:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from nemotrt.exporter.config import RUNTIMES
 from nemotrt.exporter.console import Console
 
 if TYPE_CHECKING:
@@ -101,4 +102,28 @@ LAYERS = click.option(
     default="",
     metavar="CHOICE",
     help="Of these layers only: a range as 0:4, a list as 0,3,7, or first-of-each, one of each kind.",
+)
+
+
+def _numbers(context: click.Context, parameter: click.Parameter, value: str) -> tuple[int, ...]:
+    parts = [part.strip() for part in value.split(",") if part.strip()]
+    if not all(part.isdigit() for part in parts):
+        raise click.BadParameter(f"{value} is no list of numbers, as 89,120")
+    return tuple(int(part) for part in parts)
+
+
+RUNTIME = click.option(
+    "--runtime",
+    type=click.Choice(RUNTIMES),
+    default="auto",
+    show_default=True,
+    help="What is to run the bundle; auto takes the best that this machine can build, and says so.",
+)
+SMS = click.option(
+    "--sm",
+    "sms",
+    callback=_numbers,
+    default="",
+    metavar="LIST",
+    help="GPU generations for tensorrt-rtx, as 89,120; default: all that the precision runs on.",
 )

@@ -8,16 +8,9 @@ from typing import Any
 
 import click
 
-from nemotrt.exporter.commands.arguments import CHECKPOINT, JSON, LAYERS, command
-from nemotrt.exporter.config import PRECISIONS, RUNTIMES, BuildConfig
+from nemotrt.exporter.commands.arguments import CHECKPOINT, JSON, LAYERS, RUNTIME, SMS, command
+from nemotrt.exporter.config import PRECISIONS, BuildConfig
 from nemotrt.exporter.console import Console
-
-
-def _numbers(context: click.Context, parameter: click.Parameter, value: str) -> tuple[int, ...]:
-    parts = [part.strip() for part in value.split(",") if part.strip()]
-    if not all(part.isdigit() for part in parts):
-        raise click.BadParameter(f"{value} is no list of numbers, as 89,120")
-    return tuple(int(part) for part in parts)
 
 
 @command("build examples/tiny --output tiny.bundle")
@@ -32,21 +25,8 @@ def _numbers(context: click.Context, parameter: click.Parameter, value: str) -> 
 @click.option(
     "--precision", type=click.Choice(PRECISIONS), default=None, help="Default: the checkpoint's own."
 )
-@click.option(
-    "--runtime",
-    type=click.Choice(RUNTIMES),
-    default="auto",
-    show_default=True,
-    help="What is to run the bundle; auto takes the best that this machine can build, and says so.",
-)
-@click.option(
-    "--sm",
-    "sms",
-    callback=_numbers,
-    default="",
-    metavar="LIST",
-    help="GPU generations for tensorrt-rtx, as 89,120; default: all that the precision runs on.",
-)
+@RUNTIME
+@SMS
 @click.option(
     "--max-tokens", default=2048, show_default=True, help="Tokens a step, of all sequences together."
 )

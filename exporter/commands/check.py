@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from nemotrt.exporter.commands.arguments import FOLDER, JSON, LAYERS, ExistingPath, command
+from nemotrt.exporter.commands.arguments import FOLDER, JSON, LAYERS, RUNTIME, SMS, ExistingPath, command
 from nemotrt.exporter.config import PRECISIONS
 from nemotrt.exporter.console import Console
 from nemotrt.exporter.errors import CheckpointError, UsageError
@@ -19,6 +19,8 @@ from nemotrt.exporter.errors import CheckpointError, UsageError
 @click.option(
     "--precision", type=click.Choice(PRECISIONS), default=None, help="Default: the checkpoint's own."
 )
+@RUNTIME
+@SMS
 @click.option("--deep", is_flag=True, help="Read every weight too: NaN, infinity, overflow.")
 @click.option(
     "--config", "config_file", type=ExistingPath(), help="Without a checkpoint: its config.json alone."
@@ -36,6 +38,8 @@ def check(
     console: Console,
     checkpoint: Path | None,
     precision: str | None,
+    runtime: str,
+    sms: tuple[int, ...],
     deep: bool,
     config_file: Path | None,
     tensors_file: Path | None,
@@ -64,9 +68,9 @@ def check(
         with console.stage(
             "scan", "every weight", total=checks.scan_bytes(subject), is_bytes=True
         ) as advance:
-            found = checks.check(subject, precision or "", Path(), advance)
+            found = checks.check(subject, precision or "", Path(), advance, runtime=runtime, sms=sms)
     else:
-        found = checks.check(subject, precision or "", Path())
+        found = checks.check(subject, precision or "", Path(), runtime=runtime, sms=sms)
     if as_json:
         click.echo(json.dumps(dataclasses.asdict(found), indent=2))
     else:

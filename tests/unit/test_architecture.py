@@ -64,6 +64,8 @@ LIGHT = [
     "nemotrt.plugins.spec",
     "nemotrt.exporter.runtime.manifest",
     "nemotrt.model.config",
+    "nemotrt.exporter.kernel_support",
+    *(f"nemotrt.plugins.{spec.torch_name}.supports" for spec in ops()),
 ]
 HEAVY = ["torch", "triton", "onnx", "onnx_ir", "onnxruntime", "transformers", "tensorrt", "tensorrt_rtx"]
 

@@ -1,0 +1,64 @@
+"""Whether the ops' kernels take a model's sizes and dtypes, known from its configuration before any work."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from nemotrt.exporter.config import COMPUTE_DTYPES, BuildConfig
+from nemotrt.exporter.errors import CompileError
+from nemotrt.exporter.runtime.step import pages_of
+from nemotrt.model.config import ModelConfig
+from nemotrt.model.pools import PoolSpec
+from nemotrt.plugins.spec import ops
+
+
+@dataclass(frozen=True)
+class OpCall:
+    """One op as the layers of a model call it in the largest step: its axes and attributes, and its dtypes."""
+
+    op: str
+    sizes: dict[str, int]
+    dtypes: dict[str, str]
+
+
+def op_calls(model: ModelConfig, config: BuildConfig, pools: Sequence[PoolSpec]) -> Iterator[OpCall]:
+    """The ops of each kind of layer that the model has; layers of one kind call them alike.
+
+    `config` has its precision, `pools` are those of the graph.
+    """
+    X = COMPUTE_DTYPES[config.precision]
+    pool_dtypes = {pool.kind: pool.dtype for pool in pools}
+    step = {"T": config.max_tokens, "B": config.max_sequences}
+    if "mamba" in model.layers:
+        yield OpCall("causal_conv1d", step | {"C": model.conv_channels, "K": model.conv_kernel}, {"X": X})
+        heads = {"H": model.mamba_num_heads, "P": model.mamba_head_dim, "G": model.n_groups}
+        dtypes = {"X": X, "STATE": pool_dtypes["ssm_state"]}
+        yield OpCall("selective_scan", step | heads | {"N": model.ssm_state_size}, dtypes)
+    if "attention" in model.layers:
+        heads = {"Q": model.num_attention_heads, "V": model.num_key_value_heads, "D": model.head_dim}
+        pages = {"page": config.page_size, "M": pages_of(config.max_context, config.page_size)}
+        yield OpCall("paged_attention", step | heads | pages, {"X": X, "CACHE": pool_dtypes["kv_cache"]})
+    if "moe" in model.layers:
+        experts = {"R": model.n_routed_experts, "E": model.n_routed_experts, "first_expert": 0}
+        widths = {"L": model.expert_size, "I": model.moe_intermediate_size}
+        groups = {"num_groups": model.n_group, "topk_group": model.topk_group}
+        routing = groups | {"top_k": model.num_experts_per_tok}
+        weight = "float8_e4m3fn" if config.precision == "fp8" else X
+        yield OpCall("moe_dispatch", step | experts | widths | routing, {"X": X, "W": weight})
+
+
+def check_supported(
+    model: ModelConfig, config: BuildConfig, pools: Sequence[PoolSpec], sms: Sequence[int]
+) -> None:
+    """Raise CompileError that names the op, what no kernel takes on one of the SMs, and what kernels take."""
+    specs = {spec.torch_name: spec for spec in ops()}
+    for call in op_calls(model, config, pools):
+        for sm in sms:
+            try:
+                specs[call.op].supports()(call.sizes, call.dtypes, sm)
+            except ValueError as error:
+                raise CompileError(
+                    f"no engine can be built: {error}",
+                    hint="--runtime onnx builds the bundle without engines",
+                ) from error
