@@ -24,9 +24,12 @@ $(VENV)/.ready: pyproject.toml
 	$(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[rtx]' || echo 'no TensorRT-RTX here: bundles without engines' >&2
 	touch $@
 
+# One GPU generation: compiling the kernels of four takes minutes. Without TensorRT-RTX, the graph alone.
+RTX = import sys; from importlib.util import find_spec as found; sys.exit(not found("tensorrt_rtx"))
+demo: TARGET = $(shell $(BIN)/python -c '$(RTX)' && echo --runtime tensorrt-rtx --sm 89 || echo --runtime onnx)
 demo: setup ## build a bundle from the example checkpoint, and let it write
 	rm -rf demo && mkdir demo
-	$(BIN)/nemo-export build examples/tiny --output demo/tiny
+	$(BIN)/nemo-export build examples/tiny --output demo/tiny $(TARGET)
 	$(BIN)/nemo-export generate demo/tiny --prompt 'The for statement is used to' --max-new-tokens 40
 	$(BIN)/nemo-export inspect demo/tiny
 
@@ -54,8 +57,9 @@ dist: setup ## the source distribution and the wheel, both looked through, the w
 bench: setup ## the figures of docs/performance.md
 	$(BIN)/python scripts/bench.py
 
-gpu-check: setup ## every op on this machine's GPU against the reference; writes build/gpu_check.json
+gpu-check: setup ## every op on this machine's GPU against the reference: kernels, then plugins; writes build/gpu_check*.json
 	$(BIN)/python scripts/gpu_check.py
+	$(BIN)/python scripts/gpu_check.py --plugins --output build/gpu_check_plugins.json
 
 gpu-bench: setup ## every op on this machine's GPU against the roofline and peers; writes build/gpu_bench.json
 	$(BIN)/python scripts/gpu_bench.py

@@ -3,6 +3,7 @@
 Every op × dtype × step of `op_cases`, with inputs drawn anew. An output passes where it is finite, near the
 reference in FP64 (in FP32 for FP8 weights, where the hidden activation is rounded to x's dtype), zero in
 padding, and of the same bits in two runs, the first of which starts from memory full of NaN.
+`--plugins` proves the plugin library itself, as an engine calls it, in place of the Triton source;
 `--interpret` runs toy sizes on a CPU, in Triton's interpreter.
 """
 
@@ -16,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,10 @@ from rich.table import Table
 from torch import Tensor
 from triton.errors import TritonError
 
+from nemotrt.plugins import build, link
+from nemotrt.plugins.kernel_index import KernelError
+from nemotrt.plugins.library import PluginError, PluginLibrary
+from nemotrt.plugins.shipped import is_shipped, shipped_library
 from nemotrt.plugins.variant import supports_fp8
 
 WORST_ROW = 5
@@ -216,6 +222,18 @@ def sm_of(device: torch.device) -> int:
     return 10 * major + minor
 
 
+def plugin_library(sm: int) -> PluginLibrary:
+    """The installation's own library, or one of every kernel for this SM, made here."""
+    try:
+        if is_shipped():
+            return shipped_library()
+        folder = Path("build/gpu-check")
+        index = build.build(build.Selection((sm,)), folder / "kernels")
+        return PluginLibrary(link.link(index, folder).path)
+    except (KernelError, PluginError) as error:
+        raise click.ClickException(str(error)) from None
+
+
 def as_table(results: Sequence[Result]) -> Table:
     """One row a case."""
     table = Table(box=None, header_style="bold", pad_edge=False)
@@ -234,18 +252,22 @@ def as_table(results: Sequence[Result]) -> Table:
 @click.option("--op", "names", multiple=True, type=click.Choice(list(DTYPES)), help="Only these ops.")
 @click.option("--match", default="", help="Only cases whose title holds this: Super, decode 64, W float8.")
 @click.option("--interpret", is_flag=True, help="Toy sizes in Triton's interpreter, on a CPU.")
+@click.option(
+    "--plugins", is_flag=True, help="Through the plugin library: the installed one, or one made here."
+)
 @click.option("--seed", type=int, help="Of the inputs; drawn anew where not given.")
 @click.option(
     "--output", type=click.Path(path_type=Path), default=Path("build/gpu_check.json"), show_default=True
 )
-def main(names: tuple[str, ...], match: str, interpret: bool, seed: int | None, output: Path) -> None:
+def main(
+    names: tuple[str, ...], match: str, interpret: bool, plugins: bool, seed: int | None, output: Path
+) -> None:
     """Prove the kernels against the reference; the exit status is 1 where a case fails."""
+    if plugins and interpret:
+        raise click.UsageError("--plugins runs on a GPU, and --interpret on a CPU")
     device = chosen_device(interpret)
-    sm = (
-        90
-        if interpret
-        else 10 * torch.cuda.get_device_capability()[0] + torch.cuda.get_device_capability()[1]
-    )
+    sm = 90 if interpret else sm_of(device)
+    library = plugin_library(sm) if plugins else None
     seed = random.randrange(2**31) if seed is None else seed
     picked = [
         case
@@ -257,9 +279,10 @@ def main(names: tuple[str, ...], match: str, interpret: bool, seed: int | None, 
     torch.set_float32_matmul_precision("highest")
     results = []
     for number, case in enumerate(picked):
-        results.append(check(case, kernels(case.op, interpret).run, device, seed + number))
+        run = partial(library.run, case.spec) if library else kernels(case.op, interpret).run
+        results.append(check(case, run, device, seed + number))
         click.echo(f"{number + 1}/{len(picked)} {case.title}: {results[-1].failure or 'pass'}", err=True)
-    facts = device_facts(device, seed)
+    facts = device_facts(device, seed) | ({"library": library.description} if library else {})
     output.parent.mkdir(parents=True, exist_ok=True)
     # JSON has no NaN: what was not had is null.
     found = [

@@ -7,7 +7,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -185,3 +185,31 @@ class TestCounts:
     def test_the_bound_is_the_slower_of_the_two(self) -> None:
         assert roofline.Count(8.0, 4.0).bound(peak=2.0, bandwidth=2.0) == 4.0
         assert roofline.Count(8.0, 4.0).bound(peak=float("inf"), bandwidth=2.0) == 2.0
+
+
+def test_plugins_and_the_interpreter_exclude_each_other() -> None:
+    result = CliRunner().invoke(gpu_check.main, ["--plugins", "--interpret"])
+    assert result.exit_code == 2
+    assert "--plugins runs on a GPU, and --interpret on a CPU" in result.output
+
+
+def test_the_plugin_library_is_what_is_checked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A library that gives the reference with a fault in one op: just that op fails."""
+
+    class Faulty:
+        description: ClassVar = {"hash": "faulty"}
+
+        def run(self, spec: Any, *inputs: Tensor, **attributes: Any) -> tuple[Tensor, ...]:
+            first, *pools = spec.reference()(*inputs, **attributes)
+            return (first + (spec.torch_name == "causal_conv1d"), *pools)
+
+    monkeypatch.setattr(gpu_check, "chosen_device", lambda interpret: CPU)
+    monkeypatch.setattr(gpu_check, "sm_of", lambda device: 80)
+    monkeypatch.setattr(gpu_check, "plugin_library", lambda sm: Faulty())
+    monkeypatch.setattr(gpu_check, "chosen_cases", lambda full, sm: [CONV, SCAN])
+    output = tmp_path / "found.json"
+    result = CliRunner().invoke(gpu_check.main, ["--plugins", "--seed", "1", "--output", str(output)])
+    assert result.exit_code == 1
+    found = json.loads(output.read_text())
+    assert found["library"] == {"hash": "faulty"}
+    assert [bool(one["failure"]) for one in found["results"]] == [True, False]
