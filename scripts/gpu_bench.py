@@ -20,7 +20,7 @@ from typing import Any
 
 import click
 import torch
-from gpu_check import chosen_device, device_facts, same_bits, sm_of
+from gpu_check import chosen_device, device_facts, same_bits
 from op_cases import DTYPES, FP8, NANO, SUPER, TOY, Case, decode, interpreting, kernels, prefill
 from peers import Peer, PeerMissing, peers
 from rich.console import Console
@@ -31,7 +31,7 @@ from torch import Tensor
 from triton.errors import TritonError
 from triton.runtime.jit import KernelInterface
 
-from nemotrt.plugins.variant import supports_fp8
+from nemotrt.plugins.variant import device_sm, supports_fp8
 
 REPLAYS = 50
 MOST_SETS = 8
@@ -257,7 +257,7 @@ def time_all(cases: Sequence[Case], rates: Rates, device: torch.device, seed: in
 def main(names: tuple[str, ...], match: str, interpret: bool, output: Path) -> None:
     """Time the kernels beside the roofline and beside peers; the exit status is 1 where ours fails."""
     device = chosen_device(interpret)
-    sm = 90 if interpret else sm_of(device)
+    sm = 90 if interpret else device_sm(device)
     cases = [
         case for case in chosen_cases(interpret, sm) if match in case.title and case.op in (names or DTYPES)
     ]

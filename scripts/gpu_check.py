@@ -4,7 +4,7 @@ Every op × dtype × step of `op_cases`, with inputs drawn anew. An output passe
 reference in FP64 (in FP32 for FP8 weights, where the hidden activation is rounded to x's dtype), zero in
 padding, and of the same bits in two runs, the first of which starts from memory full of NaN.
 `--plugins` proves the plugin library itself, as an engine calls it, in place of the Triton source;
-`--interpret` runs toy sizes on a CPU, in Triton's interpreter.
+`--interpret` runs toy sizes on a CPU, in Triton's interpreter; the library goes up to the launch there.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ from triton.errors import TritonError
 
 from nemotrt.plugins import build, link
 from nemotrt.plugins.kernel_index import KernelError
-from nemotrt.plugins.library import PluginError, PluginLibrary
+from nemotrt.plugins.library import PluginError, PluginLibrary, TensorShape
 from nemotrt.plugins.shipped import is_shipped, shipped_library
-from nemotrt.plugins.variant import supports_fp8
+from nemotrt.plugins.variant import device_sm, supports_fp8
 
 WORST_ROW = 5
 """How many times the tolerance one token, or row of a pool, may be off: errors of few numbers spread."""
@@ -57,6 +57,8 @@ class Result:
     tolerance: float
     seconds: float
     failure: str
+    not_run: str = ""
+    """Why there is nothing to compare, where the case went up to the launch and no further."""
 
 
 class CheckFailed(Exception):  # noqa: N818 - not an error in the program
@@ -178,6 +180,28 @@ def check(case: Case, run: Run, device: torch.device, seed: int) -> Result:
     return Result(case.title, *errors, tolerance, time.perf_counter() - started, failure)
 
 
+def check_up_to_launch(case: Case, library: PluginLibrary, sm: int, seed: int) -> Result:
+    """What a plugin does without a GPU: its outputs are the reference's in shape, and it finds kernels for the SM."""
+    started = time.perf_counter()
+    failure, not_run = "", ""
+    try:
+        inputs = case.inputs(torch.device("cpu"), seed)
+        plugin = library.plugin(case.spec, case.attributes())
+        shapes = plugin.shape([_described(tensor) for tensor in inputs])
+        wanted = tuple(map(_described, case.spec.reference()(*inputs, **case.attributes())))
+        if shapes.outputs != wanted:
+            raise CheckFailed(f"the plugin says that outputs are {shapes.outputs}, not {wanted}")
+        not_run = f"{len(plugin.launches(sm))} launches for SM {sm} found, none done: there is no GPU"
+    except (CheckFailed, PluginError) as error:
+        failure = f"{type(error).__name__}: {error}"
+    seconds = time.perf_counter() - started
+    return Result(case.title, math.nan, math.nan, math.nan, seconds, failure, not_run)
+
+
+def _described(tensor: Tensor) -> TensorShape:
+    return str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape)
+
+
 def chosen_cases(full: bool, sm: int) -> Iterator[Case]:
     """Nano's and Super's cases, or toy ones; FP8 where the SM has it; attention once: it is the same."""
     if not full:
@@ -198,7 +222,7 @@ def device_facts(device: torch.device, seed: int) -> dict[str, Any]:
     properties = torch.cuda.get_device_properties(device)
     return {
         "device": properties.name,
-        "sm": sm_of(device),
+        "sm": device_sm(device),
         "cuda": torch.version.cuda,
         "seed": seed,
         **packages,
@@ -216,15 +240,11 @@ def chosen_device(interpret: bool) -> torch.device:
     return torch.device("cuda")
 
 
-def sm_of(device: torch.device) -> int:
-    """A GPU's generation: 90 for compute capability 9.0."""
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
-
-
-def plugin_library(sm: int) -> PluginLibrary:
-    """The installation's own library, or one of every kernel for this SM, made here."""
+def plugin_library(sm: int, path: Path | None = None) -> PluginLibrary:
+    """The library at the path, or the installation's own, or one of every kernel for this SM, made here."""
     try:
+        if path is not None:
+            return PluginLibrary(path)
         if is_shipped():
             return shipped_library()
         folder = Path("build/gpu-check")
@@ -243,7 +263,9 @@ def as_table(results: Sequence[Result]) -> Table:
     table.add_column("")
     for result in results:
         errors = (f"{value:.1e}" for value in (result.error, result.worst_row, result.tolerance))
-        verdict = f"[red]FAIL: {escape(result.failure)}" if result.failure else "[green]pass"
+        verdict = f"[yellow]{escape(result.not_run)}" if result.not_run else "[green]pass"
+        if result.failure:
+            verdict = f"[red]FAIL: {escape(result.failure)}"
         table.add_row(escape(result.case), *errors, f"{result.seconds:.1f}", verdict)
     return table
 
@@ -255,19 +277,26 @@ def as_table(results: Sequence[Result]) -> Table:
 @click.option(
     "--plugins", is_flag=True, help="Through the plugin library: the installed one, or one made here."
 )
+@click.option(
+    "--library", "path", type=click.Path(path_type=Path, exists=True), help="Through this plugin library."
+)
 @click.option("--seed", type=int, help="Of the inputs; drawn anew where not given.")
 @click.option(
     "--output", type=click.Path(path_type=Path), default=Path("build/gpu_check.json"), show_default=True
 )
 def main(
-    names: tuple[str, ...], match: str, interpret: bool, plugins: bool, seed: int | None, output: Path
+    names: tuple[str, ...],
+    match: str,
+    interpret: bool,
+    plugins: bool,
+    path: Path | None,
+    seed: int | None,
+    output: Path,
 ) -> None:
     """Prove the kernels against the reference; the exit status is 1 where a case fails."""
-    if plugins and interpret:
-        raise click.UsageError("--plugins runs on a GPU, and --interpret on a CPU")
     device = chosen_device(interpret)
-    sm = 90 if interpret else sm_of(device)
-    library = plugin_library(sm) if plugins else None
+    sm = device_sm(device)
+    library = plugin_library(sm, path) if plugins or path else None
     seed = random.randrange(2**31) if seed is None else seed
     picked = [
         case
@@ -279,9 +308,14 @@ def main(
     torch.set_float32_matmul_precision("highest")
     results = []
     for number, case in enumerate(picked):
-        run = partial(library.run, case.spec) if library else kernels(case.op, interpret).run
-        results.append(check(case, run, device, seed + number))
-        click.echo(f"{number + 1}/{len(picked)} {case.title}: {results[-1].failure or 'pass'}", err=True)
+        if library and interpret:
+            result = check_up_to_launch(case, library, sm, seed + number)
+        else:
+            run = partial(library.run, case.spec) if library else kernels(case.op, interpret).run
+            result = check(case, run, device, seed + number)
+        results.append(result)
+        verdict = result.failure or result.not_run or "pass"
+        click.echo(f"{number + 1}/{len(picked)} {case.title}: {verdict}", err=True)
     facts = device_facts(device, seed) | ({"library": library.description} if library else {})
     output.parent.mkdir(parents=True, exist_ok=True)
     # JSON has no NaN: what was not had is null.
@@ -294,7 +328,11 @@ def main(
 
     Console(width=None if sys.stdout.isatty() else 180).print(as_table(results))
     failed = sum(bool(result.failure) for result in results)
-    click.echo(f"{len(results) - failed} of {len(results)} pass on {facts['device']}, seed {seed}; {output}")
+    not_run = sum(bool(result.not_run) for result in results)
+    passed = len(results) - failed - not_run
+    click.echo(f"{passed} of {len(results)} pass on {facts['device']}, seed {seed}; {output}")
+    if not_run:
+        click.echo(f"{not_run} went up to the launch only, and prove no result: there is no GPU")
     sys.exit(1 if failed else 0)
 
 

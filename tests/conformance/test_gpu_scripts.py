@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from click.testing import CliRunner
+from host_library import library
 from torch import Tensor
 
 pytest.importorskip("triton", reason="kernels need Triton: install nemo-export[kernels]")
@@ -187,10 +188,35 @@ class TestCounts:
         assert roofline.Count(8.0, 4.0).bound(peak=float("inf"), bandwidth=2.0) == 2.0
 
 
-def test_plugins_and_the_interpreter_exclude_each_other() -> None:
-    result = CliRunner().invoke(gpu_check.main, ["--plugins", "--interpret"])
-    assert result.exit_code == 2
-    assert "--plugins runs on a GPU, and --interpret on a CPU" in result.output
+@pytest.mark.parametrize("op", list(op_cases.DTYPES))
+def test_without_a_gpu_the_library_goes_up_to_the_launch(op: str, tmp_path: Path) -> None:
+    output = tmp_path / "check.json"
+    arguments = ["--interpret", "--op", op, "--library", str(library().path), "--output", str(output)]
+    result = CliRunner().invoke(gpu_check.main, arguments, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    content = json.loads(output.read_text())
+    assert content["library"]["hash"] == library().description["hash"]
+    found = content["results"]
+    assert len(found) == 2 * len(op_cases.DTYPES[op])
+    for one in found:
+        assert one["error"] is None
+        assert "launches for SM 90 found, none done: there is no GPU" in one["not_run"]
+    assert f"0 of {len(found)} pass" in result.output
+    assert f"{len(found)} went up to the launch only, and prove no result" in result.output
+
+
+def test_a_library_without_the_kernels_fails() -> None:
+    found = gpu_check.check_up_to_launch(CONV, library(), 75, seed=1)
+    assert found.failure.startswith("PluginError: NemoCausalConv1d")
+    assert not found.not_run
+
+
+def test_a_file_that_is_no_library_is_named(tmp_path: Path) -> None:
+    (tmp_path / "x.so").write_text("no")
+    arguments = ["--interpret", "--library", str(tmp_path / "x.so"), "--output", str(tmp_path / "out.json")]
+    result = CliRunner().invoke(gpu_check.main, arguments)
+    assert result.exit_code == 1
+    assert "x.so cannot be loaded" in result.output
 
 
 def test_the_plugin_library_is_what_is_checked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -204,8 +230,8 @@ def test_the_plugin_library_is_what_is_checked(monkeypatch: pytest.MonkeyPatch, 
             return (first + (spec.torch_name == "causal_conv1d"), *pools)
 
     monkeypatch.setattr(gpu_check, "chosen_device", lambda interpret: CPU)
-    monkeypatch.setattr(gpu_check, "sm_of", lambda device: 80)
-    monkeypatch.setattr(gpu_check, "plugin_library", lambda sm: Faulty())
+    monkeypatch.setattr(gpu_check, "device_sm", lambda device: 80)
+    monkeypatch.setattr(gpu_check, "plugin_library", lambda sm, path: Faulty())
     monkeypatch.setattr(gpu_check, "chosen_cases", lambda full, sm: [CONV, SCAN])
     output = tmp_path / "found.json"
     result = CliRunner().invoke(gpu_check.main, ["--plugins", "--seed", "1", "--output", str(output)])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import random
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,14 @@ op_cases = importlib.import_module("op_cases")
 pytestmark = pytest.mark.gpu
 
 
+@pytest.fixture(scope="module")
+def library() -> object:
+    """The installation's plugin library, or one of the kernels for this machine's GPU."""
+    if not torch.cuda.is_available():
+        pytest.skip("there is no CUDA GPU")
+    return gpu_check.plugin_library(gpu_check.device_sm(torch.device("cuda")))
+
+
 CASES = list(gpu_check.chosen_cases(True, max(SMS)))
 
 
@@ -28,9 +37,21 @@ def test_kernels_give_what_the_reference_gives(case: object) -> None:
     if not torch.cuda.is_available():
         pytest.skip("there is no CUDA GPU")
     device = torch.device("cuda")
-    sm = gpu_check.sm_of(device)
+    sm = gpu_check.device_sm(device)
     if case.needs_fp8 and not supports_fp8(sm):  # type: ignore[attr-defined]
         pytest.skip(f"SM {sm} has no FP8 tensor cores")
     seed = random.randrange(2**31)
     result = gpu_check.check(case, op_cases.kernels(case.op, False).run, device, seed)  # type: ignore[attr-defined]
+    assert result.failure == "", f"seed {seed}: {result}"
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.title)
+def test_the_library_gives_what_the_reference_gives(case: object, library: object) -> None:
+    device = torch.device("cuda")
+    sm = gpu_check.device_sm(device)
+    if case.needs_fp8 and not supports_fp8(sm):  # type: ignore[attr-defined]
+        pytest.skip(f"SM {sm} has no FP8 tensor cores")
+    seed = random.randrange(2**31)
+    run = partial(library.run, case.spec)  # type: ignore[attr-defined]
+    result = gpu_check.check(case, run, device, seed)
     assert result.failure == "", f"seed {seed}: {result}"
