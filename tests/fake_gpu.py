@@ -163,6 +163,10 @@ class FakeEngine:
         self.num_optimization_profiles = len(profiles)
         self.contexts: list[FakeContext] = []
         self.failing_shapes = False
+        self.on_host: set[str] = set()
+
+    def get_tensor_location(self, name: str) -> int:
+        return 1 if name in self.on_host else 0
 
     def get_tensor_profile_shape(self, name: str, index: int) -> list[Shape]:
         return list(self.profiles[index][name])
@@ -283,6 +287,7 @@ def fake_module(version: str, engine: FakeEngine | None, loads: bool = True) -> 
         __version__=version,
         ILogger=Logger,
         Runtime=Runtime,
+        TensorLocation=SimpleNamespace(DEVICE=0, HOST=1),
         ExecutionContextAllocationStrategy=SimpleNamespace(USER_MANAGED=2),
         DynamicShapesKernelSpecializationStrategy=SimpleNamespace(EAGER=1),
         loaded=loaded,

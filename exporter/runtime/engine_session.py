@@ -75,6 +75,7 @@ class EngineSession:
         self._dtypes = {edge.name: edge.dtype for edge in manifest.graph.inputs}
         self._inputs = [edge.name for edge in manifest.graph.inputs if edge.name not in self.pools]
         self._limits = [self._bounds(index) for index in range(self._num_profiles)]
+        self._check_places()
         self._check_rows()
         try:
             self._allocate()
@@ -188,6 +189,15 @@ class EngineSession:
             f" is over the engine's {most.T}, {most.B}, {most.M} and {most.R}",
             hint="build with a larger --max-tokens, --max-sequences or --max-context",
         )
+
+    def _check_places(self) -> None:
+        """Raise BundleError where TensorRT wants an input in the host's memory: it decides a shape, by a mistake."""
+        device, engine = self._opened.trt.TensorLocation.DEVICE, self._opened.engine
+        for name in (*self._inputs, *self.pools):
+            if engine.get_tensor_location(name) != device:
+                raise BundleError(
+                    f"the engine takes {name} from the host's memory: a shape depends on its values"
+                )
 
     def _check_rows(self) -> None:
         for name in self.pools:

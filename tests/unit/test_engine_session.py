@@ -141,6 +141,12 @@ def test_steps_come_from_any_thread(session: EngineSession) -> None:
             pool.submit(session.set_pool, name, pool.submit(session.pool, name).result()).result()
 
 
+def test_an_input_that_decides_a_shape_is_refused(bundle: Path, trt: Any, engine: FakeEngine) -> None:
+    engine.on_host = {"context_len"}
+    with pytest.raises(BundleError, match="takes context_len from the host's memory"):
+        EngineSession(bundle, num_slots=SLOTS, num_pages=PAGES)
+
+
 def test_shapes_that_tensorrt_cannot_infer_are_an_error_in_words(
     session: EngineSession, engine: FakeEngine
 ) -> None:
