@@ -262,7 +262,10 @@ def as_table(results: Sequence[Result]) -> Table:
         table.add_column(name, justify="right")
     table.add_column("")
     for result in results:
-        errors = (f"{value:.1e}" for value in (result.error, result.worst_row, result.tolerance))
+        errors = (
+            "–" if value != value else f"{value:.1e}"
+            for value in (result.error, result.worst_row, result.tolerance)
+        )
         verdict = f"[yellow]{escape(result.not_run)}" if result.not_run else "[green]pass"
         if result.failure:
             verdict = f"[red]FAIL: {escape(result.failure)}"
@@ -297,6 +300,8 @@ def main(
     device = chosen_device(interpret)
     sm = device_sm(device)
     library = plugin_library(sm, path) if plugins or path else None
+    if library and interpret:
+        sm = max(library.description["sms"])  # of the GPUs that are not here, one that the library is for
     seed = random.randrange(2**31) if seed is None else seed
     picked = [
         case

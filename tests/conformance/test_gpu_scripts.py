@@ -200,7 +200,7 @@ def test_without_a_gpu_the_library_goes_up_to_the_launch(op: str, tmp_path: Path
     assert len(found) == 2 * len(op_cases.DTYPES[op])
     for one in found:
         assert one["error"] is None
-        assert "launches for SM 90 found, none done: there is no GPU" in one["not_run"]
+        assert "launches for SM 120 found, none done: there is no GPU" in one["not_run"]
     assert f"0 of {len(found)} pass" in result.output
     assert f"{len(found)} went up to the launch only, and prove no result" in result.output
 
