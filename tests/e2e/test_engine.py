@@ -127,9 +127,20 @@ def test_bf16_builds_too(checkpoint: Path, tmp_path: Path) -> None:
     assert manifest.profiles[1].sms == (80,)
 
 
+def test_a_few_layers_have_an_engine_under_their_own_names(checkpoint: Path, tmp_path: Path) -> None:
+    manifest, _ = built(checkpoint, tmp_path / "bundle", runtime=RTX, sms=(89,), layers="2:5")
+    assert manifest.model.chosen_layers == (2, 3, 4)
+    names = [node.name for node in plugin_nodes(tmp_path / "bundle" / "model.onnx")]
+    assert names == ["layers.2.mixer.attention", "layers.4.mixer.conv", "layers.4.mixer.scan"]
+    log = (tmp_path / "bundle" / "logs" / "engine.log").read_text()
+    assert "Layer(PluginV3): layers.4.mixer.scan" in log
+
+
 def test_a_model_that_no_kernel_serves_is_refused_by_name(tmp_path: Path) -> None:
     checkpoint = write_checkpoint(tmp_path / "checkpoint")
-    with pytest.raises(CompileError, match=r"layers\.0\.mixer\.scan|layers\.2\.mixer\.attention") as caught:
+    with pytest.raises(
+        CompileError, match=r"NemoSelectiveScan: kernels take N in \[128, 256\], not 16"
+    ) as caught:
         built(checkpoint, tmp_path / "bundle", runtime=RTX)
     assert "--runtime onnx" in caught.value.hint
     assert not list(tmp_path.glob("*bundle*"))
@@ -140,7 +151,8 @@ def test_auto_goes_on_without_an_engine_and_says_why(tmp_path: Path) -> None:
     manifest, said = built(checkpoint, tmp_path / "bundle", runtime="auto")
     assert [profile.runtime for profile in manifest.profiles] == ["onnx"]
     assert manifest.plugins == ()
-    assert any(line.startswith("runtime   onnx (no engine can be built: ") for line in said)
+    (said_of_it,) = (line for line in said if line.startswith("runtime   onnx ("))
+    assert "no engine can be built: NemoSelectiveScan: kernels take N" in said_of_it
 
 
 def edited(bundle: Path, folder: Path, edit: Callable[[onnx.ModelProto], None]) -> LoweredGraph:
@@ -160,14 +172,14 @@ def next_version(model: onnx.ModelProto) -> None:
     """Ops of a version that this package does not have."""
     for node in model.graph.node:
         for attribute in node.attribute:
-            if node.op_type == "NemoSelectiveScan" and attribute.name == "plugin_version":
+            if node.op_type == "NemoCausalConv1d" and attribute.name == "plugin_version":
                 attribute.s = b"2"
 
 
 def test_ops_of_a_newer_version_are_named(bundle: Path, tmp_path: Path) -> None:
     graph = edited(bundle, tmp_path, next_version)
     with pytest.raises(
-        CompileError, match=r"layers\.0\.mixer\.scan: NemoSelectiveScan is of op version 2, this"
+        CompileError, match=r"layers\.0\.mixer\.conv: NemoCausalConv1d is of op version 2, this"
     ):
         stage.prepare(config(tmp_path), TARGET, graph)
 

@@ -173,15 +173,35 @@ def test_the_command_without_kernels_says_how_to_get_them(tmp_path: Path) -> Non
     assert "run python -m nemotrt.plugins.build" in result.output
 
 
+ARM_COMPILER = "aarch64-linux-gnu-g++"
+needs_arm_compiler = pytest.mark.skipif(
+    not shutil.which(ARM_COMPILER), reason=f"no {ARM_COMPILER}: install g++-aarch64-linux-gnu"
+)
+
+
 @pytest.mark.slow
+@needs_arm_compiler
 def test_it_links_for_64_bit_arm(tmp_path: Path) -> None:
-    compiler = "aarch64-linux-gnu-g++"
-    if not shutil.which(compiler):
-        pytest.skip(f"no {compiler}: install g++-aarch64-linux-gnu")
-    found = link(small(tmp_path / "kernels"), tmp_path / "out", Toolchain(compiler))
+    found = link(small(tmp_path / "kernels"), tmp_path / "out", Toolchain(ARM_COMPILER))
     header = subprocess.run(["readelf", "-h", found.path], check=True, capture_output=True, text=True).stdout
     assert "AArch64" in header
     assert {name.partition(".")[0] for name in needed(found.path)} <= {"libc", "libdl", "ld-linux-aarch64"}
+
+
+@pytest.mark.slow
+@needs_arm_compiler
+@pytest.mark.skipif(not shutil.which("qemu-aarch64"), reason="no qemu-aarch64: install qemu-user")
+def test_it_is_loaded_on_64_bit_arm(tmp_path: Path) -> None:
+    found = link(small(tmp_path / "kernels"), tmp_path / "out", Toolchain(ARM_COMPILER))
+    probe = str(tmp_path / "probe")
+    subprocess.run(
+        [ARM_COMPILER, Path(__file__).with_name("load_library.cpp"), "-o", probe, "-ldl"], check=True
+    )
+    command = ["qemu-aarch64", "-L", "/usr/aarch64-linux-gnu", probe, found.path]
+    said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    count, _, description = said.partition("\n")
+    assert int(count) == len(SPECS)
+    assert json.loads(description) == found.description
 
 
 # TensorRT's headers
