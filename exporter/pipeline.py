@@ -219,8 +219,8 @@ def _compiled(
         from nemotrt.exporter.stages.compile import STEPS, compile, prepare
 
         try:
-            with console.stage("kernels", f"and plugin library for {target.gpus}"):
-                prepared = prepare(config, target, graph)
+            with console.stage("kernels", f"and plugin library for {target.gpus}", total=STEPS) as advance:
+                prepared = prepare(config, target, graph, advance=advance)
         except CompileError as error:
             if not target.may_fall_back:
                 raise

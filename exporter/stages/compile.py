@@ -29,6 +29,9 @@ TIMINGS = "engines/timing.cache"
 STEPS = 1000
 """What `advance` hears of in all."""
 
+KERNEL_STEPS = 900
+"""Of them, those of compiling kernels; linking takes the rest."""
+
 PARTIAL = ".partial"
 
 
@@ -41,14 +44,24 @@ class Prepared:
     profiles: tuple[EngineProfile, ...]
 
 
-def prepare(config: BuildConfig, target: Target, graph: LoweredGraph) -> Prepared:
+def prepare(
+    config: BuildConfig,
+    target: Target,
+    graph: LoweredGraph,
+    *,
+    advance: Callable[[int], None] = lambda _: None,
+) -> Prepared:
     """The plugin library for the target's GPUs, with every kernel that the graph's ops launch on them.
 
     Raises CompileError that names the op, and what it asks for that no kernel does.
     """
     profiles = engine_profiles(config)
     nodes = plugin_nodes(graph.path)
-    library = plugin_library(config, target.sms)
+
+    def compiled(done: int, total: int, _: str) -> None:
+        advance(KERNEL_STEPS * done // total - KERNEL_STEPS * (done - 1) // total)
+
+    library = plugin_library(config, target.sms, compiled)
     check_kernels(nodes, profiles, library, target.sms)
     return Prepared(library, nodes, profiles)
 

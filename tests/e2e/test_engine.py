@@ -54,7 +54,7 @@ def checkpoint(folder: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def names_for_kernels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(stage, "plugin_library", lambda config, sms: library())
+    monkeypatch.setattr(stage, "plugin_library", lambda config, sms, report: library())
     monkeypatch.setattr("nemotrt.exporter.targets.check_can_link", lambda: None)
     kept = str(tmp_path / "cache")
     monkeypatch.setenv("NEMO_EXPORT_CACHE", kept)
@@ -77,7 +77,7 @@ def built(checkpoint: Path, output: Path, **options: object) -> tuple[manifests.
 @pytest.fixture(scope="module")
 def bundle(checkpoint: Path, folder: Path) -> Path:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stage, "plugin_library", lambda config, sms: library())
+        patch.setattr(stage, "plugin_library", lambda config, sms, report: library())
         built(checkpoint, folder / "bundle", runtime=RTX, sms=(120, 89))
     return folder / "bundle"
 
@@ -205,6 +205,23 @@ def test_a_graph_that_tensorrt_does_not_take_says_why_and_keeps_its_log(bundle: 
     kept = Path(caught.value.hint.removesuffix(" has all that was said").split("; ")[-1])
     assert "NonZero" in kept.read_text()
     assert not list((tmp_path / "engines").iterdir())
+
+
+def test_compiling_kernels_is_heard_of(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def compiling(
+        config: BuildConfig, sms: tuple[int, ...], report: Callable[[int, int, str], None]
+    ) -> object:
+        for done in range(1, 8):
+            report(done, 7, "a kernel")
+        return library()
+
+    heard: list[int] = []
+    monkeypatch.setattr(stage, "plugin_library", compiling)
+    graph = LoweredGraph(bundle / "model.onnx", 0, {}, 0)
+    stage.prepare(config(tmp_path), TARGET, graph, advance=heard.append)
+    assert len(heard) == 7
+    assert sum(heard) == stage.KERNEL_STEPS
+    assert max(heard) - min(heard) <= 1
 
 
 def test_a_library_that_is_none_is_refused(bundle: Path, tmp_path: Path) -> None:
