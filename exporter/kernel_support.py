@@ -17,6 +17,8 @@ from nemotrt.plugins.spec import ops
 class OpCall:
     """One op as the layers of a model call it in the largest step: its axes and attributes, and its dtypes."""
 
+    layer: str
+    """The kind of layer."""
     op: str
     sizes: dict[str, int]
     dtypes: dict[str, str]
@@ -31,34 +33,40 @@ def op_calls(model: ModelConfig, config: BuildConfig, pools: Sequence[PoolSpec])
     pool_dtypes = {pool.kind: pool.dtype for pool in pools}
     step = {"T": config.max_tokens, "B": config.max_sequences}
     if "mamba" in model.layers:
-        yield OpCall("causal_conv1d", step | {"C": model.conv_channels, "K": model.conv_kernel}, {"X": X})
+        yield OpCall(
+            "mamba", "causal_conv1d", step | {"C": model.conv_channels, "K": model.conv_kernel}, {"X": X}
+        )
         heads = {"H": model.mamba_num_heads, "P": model.mamba_head_dim, "G": model.n_groups}
         dtypes = {"X": X, "STATE": pool_dtypes["ssm_state"]}
-        yield OpCall("selective_scan", step | heads | {"N": model.ssm_state_size}, dtypes)
+        yield OpCall("mamba", "selective_scan", step | heads | {"N": model.ssm_state_size}, dtypes)
     if "attention" in model.layers:
         heads = {"Q": model.num_attention_heads, "V": model.num_key_value_heads, "D": model.head_dim}
         pages = {"page": config.page_size, "M": pages_of(config.max_context, config.page_size)}
-        yield OpCall("paged_attention", step | heads | pages, {"X": X, "CACHE": pool_dtypes["kv_cache"]})
+        yield OpCall(
+            "attention", "paged_attention", step | heads | pages, {"X": X, "CACHE": pool_dtypes["kv_cache"]}
+        )
     if "moe" in model.layers:
         experts = {"R": model.n_routed_experts, "E": model.n_routed_experts, "first_expert": 0}
         widths = {"L": model.expert_size, "I": model.moe_intermediate_size}
         groups = {"num_groups": model.n_group, "topk_group": model.topk_group}
         routing = groups | {"top_k": model.num_experts_per_tok}
         weight = "float8_e4m3fn" if config.precision == "fp8" else X
-        yield OpCall("moe_dispatch", step | experts | widths | routing, {"X": X, "W": weight})
+        yield OpCall("moe", "moe_dispatch", step | experts | widths | routing, {"X": X, "W": weight})
 
 
 def check_supported(
     model: ModelConfig, config: BuildConfig, pools: Sequence[PoolSpec], sms: Sequence[int]
 ) -> None:
-    """Raise CompileError that names the op, what no kernel takes on one of the SMs, and what kernels take."""
+    """Raise CompileError that names a layer and its op, what no kernel takes on one of the SMs, and what they take."""
     specs = {spec.torch_name: spec for spec in ops()}
+    first = {kind: index for index, kind in reversed(model.numbered_layers.items())}
     for call in op_calls(model, config, pools):
+        spec = specs[call.op]
         for sm in sms:
             try:
-                specs[call.op].supports()(call.sizes, call.dtypes, sm)
+                spec.supports()(call.sizes, call.dtypes, sm)
             except ValueError as error:
                 raise CompileError(
-                    f"no engine can be built: {error}",
+                    f"no engine can be built: layers.{first[call.layer]}.mixer.{spec.label}: {error}",
                     hint="--runtime onnx builds the bundle without engines",
                 ) from error
