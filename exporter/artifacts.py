@@ -35,6 +35,8 @@ class LoadedModel:
     weights: dict[str, WeightSource]
     not_exported: tuple[str, ...]
     side_files: tuple[str, ...]
+    origin: LoadedModel | None = None
+    """What these weights were quantised from by this tool, where they were."""
 
     def pools(self, config: BuildConfig) -> tuple[PoolSpec, ...]:
         """The pools of the graph that `config` asks for, in layer order."""
@@ -46,8 +48,20 @@ class LoadedModel:
             page_size=config.page_size,
             dtype=dtype,
             state_dtype=COMPUTE_DTYPES[config.state_dtype],
-            kv_dtype=dtype,
+            kv_dtype="float8_e4m3fn" if self.config.recipe.kv_cache else dtype,
         )
+
+
+@dataclass(frozen=True)
+class QuantizedCheckpoint:
+    """A checkpoint in FP8, and what its scales were calibrated on."""
+
+    folder: Path
+    num_modules: int
+    kv_cache: bool
+    num_tokens: int
+    starved_experts: tuple[str, ...]
+    """Experts that saw too few tokens for a range of their own."""
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ import torch
 from torch import fx
 
 from nemotrt.exporter.errors import LowerError
+from nemotrt.model import fp8  # noqa: F401  registers torch.ops.nemo.fp8_linear
 from nemotrt.plugins import onnx_op, torch_op
 from nemotrt.plugins.spec import DOMAIN, OpSpec, ops
 
@@ -117,7 +118,7 @@ class Translator(onnx_op.Operators):
     def _name(self, node: fx.Node, before: int) -> None:
         """Name what was written for one traced node by its place in the model: a linear is its module."""
         operator_name = str(node.target).removeprefix("aten.").partition(".")[0]
-        base = self.scope(node) if operator_name == "linear" else f"{self.scope(node)}.{operator_name}"
+        base = self.scope(node) if node.target in LINEARS else f"{self.scope(node)}.{operator_name}"
         repeated = self._names[base]
         self._names[base] += 1
         base += f"_{repeated}" if repeated else ""
@@ -151,6 +152,28 @@ def _linear(
 ) -> ir.Value:
     # Rank 2 throughout, so a linear is one Gemm on the checkpoint's own [out, in] layout.
     return op.Gemm(x, weight, bias, transB=1) if bias is not None else op.Gemm(x, weight, transB=1)  # type: ignore[no-any-return]
+
+
+def _fp8_linear(
+    op: Translator,
+    node: fx.Node,
+    x: ir.Value,
+    weight: ir.Value,
+    weight_scale: ir.Value,
+    input_scale: ir.Value,
+    bias: ir.Value | None,
+) -> ir.Value:
+    # What TensorRT makes one FP8 product of: nothing between Q, DQ and Gemm, scales in FP32 as they are stored,
+    # and a weight that is stored FP8 and only dequantised.
+    dtype = DTYPES[node.meta["val"].dtype]
+
+    def dequantised(values: ir.Value, scale: ir.Value) -> ir.Value:
+        axis = {"axis": 0} if scale.shape else {}
+        return op.DequantizeLinear(values, scale, output_dtype=dtype, **axis)  # type: ignore[no-any-return]
+
+    rounded = op.QuantizeLinear(x, input_scale, output_dtype=ir.DataType.FLOAT8E4M3FN)
+    product = (dequantised(rounded, input_scale), dequantised(weight, weight_scale))
+    return op.Gemm(*product, *([] if bias is None else [bias]), transB=1)  # type: ignore[no-any-return]
 
 
 def _rms_norm(
@@ -222,6 +245,8 @@ def _index_select(op: Translator, _: fx.Node, x: ir.Value, axis: int, index: ir.
     return op.Gather(x, index, axis=axis)  # type: ignore[no-any-return]
 
 
+LINEARS = {aten.linear.default, torch.ops.nemo.fp8_linear.default}
+
 SKIPPED = {aten._assert_tensor_metadata.default}
 
 OPS: dict[Any, OpSpec] = {torch_op.overload(spec): spec for spec in ops()}
@@ -247,4 +272,5 @@ OPERATORS: dict[Any, Write] = {
     aten.to.dtype: _cast,
     aten.unflatten.int: _reshape,
     aten.view.default: _reshape,
+    torch.ops.nemo.fp8_linear.default: _fp8_linear,
 }

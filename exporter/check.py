@@ -297,6 +297,7 @@ def _runtimes(config: ModelConfig, precision: str) -> tuple[RuntimeFact, ...]:
         "fp32": "ONNX Runtime runs it on the CPU as it is",
         "fp16": "on a CPU, ONNX Runtime runs its FP32 twin, which rounds as the graph does",
         "bf16": "on a CPU, ONNX Runtime runs its FP32 twin: it has no BF16 arithmetic there",
+        "fp8": "on a CPU, ONNX Runtime runs its FP32 twin: it has no BF16 and FP8 arithmetic there",
     }
     return (RuntimeFact(ONNX, True, how[precision]), *(_engine(config, one, precision) for one in BACKENDS))
 

@@ -7,14 +7,14 @@ from pathlib import Path
 
 from nemotrt.exporter.errors import UsageError
 
-PRECISIONS = ("fp32", "fp16", "bf16")
-"""Precisions of activations and weights."""
+PRECISIONS = ("fp32", "fp16", "bf16", "fp8")
+"""Precisions of activations and weights; fp8 has BF16 wherever no FP8 is."""
 
 RUNTIMES = ("auto", "onnx", "tensorrt-rtx", "tensorrt")
 """What a bundle can be run by; auto is the best that this machine can build."""
 
-COMPUTE_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
-PRECISION_OF_DTYPE = {dtype: precision for precision, dtype in COMPUTE_DTYPES.items()}
+PRECISION_OF_DTYPE = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
+COMPUTE_DTYPES = {precision: dtype for dtype, precision in PRECISION_OF_DTYPE.items()} | {"fp8": "bfloat16"}
 
 
 @dataclass(frozen=True)

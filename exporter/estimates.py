@@ -11,12 +11,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from nemotrt.exporter.artifacts import LoadedModel
-from nemotrt.exporter.config import COMPUTE_DTYPES
 from nemotrt.exporter.environment import memory_bytes
 from nemotrt.exporter.errors import CompileError, UsageError
 from nemotrt.exporter.tensor_files import StoredTensor
 
-BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "fp8": 1}
 
 BASE_MEMORY = 500_000_000
 """PyTorch and the traced graphs, without weights."""
@@ -39,7 +38,7 @@ LOWER_RATE = 300e6
 """Bytes written a CPU second."""
 HASH_RATE = 1.5e9
 """Bytes a CPU second."""
-VALIDATE_SECONDS = {"fp32": 0.32e-6, "fp16": 0.55e-6, "bf16": 0.55e-6}
+VALIDATE_SECONDS = {"fp32": 0.32e-6, "fp16": 0.55e-6, "bf16": 0.55e-6, "fp8": 0.6e-6}
 """CPU seconds a parameter, and VALIDATE_BASE for the steps themselves."""
 VALIDATE_BASE = 8.0
 
@@ -61,7 +60,7 @@ def num_parameters(tensors: Iterable[StoredTensor]) -> int:
 
 def graph_bytes(model: LoadedModel, precision: str) -> int:
     """Bytes of the graph's weights, the FP32 ones counted as the others: they are a few rows each."""
-    return _parameters_of(model) * BYTES[COMPUTE_DTYPES[precision]]
+    return _parameters_of(model) * BYTES[precision]
 
 
 def check_memory(model: LoadedModel, *, hint: str) -> None:
@@ -101,7 +100,7 @@ def check_engine_memory(weight_bytes: int) -> None:
 
 def stages(parameters: int, vocab_size: int, kinds: int, precision: str) -> tuple[StageEstimate, ...]:
     """Each stage of a build of so many parameters; `kinds` is how many kinds of layer there are."""
-    written = parameters * BYTES[COMPUTE_DTYPES[precision]]
+    written = parameters * BYTES[precision]
     return (
         StageEstimate("load", 50_000_000, 0, 1.0),
         StageEstimate("trace", BASE_MEMORY, 0, TRACE_SECONDS * kinds),

@@ -21,7 +21,8 @@ def kernel_dtypes(config: BuildConfig) -> tuple[str, ...]:
     """The dtypes whose kernels a model of this configuration launches, as `plugins.build` names them."""
     # FP32 is in every selection, where it is the state's beside a narrower dtype.
     state = () if config.state_dtype in ("fp32", config.precision) else (config.state_dtype,)
-    return (config.precision, *state)
+    weights = ("fp8", "bf16") if config.precision == "fp8" else (config.precision,)
+    return (*weights, *state)
 
 
 def plugin_library(

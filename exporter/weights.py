@@ -29,8 +29,10 @@ INFINITY_BITS: dict[torch.dtype, tuple[Any, int]] = {
     torch.float32: (np.uint32, 0x7F80_0000),
     torch.float16: (np.uint16, 0x7C00),
     torch.bfloat16: (np.uint16, 0x7F80),
+    torch.float8_e4m3fn: (np.uint8, 0x7F),
 }
-"""A dtype's bits as an integer type, and infinity's: NaNs are the bit patterns above it, sign aside."""
+"""A dtype's bits as an integer type, and infinity's: NaNs are the bit patterns above it, sign aside. FP8 (E4M3) has
+no infinity, and one NaN."""
 
 
 def convert(tensor: StoredTensor, transform: Transform, dtype: torch.dtype) -> Iterator[Tensor]:
@@ -41,9 +43,14 @@ def convert(tensor: StoredTensor, transform: Transform, dtype: torch.dtype) -> I
     for piece in read_pieces(tensor, PIECE_BYTES):
         stored = torch.frombuffer(piece, dtype=getattr(torch, tensor.dtype))
         if not _is_finite(stored):
-            what = "NaN" if torch.isnan(stored).any() else "an infinity"
+            what = "NaN" if torch.isnan(stored.float()).any() else "an infinity"
             raise CheckpointError(
                 f"{tensor.name} holds {what}", hint="the checkpoint is damaged; download it again"
+            )
+        if transform in (Transform.SCALE, Transform.LARGEST) and not (stored > 0).all():
+            raise CheckpointError(
+                f"{tensor.name} is {stored.min().item():g}; a scale is above 0",
+                hint="quantise the model again: nothing was calibrated there",
             )
         wanted = -torch.exp(stored.float()) if transform is Transform.NEG_EXP else stored
         converted = wanted.to(dtype)
@@ -68,8 +75,11 @@ def values(source: WeightSource, shape: tuple[int, ...], dtype: torch.dtype) -> 
     constants = {Transform.ZEROS: 0.0, Transform.ONES: 1.0}
     if source.transform in constants:
         yield torch.full((math.prod(shape),), constants[source.transform], dtype=dtype)
-    for tensor in source.tensors:
-        yield from convert(tensor, source.transform, dtype)
+    pieces = (piece for tensor in source.tensors for piece in convert(tensor, source.transform, dtype))
+    if source.transform is Transform.LARGEST:
+        yield torch.stack([piece.max() for piece in pieces]).max().reshape(1)
+    else:
+        yield from pieces
 
 
 def write(

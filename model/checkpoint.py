@@ -8,6 +8,7 @@ from enum import Enum, auto
 from typing import TYPE_CHECKING
 
 from nemotrt.model.config import ModelConfig
+from nemotrt.model.recipe import EXPERTS
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,6 +34,10 @@ class Transform(Enum):
     """No stored tensor: the parameter is 0."""
     ONES = auto()
     """No stored tensor: the parameter is 1."""
+    SCALE = auto()
+    """The same values, each a finite number above 0, in the parameter's shape."""
+    LARGEST = auto()
+    """The largest of the values of all stored tensors, each a finite number above 0."""
 
 
 @dataclass(frozen=True)
@@ -82,16 +87,27 @@ def _same(mixer: str, name: str, *shape: int) -> tuple[str, Source]:
     return name, Source((_aliases(mixer + name),), shape)
 
 
-def _linear(mixer: str, name: str, outputs: int, inputs: int, *, bias: bool) -> Iterator[tuple[str, Source]]:
+def _linear(
+    config: ModelConfig, mixer: str, name: str, outputs: int, inputs: int, *, bias: bool
+) -> Iterator[tuple[str, Source]]:
     yield _same(mixer, f"{name}.weight", outputs, inputs)
     if bias:
         yield _same(mixer, f"{name}.bias", outputs)
+    module = f"backbone.{mixer}{name}"
+    if module in config.recipe.modules:
+        shape = (outputs,) if module in config.recipe.per_channel else ()
+        yield f"{name}.weight_scale", _scale(f"{mixer}{name}.weight_scale", shape)
+        yield f"{name}.input_scale", _scale(f"{mixer}{name}.input_scale")
+
+
+def _scale(name: str, shape: tuple[int, ...] = ()) -> Source:
+    return Source((_aliases(name),), shape, Transform.SCALE)
 
 
 def _mamba(config: ModelConfig, mixer: str) -> Iterator[tuple[str, Source]]:
     heads, inner, channels = config.mamba_num_heads, config.mamba_inner_size, config.conv_channels
     bias = config.use_bias
-    yield from _linear(mixer, "in_proj", inner + channels + heads, config.hidden_size, bias=bias)
+    yield from _linear(config, mixer, "in_proj", inner + channels + heads, config.hidden_size, bias=bias)
     conv = _aliases(f"{mixer}conv1d.weight")
     yield "conv1d.weight", Source((conv,), (channels, 1, config.conv_kernel), Transform.RESHAPE)
     if config.use_conv_bias:
@@ -102,25 +118,26 @@ def _mamba(config: ModelConfig, mixer: str) -> Iterator[tuple[str, Source]]:
     yield _same(mixer, "D", heads)
     yield _same(mixer, "dt_bias", heads)
     yield _same(mixer, "norm.weight", inner)
-    yield from _linear(mixer, "out_proj", config.hidden_size, inner, bias=bias)
+    yield from _linear(config, mixer, "out_proj", config.hidden_size, inner, bias=bias)
 
 
 def _attention(config: ModelConfig, mixer: str) -> Iterator[tuple[str, Source]]:
     hidden, bias = config.hidden_size, config.attention_bias
     query = config.num_attention_heads * config.head_dim
     kv = config.num_key_value_heads * config.head_dim
-    yield from _linear(mixer, "q_proj", query, hidden, bias=bias)
-    yield from _linear(mixer, "k_proj", kv, hidden, bias=bias)
-    yield from _linear(mixer, "v_proj", kv, hidden, bias=bias)
-    yield from _linear(mixer, "o_proj", hidden, query, bias=bias)
-    yield "k_scale", Source((), (1,), Transform.ONES)
-    yield "v_scale", Source((), (1,), Transform.ONES)
+    yield from _linear(config, mixer, "q_proj", query, hidden, bias=bias)
+    yield from _linear(config, mixer, "k_proj", kv, hidden, bias=bias)
+    yield from _linear(config, mixer, "v_proj", kv, hidden, bias=bias)
+    yield from _linear(config, mixer, "o_proj", hidden, query, bias=bias)
+    for scale in ("k_scale", "v_scale"):
+        stored = _scale(f"{mixer}{scale[0]}_proj.{scale}")
+        yield scale, stored if config.recipe.kv_scales else Source((), (1,), Transform.ONES)
 
 
 def _mlp(config: ModelConfig, mixer: str) -> Iterator[tuple[str, Source]]:
     hidden, inner = config.hidden_size, config.intermediate_size
-    yield from _linear(mixer, "up_proj", inner, hidden, bias=config.mlp_bias)
-    yield from _linear(mixer, "down_proj", hidden, inner, bias=config.mlp_bias)
+    yield from _linear(config, mixer, "up_proj", inner, hidden, bias=config.mlp_bias)
+    yield from _linear(config, mixer, "down_proj", hidden, inner, bias=config.mlp_bias)
 
 
 def _moe(config: ModelConfig, mixer: str) -> Iterator[tuple[str, Source]]:
@@ -130,15 +147,29 @@ def _moe(config: ModelConfig, mixer: str) -> Iterator[tuple[str, Source]]:
     yield _same(mixer, "gate.e_score_correction_bias", experts)
     yield "experts.up", _stack(mixer, "up_proj", experts, (inner, size))
     yield "experts.down", _stack(mixer, "down_proj", experts, (size, inner))
-    yield "experts.up_scale", Source((), (experts,), Transform.ONES)
-    yield "experts.down_scale", Source((), (experts,), Transform.ONES)
-    yield "experts.input_scale", Source((), (1,), Transform.ONES)
-    yield "experts.hidden_scale", Source((), (1,), Transform.ONES)
-    yield from _linear(mixer, "shared_experts.up_proj", shared, hidden, bias=config.mlp_bias)
-    yield from _linear(mixer, "shared_experts.down_proj", hidden, shared, bias=config.mlp_bias)
+    yield from _expert_scales(config, mixer)
+    yield from _linear(config, mixer, "shared_experts.up_proj", shared, hidden, bias=config.mlp_bias)
+    yield from _linear(config, mixer, "shared_experts.down_proj", hidden, shared, bias=config.mlp_bias)
     if config.moe_latent_size:
-        yield from _linear(mixer, "fc1_latent_proj", size, hidden, bias=config.mlp_bias)
-        yield from _linear(mixer, "fc2_latent_proj", hidden, size, bias=config.mlp_bias)
+        yield from _linear(config, mixer, "fc1_latent_proj", size, hidden, bias=config.mlp_bias)
+        yield from _linear(config, mixer, "fc2_latent_proj", hidden, size, bias=config.mlp_bias)
+
+
+def _expert_scales(config: ModelConfig, mixer: str) -> Iterator[tuple[str, Source]]:
+    """A weight scale for each expert, and one scale of each activation for all: the largest, as vLLM takes it."""
+    experts = config.n_routed_experts
+    weights, activations = ("up_scale", "down_scale"), ("input_scale", "hidden_scale")
+    if f"backbone.{mixer}{EXPERTS}" not in config.recipe.modules:
+        for shape, names in (((experts,), weights), ((1,), activations)):
+            yield from ((f"{EXPERTS}.{name}", Source((), shape, Transform.ONES)) for name in names)
+        return
+    for names, stored, transform in (
+        (weights, "weight_scale", Transform.SCALE),
+        (activations, "input_scale", Transform.LARGEST),
+    ):
+        for name, projection in zip(names, ("up_proj", "down_proj"), strict=True):
+            each = tuple(_aliases(f"{mixer}{EXPERTS}.{e}.{projection}.{stored}") for e in range(experts))
+            yield f"{EXPERTS}.{name}", Source(each, (), transform)
 
 
 def _stack(mixer: str, projection: str, experts: int, shape: tuple[int, ...]) -> Source:
@@ -201,4 +232,6 @@ def _value(source: Source, stored: list[Tensor], parameter: Tensor) -> Tensor:
             return torch.ones_like(parameter)
         case Transform.NEG_EXP:
             return -torch.exp(stored[0].float())
+        case Transform.LARGEST:
+            return torch.stack(stored).max().reshape(parameter.shape)
     return (torch.stack(stored) if len(stored) > 1 else stored[0]).reshape(parameter.shape)

@@ -15,6 +15,7 @@ from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from nemotrt.model.recipe import Recipe
 from nemotrt.model.config_fields import ALIASES, FIXED, INERT, LAYER_NAMES, PATTERN, USED_BY
 
 LAYER_KINDS = ("mamba", "attention", "mlp", "moe")
@@ -92,6 +93,8 @@ class ModelConfig:
 
     quantization: dict[str, Any] | None = field(default=None, hash=False)
     """`quantization_config` as it stands, for the loader to interpret."""
+    recipe: Recipe = Recipe()
+    """Which weights are FP8; nothing until a loader has read what says so."""
     inert: dict[str, str] = field(default_factory=dict, compare=False)
     """Fields that were met and change nothing, with the reason."""
 
@@ -105,7 +108,8 @@ class ModelConfig:
         if len(indices) == len(self.layers):
             return self
         layers = tuple(self.numbered_layers[index] for index in indices)
-        return dataclasses.replace(self, layers=layers, chosen_layers=tuple(indices))
+        recipe = self.recipe.only(indices)
+        return dataclasses.replace(self, layers=layers, chosen_layers=tuple(indices), recipe=recipe)
 
     @property
     def mamba_inner_size(self) -> int:
@@ -121,6 +125,10 @@ class ModelConfig:
     def expert_size(self) -> int:
         """The routed experts' input and output size: the latent, or the hidden size."""
         return self.moe_latent_size or self.hidden_size
+
+    def with_recipe(self, recipe: Recipe) -> ModelConfig:
+        """The same model with these of its weights in FP8."""
+        return dataclasses.replace(self, recipe=recipe)
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> ModelConfig:
@@ -162,7 +170,7 @@ class ModelConfig:
         return cls.from_dict(raw)
 
 
-NOT_GIVEN = ("layers", "chosen_layers", "inert")
+NOT_GIVEN = ("layers", "chosen_layers", "recipe", "inert")
 """Fields of ModelConfig that are no field of a config.json."""
 
 REQUIRED = {

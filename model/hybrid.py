@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from nemotrt.model.block import Block
 from nemotrt.model.config import ModelConfig
+from nemotrt.model.fp8 import quantise
 from nemotrt.model.norm import RMSNorm
 from nemotrt.model.pools import POOL_KINDS
 from nemotrt.model.step import Step
@@ -50,7 +51,8 @@ class Head(nn.Module):
 class NemotronH(nn.Module):
     """The causal language model: one implementation for every checkpoint of the family, for inference.
 
-    Weights are in `dtype`, but for the FP32 of norms, the router, A, D and dt_bias. A new model's weights
+    Weights are in `dtype`, but for the FP32 of norms, the router, A, D and dt_bias, and for the FP8 of the
+    modules that the configuration's recipe names. A new model's weights
     mean nothing until a checkpoint fills them (`checkpoint.load_into`).
     """
 
@@ -69,6 +71,7 @@ class NemotronH(nn.Module):
         )
         if config.tie_word_embeddings:
             self.lm_head.weight = self.backbone.embeddings.weight
+        quantise(self, config.recipe)
         self.requires_grad_(False)
 
     def forward(

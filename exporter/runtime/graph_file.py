@@ -41,7 +41,7 @@ DTYPES = {
 }
 """ONNX Runtime's names of the types that the graph's inputs may have → NumPy's."""
 
-PRECISIONS = {1: "fp32", 10: "fp16", 16: "bf16"}
+PRECISIONS = {1: "fp32", 10: "fp16", 16: "bf16", 17: "fp8"}
 """onnx.TensorProto's numbers of weight types → what they are called here."""
 
 

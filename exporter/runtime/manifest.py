@@ -24,6 +24,7 @@ ROLES = (
     "graph",
     "weights",
     "config",
+    "quantization",
     "tokenizer",
     "generation_config",
     "chat_template",

@@ -14,6 +14,10 @@ Pools follow from this: rows of `conv_state` and `kv_cache` are copies (Gather, 
 that were rounded where they were computed, so the twin's FP32 pools hold the values of the half pools, with
 no cast around them.
 
+FP8 (E4M3) is a half type here too, which that provider only casts, quantises and dequantises. What a QuantizeLinear
+makes stays FP8; what a DequantizeLinear makes is not rounded: TensorRT makes it, the product and its scales one
+operator. Other weights in FP8 are cast to FP16, which holds their values, as a whole.
+
 Weights stay half and lie where they lie. One that is gathered (embeddings) or handed over by a Scan (experts)
 stays half in memory, and what was taken from it is cast; any other is cast whole, which ONNX Runtime folds
 when it loads the graph.
@@ -32,10 +36,10 @@ from nemotrt.exporter.errors import BundleError
 if TYPE_CHECKING:
     from onnx import AttributeProto, GraphProto, ModelProto, NodeProto
 
-FLOAT, FLOAT16, BFLOAT16 = 1, 10, 16
+FLOAT, FLOAT16, BFLOAT16, FP8 = 1, 10, 16, 17
 """onnx.TensorProto's numbers for the types: see onnx.proto."""
 
-HALVES = frozenset((FLOAT16, BFLOAT16))
+HALVES = frozenset((FLOAT16, BFLOAT16, FP8))
 
 STORED = frozenset(
     ("Concat", "Gather", "Identity", "Reshape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze")
@@ -110,6 +114,7 @@ class _Rewriter:
 
     def __init__(self) -> None:
         self._num_names = 0
+        self._weights: set[str] = set()
 
     def graph(
         self,
@@ -124,14 +129,17 @@ class _Rewriter:
         twin: a weight, or what was gathered from one. Inputs named in `kept` are such.
         """
         outputs = frozenset(value.name for value in graph.output)
-        scope = _Scope(self, outputs, dtypes.new_child(), widened.new_child())
+        self._weights |= {tensor.name for tensor in graph.initializer}
+        scope = _Scope(self, outputs, self._weights, dtypes.new_child(), widened.new_child())
         for value in (*graph.input, *graph.output, *graph.value_info):
             scope.dtypes[value.name] = value.type.tensor_type.elem_type
         for tensor in graph.initializer:
             scope.dtypes[tensor.name] = tensor.data_type
         stored = {tensor.name for tensor in graph.initializer}
         for value in graph.input:
-            if scope.is_half(value.name) and value.name not in stored and value.name not in kept:
+            if value.name in kept and scope.dtypes[value.name] == FP8:
+                value.type.tensor_type.elem_type = FLOAT16
+            elif scope.is_half(value.name) and value.name not in stored and value.name not in kept:
                 value.type.tensor_type.elem_type = FLOAT
                 scope.widened[value.name] = value.name
         for node in graph.node:
@@ -155,9 +163,11 @@ class _Scope:
         self,
         rewriter: _Rewriter,
         outputs: frozenset[str],
+        weights: set[str],
         dtypes: ChainMap[str, int],
         widened: ChainMap[str, str],
     ) -> None:
+        self.weights = weights
         self.dtypes = dtypes
         self.widened = widened
         self.nodes: list[NodeProto] = []
@@ -179,7 +189,12 @@ class _Scope:
             self.nodes.append(node)
         elif node.op_type in ("Cast", "CastLike"):
             self._cast(node)
+        elif node.op_type in ("QuantizeLinear", "DequantizeLinear"):
+            self._scale(node)
         elif self._stays_half(node, operands):
+            for i, name in enumerate(node.input):
+                if self.dtypes.get(name) == FP8:
+                    node.input[i] = self._as_half(name)
             self.nodes.append(node)
         else:
             self._compute(node, results, kept)
@@ -204,6 +219,26 @@ class _Scope:
             self._append_cast(name, self.widened[name], FLOAT)
         return self.widened[name]
 
+    def _as_half(self, name: str) -> str:
+        """An FP8 weight in FP16, or what was gathered from one and is so already."""
+        if name not in self.weights:
+            return name
+        half = self._rewriter.fresh(name, "fp16")
+        self._append_cast(name, half, FLOAT16)
+        return half
+
+    def _scale(self, node: NodeProto) -> None:
+        """Quantise from FP32, or dequantise to FP32, with a scale in FP32."""
+        for i, name in enumerate(node.input):
+            if self.is_half(name) and self.dtypes[name] != FP8:
+                node.input[i] = self.wide(name)
+        if node.op_type == "DequantizeLinear":
+            kept = [attribute for attribute in node.attribute if attribute.name != "output_dtype"]
+            del node.attribute[:]
+            node.attribute.extend(kept)
+            self.widened[node.output[0]] = node.output[0]
+        self.nodes.append(node)
+
     def _cast(self, node: NodeProto) -> None:
         source, result = node.input[0], node.output[0]
         source = self.widened.get(source, source)
@@ -217,7 +252,9 @@ class _Scope:
 
     def _compute(self, node: NodeProto, results: list[str], kept: tuple[int, ...]) -> None:
         for i, name in enumerate(node.input):
-            if self.is_half(name) and i not in kept:
+            if i in kept and self.dtypes[name] == FP8:
+                node.input[i] = self._as_half(name)
+            elif self.is_half(name) and i not in kept:
                 node.input[i] = self.wide(name)
         for attribute in node.attribute:
             if _is_half_constant(attribute):

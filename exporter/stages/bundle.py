@@ -24,6 +24,7 @@ LOG = "logs/build.log"
 
 ROLES = {
     "config.json": "config",
+    "hf_quant_config.json": "quantization",
     "generation_config.json": "generation_config",
     "chat_template.jinja": "chat_template",
     "LICENSE": "licence",

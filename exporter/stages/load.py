@@ -10,6 +10,7 @@ from pathlib import Path
 from nemotrt.exporter.artifacts import LoadedModel, WeightSource
 from nemotrt.exporter.errors import BundleError, CheckpointError
 from nemotrt.exporter.layer_selection import only_layers
+from nemotrt.exporter.modelopt import HF_QUANT_CONFIG, SUPPORTED, with_recipe
 from nemotrt.exporter.runtime.tokenizer import CHAT_TEMPLATE, TOKENIZER, Tokenizer
 from nemotrt.exporter.tensor_files import StoredTensor, file_inside, open_checkpoint, read_json
 from nemotrt.model.checkpoint import Source, TensorError, find, is_mtp, tensor_sources
@@ -18,14 +19,25 @@ from nemotrt.model.config import ConfigError, ModelConfig
 FLOATING = ("float64", "float32", "float16", "bfloat16")
 """Dtypes that a weight may be stored in."""
 
-QUANTISED = {"float8_e4m3fn": "FP8", "float8_e5m2": "FP8", "uint8": "4-bit"}
+FP8 = "float8_e4m3fn"
+QUANTISED = {FP8: "FP8", "float8_e5m2": "FP8 (E5M2)", "uint8": "packed 4-bit values", "int8": "INT8"}
 """A dtype that only quantised weights have → what it is called."""
 
-SCALES = ("weight_scale", "weight_scale_2", "input_scale", "k_scale", "v_scale")
+FOREIGN = {
+    ".weight_scale_2": "NVFP4",
+    ".qweight": "INT4 (AWQ or GPTQ)",
+    ".weight_scale_inv": "block-scaled FP8",
+    ".weight_packed": "packed 4-bit values",
+    ".pre_quant_scale": "INT4 (AWQ)",
+}
+"""How a tensor's name ends that only a quantisation has which is not supported → that quantisation."""
+
+SCALES = ("weight_scale", "input_scale", "k_scale", "v_scale")
 """Last parts of the names that quantisation adds to a checkpoint."""
 
 SIDE_FILES = (
     "config.json",
+    HF_QUANT_CONFIG,
     "generation_config.json",
     TOKENIZER,
     "tokenizer_config.json",
@@ -53,6 +65,7 @@ def load(checkpoint: Path, layers: str = "") -> LoadedModel:
     With `layers`, of the layers alone that `layer_selection` takes it to mean; raises UsageError where it means none.
     """
     config, stored = read_config(checkpoint), open_checkpoint(checkpoint)
+    config = with_recipe(config, stored, checkpoint)
     if layers:
         config, stored = only_layers(config, stored, layers)
     survey = match(config, stored)
@@ -124,57 +137,67 @@ def check_side_files(checkpoint: Path, config: ModelConfig) -> None:
 
 
 def match(config: ModelConfig, stored: Mapping[str, StoredTensor]) -> Survey:
-    """Each parameter's stored tensors, and every problem: quantised, missing, misshapen, extra."""
-    quantised = {name for name, tensor in stored.items() if tensor.dtype in QUANTISED}
+    """Each parameter's stored tensors, and every problem: missing, misshapen, extra, quantised or not as it should be."""
+    if foreign := _foreign(config, stored):
+        return Survey({}, (), (foreign,))
     shapes = {name: tensor.shape for name, tensor in stored.items()}
-    for name in quantised:
-        if stored[name].dtype == "uint8":  # two values a byte
-            shapes[name] = (*shapes[name][:-1], shapes[name][-1] * 2)
-    problems = _quantisation(config, stored, quantised)
+    problems: list[CheckpointError] = []
     weights: dict[str, WeightSource] = {}
     used: set[str] = set()
     for parameter, source in tensor_sources(config).items():
         try:
-            weights[parameter] = _find(parameter, source, stored, shapes)
+            weights[parameter] = _find(config, parameter, source, stored, shapes)
             used.update(tensor.name for tensor in weights[parameter].tensors)
         except CheckpointError as error:
             problems.append(error)
             names = {name for names in (*source.names, source.stacked) for name in names}
             used.update(stored[name].name for name in names & stored.keys())
     unused = [name for name in sorted(stored) if stored[name].name not in used]
-    extra = [name for name in unused if not is_mtp(name) and not (quantised and name.endswith(SCALES))]
-    problems += [
-        CheckpointError(
-            f"{name} is in the checkpoint, but not in the model that config.json describes",
-            hint="the configuration and the weights are of different models",
-        )
-        for name in extra
-    ]
+    problems += [_extra(name) for name in unused if not is_mtp(name)]
     return Survey(weights, tuple(name for name in unused if is_mtp(name)), tuple(problems))
 
 
-def _quantisation(
-    config: ModelConfig, stored: Mapping[str, StoredTensor], quantised: set[str]
-) -> list[CheckpointError]:
-    """One problem if any weight is quantised, or is said to be."""
-    if quantised:
-        first = min(quantised)
-        more = f" and {len(quantised) - 1:,} more" if len(quantised) > 1 else ""
-        what = QUANTISED[stored[first].dtype]
-        message = f"the weights are quantised ({what}: {first}{more}), which this version cannot export"
-        return [CheckpointError(message, hint="use the model's BF16 checkpoint")]
-    if config.quantization is not None:
-        return [
-            CheckpointError(
-                "quantization_config is set in config.json, but no stored tensor is quantised",
-                hint="the configuration and the weights are of different checkpoints",
-            )
-        ]
-    return []
+def _foreign(config: ModelConfig, stored: Mapping[str, StoredTensor]) -> CheckpointError | None:
+    """The one problem of a checkpoint that is quantised as nothing here is, or quantised and not described."""
+    for sign, scheme in FOREIGN.items():
+        if found := sorted(name for name in stored if name.endswith(sign)):
+            return CheckpointError(f"the checkpoint is quantised as {scheme} ({found[0]})", hint=SUPPORTED)
+    quantised = sorted(name for name, tensor in stored.items() if tensor.dtype in QUANTISED)
+    own = [name for name in quantised if stored[name].dtype != FP8]
+    if own:
+        what = QUANTISED[stored[own[0]].dtype]
+        return CheckpointError(f"the checkpoint is quantised as {what} ({own[0]})", hint=SUPPORTED)
+    if quantised and not config.recipe:
+        return CheckpointError(
+            f"{quantised[0]} is FP8, but neither config.json nor {HF_QUANT_CONFIG} describes a quantisation",
+            hint=f"copy the {HF_QUANT_CONFIG} of the model's repository into the folder",
+        )
+    if config.recipe and not quantised:
+        return CheckpointError(
+            "the checkpoint says that it is quantised, but no stored tensor is",
+            hint="the configuration and the weights are of different checkpoints",
+        )
+    return None
+
+
+def _extra(name: str) -> CheckpointError:
+    if name.endswith(SCALES):
+        return CheckpointError(
+            f"{name} is in the checkpoint, which says that this is not quantised",
+            hint="the description of the quantisation and the weights are of different checkpoints",
+        )
+    return CheckpointError(
+        f"{name} is in the checkpoint, but not in the model that config.json describes",
+        hint="the configuration and the weights are of different models",
+    )
 
 
 def _find(
-    parameter: str, source: Source, stored: Mapping[str, StoredTensor], shapes: Mapping[str, tuple[int, ...]]
+    config: ModelConfig,
+    parameter: str,
+    source: Source,
+    stored: Mapping[str, StoredTensor],
+    shapes: Mapping[str, tuple[int, ...]],
 ) -> WeightSource:
     """The stored tensors of one parameter, in the order in which they are stacked."""
     try:
@@ -183,8 +206,17 @@ def _find(
         raise CheckpointError(
             str(error), hint="the configuration and the weights do not belong together"
         ) from error
+    # in_proj.weight, and experts.up: its scales' names have a last part of their own.
+    module, _, own = parameter.rpartition(".")
+    is_fp8 = module in config.recipe.modules and own in ("weight", "up", "down")
     for tensor in tensors:
-        if tensor.dtype not in (*FLOATING, *QUANTISED):
+        if is_fp8 != (tensor.dtype == FP8):
+            wanted = "is FP8 by the checkpoint's description" if is_fp8 else "is not quantised by it"
+            raise CheckpointError(
+                f"{tensor.name} is stored as {tensor.dtype}, and {wanted}",
+                hint="the description of the quantisation and the weights are of different checkpoints",
+            )
+        if not is_fp8 and tensor.dtype not in FLOATING:
             raise CheckpointError(
                 f"{tensor.name} is stored as {tensor.dtype}, which is no weight format that this tool reads",
                 hint="use the BF16, FP16 or FP32 checkpoint",

@@ -1,6 +1,7 @@
 """Trace: the model's parts as PyTorch graphs, one `torch.export` for each distinct part, on meta tensors.
 
-Layers of one kind differ only in their weights, so each kind is traced once: cost does not grow with depth.
+Layers of one kind differ only in their weights, so each kind is traced once, or once for each set of its weights that
+is FP8: cost does not grow with depth.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ TOKENS, SEQUENCES, SLOTS, PAGES, TABLE, ROWS = 11, 3, 5, 7, 2, 4
 
 
 def trace(model: LoadedModel, config: BuildConfig) -> TracedModel:
-    """Every part of the model in order; layers of one kind share a program."""
+    """Every part of the model in order; layers of one kind, with the same weights in FP8, share a program."""
     dtype = COMPUTE_DTYPES[config.precision]
     pools = model.pools(config)
     network = NemotronH(model.config, dtype=getattr(torch, dtype), device="meta")
@@ -42,13 +43,14 @@ def trace(model: LoadedModel, config: BuildConfig) -> TracedModel:
 
     embeddings, head = network.backbone.embeddings, network.head()
     parts = [part(embeddings, _export(embeddings, (tokens,)), "embeddings")]
-    programs: dict[str, ExportedProgram] = {}
+    programs: dict[tuple[str, frozenset[tuple[str, torch.dtype]]], ExportedProgram] = {}
     for index, kind in model.config.numbered_layers.items():
         own = tuple(pool for pool in pools if pool.layer == index)
         block = network.backbone.layers[str(index)]
-        if kind not in programs:
-            programs[kind] = _export(block, (x_TD, _step(), *(_pool(pool) for pool in own)))
-        parts.append(part(block, programs[kind], f"layers.{index}", own))
+        form = (kind, frozenset((name, value.dtype) for name, value in block.named_parameters()))
+        if form not in programs:
+            programs[form] = _export(block, (x_TD, _step(), *(_pool(pool) for pool in own)))
+        parts.append(part(block, programs[form], f"layers.{index}", own))
     parts.append(part(head, _export(head, (x_TD, rows)), "head"))
     return TracedModel(tuple(parts), pools, dict(network.state_dict()), dtype)
 

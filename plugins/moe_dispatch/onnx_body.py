@@ -20,7 +20,11 @@ def body(
     sizes: Mapping[str, Any],
     attributes: Mapping[str, int | float],
 ) -> tuple[ir.Value]:
-    """y, computed in FP32; the hidden activation is rounded to x's dtype, as the reference does."""
+    """y, computed in FP32; the hidden activation is rounded to x's dtype, as the reference does.
+
+    Both activations are rounded to the weights' dtype by their scales: to E4M3 where the weights are, and nothing is
+    lost where the weights are of x's dtype and the scales are 1.
+    """
     experts, top_k = int(sizes["E"]), int(attributes["top_k"])
     chosen_Tk, weight_Tk = _route(op, inputs, sizes, attributes)
     local_A = op.Sub(op.Reshape(chosen_Tk, [-1]), int(attributes["first_expert"]))
@@ -30,6 +34,7 @@ def body(
     token_A = op.Div(order_A, top_k)
     weight_A = op.Gather(op.Reshape(weight_Tk, [-1]), order_A)
     start_E, end_E = _bounds(op, expert_A, experts)
+    x_TL = _rounded(op, inputs["x"], inputs["input_scale"], inputs["up"])
 
     def add_expert(
         inner: Operators,
@@ -45,9 +50,10 @@ def body(
         def run(chosen: Operators) -> list[ir.Value]:
             bounds = [chosen.Unsqueeze(start, [0]), chosen.Unsqueeze(end, [0]), [0]]
             token_J = chosen.Slice(token_A, *bounds)
-            rows_JL = chosen.Gather(inputs["x"], token_J, axis=0)
+            rows_JL = chosen.Gather(x_TL, token_J, axis=0)
             hidden_JI = chosen.Relu(_linear(chosen, rows_JL, up_IL, up_scale))
-            hidden_JI = chosen.CastLike(chosen.Mul(hidden_JI, hidden_JI), rows_JL)
+            hidden_JI = chosen.CastLike(chosen.Mul(hidden_JI, hidden_JI), inputs["x"])
+            hidden_JI = _rounded(chosen, hidden_JI, inputs["hidden_scale"], down_LI)
             part_JL = _linear(chosen, hidden_JI, down_LI, down_scale)
             part_JL = chosen.Mul(part_JL, chosen.Unsqueeze(chosen.Slice(weight_A, *bounds), [1]))
             return [chosen.ScatterND(sum_TL, chosen.Unsqueeze(token_J, [1]), part_JL, reduction="add")]
@@ -63,7 +69,9 @@ def body(
     names = ("sum", "up", "down", "up_scale", "down_scale", "start", "end", "is_chosen")
     scan = op.subgraph("expert", add_expert, [op.input(name) for name in names])
     none_TL = op.Expand(0.0, op.Shape(inputs["x"]))
-    of_experts = [inputs[name] for name in ("up", "down", "up_scale", "down_scale")]
+    up_scale_E = op.Mul(inputs["up_scale"], inputs["input_scale"])
+    down_scale_E = op.Mul(inputs["down_scale"], inputs["hidden_scale"])
+    of_experts = (inputs["up"], inputs["down"], up_scale_E, down_scale_E)
     ranges = (start_E, end_E, op.Less(start_E, end_E))
     y_TL = op.Scan(none_TL, *of_experts, *ranges, body=scan, num_scan_inputs=7)
     return (op.CastLike(y_TL, inputs["x"]),)
@@ -78,10 +86,15 @@ def _bounds(op: Operators, expert_A: ir.Value, experts: int) -> tuple[ir.Value, 
     return op.Sub(end_E, count_E), end_E
 
 
+def _rounded(op: Operators, values: ir.Value, scale: ir.Value, weights: ir.Value) -> ir.Value:
+    """values / scale rounded to the weights' dtype, in FP32: a cast to FP8 saturates."""
+    scaled = op.Div(op.cast(values, ir.DataType.FLOAT), scale)
+    return op.cast(op.CastLike(scaled, weights), ir.DataType.FLOAT)
+
+
 def _linear(op: Operators, rows: ir.Value, weight: ir.Value, scale: ir.Value) -> ir.Value:
     """One expert's rows through one of its weights [outputs, inputs], in FP32."""
-    float32 = ir.DataType.FLOAT
-    product = op.Gemm(op.cast(rows, float32), op.cast(weight, float32), transB=1)
+    product = op.Gemm(rows, op.cast(weight, ir.DataType.FLOAT), transB=1)
     return op.Mul(product, scale)  # type: ignore[no-any-return]
 
 

@@ -22,7 +22,7 @@ def body(
     sizes: Mapping[str, Any],
     attributes: Mapping[str, int | float],
 ) -> tuple[ir.Value, ir.Value]:
-    """o and the next cache; the softmax is in FP32."""
+    """o and the next cache; the softmax is in FP32. The scales of a cache that is not FP8 must be 1."""
     int64 = ir.DataType.INT64
     start_B, end_B = bounds(op, op.cast(inputs["query_start"], int64))
     context_B = op.cast(inputs["context_len"], int64)
@@ -47,7 +47,7 @@ def body(
         pages_M = inner.Gather(page_table_BM, sequence, axis=0)
         pages = inner.Slice(pages_M, [0], inner.Unsqueeze(num_pages, [0]), [0])
         q_IQD = inner.Gather(inputs["q"], row_I, axis=0)
-        return [_attend(inner, sizes, attributes, q_IQD, position_I, seen, cache, pages)]
+        return [_attend(inner, inputs, sizes, attributes, q_IQD, position_I, seen, cache, pages)]
 
     names = ("sequence", "row", "position", "seen", "num_pages")
     scan = op.subgraph("chunk", attend, [op.input(name) for name in names])
@@ -98,7 +98,9 @@ def _append(
         axis=3,
     )
     both_T2VD = op.Concat(op.Unsqueeze(inputs["k"], [1]), op.Unsqueeze(inputs["v"], [1]), axis=1)
-    both_T2VD = op.CastLike(both_T2VD, inputs["kv_cache"])
+    scale_211 = op.Reshape(op.Concat(inputs["k_scale"], inputs["v_scale"], axis=0), [2, 1, 1])
+    scaled_T2VD = op.Div(op.cast(both_T2VD, ir.DataType.FLOAT), scale_211)
+    both_T2VD = op.CastLike(scaled_T2VD, inputs["kv_cache"])  # to FP8 it saturates
     zero = op.CastLike(op.Expand(0.0, [1, 1, 1, head_dim]), inputs["kv_cache"])
     updates = op.Where(op.Unsqueeze(is_owned_T, [1, 2, 3]), both_T2VD, zero)
     return op.ScatterND(inputs["kv_cache"], index_T2V4, updates)  # type: ignore[no-any-return]
@@ -106,6 +108,7 @@ def _append(
 
 def _attend(
     op: Operators,
+    inputs: Mapping[str, ir.Value],
     sizes: Mapping[str, Any],
     attributes: Mapping[str, int | float],
     q_IQD: ir.Value,
@@ -121,7 +124,8 @@ def _attend(
     keys_VLD, values_VLD = op.Gather(past_2VLD, 0, axis=0), op.Gather(past_2VLD, 1, axis=0)
     # Query heads of one key-value head lie side by side, so they are rows of one product.
     q_QID = op.Transpose(op.cast(q_IQD, ir.DataType.FLOAT), perm=[1, 0, 2])
-    q_VRD = op.Reshape(op.Mul(q_QID, float(attributes["scale"])), [kv_heads, -1, head_dim])
+    scale = op.Mul(inputs["k_scale"], float(attributes["scale"]))
+    q_VRD = op.Reshape(op.Mul(q_QID, scale), [kv_heads, -1, head_dim])
     scores_VRL = op.MatMul(q_VRD, op.Transpose(keys_VLD, perm=[0, 2, 1]))
     keys = size_of(op, keys_VLD, 1)
     # Rows past the last key hold what another sequence left: 0 · NaN is NaN.
@@ -132,4 +136,5 @@ def _attend(
     scores_QIL = op.Where(is_future_IL, float("-inf"), op.Reshape(scores_VRL, by_head))
     probabilities_VRL = op.Reshape(op.Softmax(scores_QIL, axis=-1), op.Shape(scores_VRL))
     o_QID = op.Reshape(op.MatMul(probabilities_VRL, values_VLD), op.Shape(q_QID))
+    o_QID = op.Mul(o_QID, inputs["v_scale"])
     return op.Transpose(o_QID, perm=[1, 0, 2])  # type: ignore[no-any-return]

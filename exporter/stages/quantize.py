@@ -1,0 +1,160 @@
+"""Quantize: a checkpoint's weights in FP8 with static scales, written as ModelOpt writes them; a tensor at a time."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from nemotrt.exporter import modelopt, weights
+from nemotrt.exporter.artifacts import LoadedModel, QuantizedCheckpoint
+from nemotrt.exporter.calibration import Ranges, calibrate
+from nemotrt.exporter.calibration_text import Sequences
+from nemotrt.exporter.errors import UsageError
+from nemotrt.exporter.tensor_files import StoredTensor, open_checkpoint, read_json, read_pieces
+from nemotrt.exporter.tensor_writer import Entry, write_shards
+from nemotrt.model.checkpoint import Transform
+from nemotrt.model.config import ModelConfig
+from nemotrt.model.fp8 import FP8_MAX, quantised
+from nemotrt.model.recipe import EXPERTS, Recipe, quantisable
+
+ATTENTION_AND_LATENT = ("*.q_proj", "*.k_proj", "*.v_proj", "*.o_proj", "*_latent_proj")
+"""What NVIDIA leaves in BF16 in every FP8 checkpoint of the family, beside the head, routers and convolutions."""
+
+
+def default_exclusions(config: ModelConfig) -> tuple[str, ...]:
+    """NVIDIA's own: Super's, and without a latent (Nano) the Mamba layers before attention too."""
+    before = [
+        f"backbone.layers.{i}.mixer"
+        for i, kind in config.numbered_layers.items()
+        if kind == "mamba" and config.numbered_layers.get(i + 1) == "attention"
+    ]
+    return (*ATTENTION_AND_LATENT, *([] if config.moe_latent_size else before))
+
+
+def recipe_of(config: ModelConfig, exclude: Sequence[str], *, kv_cache: bool) -> Recipe:
+    """What is quantised: all that can be but NVIDIA's exclusions and `exclude`; raises UsageError on a dead pattern."""
+    names = list(quantisable(config))
+    for pattern in exclude:
+        if not any(map(modelopt.pattern_matcher([pattern]), names)):
+            raise UsageError(
+                f"--exclude {pattern} fits no module that can be quantised",
+                hint=f"they are named like {names[0]}" if names else "the model has none",
+            )
+    is_excluded = modelopt.pattern_matcher((*default_exclusions(config), *exclude))
+    kept = frozenset(name for name in names if not is_excluded(name))
+    if not kept:
+        raise UsageError("everything is excluded from quantisation", hint="build with --precision bf16")
+    has_cache = kv_cache and "attention" in config.layers
+    return Recipe(kept, kv_cache=has_cache, kv_scales=has_cache)
+
+
+def quantize(
+    model: LoadedModel,
+    recipe: Recipe,
+    text: Sequences,
+    folder: Path,
+    *,
+    advance: Callable[[int], None] = lambda _: None,
+) -> QuantizedCheckpoint:
+    """A checkpoint in `folder`, which is empty, in ModelOpt's layout; `advance` hears of the layers calibrated.
+
+    Raises UsageError as `calibrate` does, CheckpointError on a weight that is not finite.
+    """
+    ranges = calibrate(model, recipe, text, advance)
+    write_shards(folder, list(_entries(model, recipe, ranges)))
+    described, hf_quant_config = modelopt.described(recipe, model.config)
+    for name in model.side_files:
+        shutil.copyfile(model.folder / name, folder / name)
+    raw = read_json(model.folder / "config.json") | {"quantization_config": described}
+    (folder / "config.json").write_text(json.dumps(raw, indent=2), encoding="utf-8")
+    (folder / modelopt.HF_QUANT_CONFIG).write_text(json.dumps(hf_quant_config, indent=2), encoding="utf-8")
+    return QuantizedCheckpoint(
+        folder=folder,
+        num_modules=len(recipe.modules),
+        kv_cache=recipe.kv_cache,
+        num_tokens=sum(map(len, text)),
+        starved_experts=tuple(ranges.starved),
+    )
+
+
+@dataclass(frozen=True)
+class _Weight:
+    """A stored weight that becomes FP8: its module as the layout names it, and where it lies in its tensor."""
+
+    module: str
+    tensor: StoredTensor
+    index: int | None = None
+    """Of the expert, in a tensor that holds all of them."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.tensor.shape if self.index is None else self.tensor.shape[1:]
+
+    def pieces(self) -> Iterator[Tensor]:
+        """Its values as flat pieces in the dtype that they are stored in."""
+        dtype = getattr(torch, self.tensor.dtype)
+        tensor = self.tensor
+        if self.index is not None:
+            length = tensor.length // tensor.shape[0]
+            tensor = StoredTensor(
+                f"{tensor.name}[{self.index}]",
+                tensor.dtype,
+                self.shape,
+                tensor.path,
+                tensor.offset + self.index * length,
+                length,
+            )
+        return weights.convert(tensor, Transform.COPY, dtype)
+
+
+def _weights(model: LoadedModel, recipe: Recipe) -> Iterator[_Weight]:
+    for module in sorted(recipe.modules):
+        if not module.endswith(f".{EXPERTS}"):
+            yield _Weight(module, model.weights[f"{module}.weight"].tensors[0])
+            continue
+        for own, projection in (("up", "up_proj"), ("down", "down_proj")):
+            tensors = model.weights[f"{module}.{own}"].tensors
+            is_stacked = len(tensors) == 1 and len(tensors[0].shape) == 3
+            for expert in range(model.config.n_routed_experts):
+                tensor, index = (tensors[0], expert) if is_stacked else (tensors[expert], None)
+                yield _Weight(f"{module}.{expert}.{projection}", tensor, index)
+
+
+def _entries(model: LoadedModel, recipe: Recipe, ranges: Ranges) -> Iterator[Entry]:
+    """Every tensor of the new checkpoint: what is not quantised as it is stored, byte for byte."""
+    by_tensor: dict[str, list[_Weight]] = {}
+    for weight in _weights(model, recipe):
+        by_tensor.setdefault(weight.tensor.name, []).append(weight)
+    kept = {tensor.name for source in model.weights.values() for tensor in source.tensors}
+    for name, tensor in open_checkpoint(model.folder).items():
+        if name in by_tensor:
+            for weight in by_tensor[name]:
+                yield from _quantised(weight, ranges.inputs[weight.module])
+        elif name in kept or name in model.not_exported:
+            yield Entry(name, tensor.dtype, tensor.shape, lambda t=tensor: read_pieces(t, weights.PIECE_BYTES))  # type: ignore[misc]
+    for name, largest in ranges.caches.items():
+        yield _scale(name, largest / FP8_MAX)
+
+
+def _quantised(weight: _Weight, largest_input: float) -> Iterator[Entry]:
+    largest = max(piece.abs().max().item() for piece in weight.pieces())
+    scale = torch.tensor(largest / FP8_MAX if largest else 1.0)  # zeros are zeros by any scale
+
+    def values() -> Iterator[bytes]:
+        for piece in weight.pieces():
+            yield quantised(piece, scale).view(torch.uint8).numpy().tobytes()
+
+    yield Entry(f"{weight.module}.weight", "float8_e4m3fn", weight.shape, values)
+    yield _scale(f"{weight.module}.weight_scale", scale.item())
+    yield _scale(f"{weight.module}.input_scale", largest_input / FP8_MAX)
+
+
+def _scale(name: str, value: float) -> Entry:
+    data = torch.tensor(value).numpy().tobytes()
+    return Entry(name, "float32", (), lambda: iter((data,)))
