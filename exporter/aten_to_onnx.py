@@ -122,9 +122,12 @@ class Translator(onnx_op.Operators):
         repeated = self._names[base]
         self._names[base] += 1
         base += f"_{repeated}" if repeated else ""
+        kinds: Counter[str] = Counter()
         for written in self.nodes[before:]:
             if written.domain != DOMAIN:
-                written.name = base if written is self.nodes[-1] else f"{base}.{written.op_type}"
+                again = f"_{kinds[written.op_type]}" if kinds[written.op_type] else ""
+                kinds[written.op_type] += 1
+                written.name = base if written is self.nodes[-1] else f"{base}.{written.op_type}{again}"
             for output in written.outputs:
                 output.name = f"{written.name}.{output.index()}" if len(written.outputs) > 1 else written.name
 

@@ -16,6 +16,7 @@ from nemotrt.exporter.commands.build import build
 from nemotrt.exporter.commands.check import check
 from nemotrt.exporter.commands.generate import generate
 from nemotrt.exporter.commands.inspect import inspect
+from nemotrt.exporter.commands.quantize import quantize
 from nemotrt.exporter.commands.validate import validate
 from nemotrt.exporter.commands.verify import verify
 from nemotrt.exporter.console import Console
@@ -74,7 +75,7 @@ def program() -> None:
     """Export Nemotron-H and Nemotron 3 checkpoints to bundles that run, and are proved against PyTorch."""
 
 
-for command in (check, build, inspect, generate, validate, verify):
+for command in (check, quantize, build, inspect, generate, validate, verify):
     program.add_command(command)
 
 

@@ -41,6 +41,12 @@ class BuildConfig:
     """Which layers of the checkpoint to take, as `layer_selection` reads it; empty for all."""
     state_dtype: str = "fp32"
     """Of the recurrent state's pools."""
+    calibration: Path | None = None
+    """Text to calibrate FP8 on; none for the built-in text."""
+    exclude: tuple[str, ...] = ()
+    """Patterns of modules to leave unquantised, beside NVIDIA's own."""
+    kv_dtype: str = "auto"
+    """Of the KV cache of a model that is quantised here: fp8, bf16, or auto (fp8)."""
     validate: bool = True
     force: bool = False
     keep_failed: bool = False

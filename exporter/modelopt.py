@@ -54,7 +54,7 @@ def with_recipe(config: ModelConfig, stored: Mapping[str, StoredTensor], folder:
 
     Raises CheckpointError, by name, on any quantisation but FP8 and on a description that is not understood.
     """
-    raws = {}
+    raws: dict[str, Any] = {}
     if config.quantization is not None:
         raws["quantization_config of config.json"] = config.quantization
     if (folder / HF_QUANT_CONFIG).exists():
@@ -123,9 +123,7 @@ def _canonical(name: str) -> str:
     return PREFIXES[0] + name.removeprefix(prefix) if prefix else name
 
 
-def recipe(
-    config: ModelConfig, stored: Mapping[str, StoredTensor], description: Description
-) -> Recipe:
+def recipe(config: ModelConfig, stored: Mapping[str, StoredTensor], description: Description) -> Recipe:
     """The description applied to the model's modules; raises CheckpointError where experts of a layer differ."""
     is_excluded = pattern_matcher(description.excluded)
     if description.listed is not None:

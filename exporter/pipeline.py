@@ -19,6 +19,7 @@ from nemotrt.exporter.targets import AUTO, ONNX, Target, settle
 from nemotrt.exporter.workspace import Workspace, check_output, digest
 
 GRAPH = "model.onnx"
+QUANTISED = "quantised"
 MAX_GATES_SAID = 10
 
 DISK_HINTS = {
@@ -50,6 +51,7 @@ def build(config: BuildConfig, console: Console) -> dict[str, Any]:
         if model.not_exported:
             console.say(f"{'':<9} {len(model.not_exported)} tensors (mtp.*) are not exported")
         config, target = _resolved(config, model, console)
+        _check_quantisation(config, model)
         if config.validate:
             estimates.check_memory(model, hint="--no-validate builds without it, and the manifest says so")
         key = digest(_identity(config, model))
@@ -81,6 +83,7 @@ def _build(
 ) -> dict[str, Any]:
     from nemotrt.exporter.stages.bundle import bundle
 
+    model = _quantised(config, model, key, workspace, console)
     graph = _lowered(config, model, key, workspace, console)
     engine = _compiled(config, target, graph, key, workspace, console)
     report = _validated(config, model, graph, key, workspace, console)
@@ -111,13 +114,55 @@ def _build(
 
 def _resolved(config: BuildConfig, model: LoadedModel, console: Console) -> tuple[BuildConfig, Target]:
     """The configuration with every default that depends on the checkpoint or the machine filled in."""
-    precision = config.precision or PRECISION_OF_DTYPE[model.config.dtype]
+    own = "fp8" if model.config.recipe else PRECISION_OF_DTYPE[model.config.dtype]
+    precision = config.precision or own
     target = settle(config.runtime, config.sms, precision)
     if target.runtime != ONNX:
         target = _checked(target, model, dataclasses.replace(config, precision=precision))
     if config.runtime == AUTO:
         console.say(f"{'runtime':<9} {target.title}" + (f" ({target.why})" if target.why else ""))
     return dataclasses.replace(config, precision=precision, runtime=target.runtime, sms=target.sms), target
+
+
+def _check_quantisation(config: BuildConfig, model: LoadedModel) -> None:
+    """Refuse a precision that would undo the checkpoint's quantisation, and options of one that is not made here."""
+    if model.config.recipe and config.precision != "fp8":
+        raise UsageError(
+            f"the checkpoint is FP8: --precision {config.precision} would need its weights as they were before",
+            hint="use --precision fp8, or the checkpoint that it was quantised from",
+        )
+    given = {
+        "--calibration": config.calibration is not None,
+        "--exclude": bool(config.exclude),
+        "--kv-dtype": config.kv_dtype != "auto",
+    }
+    name = next((name for name, is_given in given.items() if is_given), "")
+    if name and (model.config.recipe or config.precision != "fp8"):
+        why = "the checkpoint is FP8 already" if model.config.recipe else "nothing is quantised"
+        raise UsageError(
+            f"{name} has no effect: {why}", hint="it goes with --precision fp8 and other weights"
+        )
+
+
+def _quantised(
+    config: BuildConfig, model: LoadedModel, key: str, workspace: Workspace, console: Console
+) -> LoadedModel:
+    """The model as it is, or its weights in FP8 in the workspace where the precision asks for that."""
+    if config.precision != "fp8" or model.config.recipe:
+        return model
+    from nemotrt.exporter.quantization import calibrated
+    from nemotrt.exporter.stages.load import load
+
+    folder = workspace.folder / QUANTISED
+
+    def run() -> dict[str, Any]:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        calibrated(model, config.calibration, config.exclude, config.kv_dtype, folder, console)
+        return {}
+
+    _once("quantize", key, workspace, console, run)
+    return dataclasses.replace(load(folder, config.layers), origin=model)
 
 
 def _checked(target: Target, model: LoadedModel, config: BuildConfig) -> Target:

@@ -95,7 +95,7 @@ def _from_bundle(bundle: Path, manifest: Manifest) -> LoadedModel:
         place = {entry.key: entry.value for entry in tensor.external_data}
         if not place:
             continue
-        dtype = {1: "float32", 10: "float16", 16: "bfloat16"}[tensor.data_type]
+        dtype = {1: "float32", 10: "float16", 16: "bfloat16", 17: "float8_e4m3fn"}[tensor.data_type]
         stored = StoredTensor(
             name=tensor.name,
             dtype=dtype,

@@ -18,6 +18,7 @@ from nemotrt.exporter.runtime.engine_session import EngineSession
 from nemotrt.exporter.runtime.graph_file import read_proto, router_logits_names
 from nemotrt.exporter.runtime.session import Session
 from nemotrt.exporter.runtime.step import StepInputs
+from nemotrt.model.fp8 import FP8
 from nemotrt.model.hybrid import NemotronH
 from nemotrt.model.pools import PoolSpec
 from nemotrt.model.step import Step
@@ -82,9 +83,10 @@ class TorchRunner:
         self._pools: list[torch.Tensor] = []
 
     def _pool_dtype(self, spec: PoolSpec) -> torch.dtype:
-        # The FP32 reference keeps everything in FP32; at a lower precision each pool has its own dtype.
+        # The FP32 reference keeps everything in FP32 but what is quantised; at a lower precision each pool has its own.
         own: torch.dtype = getattr(torch, spec.dtype)
-        return torch.float32 if self._dtype == torch.float32 else own
+        is_wide = self._dtype == torch.float32 and own != FP8
+        return torch.float32 if is_wide else own
 
     def reset(self, pools: dict[str, NDArray[np.float32]]) -> None:
         """Fill every pool, in its own dtype."""

@@ -15,8 +15,8 @@ from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from nemotrt.model.recipe import Recipe
 from nemotrt.model.config_fields import ALIASES, FIXED, INERT, LAYER_NAMES, PATTERN, USED_BY
+from nemotrt.model.recipe import Recipe
 
 LAYER_KINDS = ("mamba", "attention", "mlp", "moe")
 """What a layer's mixer may be."""
@@ -93,7 +93,7 @@ class ModelConfig:
 
     quantization: dict[str, Any] | None = field(default=None, hash=False)
     """`quantization_config` as it stands, for the loader to interpret."""
-    recipe: Recipe = Recipe()
+    recipe: Recipe = field(default_factory=Recipe)
     """Which weights are FP8; nothing until a loader has read what says so."""
     inert: dict[str, str] = field(default_factory=dict, compare=False)
     """Fields that were met and change nothing, with the reason."""

@@ -46,7 +46,8 @@ class Fp8Linear(nn.Module):
 
     def forward(self, x_TI: Tensor) -> Tensor:
         """[T, I] → [T, O], in the same dtype."""
-        return fp8_linear(x_TI, self.weight, self.weight_scale, self.input_scale, self.bias)
+        y_TO: Tensor = fp8_linear(x_TI, self.weight, self.weight_scale, self.input_scale, self.bias)
+        return y_TO
 
 
 def quantise(network: nn.Module, recipe: Recipe) -> None:

@@ -104,7 +104,6 @@ LAYERS = click.option(
     help="Of these layers only: a range as 0:4, a list as 0,3,7, or first-of-each, one of each kind.",
 )
 
-
 def _numbers(context: click.Context, parameter: click.Parameter, value: str) -> tuple[int, ...]:
     parts = [part.strip() for part in value.split(",") if part.strip()]
     if not all(part.isdigit() for part in parts):
@@ -126,4 +125,23 @@ SMS = click.option(
     default="",
     metavar="LIST",
     help="GPU generations for tensorrt-rtx, as 89,120; default: all that the precision runs on.",
+)
+CALIBRATION = click.option(
+    "--calibration",
+    type=ExistingPath(),
+    help='Text to calibrate FP8 on: .txt, or .jsonl with {"text": …} a line. Default: a built-in text.',
+)
+EXCLUDE = click.option(
+    "--exclude",
+    multiple=True,
+    metavar="PATTERN",
+    help="Leave these modules unquantised, as '*.layers.4.mixer'; more than once for more. NVIDIA's own exclusions"
+    " always hold.",
+)
+KV_DTYPE = click.option(
+    "--kv-dtype",
+    type=click.Choice(["auto", "fp8", "bf16"]),
+    default="auto",
+    show_default=True,
+    help="Of the KV cache of a model quantised here; auto is fp8.",
 )

@@ -8,7 +8,17 @@ from typing import Any
 
 import click
 
-from nemotrt.exporter.commands.arguments import CHECKPOINT, JSON, LAYERS, RUNTIME, SMS, command
+from nemotrt.exporter.commands.arguments import (
+    CALIBRATION,
+    CHECKPOINT,
+    EXCLUDE,
+    JSON,
+    KV_DTYPE,
+    LAYERS,
+    RUNTIME,
+    SMS,
+    command,
+)
 from nemotrt.exporter.config import PRECISIONS, BuildConfig
 from nemotrt.exporter.console import Console
 
@@ -41,6 +51,9 @@ from nemotrt.exporter.console import Console
     help="Of the recurrent state.",
 )
 @LAYERS
+@CALIBRATION
+@EXCLUDE
+@KV_DTYPE
 @click.option("--force", is_flag=True, help="Replace an existing bundle.")
 @click.option("--no-validate", is_flag=True, help="Do not compare with PyTorch; the manifest says so.")
 @click.option(
@@ -54,7 +67,7 @@ def build(
     """Build a bundle from CHECKPOINT: the graph, its proof against PyTorch, and a manifest."""
     from nemotrt.exporter import pipeline
 
-    given: dict[str, Any] = {name: "" if value is None else value for name, value in options.items()}
+    given = options | {"precision": options["precision"] or ""}
     config = BuildConfig(checkpoint=checkpoint, output=output, validate=not no_validate, **given)
     result = pipeline.build(config, console)
     if as_json:

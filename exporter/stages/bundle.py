@@ -61,7 +61,10 @@ def bundle(
     (folder / LOG).write_text("".join(f"{line.rstrip()}\n" for line in log), encoding="utf-8")
     for path in folder.rglob("*"):
         if path.is_file() and path.relative_to(folder).as_posix() not in roles:
-            path.unlink()  # what an earlier build of other options left in the workspace
+            path.unlink()  # the stages' own, and what an earlier build of other options left in the workspace
+    for path in sorted(folder.rglob("*"), reverse=True):
+        if path.is_dir() and not any(path.iterdir()):
+            path.rmdir()
     return manifest.write(folder, _describe(config, model, graph, engine, report, folder, roles))
 
 
@@ -81,8 +84,9 @@ def _describe(
     folder: Path,
     roles: dict[str, str],
 ) -> manifest.Manifest:
-    raw = (model.folder / "config.json").read_bytes()
-    files = sorted({tensor.path for weight in model.weights.values() for tensor in weight.tensors})
+    origin = model.origin or model
+    raw = (origin.folder / "config.json").read_bytes()
+    files = sorted({tensor.path for weight in origin.weights.values() for tensor in weight.tensors})
     machine = environment.machine()
     return manifest.Manifest(
         schema_version=manifest.SCHEMA_VERSION,
@@ -97,7 +101,7 @@ def _describe(
             chosen_layers=model.config.chosen_layers,
         ),
         source=manifest.Source(
-            name=model.folder.resolve().name,
+            name=origin.folder.resolve().name,
             config_sha256=hashlib.sha256(raw).hexdigest(),
             files=tuple(manifest.SourceFile(path.name, path.stat().st_size, "") for path in files),
         ),
@@ -108,7 +112,7 @@ def _describe(
         partial=bool(model.config.chosen_layers),
         not_exported=model.not_exported,
         validation=_verdict(report),
-        licence=_licence(model.folder),
+        licence=_licence(origin.folder),
     )
 
 

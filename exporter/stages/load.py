@@ -20,7 +20,7 @@ FLOATING = ("float64", "float32", "float16", "bfloat16")
 """Dtypes that a weight may be stored in."""
 
 FP8 = "float8_e4m3fn"
-QUANTISED = {FP8: "FP8", "float8_e5m2": "FP8 (E5M2)", "uint8": "packed 4-bit values", "int8": "INT8"}
+QUANTISED = {FP8: "FP8", "float8_e5m2": "FP8 (E5M2)", "uint8": "packed 4-bit values"}
 """A dtype that only quantised weights have → what it is called."""
 
 FOREIGN = {
@@ -137,7 +137,7 @@ def check_side_files(checkpoint: Path, config: ModelConfig) -> None:
 
 
 def match(config: ModelConfig, stored: Mapping[str, StoredTensor]) -> Survey:
-    """Each parameter's stored tensors, and every problem: missing, misshapen, extra, quantised or not as it should be."""
+    """Each parameter's stored tensors, and every problem: missing, misshapen, extra, not as the recipe says."""
     if foreign := _foreign(config, stored):
         return Survey({}, (), (foreign,))
     shapes = {name: tensor.shape for name, tensor in stored.items()}

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -137,7 +138,7 @@ def _entries(model: LoadedModel, recipe: Recipe, ranges: Ranges) -> Iterator[Ent
             for weight in by_tensor[name]:
                 yield from _quantised(weight, ranges.inputs[weight.module])
         elif name in kept or name in model.not_exported:
-            yield Entry(name, tensor.dtype, tensor.shape, lambda t=tensor: read_pieces(t, weights.PIECE_BYTES))  # type: ignore[misc]
+            yield Entry(name, tensor.dtype, tensor.shape, partial(read_pieces, tensor, weights.PIECE_BYTES))
     for name, largest in ranges.caches.items():
         yield _scale(name, largest / FP8_MAX)
 

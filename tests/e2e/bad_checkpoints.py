@@ -214,11 +214,11 @@ TENSORS = {
         r"up_proj\.weight is stored as int8", replaced("up_proj.weight", lambda tensor: tensor.to(torch.int8))
     ),
     "fp8-weights": Case(
-        r"the weights are quantised \(FP8: .*up_proj\.weight\)",
+        r"up_proj\.weight is FP8, but neither config\.json nor hf_quant_config\.json describes",
         replaced("up_proj.weight", lambda tensor: tensor.to(torch.float8_e4m3fn)),
     ),
     "fp8-only-said": Case(
-        "quantization_config is set in config.json, but no stored tensor is quantised",
+        "the checkpoint says that it is quantised, but no stored tensor is",
         config={"quantization_config": {"quant_method": "modelopt", "quant_algo": "FP8"}},
     ),
     "nan": Case(

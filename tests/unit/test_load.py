@@ -107,24 +107,12 @@ def quantised(config: dict[str, Any]) -> dict[str, StoredTensor]:
     return tensors
 
 
-def test_fp8_is_one_clear_problem(config: ModelConfig) -> None:
-    survey = match(config, quantised(CONFIG))
-    assert len(survey.problems) == 1
-    problem = survey.problems[0]
-    assert str(problem) == (
-        "the weights are quantised (FP8: backbone.layers.0.mixer.in_proj.weight and 33 more),"
-        " which this version cannot export"
-    )
-    assert problem.hint == "use the model's BF16 checkpoint"
-    assert set(survey.weights) == set(tensor_sources(config))  # so that estimates know every shape
-
-
-def test_other_problems_of_an_fp8_checkpoint_are_found_too(config: ModelConfig) -> None:
-    tensors = quantised(CONFIG)
-    del tensors["lm_head.weight"]
-    tensors["stray"] = stored("stray", "float32", 1)
-    messages = [str(problem) for problem in match(config, tensors).problems]
-    assert [message.split()[0] for message in messages] == ["the", "lm_head.weight", "stray"]
+def test_fp8_that_nothing_describes_is_one_clear_problem(config: ModelConfig) -> None:
+    problems = match(config, quantised(CONFIG)).problems
+    assert [str(problem) for problem in problems] == [
+        "backbone.layers.0.mixer.in_proj.weight is FP8, but neither config.json nor hf_quant_config.json"
+        " describes a quantisation"
+    ]
 
 
 def test_packed_four_bit_weights_are_one_clear_problem(config: ModelConfig) -> None:
@@ -133,8 +121,10 @@ def test_packed_four_bit_weights_are_one_clear_problem(config: ModelConfig) -> N
     tensors[name] = stored(name, "uint8", 48, 16)
     problems = match(config, tensors).problems
     assert [str(problem) for problem in problems] == [
-        f"the weights are quantised (4-bit: {name}), which this version cannot export"
+        f"the checkpoint is quantised as packed 4-bit values ({name})"
     ]
+    tensors[f"{name}_scale_2"] = stored(f"{name}_scale_2", "float32")
+    assert "quantised as NVFP4" in str(match(config, tensors).problems[0])
 
 
 def test_scales_without_quantised_weights_are_extra_tensors(config: ModelConfig) -> None:
@@ -144,8 +134,8 @@ def test_scales_without_quantised_weights_are_extra_tensors(config: ModelConfig)
 
 
 def test_a_quantisation_that_nothing_has(tmp_path: Path) -> None:
-    folder = write_checkpoint(tmp_path / "fp8", quantization_config={"quant_method": "modelopt"})
-    with pytest.raises(CheckpointError, match="quantization_config is set"):
+    folder = write_checkpoint(tmp_path / "fp8", quantization_config={"quant_algo": "FP8"})
+    with pytest.raises(CheckpointError, match="says that it is quantised, but no stored tensor is"):
         load(folder)
 
 

@@ -1,0 +1,311 @@
+"""FP8 checkpoints: taken bit for bit, quantised as the reference says, and refused by name where they are not FP8."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+import torch
+from checkpoints import write_checkpoint
+from fp8_checkpoints import NANO_BF16, description, nano, small
+from onnx import TensorProto
+from safetensors.torch import load_file
+
+from nemotrt.exporter.config import BuildConfig
+from nemotrt.exporter.errors import CheckpointError, UsageError
+from nemotrt.exporter.modelopt import describe, pattern_matcher
+from nemotrt.exporter.runtime.twin import fp32_twin
+from nemotrt.exporter.stages.load import load
+from nemotrt.exporter.stages.lower import lower
+from nemotrt.exporter.stages.quantize import default_exclusions, quantize, recipe_of
+from nemotrt.exporter.stages.trace import trace
+from nemotrt.exporter.stages.validate import validate
+from nemotrt.model.fp8 import FP8_MAX, fp8_linear
+
+IN_PROJ = "backbone.layers.0.mixer.in_proj"
+EXPERT = "backbone.layers.1.mixer.experts.3.up_proj"
+
+
+def lowered(checkpoint: Path, folder: Path) -> tuple[Path, BuildConfig]:
+    config = BuildConfig(checkpoint=checkpoint, output=folder / "bundle", precision="fp8", runtime="onnx")
+    model = load(checkpoint)
+    lower(model, trace(model, config), folder / "model.onnx")
+    return folder / "model.onnx", config
+
+
+def raw(graph: Path) -> dict[str, tuple[int, bytes]]:
+    """Each initialiser's type and bytes, as they lie in the file."""
+    model = onnx.load(graph)
+    return {tensor.name: (tensor.data_type, tensor.raw_data) for tensor in model.graph.initializer}
+
+
+def bits(tensor: torch.Tensor) -> bytes:
+    return (
+        tensor.contiguous().view(torch.uint8).numpy().tobytes() if tensor.ndim else tensor.numpy().tobytes()
+    )
+
+
+def test_nano_s_layout_keeps_every_bit_of_weights_and_scales(tmp_path: Path) -> None:
+    checkpoint = nano(tmp_path / "nano")
+    stored = load_file(checkpoint / "model.safetensors")
+    graph, _ = lowered(checkpoint, tmp_path)
+    found = raw(graph)
+    fp8 = 0
+    for name, tensor in stored.items():
+        if tensor.dtype == torch.float8_e4m3fn and ".experts." not in name:
+            module = name.removesuffix(".weight")
+            assert found[name] == (TensorProto.FLOAT8E4M3FN, bits(tensor)), name
+            for scale in ("weight_scale", "input_scale"):
+                assert found[f"{module}.{scale}"][1] == bits(stored[f"{module}.{scale}"]), module
+            fp8 += 1
+    assert fp8 == 2 * (23 - len(NANO_BF16)) + 2 * 23
+    layers = [
+        i for i, kind in enumerate("MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME") if kind == "E"
+    ]
+    for i in layers:
+        prefix = f"backbone.layers.{i}.mixer.experts"
+        for own, projection, activation in (("up", "up_proj", "input"), ("down", "down_proj", "hidden")):
+            each = [f"{prefix}.{expert}.{projection}" for expert in range(4)]
+            assert found[f"{prefix}.{own}"][1] == b"".join(bits(stored[f"{name}.weight"]) for name in each)
+            scales = b"".join(bits(stored[f"{name}.weight_scale"]) for name in each)
+            assert found[f"{prefix}.{own}_scale"][1] == scales
+            largest = max(stored[f"{name}.input_scale"] for name in each)
+            assert found[f"{prefix}.{activation}_scale"][1] == bits(largest)
+    for i in NANO_BF16:
+        assert found[f"backbone.layers.{i}.mixer.in_proj.weight"][0] == TensorProto.BFLOAT16
+
+
+def test_a_linear_is_what_tensorrt_fuses(tmp_path: Path) -> None:
+    graph, _ = lowered(small(tmp_path / "fp8"), tmp_path)
+    model = onnx.load(graph, load_external_data=False)
+    made_by = {name: node for node in model.graph.node for name in node.output}
+    gemm = next(node for node in model.graph.node if node.name == "layers.0.mixer.in_proj")
+    x, weight = (made_by[name] for name in gemm.input[:2])
+    assert [x.op_type, weight.op_type] == ["DequantizeLinear"] * 2
+    assert made_by[x.input[0]].op_type == "QuantizeLinear"
+    assert list(weight.input) == [f"{IN_PROJ}.weight", f"{IN_PROJ}.weight_scale"]
+    assert made_by[x.input[0]].input[1] == x.input[1] == f"{IN_PROJ}.input_scale"
+    types = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
+    assert types["lm_head.weight"] == TensorProto.BFLOAT16
+    assert types["backbone.layers.1.mixer.gate.weight"] == TensorProto.FLOAT
+    caches = [value for value in model.graph.input if value.name == "kv_cache.2"]
+    assert [value.type.tensor_type.elem_type for value in caches] == [TensorProto.FLOAT8E4M3FN]
+
+
+def test_the_graph_is_the_fake_quantised_reference(tmp_path: Path) -> None:
+    graph, config = lowered(small(tmp_path / "fp8"), tmp_path)
+    report = validate(load(config.checkpoint), config, graph)
+    failed = [gate for gate in report.gates if not gate.passed]
+    assert not failed
+    assert "fp8" in report.candidate
+
+
+def test_a_forgotten_scale_is_caught(tmp_path: Path) -> None:
+    graph, config = lowered(small(tmp_path / "fp8"), tmp_path)
+    model = onnx.load(graph)
+    scale = next(t for t in model.graph.initializer if t.name == f"{IN_PROJ}.weight_scale")
+    scale.raw_data = (np.frombuffer(scale.raw_data, np.float32) * np.float32(1.1)).tobytes()
+    onnx.save(model, tmp_path / "wrong.onnx")
+    report = validate(load(config.checkpoint), config, tmp_path / "wrong.onnx")
+    assert not report.passed
+
+
+@pytest.mark.parametrize("per_channel", [False, True])
+def test_a_linear_in_onnx_runtime_is_the_reference(per_channel: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(5, 8, generator=generator) * 3
+    weight = torch.randn(6, 8, generator=generator).to(torch.float8_e4m3fn)
+    scale = torch.rand(6 if per_channel else (), generator=generator) * 0.1 + 0.01
+    input_scale = torch.tensor(0.01)  # most of x saturates
+    expected = fp8_linear(x, weight, scale, input_scale, None)
+    helper = onnx.helper
+    axis = {"axis": 0} if per_channel else {}
+    nodes = [
+        helper.make_node("QuantizeLinear", ["x", "s"], ["q"], output_dtype=TensorProto.FLOAT8E4M3FN),
+        helper.make_node("DequantizeLinear", ["q", "s"], ["xd"], output_dtype=TensorProto.FLOAT),
+        helper.make_node("DequantizeLinear", ["w", "ws"], ["wd"], output_dtype=TensorProto.FLOAT, **axis),
+        helper.make_node("Gemm", ["xd", "wd"], ["y"], transB=1),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "linear",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [5, 8])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [5, 6])],
+        [
+            helper.make_tensor("w", TensorProto.FLOAT8E4M3FN, [6, 8], bits(weight), raw=True),
+            helper.make_tensor("ws", TensorProto.FLOAT, list(scale.shape), bits(scale), raw=True),
+            helper.make_tensor("s", TensorProto.FLOAT, [], bits(input_scale), raw=True),
+        ],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=10)
+    session = ort.InferenceSession(fp32_twin(model).SerializeToString(), providers=["CPUExecutionProvider"])
+    (seen,) = session.run(None, {"x": x.numpy()})
+    assert np.linalg.norm(seen - expected.numpy()) <= 1e-6 * np.linalg.norm(expected.numpy())
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        (f"{IN_PROJ}.weight_scale", None, f"{IN_PROJ}.weight_scale is missing"),
+        (f"{EXPERT}.input_scale", None, f"{EXPERT}.input_scale is missing"),
+        ("backbone.layers.2.mixer.k_proj.k_scale", None, "k_scale is missing"),
+        (f"{IN_PROJ}.weight", torch.zeros(1), f"{IN_PROJ}.weight has shape [1]"),
+        (f"{IN_PROJ}.weight_scale", torch.ones(3, 2), f"{IN_PROJ}.weight_scale has shape [3, 2]"),
+    ],
+)
+def test_what_is_not_there_is_named(
+    tmp_path: Path, name: str, value: torch.Tensor | None, message: str
+) -> None:
+    with pytest.raises(CheckpointError, match=re.escape(message)):
+        load(small(tmp_path / "fp8", **{name: value}))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        (f"{IN_PROJ}.weight_scale", 0.0, f"{IN_PROJ}.weight_scale is 0; a scale is above 0"),
+        (f"{IN_PROJ}.input_scale", -1.0, f"{IN_PROJ}.input_scale is -1; a scale is above 0"),
+        (f"{EXPERT}.weight_scale", float("nan"), f"{EXPERT}.weight_scale holds NaN"),
+        (f"{EXPERT}.input_scale", float("inf"), f"{EXPERT}.input_scale holds an infinity"),
+    ],
+)
+def test_a_scale_that_is_none_is_named(tmp_path: Path, name: str, value: float, message: str) -> None:
+    checkpoint = small(tmp_path / "fp8", **{name: torch.tensor(value)})
+    with pytest.raises(CheckpointError, match=re.escape(message)):
+        lowered(checkpoint, tmp_path)
+
+
+def with_description(folder: Path, said: Any) -> Path:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": said}))
+    return folder
+
+
+def test_a_quantised_module_that_is_said_not_to_be(tmp_path: Path) -> None:
+    folder = with_description(
+        small(tmp_path / "fp8"), description(["*.in_proj", "backbone.layers.2*", "*latent*"])
+    )
+    with pytest.raises(
+        CheckpointError, match=r"in_proj.weight is stored as float8_e4m3fn, and is not quantised"
+    ):
+        load(folder)
+
+
+def test_a_plain_module_that_is_said_to_be_quantised(tmp_path: Path) -> None:
+    folder = with_description(small(tmp_path / "fp8"), description(["*latent*"]))
+    with pytest.raises(CheckpointError, match=r"q_proj.weight is stored as bfloat16, and is FP8 by"):
+        load(folder)
+
+
+def test_two_descriptions_must_agree(tmp_path: Path) -> None:
+    folder = small(tmp_path / "fp8")
+    said = {
+        "quantization": {"quant_algo": "FP8", "kv_cache_quant_algo": "FP8", "exclude_modules": ["lm_head"]}
+    }
+    (folder / "hf_quant_config.json").write_text(json.dumps(said))
+    with pytest.raises(CheckpointError, match="say different things"):
+        load(folder)
+
+
+def test_hf_quant_config_alone_is_enough(tmp_path: Path) -> None:
+    folder = small(tmp_path / "fp8")
+    expected = load(folder).config.recipe
+    config = json.loads((folder / "config.json").read_text())
+    excluded = config.pop("quantization_config")["ignore"]
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="describes a quantisation"):
+        load(folder)
+    said = {"quant_algo": "FP8", "kv_cache_quant_algo": "FP8", "exclude_modules": excluded}
+    (folder / "hf_quant_config.json").write_text(json.dumps({"quantization": said}))
+    assert load(folder).config.recipe == expected
+
+
+@pytest.mark.parametrize(
+    ("said", "scheme"),
+    [
+        ({"quant_algo": "NVFP4"}, "NVFP4"),
+        ({"quant_algo": "W4A16_AWQ"}, "W4A16_AWQ"),
+        ({"quant_algo": "MXFP8"}, "MXFP8"),
+        ({"quant_algo": "FP8_PB_WO"}, "FP8_PB_WO"),
+        ({"quant_method": "gptq", "bits": 4}, "gptq"),
+        ({"quant_method": "fp8", "weight_block_size": [128, 128]}, "block-scaled FP8"),
+        ({"quant_algo": "MIXED_PRECISION", "quantized_layers": {"a": {"quant_algo": "NVFP4"}}}, "NVFP4"),
+        ({"quant_algo": "FP8", "kv_cache_quant_algo": "NVFP4"}, "the KV cache is quantised as NVFP4"),
+        ({"quant_algo": "FP8", "group_size": 16}, "group_size is not understood"),
+    ],
+)
+def test_other_schemes_are_refused_by_name(said: dict[str, Any], scheme: str) -> None:
+    with pytest.raises(CheckpointError, match=scheme) as refused:
+        describe(said, "config.json")
+    assert "FP8 is supported" in refused.value.hint
+
+
+def test_patterns_name_modules_and_what_is_below() -> None:
+    matches = pattern_matcher(["lm_head", "model.layers.4.mixer", "*.q_proj"])
+    for name, expected in {
+        "lm_head": True,
+        "backbone.layers.4.mixer.in_proj": True,
+        "backbone.layers.41.mixer.in_proj": False,
+        "backbone.layers.2.mixer.q_proj": True,
+        "backbone.layers.2.mixer.k_proj": False,
+    }.items():
+        assert bool(matches(name)) is expected, name
+
+
+def test_the_default_leaves_out_what_nvidia_does() -> None:
+    from fp8_checkpoints import NANO, parsed
+
+    config = parsed(NANO)
+    kept = recipe_of(config, (), kv_cache=True).modules
+    left = {i for i, kind in enumerate(config.layers) if f"backbone.layers.{i}.mixer.in_proj" not in kept}
+    assert {i for i in left if config.layers[i] == "mamba"} == set(NANO_BF16)
+    assert not any(name.endswith("q_proj") for name in kept)
+    assert len(default_exclusions(config)) == 5 + len(NANO_BF16)
+
+
+def test_a_pattern_that_fits_nothing(tmp_path: Path) -> None:
+    config = load(write_checkpoint(tmp_path / "plain")).config
+    with pytest.raises(UsageError, match="fits no module"):
+        recipe_of(config, ("*.qproj",), kv_cache=True)
+
+
+def test_a_calibrated_checkpoint_reads_back(tmp_path: Path) -> None:
+    model = load(write_checkpoint(tmp_path / "plain"))
+    recipe = recipe_of(model.config, ("backbone.layers.3*",), kv_cache=True)
+    text = tuple(np.random.default_rng(0).integers(0, 96, (4, 80)))
+    (tmp_path / "fp8").mkdir()
+    made = quantize(model, recipe, text, tmp_path / "fp8")
+    again = load(made.folder)
+    assert again.config.recipe == recipe
+    plain = load_file(tmp_path / "plain" / "model.safetensors")
+    fp8 = load_file(made.folder / "model.safetensors")
+    for name, tensor in fp8.items():
+        if tensor.dtype == torch.float8_e4m3fn:
+            scale = fp8[name + "_scale"]
+            assert scale == plain[name].abs().max() / FP8_MAX
+            assert torch.equal(
+                tensor.float(), (plain[name] / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float()
+            )
+        elif name in plain:
+            assert torch.equal(tensor, plain[name])
+
+
+def test_a_layer_that_gives_nothing_but_zero_is_named(tmp_path: Path) -> None:
+    checkpoint = write_checkpoint(tmp_path / "plain")
+    file = checkpoint / "model.safetensors"
+    tensors = load_file(file)
+    tensors["backbone.layers.0.norm.weight"].zero_()
+    from safetensors.torch import save_file
+
+    save_file(tensors, file)
+    model = load(checkpoint)
+    (tmp_path / "fp8").mkdir()
+    recipe = recipe_of(model.config, (), kv_cache=True)
+    with pytest.raises(UsageError, match=rf"{IN_PROJ} saw nothing but 0"):
+        quantize(model, recipe, (np.arange(90) % 96,), tmp_path / "fp8")
