@@ -104,6 +104,7 @@ LAYERS = click.option(
     help="Of these layers only: a range as 0:4, a list as 0,3,7, or first-of-each, one of each kind.",
 )
 
+
 def _numbers(context: click.Context, parameter: click.Parameter, value: str) -> tuple[int, ...]:
     parts = [part.strip() for part in value.split(",") if part.strip()]
     if not all(part.isdigit() for part in parts):

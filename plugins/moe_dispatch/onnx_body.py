@@ -20,11 +20,7 @@ def body(
     sizes: Mapping[str, Any],
     attributes: Mapping[str, int | float],
 ) -> tuple[ir.Value]:
-    """y, computed in FP32; the hidden activation is rounded to x's dtype, as the reference does.
-
-    Both activations are rounded to the weights' dtype by their scales: to E4M3 where the weights are, and nothing is
-    lost where the weights are of x's dtype and the scales are 1.
-    """
+    """y, computed in FP32; both activations are rounded as the reference does, see `_rounded`."""
     experts, top_k = int(sizes["E"]), int(attributes["top_k"])
     chosen_Tk, weight_Tk = _route(op, inputs, sizes, attributes)
     local_A = op.Sub(op.Reshape(chosen_Tk, [-1]), int(attributes["first_expert"]))
@@ -87,7 +83,10 @@ def _bounds(op: Operators, expert_A: ir.Value, experts: int) -> tuple[ir.Value, 
 
 
 def _rounded(op: Operators, values: ir.Value, scale: ir.Value, weights: ir.Value) -> ir.Value:
-    """values / scale rounded to the weights' dtype, in FP32: a cast to FP8 saturates."""
+    """values / scale rounded to the weights' dtype, in FP32.
+
+    A cast to FP8 saturates; where the weights are of x's dtype, and the scale is 1, nothing is lost.
+    """
     scaled = op.Div(op.cast(values, ir.DataType.FLOAT), scale)
     return op.cast(op.CastLike(scaled, weights), ir.DataType.FLOAT)
 
