@@ -115,6 +115,44 @@ class Gate:
 
 
 @dataclass(frozen=True)
+class TextFigure:
+    """How far a quantised model is from what it was on text; each value has its standard error."""
+
+    name: str
+    """`quantisation`: the reference as quantised; `total`: what was built."""
+    mean_kl: float
+    """Nats a token."""
+    mean_kl_error: float
+    same_top: float
+    """The share of tokens whose most likely successor is the same."""
+    same_top_error: float
+    perplexity_ratio: float
+    perplexity_ratio_error: float
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """What quantising one layer alone costs on text, in nats a token, and the standard error."""
+
+    layer: int
+    kind: str
+    mean_kl: float
+    mean_kl_error: float
+
+
+@dataclass(frozen=True)
+class TextReport:
+    """What quantisation costs on a text; layers in order of their cost, the dearest first."""
+
+    text: str
+    num_tokens: int
+    base: str
+    """The checkpoint that was quantised."""
+    figures: tuple[TextFigure, ...]
+    layers: tuple[LayerCost, ...]
+
+
+@dataclass(frozen=True)
 class ValidationReport:
     """What was compared with what, every gate, and what was not compared."""
 
@@ -126,6 +164,8 @@ class ValidationReport:
     rerouted: dict[str, int]
     """How often, in each scenario, a token got other experts than the reference gives it: those of near ties."""
     not_compared: tuple[str, ...]
+    text: TextReport | None = None
+    """What quantisation costs, where there was a text to measure it on."""
 
     @property
     def passed(self) -> bool:

@@ -50,3 +50,14 @@ def flips(candidate_RV: Array, reference_RV: Array) -> Array:
     own, other = reference_RV.argmax(-1), candidate_RV.argmax(-1)
     rows = np.flatnonzero(own != other)
     return reference_RV[rows, own[rows]] - reference_RV[rows, other[rows]]  # type: ignore[no-any-return]
+
+
+def mean_and_error(values: Array) -> tuple[float, float]:
+    """The mean, and its standard error: that of values which do not depend on each other."""
+    error = float(values.std(ddof=1)) / len(values) ** 0.5 if len(values) > 1 else float("inf")
+    return float(values.mean()), error
+
+
+def surprise(logits_RV: Array, next_token_R: NDArray[np.int64]) -> Array:
+    """−log of the probability of the token that follows, in nats, a row each [R]."""
+    return -log_softmax(logits_RV)[np.arange(len(next_token_R)), next_token_R]

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from dataclasses import dataclass
 from pathlib import Path
 
 from nemotrt.exporter import estimates
 from nemotrt.exporter.artifacts import LoadedModel, ValidationReport, WeightSource
+from nemotrt.exporter.calibration_text import sequences
 from nemotrt.exporter.config import PRECISION_OF_DTYPE, BuildConfig
 from nemotrt.exporter.console import Console
 from nemotrt.exporter.errors import BundleError, UsageError
+from nemotrt.exporter.modelopt import with_recipe
 from nemotrt.exporter.runtime import manifest as manifests
 from nemotrt.exporter.runtime.graph_file import read_proto
 from nemotrt.exporter.runtime.manifest import Manifest
@@ -21,26 +24,93 @@ from nemotrt.model.checkpoint import Transform, tensor_sources
 OWN_WEIGHTS = "the checkpoint: PyTorch ran with the bundle's own weights"
 
 
-def revalidate(bundle: Path, checkpoint: Path | None, console: Console) -> ValidationReport:
+@dataclass(frozen=True)
+class Subject:
+    """A bundle as it is judged again: the model that its graph must be, and what that was quantised from."""
+
+    config: BuildConfig
+    graph: Path
+    model: LoadedModel
+    base: LoadedModel | None
+    """None where the bundle is not quantised, or what it was quantised from is not known."""
+
+
+def revalidate(
+    bundle: Path,
+    checkpoint: Path | None,
+    console: Console,
+    *,
+    base: Path | None = None,
+    text: Path | None = None,
+) -> ValidationReport:
     """The report of every gate, as a build makes it; without a checkpoint it says that the weights were not compared.
 
-    Raises BundleError on a bundle that is not whole, UsageError on another bundle's checkpoint.
+    With a text it says what quantisation costs on it, against `base`, or against the checkpoint if that is what was
+    quantised. Raises BundleError on a bundle that is not whole, UsageError on another bundle's checkpoint.
     """
     with console.stage("load", str(checkpoint or bundle)):
-        manifest = manifests.verify(bundle, deep=False)
-        config = _config(bundle, manifest, checkpoint or bundle)
-        model = _from_bundle(bundle, manifest) if checkpoint is None else _from(checkpoint, manifest)
+        subject = _subject(bundle, checkpoint, base)
+    if (text or base) and not (text and subject.base):
+        raise UsageError(*_cannot_measure(subject, text))
+    model, config = subject.model, subject.config
     estimates.check_memory(model, hint="use a machine with more")
     from nemotrt.exporter.stages.validate import num_steps, validate
 
-    graph = bundle / manifest.of_role("graph")[0]
     with console.stage(
         "validate", "ONNX Runtime against PyTorch", total=num_steps(config.precision)
     ) as advance:
-        report = validate(model, config, graph, advance=advance)
-    if checkpoint is None:
+        report = validate(model, config, subject.graph, advance=advance)
+    if checkpoint is None or model.folder == bundle:
         report = dataclasses.replace(report, not_compared=(*report.not_compared, OWN_WEIGHTS))
-    return report
+    return _with_text(report, subject, subject.base, text, console) if text and subject.base else report
+
+
+def _subject(bundle: Path, checkpoint: Path | None, base: Path | None) -> Subject:
+    manifest = manifests.verify(bundle, deep=False)
+    config = _config(bundle, manifest, checkpoint or bundle)
+    source = _from(checkpoint, manifest) if checkpoint else None
+    # A build that quantised kept its FP8 weights in the bundle alone.
+    was_quantised = config.precision == "fp8" and source is not None and not source.config.recipe
+    model = _from_bundle(bundle, manifest) if source is None or was_quantised else source
+    before = load(base, _choice(manifest)) if base else source if was_quantised else None
+    if before and before.config.recipe:
+        raise UsageError(f"{base} is quantised itself", hint="--base is what the bundle was quantised from")
+    if before and before.config.unquantised() != model.config.unquantised():
+        raise UsageError(
+            f"{before.folder} is another model than the bundle's", hint="their config.json differ"
+        )
+    return Subject(config, bundle / manifest.of_role("graph")[0], model, before)
+
+
+def _cannot_measure(subject: Subject, text: Path | None) -> tuple[str, ...]:
+    if not subject.model.config.recipe:
+        return ("--eval and --base measure what quantisation costs, and this bundle is not quantised",)
+    if not text:
+        return ("--base has no effect without --eval: there is no text to measure on",)
+    return (
+        "--eval measures against the model before it was quantised, which is not known: give it with --base,"
+        " or with --checkpoint if the build quantised it",
+    )
+
+
+def _with_text(
+    report: ValidationReport, subject: Subject, base: LoadedModel, text: Path, console: Console
+) -> ValidationReport:
+    from nemotrt.exporter import text_quality
+    from nemotrt.exporter.stages.validate import NO_TEXT
+
+    tokens = sequences(base.folder, text, base.config.bos_token_id)
+    what = f"{sum(map(len, tokens)):,} tokens of {text.name}"
+    with console.stage("text", what, total=text_quality.num_runs(subject.model, tokens)) as advance:
+        measured = text_quality.measure(
+            subject.model, base, subject.config, subject.graph, tokens, text.name, advance=advance
+        )
+    return dataclasses.replace(
+        report,
+        gates=(*report.gates, *text_quality.gates(measured)),
+        not_compared=tuple(entry for entry in report.not_compared if entry != NO_TEXT),
+        text=measured,
+    )
 
 
 def _config(bundle: Path, manifest: Manifest, checkpoint: Path) -> BuildConfig:
@@ -87,16 +157,13 @@ def _choice(manifest: Manifest) -> str:
 
 def _from_bundle(bundle: Path, manifest: Manifest) -> LoadedModel:
     """The model whose weights lie in the graph's external data, where each parameter has its own name."""
-    config = parse_config(bundle / "config.json")
-    if manifest.partial:
-        config = config.only(manifest.model.chosen_layers)
     weights: dict[str, WeightSource] = {}
     for tensor in read_proto(bundle / manifest.of_role("graph")[0]).graph.initializer:
         place = {entry.key: entry.value for entry in tensor.external_data}
         if not place:
             continue
         dtype = {1: "float32", 10: "float16", 16: "bfloat16", 17: "float8_e4m3fn"}[tensor.data_type]
-        stored = StoredTensor(
+        lying = StoredTensor(
             name=tensor.name,
             dtype=dtype,
             shape=tuple(tensor.dims),
@@ -104,7 +171,11 @@ def _from_bundle(bundle: Path, manifest: Manifest) -> LoadedModel:
             offset=int(place["offset"]),
             length=int(place["length"]),
         )
-        weights[tensor.name] = WeightSource(tensor.name, (stored,), Transform.COPY)
+        weights[tensor.name] = WeightSource(tensor.name, (lying,), Transform.COPY)
+    stored = {name: source.tensors[0] for name, source in weights.items()}
+    config = with_recipe(parse_config(bundle / "config.json"), stored, bundle)
+    if manifest.partial:
+        config = config.only(manifest.model.chosen_layers)
     if config.tie_word_embeddings:
         weights.setdefault("lm_head.weight", weights["backbone.embeddings.weight"])
     missing = [name for name in tensor_sources(config) if name not in weights]

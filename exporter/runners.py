@@ -82,6 +82,21 @@ class TorchRunner:
         self._num_threads = 1 if is_small else torch.get_num_threads()
         self._pools: list[torch.Tensor] = []
 
+    @contextmanager
+    def borrowed(self, other: TorchRunner, layer: int) -> Iterator[None]:
+        """With one layer, and its pools' dtypes, of another runner of the same layers; pools are to be reset."""
+        layers, specs = self._network.backbone.layers, self._specs
+        own = layers[str(layer)]
+        other.tap.begin()
+        layers[str(layer)] = other._network.backbone.layers[str(layer)]
+        self._specs = tuple(
+            theirs if mine.layer == layer else mine for mine, theirs in zip(specs, other._specs, strict=True)
+        )
+        try:
+            yield
+        finally:
+            layers[str(layer)], self._specs = own, specs
+
     def _pool_dtype(self, spec: PoolSpec) -> torch.dtype:
         # The FP32 reference keeps everything in FP32 but what is quantised; at a lower precision each pool has its own.
         own: torch.dtype = getattr(torch, spec.dtype)

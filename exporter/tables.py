@@ -12,7 +12,7 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from nemotrt.exporter.artifacts import Gate, ValidationReport
+from nemotrt.exporter.artifacts import Gate, TextReport, ValidationReport
 from nemotrt.exporter.check import Check
 from nemotrt.exporter.inspection import Graph, Inspection, Part
 from nemotrt.exporter.layer_selection import partial_model
@@ -316,7 +316,30 @@ def report(found: ValidationReport) -> list[RenderableType]:
         shown.append(
             Text(f"near ties: {rerouted} times a token got other experts; compared on the same ones")
         )
+    shown += _text(found.text) if found.text else []
     return shown + [Text(f"not compared: {what}", "dim") for what in found.not_compared]
+
+
+def _text(found: TextReport) -> list[RenderableType]:
+    """What quantisation costs, and which layers it costs most in."""
+    title = f"{found.num_tokens:,} tokens of {found.text}, against {found.base}"
+    figures = _table(title, "mean KL", "same best token", "perplexity ratio")
+    for figure in found.figures:
+        figures.add_row(
+            figure.name,
+            f"{figure.mean_kl:.2e} ± {figure.mean_kl_error:.0e}",
+            f"{100 * figure.same_top:.2f}% ± {100 * figure.same_top_error:.2f}%",
+            f"{figure.perplexity_ratio:.5f} ± {figure.perplexity_ratio_error:.5f}",
+        )
+    layers = _table("layer", "kind", "mean KL, this layer alone quantised", right=("layer",))
+    for cost in found.layers[:MAX_LAYERS]:
+        kind = Text(cost.kind, COLOURS.get(cost.kind, ""))
+        layers.add_row(str(cost.layer), kind, f"{cost.mean_kl:.2e} ± {cost.mean_kl_error:.0e}")
+    advice = "--exclude '*.layers.N.mixer' leaves layer N unquantised"
+    return ["", figures, "", layers, Text(advice, "dim")]
+
+
+MAX_LAYERS = 10
 
 
 def _strain(gate: Gate) -> float:

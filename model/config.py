@@ -130,6 +130,10 @@ class ModelConfig:
         """The same model with these of its weights in FP8."""
         return dataclasses.replace(self, recipe=recipe)
 
+    def unquantised(self) -> ModelConfig:
+        """The same model with nothing said of quantisation."""
+        return dataclasses.replace(self, recipe=Recipe(), quantization=None)
+
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> ModelConfig:
         """The normalised form of a parsed config.json; raises ConfigError that names the field."""

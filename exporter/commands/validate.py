@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from nemotrt.exporter.commands.arguments import BUNDLE, FOLDER, JSON, command
+from nemotrt.exporter.commands.arguments import BUNDLE, FOLDER, JSON, ExistingPath, command
 from nemotrt.exporter.console import Console
 from nemotrt.exporter.errors import ValidationError
 
@@ -19,14 +19,32 @@ from nemotrt.exporter.errors import ValidationError
     type=FOLDER,
     help="What the bundle was built from. Without it PyTorch runs with the bundle's own weights.",
 )
+@click.option(
+    "--eval",
+    "text",
+    type=ExistingPath(),
+    help="Text (.txt, .jsonl) on which to measure what FP8 costs; its limits are gates.",
+)
+@click.option(
+    "--base",
+    type=FOLDER,
+    help="With --eval: the model before it was quantised. Default: the checkpoint, if the build quantised it.",
+)
 @JSON
 @click.pass_obj
-def validate(console: Console, bundle: Path, checkpoint: Path | None, as_json: bool) -> None:
+def validate(
+    console: Console,
+    bundle: Path,
+    checkpoint: Path | None,
+    text: Path | None,
+    base: Path | None,
+    as_json: bool,
+) -> None:
     """Compare BUNDLE with PyTorch by every gate that a build has; exits with 6 if one fails."""
     from nemotrt.exporter.revalidation import revalidate
     from nemotrt.exporter.stages.bundle import as_json as report_fields
 
-    report = revalidate(bundle, checkpoint, console)
+    report = revalidate(bundle, checkpoint, console, base=base, text=text)
     if as_json:
         click.echo(json.dumps(report_fields(report), indent=2))
     else:

@@ -49,7 +49,11 @@ def validate(
 
 def _left_out(model: LoadedModel) -> tuple[str, ...]:
     chosen = model.config.chosen_layers
-    return (f"the whole model: {partial_model(chosen)}",) if chosen else ()
+    partial = (f"the whole model: {partial_model(chosen)}",) if chosen else ()
+    return (*partial, *((NO_TEXT,) if model.config.recipe else ()))
+
+
+NO_TEXT = "what quantisation costs: no text was given (nemo-export validate --eval FILE)"
 
 
 @dataclass(frozen=True)

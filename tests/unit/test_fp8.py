@@ -15,11 +15,15 @@ import torch
 from checkpoints import write_checkpoint
 from fp8_checkpoints import NANO_BF16, description, nano, small
 from onnx import TensorProto
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+from nemotrt.exporter import pipeline, text_quality
+from nemotrt.exporter.calibration_text import sequences
 from nemotrt.exporter.config import BuildConfig
+from nemotrt.exporter.console import Console
 from nemotrt.exporter.errors import CheckpointError, UsageError
 from nemotrt.exporter.modelopt import describe, pattern_matcher
+from nemotrt.exporter.revalidation import revalidate
 from nemotrt.exporter.runtime.twin import fp32_twin
 from nemotrt.exporter.stages.load import load
 from nemotrt.exporter.stages.lower import lower
@@ -28,6 +32,7 @@ from nemotrt.exporter.stages.trace import trace
 from nemotrt.exporter.stages.validate import validate
 from nemotrt.model.fp8 import FP8_MAX, fp8_linear
 
+TINY = Path(__file__).resolve().parents[2] / "examples" / "tiny"
 IN_PROJ = "backbone.layers.0.mixer.in_proj"
 EXPERT = "backbone.layers.1.mixer.experts.3.up_proj"
 
@@ -301,11 +306,90 @@ def test_a_layer_that_gives_nothing_but_zero_is_named(tmp_path: Path) -> None:
     file = checkpoint / "model.safetensors"
     tensors = load_file(file)
     tensors["backbone.layers.0.norm.weight"].zero_()
-    from safetensors.torch import save_file
-
     save_file(tensors, file)
     model = load(checkpoint)
     (tmp_path / "fp8").mkdir()
     recipe = recipe_of(model.config, (), kv_cache=True)
     with pytest.raises(UsageError, match=rf"{IN_PROJ} saw nothing but 0"):
         quantize(model, recipe, (np.arange(90) % 96,), tmp_path / "fp8")
+
+
+def test_text_figures_of_a_model_against_itself_are_nothing_and_attribute_nothing(tmp_path: Path) -> None:
+    graph, config = lowered(small(tmp_path / "fp8"), tmp_path)
+    model = load(config.checkpoint)
+    text = tuple(np.random.default_rng(0).integers(0, 96, (2, 40)))
+    found = text_quality.measure(model, model, config, graph, text, "random")
+    quantisation, total = found.figures
+    assert (quantisation.mean_kl, quantisation.same_top, quantisation.perplexity_ratio) == (0.0, 1.0, 1.0)
+    assert total.mean_kl > 0  # BF16's own
+    assert {cost.layer for cost in found.layers} == {0, 1, 2, 3, 4, 5}
+    assert all(cost.mean_kl == 0 for cost in found.layers)
+
+
+def test_the_dearest_layer_is_found(tmp_path: Path) -> None:
+    """One layer's input is quantised so coarsely that it alone explains the loss."""
+    base = load(write_checkpoint(tmp_path / "plain"))
+    recipe = recipe_of(base.config, (), kv_cache=True)
+    text = tuple(np.random.default_rng(0).integers(0, 96, (4, 80)))
+    (tmp_path / "fp8").mkdir()
+    quantize(base, recipe, text, tmp_path / "fp8")
+    file = tmp_path / "fp8" / "model.safetensors"
+    tensors = load_file(file)
+    tensors["backbone.layers.3.mixer.up_proj.input_scale"] /= 100  # most of the input saturates
+    save_file(tensors, file)
+    graph, config = lowered(tmp_path / "fp8", tmp_path)
+    found = text_quality.measure(load(tmp_path / "fp8"), base, config, graph, text, "random")
+    assert found.layers[0].layer == 3
+    assert found.layers[0].mean_kl > 3 * found.layers[1].mean_kl
+    failed = {(gate.output, gate.metric) for gate in text_quality.gates(found) if not gate.passed}
+    assert {("quantisation", "mean KL"), ("total", "mean KL")} <= failed
+
+
+def test_text_needs_what_was_quantised(tmp_path: Path) -> None:
+    bundle = tmp_path / "bundle"
+    build = BuildConfig(checkpoint=small(tmp_path / "fp8"), output=bundle, runtime="onnx", validate=False)
+    pipeline.build(build, Console(quiet=True))
+    text = tmp_path / "text.txt"
+    text.write_text("words " * 300)
+    with pytest.raises(UsageError, match="give it with --base"):
+        revalidate(bundle, None, Console(quiet=True), text=text)
+    plain = write_checkpoint(tmp_path / "plain", torch_dtype="bfloat16")
+    with pytest.raises(UsageError, match="no effect without --eval"):
+        revalidate(bundle, None, Console(quiet=True), base=plain)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("empty.txt", "", "empty.txt has 0 tokens; at least 256 are needed"),
+        ("short.txt", "a few words", "at least 256 are needed"),
+        ("bad.jsonl", "{", "bad.jsonl, line 1, is not valid JSON"),
+        ("bare.jsonl", '{"prompt": "x"}', "bare.jsonl, line 1, has no text"),
+    ],
+)
+def test_a_text_that_is_none(tmp_path: Path, name: str, content: str, message: str) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UsageError, match=re.escape(message)):
+        sequences(TINY, tmp_path / name, 1)
+
+
+def test_a_text_in_lines_is_one_sequence_a_line(tmp_path: Path) -> None:
+    path = tmp_path / "text.jsonl"
+    path.write_text("\n".join(json.dumps({"text": f"line {i} " * 100}) for i in range(3)))
+    found = sequences(TINY, path, 1)
+    assert [sequence[0] for sequence in found] == [1] * len(found)
+    assert len(found) >= 3
+    assert max(map(len, found)) <= 512
+
+
+def test_an_fp8_checkpoint_is_not_dequantised(tmp_path: Path) -> None:
+    config = BuildConfig(
+        checkpoint=small(tmp_path / "fp8"), output=tmp_path / "b", precision="bf16", runtime="onnx"
+    )
+    with pytest.raises(UsageError, match="the checkpoint is FP8: --precision bf16"):
+        pipeline.build(config, Console(quiet=True))
+    config = BuildConfig(
+        checkpoint=tmp_path / "fp8", output=tmp_path / "b", exclude=("*.in_proj",), runtime="onnx"
+    )
+    with pytest.raises(UsageError, match="--exclude has no effect: the checkpoint is FP8 already"):
+        pipeline.build(config, Console(quiet=True))
