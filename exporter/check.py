@@ -19,6 +19,7 @@ from nemotrt.exporter.errors import CheckpointError, CompileError, ExportError, 
 from nemotrt.exporter.inspection import Part, Weight, parts, state_of
 from nemotrt.exporter.kernel_support import check_supported
 from nemotrt.exporter.layer_selection import only_layers, partial_model
+from nemotrt.exporter.modelopt import stored_recipe, with_recipe
 from nemotrt.exporter.runtime.backends import BACKENDS, Backend
 from nemotrt.exporter.runtime.tokenizer import TOKENIZER
 from nemotrt.exporter.stages.load import Survey, check_side_files, match, parse_config, read_config
@@ -101,9 +102,8 @@ def of_folder(checkpoint: Path, layers: str = "") -> Subject:
 
     With `layers`, those of some layers, as a build takes them.
     """
-    return _subject(
-        str(checkpoint), read_config(checkpoint), open_checkpoint(checkpoint), checkpoint, (), layers
-    )
+    config, stored = read_config(checkpoint), open_checkpoint(checkpoint)
+    return _subject(str(checkpoint), with_recipe(config, stored, checkpoint), stored, checkpoint, (), layers)
 
 
 def _subject(
@@ -140,6 +140,7 @@ def of_table(config_file: Path, tensors_file: Path, layers: str = "") -> Subject
         length = math.prod(shape) * width
         stored |= {each: StoredTensor(each, dtype, shape, tensors_file, 0, length) for each in names}
     note = f"expert 0 of the table stands for all {config.n_routed_experts}"
+    config = config.with_recipe(stored_recipe(config, stored))
     return _subject(tensors_file.name, config, stored, None, (note,) if stands_for_all else (), layers)
 
 
@@ -172,7 +173,7 @@ def check(
     that cannot be meant.
     """
     config = subject.config
-    precision = precision or PRECISION_OF_DTYPE[config.dtype]
+    precision = precision or ("fp8" if config.recipe else PRECISION_OF_DTYPE[config.dtype])
     survey = match(config, subject.stored)
     dtypes = _dtypes(config, precision)
     problems: list[ExportError] = list(survey.problems)

@@ -149,7 +149,11 @@ def _checkpoint(folder: Path, layer: int | None) -> Inspection:
 def state_of(config: ModelConfig, state_dtype: str) -> list[PoolPair]:
     """The pools of a model whose KV cache has its own dtype, one token a page."""
     specs = pool_specs(
-        config, page_size=1, dtype=config.dtype, state_dtype=state_dtype, kv_dtype=config.dtype
+        config,
+        page_size=1,
+        dtype=config.dtype,
+        state_dtype=state_dtype,
+        kv_dtype="float8_e4m3fn" if config.recipe.kv_cache else config.dtype,
     )
     return [_pair(spec) for spec in specs]
 

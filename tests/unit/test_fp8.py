@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from nemotrt.exporter import pipeline, text_quality
 from nemotrt.exporter.calibration_text import sequences
+from nemotrt.exporter.check import check, of_folder
 from nemotrt.exporter.config import BuildConfig
 from nemotrt.exporter.console import Console
 from nemotrt.exporter.errors import CheckpointError, UsageError
@@ -393,3 +394,16 @@ def test_an_fp8_checkpoint_is_not_dequantised(tmp_path: Path) -> None:
     )
     with pytest.raises(UsageError, match="--exclude has no effect: the checkpoint is FP8 already"):
         pipeline.build(config, Console(quiet=True))
+
+
+def test_check_knows_an_fp8_checkpoint(tmp_path: Path) -> None:
+    found = check(of_folder(small(tmp_path / "fp8")), "", tmp_path)
+    assert (found.is_buildable, found.precision) == (True, "fp8")
+    assert "in_proj.weight" in found.dtypes["mamba"]["float8_e4m3fn"]
+    assert "kv_cache" in found.dtypes["attention"]["float8_e4m3fn"]
+
+
+def test_check_refuses_fp8_on_a_gpu_without_it(tmp_path: Path) -> None:
+    subject = of_folder(small(tmp_path / "fp8"))
+    with pytest.raises(UsageError, match="SM 86 has no FP8 tensor cores"):
+        check(subject, "", tmp_path, runtime="tensorrt-rtx", sms=(86,))
