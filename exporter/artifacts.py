@@ -95,6 +95,10 @@ class LoweredGraph:
     nodes: int
     ops: dict[str, int]
     weight_bytes: int
+    written_bytes: int = 0
+    """Of them, those that were written to the data file: holes of a sparse checkpoint were not."""
+    linked: tuple[str, ...] = ()
+    """Files of the checkpoint that are in the bundle too, and hold some of its weights."""
 
 
 @dataclass(frozen=True)

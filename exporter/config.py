@@ -13,6 +13,9 @@ PRECISIONS = ("fp32", "fp16", "bf16", "fp8")
 RUNTIMES = ("auto", "onnx", "tensorrt-rtx", "tensorrt")
 """What a bundle can be run by; auto is the best that this machine can build."""
 
+WEIGHTS = ("copy", "link")
+"""Into the bundle's own data file, or left in the checkpoint's files, which the bundle links."""
+
 PRECISION_OF_DTYPE = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 COMPUTE_DTYPES = {precision: dtype for dtype, precision in PRECISION_OF_DTYPE.items()} | {"fp8": "bfloat16"}
 
@@ -39,6 +42,8 @@ class BuildConfig:
     """GPU generations that an engine of tensorrt-rtx is for; none for all that the precision runs on."""
     layers: str = ""
     """Which layers of the checkpoint to take, as `layer_selection` reads it; empty for all."""
+    weights: str = "copy"
+    """One of WEIGHTS: what becomes of tensors that the graph takes as the checkpoint has them."""
     state_dtype: str = "fp32"
     """Of the recurrent state's pools."""
     calibration: Path | None = None
@@ -69,6 +74,11 @@ class BuildConfig:
             raise UsageError(
                 f"--max-sequences {self.max_sequences} is more than --max-tokens {self.max_tokens}",
                 hint="a decode step takes one token of each sequence",
+            )
+        if self.weights == "link" and self.runtime not in ("auto", "onnx"):
+            raise UsageError(
+                f"--weights link goes with --runtime onnx: {self.runtime} takes no file with a second hard link",
+                hint="use --weights copy",
             )
         if self.page_size & (self.page_size - 1):
             raise UsageError(f"--page-size {self.page_size} is not a power of two")

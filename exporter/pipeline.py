@@ -7,11 +7,12 @@ import errno
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from nemotrt.exporter import environment, estimates
 from nemotrt.exporter.artifacts import CompiledEngine, Gate, LoadedModel, LoweredGraph, ValidationReport
-from nemotrt.exporter.config import PRECISION_OF_DTYPE, BuildConfig
+from nemotrt.exporter.config import COMPUTE_DTYPES, PRECISION_OF_DTYPE, BuildConfig
 from nemotrt.exporter.console import Console
 from nemotrt.exporter.errors import CompileError, ExportError, UsageError, ValidationError
 from nemotrt.exporter.layer_selection import partial_model
@@ -116,7 +117,8 @@ def _resolved(config: BuildConfig, model: LoadedModel, console: Console) -> tupl
     """The configuration with every default that depends on the checkpoint or the machine filled in."""
     own = "fp8" if model.config.recipe else PRECISION_OF_DTYPE[model.config.dtype]
     precision = config.precision or own
-    target = settle(config.runtime, config.sms, precision)
+    # TensorRT takes no file that has a second hard link.
+    target = settle(ONNX if config.weights == "link" else config.runtime, config.sms, precision)
     if target.runtime != ONNX:
         target = _checked(target, model, dataclasses.replace(config, precision=precision))
     if config.runtime == AUTO:
@@ -198,8 +200,14 @@ def _identity(config: BuildConfig, model: LoadedModel) -> list[Any]:
 
 
 def _check_disk(config: BuildConfig, model: LoadedModel) -> None:
-    copies = 1 if config.runtime == ONNX else 2  # an engine has the weights once more
-    wanted = copies * estimates.graph_bytes(model, config.precision)
+    import torch
+
+    from nemotrt.exporter import data_file
+
+    dtype = getattr(torch, COMPUTE_DTYPES[config.precision])
+    wanted = data_file.stored_bytes(model, dtype, link=config.weights == "link")
+    if config.runtime != ONNX:
+        wanted += estimates.graph_bytes(model, config.precision)  # an engine has the weights once more
     free = shutil.disk_usage(config.output.parent).free
     if wanted > free:
         raise UsageError(
@@ -230,7 +238,7 @@ def _lowered(
     path = workspace.folder / GRAPH
 
     def run() -> dict[str, Any]:
-        from nemotrt.exporter.stages.lower import lower
+        from nemotrt.exporter.stages.lower import Streaming, lower
         from nemotrt.exporter.stages.trace import trace
 
         _check_disk(config, model)
@@ -239,13 +247,20 @@ def _lowered(
             traced = trace(model, config)
         total = estimates.graph_bytes(model, config.precision)
         what = f"{config.precision}, {total / 1e6:.1f} MB of weights"
+        done = workspace.kept("lower", key)
+        if done:
+            console.say(f"{'':<9} {done / 1e9:.3g} GB of weights kept from the build before", logged=False)
+        link = config.weights == "link"
         with console.stage("lower", what, total=total, is_bytes=True) as advance:
-            graph = lower(model, traced, path, advance=advance)
+            graph = lower(
+                model, traced, path, Streaming(link, done, advance, partial(workspace.keep, "lower", key))
+            )
         ops = ", ".join(f"{count} {op}" for op, count in graph.ops.items())
         console.detail(f"{graph.nodes} nodes; {ops}")
         return {name: value for name, value in dataclasses.asdict(graph).items() if name != "path"}
 
-    return LoweredGraph(path=path, **_once("lower", key, workspace, console, run))
+    kept = _once("lower", key, workspace, console, run)
+    return LoweredGraph(path=path, **{**kept, "linked": tuple(kept["linked"])})
 
 
 def _compiled(

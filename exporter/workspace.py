@@ -23,6 +23,8 @@ from nemotrt.exporter.errors import BundleError, UsageError
 from nemotrt.exporter.runtime import manifest
 
 JOURNAL, LOCK = "journal.json", "lock"
+SO_FAR = " so far"
+"""Ends the journal's name for a stage that has not ended."""
 VERSION = 1
 """Of the journal: one that another version wrote is not continued."""
 
@@ -183,8 +185,18 @@ class Workspace:
     def record(self, stage: str, key: str, result: Any) -> None:
         """Say that the stage ended; what it wrote is on disk before the journal says so."""
         sync(self.folder)
+        self._journal.pop(stage + SO_FAR, None)
         self._journal[stage] = {"key": key, "files": self._files(), "result": result}
         self._write_journal()
+
+    def keep(self, stage: str, key: str, progress: int) -> None:
+        """Say how far the stage is; what it wrote up to there is on disk already."""
+        self._journal[stage + SO_FAR] = {"key": key, "files": {}, "result": progress}
+        self._write_journal()
+
+    def kept(self, stage: str, key: str) -> int:
+        """How far the stage came with these inputs before its build was killed; 0 if it did not."""
+        return int(self.result(stage + SO_FAR, key) or 0)
 
     def _write_journal(self) -> None:
         write_whole(self.root / JOURNAL, json.dumps({"version": VERSION, "stages": self._journal}))

@@ -95,12 +95,14 @@ def build(checkpoint: Path, bundle: Path) -> dict[str, float]:
 
 
 def in_turns(calls: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
-    """The median milliseconds of each call, after one warm-up, each round running every call once."""
-    for call in calls.values():
-        call()
+    """The median milliseconds of each call, each round timing every call once.
+
+    A call runs untimed first: the idle threads of what ran before it still spin, and its weights are not in the caches.
+    """
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(repeats):
         for name, call in calls.items():
+            call()
             started = time.perf_counter()
             call()
             times[name].append(time.perf_counter() - started)

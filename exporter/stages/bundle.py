@@ -12,9 +12,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from nemotrt.exporter import environment, weights
+from nemotrt.exporter import environment
 from nemotrt.exporter.artifacts import CompiledEngine, LoadedModel, LoweredGraph, ValidationReport
 from nemotrt.exporter.config import BuildConfig
+from nemotrt.exporter.data_file import data_path
 from nemotrt.exporter.runtime import manifest
 from nemotrt.exporter.runtime.graph_summary import describe_graph
 from nemotrt.plugins.spec import DOMAIN
@@ -46,7 +47,8 @@ def bundle(
 
     `log` has what the build said, and neither times nor paths, so that equal builds make equal bundles.
     """
-    roles = {graph.path.name: "graph", weights.data_path(graph.path).name: "weights"}
+    roles = {graph.path.name: "graph", data_path(graph.path).name: "weights"}
+    roles |= dict.fromkeys(graph.linked, "weights")
     if engine is not None:
         roles |= {engine.path: "engine", engine.library: "plugins", engine.log: "log"}
         roles |= {engine.timings: "timing_cache"} if engine.timings else {}

@@ -7,7 +7,9 @@ operator in `exporter/aten_to_onnx.py`. Needs no model in memory: a weight passe
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +18,10 @@ import onnx_ir as ir
 import torch
 from torch.export.graph_signature import InputKind
 
-from nemotrt.exporter import weights
+from nemotrt.exporter import data_file
 from nemotrt.exporter.artifacts import LoadedModel, LoweredGraph, TracedModel, TracedPart
 from nemotrt.exporter.aten_to_onnx import DTYPES, Constants, Translator
+from nemotrt.exporter.data_file import Placed
 from nemotrt.exporter.errors import LowerError
 from nemotrt.model.pools import PoolSpec
 from nemotrt.plugins import onnx_op
@@ -46,10 +49,24 @@ OPS_OF_KIND = {
 """Which ops a layer of each kind must become."""
 
 
+@dataclass(frozen=True)
+class Streaming:
+    """How weights get to the graph."""
+
+    link: bool = False
+    """Leave what the checkpoint holds as it is wanted in its files, and link those to the graph's folder."""
+    done: int = 0
+    """Bytes of the data file that a build before this one has brought to the disk."""
+    advance: Callable[[int], None] = lambda _: None
+    """Hears of weight bytes that passed."""
+    keep: Callable[[int], None] = lambda _: None
+    """Hears of how many bytes of the data file are on the disk."""
+
+
 def lower(
-    model: LoadedModel, traced: TracedModel, path: Path, *, advance: Callable[[int], None] = lambda _: None
+    model: LoadedModel, traced: TracedModel, path: Path, streaming: Streaming | None = None
 ) -> LoweredGraph:
-    """The graph at `path` and its data beside it; `advance` hears of the weight bytes written.
+    """The graph at `path` and its data beside it.
 
     Raises LowerError when the graph is not what the configuration says, CheckpointError on a weight's value.
     """
@@ -59,12 +76,22 @@ def lower(
     leftover = _leftover(model, writer.parameters)
     if leftover:
         raise LowerError(f"{leftover[0]} has no place in the graph")
-    total = _stream(model, writer.parameters, path, advance)
+    placed, written = _stream(model, writer.parameters, path, streaming or Streaming())
     graph = writer.graph()
-    _save(graph, path)
     counts = Counter(node.op_type for node in graph.graph if node.domain == DOMAIN)
-    _check(path, model, counts)
-    return LoweredGraph(path=path, nodes=len(graph.graph), ops=dict(counts), weight_bytes=total)
+    _save(graph, path)
+    shards = {one.linked for one in placed if one.linked is not None}
+    _check(path, model, counts, {shard.name for shard in shards})
+    for shard in sorted(shards):
+        data_file.link(shard, path.parent)
+    return LoweredGraph(
+        path=path,
+        nodes=len(graph.graph),
+        ops=dict(counts),
+        weight_bytes=sum(one.length for one in placed),
+        written_bytes=written,
+        linked=tuple(sorted(shard.name for shard in shards)),
+    )
 
 
 class _GraphWriter:
@@ -164,22 +191,36 @@ def _leftover(model: LoadedModel, placed: Mapping[str, ir.Value]) -> list[str]:
 
 
 def _stream(
-    model: LoadedModel, parameters: Mapping[str, ir.Value], path: Path, advance: Callable[[int], None]
-) -> int:
-    """Write every parameter to the data file and point its initialiser there; gives the bytes written."""
-    target = weights.data_path(path)
+    model: LoadedModel, parameters: Mapping[str, ir.Value], path: Path, streaming: Streaming
+) -> tuple[tuple[Placed, ...], int]:
+    """Write the parameters to the data file, or leave them in the checkpoint's; each initialiser says where it is.
+
+    Gives where they are, and the bytes written.
+    """
     torch_dtypes = {ir_dtype: dtype for dtype, ir_dtype in DTYPES.items()}
-    with target.open("wb") as file:
-        for name, value in parameters.items():
-            assert value.dtype is not None
-            assert value.shape is not None
-            shape = tuple(int(size) for size in value.shape.numpy())
-            source = model.weights[name]
-            offset, length = weights.write(file, source, shape, torch_dtypes[value.dtype], advance)
-            value.const_value = ir.ExternalTensor(
-                target.name, offset, length, value.dtype, shape=value.shape, name=name, base_dir=path.parent
-            )
-        return file.tell()
+    wanted = []
+    for name, value in parameters.items():
+        assert value.dtype is not None
+        assert value.shape is not None
+        shape = tuple(int(size) for size in value.shape.numpy())
+        wanted.append((model.weights[name], shape, torch_dtypes[value.dtype]))
+    placed = data_file.lay_out(wanted, link=streaming.link)
+    target = data_file.data_path(path)
+    written = data_file.write(
+        target, placed, done=streaming.done, advance=streaming.advance, keep=streaming.keep
+    )
+    for (name, value), one in zip(parameters.items(), placed, strict=True):
+        file = one.linked.name if one.linked else target.name
+        value.const_value = ir.ExternalTensor(
+            file,
+            one.offset,
+            one.length,
+            DTYPES[one.dtype],
+            shape=ir.Shape(one.shape),
+            name=name,
+            base_dir=path.parent,
+        )
+    return placed, written
 
 
 def _save(model: ir.Model, path: Path) -> None:
@@ -187,14 +228,39 @@ def _save(model: ir.Model, path: Path) -> None:
     path.write_bytes(proto.SerializeToString(deterministic=True))
 
 
-def _check(path: Path, model: LoadedModel, counts: Mapping[str, int]) -> None:
+def _check(path: Path, model: LoadedModel, counts: Mapping[str, int], linked: set[str]) -> None:
     """Refuse a graph that is not what the configuration says, or that ONNX itself would refuse."""
     expected = Counter(op for kind in model.config.layers for op in OPS_OF_KIND[kind])
     if dict(expected) != dict(counts):
         raise LowerError(f"the graph has {dict(counts)}, the configuration asks for {dict(expected)}")
+    graph = onnx.load(path, load_external_data=False)
     try:
-        onnx.checker.check_model(str(path))
+        with _data_in_one_file(path, graph, linked) as checked:
+            onnx.checker.check_model(str(checked))
         # Every value carries the shape that PyTorch recorded: strict inference fails where ONNX finds another.
-        onnx.shape_inference.infer_shapes(onnx.load(path, load_external_data=False), strict_mode=True)
+        onnx.shape_inference.infer_shapes(graph, strict_mode=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise LowerError(f"ONNX refuses the graph: {str(error).splitlines()[0]}") from error
+
+
+@contextmanager
+def _data_in_one_file(path: Path, graph: onnx.ModelProto, linked: set[str]) -> Iterator[Path]:
+    """The graph, or for ONNX's checker, which takes no file with a second hard link, one that names the data file only.
+
+    Where each tensor lies is known from its own header; the checker looks whether there is a file.
+    """
+    if not linked:
+        yield path
+        return
+    stand_in = onnx.ModelProto()
+    stand_in.CopyFrom(graph)
+    for tensor in stand_in.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location" and entry.value in linked:
+                entry.value = data_file.data_path(path).name
+    checked = path.with_name(f".{path.name}.checked")
+    try:
+        checked.write_bytes(stand_in.SerializeToString())
+        yield checked
+    finally:
+        checked.unlink(missing_ok=True)

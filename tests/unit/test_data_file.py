@@ -1,0 +1,222 @@
+"""The data file: the same bytes however it is cut, gone on with, or left in the checkpoint; holes stay holes."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from nemotrt.exporter import data_file, pipeline, weights
+from nemotrt.exporter.artifacts import WeightSource
+from nemotrt.exporter.config import BuildConfig
+from nemotrt.exporter.console import Console
+from nemotrt.exporter.data_file import Placed, data_path, lay_out, link, stored_bytes, write
+from nemotrt.exporter.errors import CheckpointError, UsageError
+from nemotrt.exporter.runtime import manifest
+from nemotrt.exporter.runtime.session import Session
+from nemotrt.exporter.stages.load import load
+from nemotrt.exporter.tensor_files import read_header
+from nemotrt.model.checkpoint import Transform
+
+
+@pytest.fixture
+def stored(tmp_path: Path) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return {f"t{i}": torch.randn(3, 1000 + i, generator=generator).bfloat16() for i in range(4)}
+
+
+@pytest.fixture
+def sources(
+    tmp_path: Path, stored: dict[str, torch.Tensor]
+) -> tuple[WeightSource, WeightSource, WeightSource]:
+    """One tensor, two stacked, and one that is changed."""
+    save_file(stored | {"t2": stored["t1"] * 2}, tmp_path / "model.safetensors")
+    found = read_header(tmp_path / "model.safetensors")
+    return (
+        WeightSource("one", (found["t0"],), Transform.COPY),
+        WeightSource("stack", (found["t1"], found["t2"]), Transform.COPY),
+        WeightSource("changed", (found["t3"],), Transform.NEG_EXP),
+    )
+
+
+def laid_out(
+    sources: tuple[WeightSource, WeightSource, WeightSource], dtype: torch.dtype, *, link: bool = False
+) -> tuple[Placed, ...]:
+    shapes = ((3, 1000), (2, 3, 1001), (3, 1003))
+    return lay_out([(source, shape, dtype) for source, shape in zip(sources, shapes, strict=True)], link=link)
+
+
+def run(path: Path, placed: tuple[Placed, ...], done: int = 0) -> list[int]:
+    kept: list[int] = []
+    write(path, placed, done=done, advance=lambda _: None, keep=kept.append)
+    return kept
+
+
+def values(path: Path, placed: Placed) -> torch.Tensor:
+    data = bytearray((placed.linked or path).read_bytes()[placed.offset : placed.offset + placed.length])
+    return torch.frombuffer(data, dtype=placed.dtype).reshape(placed.shape)
+
+
+@pytest.mark.parametrize("piece", [1 << 22, 256])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_every_value_is_in_its_place(
+    tmp_path: Path,
+    stored: dict[str, torch.Tensor],
+    sources: tuple[WeightSource, WeightSource, WeightSource],
+    dtype: torch.dtype,
+    piece: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(weights, "PIECE_BYTES", piece)
+    monkeypatch.setattr(data_file, "_buffer", data_file._Buffer())
+    placed = laid_out(sources, dtype)
+    run(tmp_path / "data", placed)
+    expected = [
+        stored["t0"].to(dtype),
+        torch.stack([stored["t1"], stored["t1"] * 2]).to(dtype),
+        (-torch.exp(stored["t3"].float())).to(dtype),
+    ]
+    for one, wanted in zip(placed, expected, strict=True):
+        assert torch.equal(values(tmp_path / "data", one), wanted)
+        assert one.offset % data_file.ALIGNMENT == 0
+    assert (tmp_path / "data").stat().st_size == data_file.end_of(placed)
+
+
+def test_it_goes_on_from_what_was_kept(
+    tmp_path: Path, sources: tuple[WeightSource, WeightSource, WeightSource], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(weights, "PIECE_BYTES", 512)
+    monkeypatch.setattr(data_file, "_buffer", data_file._Buffer())
+    monkeypatch.setattr(data_file, "KEPT_BYTES", 1024)
+    placed = laid_out(sources, torch.bfloat16)
+    kept = run(tmp_path / "whole", placed)
+    assert kept == sorted(kept)
+    assert kept
+    whole = (tmp_path / "whole").read_bytes()
+    for done in (kept[0], kept[-1]):
+        # What lay past the record is not trusted.
+        (tmp_path / "again").write_bytes(whole[:done] + b"\xff" * (len(whole) - done))
+        run(tmp_path / "again", placed, done)
+        for one in placed:
+            assert torch.equal(values(tmp_path / "again", one), values(tmp_path / "whole", one))
+
+
+def test_a_linked_parameter_is_judged_and_not_written(
+    tmp_path: Path, sources: tuple[WeightSource, WeightSource, WeightSource]
+) -> None:
+    placed = laid_out(sources, torch.bfloat16, link=True)
+    assert [one.linked is not None for one in placed] == [True, False, False]
+    run(tmp_path / "data", placed)
+    assert (
+        (tmp_path / "data").stat().st_size
+        == data_file.end_of(placed)
+        < 2 * 3 * 1001 * 2 + 3 * 1003 * 2 + 8192
+    )
+    tensor = sources[0].tensors[0]
+    with tensor.path.open("r+b") as file:
+        file.seek(tensor.offset + 4)
+        file.write(b"\xc0\x7f")
+    with pytest.raises(CheckpointError, match="t0 holds NaN"):
+        run(tmp_path / "data", placed)
+
+
+def test_a_hole_stays_a_hole(tmp_path: Path) -> None:
+    size = 64 << 20
+    path = tmp_path / "model.safetensors"
+    header = b'{"t":{"dtype":"BF16","shape":[%d],"data_offsets":[0,%d]}}' % (size // 2, size)
+    header += b" " * (-len(header) % 8)
+    with path.open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + size)
+    source = WeightSource("t", (read_header(path)["t"],), Transform.COPY)
+    if os.stat(path).st_blocks * 512 >= size:
+        pytest.skip("this file system has no holes")
+    placed = lay_out([(source, (size // 2,), torch.float32)], link=False)
+    written = write(tmp_path / "data", placed, advance=lambda _: None, keep=lambda _: None)
+    assert written <= weights.PIECE_BYTES * 2  # the piece that shares a block with the header
+    assert (tmp_path / "data").stat().st_size == 2 * size
+    assert os.stat(tmp_path / "data").st_blocks * 512 <= written + 65536
+
+
+def test_a_link_that_cannot_be_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "shard").write_bytes(b"x")
+    (tmp_path / "bundle").mkdir()
+
+    def refuse(*_: object) -> None:
+        raise OSError(18, "Invalid cross-device link")
+
+    monkeypatch.setattr(os, "link", refuse)
+    monkeypatch.setattr(data_file.fcntl, "ioctl", refuse)
+    with pytest.raises(UsageError, match="Invalid cross-device link") as caught:
+        link(tmp_path / "shard", tmp_path / "bundle")
+    assert "--weights copy" in caught.value.hint
+    assert not any((tmp_path / "bundle").iterdir())
+
+
+def built(checkpoint: Path, output: Path, **options: str) -> Path:
+    config = BuildConfig(checkpoint=checkpoint, output=output, runtime="onnx", validate=False, **options)  # type: ignore[arg-type]
+    pipeline.build(config, Console(quiet=True))
+    return output
+
+
+def test_a_linked_bundle_is_whole_and_computes_the_same(checkpoint: Path, tmp_path: Path) -> None:
+    copied, linked = (
+        built(checkpoint, tmp_path / "copied"),
+        built(checkpoint, tmp_path / "linked", weights="link"),
+    )
+    assert (linked / "model.safetensors").samefile(checkpoint / "model.safetensors")
+    assert (
+        data_path(linked / "model.onnx").stat().st_size < data_path(copied / "model.onnx").stat().st_size / 2
+    )
+    manifest.verify(linked, deep=True)
+    step = [np.asarray(a) for a in (range(5), [0, 5], [0], [1], [[1]], [4])]
+    step = [step[0].astype(np.int64), *(a.astype(np.int32) for a in step[1:])]
+    logits = [Session(at / "model.onnx", num_slots=2, num_pages=2).step(*step) for at in (copied, linked)]
+    np.testing.assert_array_equal(*logits)
+
+
+def test_a_build_that_is_killed_in_its_weights_goes_on(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = data_path(built(checkpoint, tmp_path / "whole") / "model.onnx").read_bytes()
+    monkeypatch.setattr(data_file, "KEPT_BYTES", 4096)
+
+    def killed(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    genuine = data_file._Kept.reached
+    reached: list[int] = []
+
+    def reach(self: data_file._Kept, end: int) -> None:
+        reached.append(end)
+        if self._syncing is not None:
+            self._syncing.result()
+        genuine(self, end)
+        if len(reached) == 20:
+            killed()
+
+    monkeypatch.setattr(data_file._Kept, "reached", reach)
+    with pytest.raises(KeyboardInterrupt):
+        built(checkpoint, tmp_path / "out")
+    monkeypatch.setattr(data_file._Kept, "reached", genuine)
+    done: list[int] = []
+    genuine_write = data_file.write
+
+    def note(*arguments: object, **options: int) -> int:
+        done.append(options["done"])
+        return genuine_write(*arguments, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(data_file, "write", note)
+    assert data_path(built(checkpoint, tmp_path / "out") / "model.onnx").read_bytes() == expected
+    assert done[0] > 0
+
+
+def test_what_will_be_written_is_known_before(checkpoint: Path, tmp_path: Path) -> None:
+    model = load(checkpoint)
+    size = data_path(built(checkpoint, tmp_path / "whole") / "model.onnx").stat().st_size
+    pages = data_file.ALIGNMENT * len(model.weights)
+    assert 0 <= size - stored_bytes(model, torch.float32, link=False) <= pages
