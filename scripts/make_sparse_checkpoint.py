@@ -120,6 +120,16 @@ def encoded(values: np.ndarray[Any, np.dtype[np.float32]], dtype: str) -> bytes:
     return values.astype(types[dtype]).tobytes()
 
 
+def description(table: dict[str, Entry]) -> dict[str, Any]:
+    """What ModelOpt says of a table's quantisation: FP8, but for the linears that have other weights."""
+    linears = [name for name, (_, shape) in table.items() if name.endswith(".weight") and len(shape) == 2]
+    ignored = [name.removesuffix(".weight") for name in linears if table[name][0] != "F8_E4M3"]
+    found: dict[str, Any] = {"quant_method": "modelopt", "quant_algo": "FP8", "ignore": ignored}
+    if any(name.endswith(".k_scale") for name in table):
+        found["kv_cache_scheme"] = {"num_bits": 8, "type": "float", "dynamic": False}
+    return found
+
+
 def write_checkpoint(
     raw: dict[str, Any],
     table: dict[str, Entry],
@@ -132,11 +142,7 @@ def write_checkpoint(
     """A checkpoint folder at `output`, which must not exist; gives its bytes, and those that hold values."""
     output.mkdir(parents=True)
     if not unquantised:
-        raw = raw | {
-            "quantization_config": raw.get(
-                "quantization_config", {"quant_method": "modelopt", "quant_algo": "FP8"}
-            )
-        }
+        raw = raw | {"quantization_config": description(table)}
     (output / "config.json").write_text(json.dumps(raw, indent=2))
     cut = list(shards(list(every_tensor(table, raw["n_routed_experts"], unquantised=unquantised))))
     generator = np.random.default_rng(seed)
