@@ -29,6 +29,7 @@ JSON = {
     "inspect-bundle": ("inspect", "{bundle}"),
     "inspect-checkpoint": ("inspect", "{checkpoint}", "--layer", "0"),
     "inspect-graph": ("inspect", "{bundle}/model.onnx"),
+    "quantize": ("quantize", "{checkpoint}", "--output", "{here}/fp8"),
     "validate": ("validate", "{bundle}", "--checkpoint", "{checkpoint}"),
     "verify": ("verify", "{bundle}"),
 }

@@ -224,6 +224,7 @@ def test_a_native_call_that_does_not_end_is_left_within_a_second() -> None:
     )
     assert process.stdout
     assert process.stdout.readline() == "begins\n"
+    time.sleep(0.5)  # from the print to the call: a signal between the two is Python's own to answer
     process.send_signal(signal.SIGINT)
     assert process.communicate(timeout=PATIENCE)[1] == "interrupted\n"
     assert process.returncode == 130

@@ -86,12 +86,23 @@ def test_every_value_is_in_its_place(
     assert (tmp_path / "data").stat().st_size == data_file.end_of(placed)
 
 
+reach = data_file._Kept.reached
+
+
+def reach_slowly(self: data_file._Kept, end: int) -> None:
+    """As when the disk is faster than the writing."""
+    if self._syncing is not None:
+        self._syncing.result()
+    reach(self, end)
+
+
 def test_it_goes_on_from_what_was_kept(
     tmp_path: Path, sources: tuple[WeightSource, WeightSource, WeightSource], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(weights, "PIECE_BYTES", 512)
     monkeypatch.setattr(data_file, "_buffer", data_file._Buffer())
     monkeypatch.setattr(data_file, "KEPT_BYTES", 1024)
+    monkeypatch.setattr(data_file._Kept, "reached", reach_slowly)
     placed = laid_out(sources, torch.bfloat16)
     kept = run(tmp_path / "whole", placed)
     assert kept == sorted(kept)
@@ -185,24 +196,18 @@ def test_a_build_that_is_killed_in_its_weights_goes_on(
     expected = data_path(built(checkpoint, tmp_path / "whole") / "model.onnx").read_bytes()
     monkeypatch.setattr(data_file, "KEPT_BYTES", 4096)
 
-    def killed(*_: object, **__: object) -> None:
-        raise KeyboardInterrupt
-
-    genuine = data_file._Kept.reached
     reached: list[int] = []
 
-    def reach(self: data_file._Kept, end: int) -> None:
+    def reach_and_stop(self: data_file._Kept, end: int) -> None:
         reached.append(end)
-        if self._syncing is not None:
-            self._syncing.result()
-        genuine(self, end)
+        reach_slowly(self, end)
         if len(reached) == 20:
-            killed()
+            raise KeyboardInterrupt
 
-    monkeypatch.setattr(data_file._Kept, "reached", reach)
+    monkeypatch.setattr(data_file._Kept, "reached", reach_and_stop)
     with pytest.raises(KeyboardInterrupt):
         built(checkpoint, tmp_path / "out")
-    monkeypatch.setattr(data_file._Kept, "reached", genuine)
+    monkeypatch.setattr(data_file._Kept, "reached", reach)
     done: list[int] = []
     genuine_write = data_file.write
 
