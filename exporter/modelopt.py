@@ -6,6 +6,7 @@ https://github.com/NVIDIA/Model-Optimizer (modelopt/torch/export) writes both.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -147,7 +148,7 @@ def recipe(config: ModelConfig, stored: Mapping[str, StoredTensor], description:
                 f"{description.where}: {chosen[0]} is quantised and {other} is not: a layer's experts must be alike"
             )
         modules.update([module] if chosen else [])
-    return _with_shapes(Recipe(frozenset(modules), kv_cache=description.kv_cache), stored)
+    return _with_shapes(config, Recipe(frozenset(modules), kv_cache=description.kv_cache), stored)
 
 
 def pattern_matcher(patterns: Iterable[str]) -> Any:
@@ -178,13 +179,16 @@ def stored_recipe(config: ModelConfig, stored: Mapping[str, StoredTensor]) -> Re
         )
     }
     has_scales = any(name.endswith(".k_scale") for name in stored)
-    return _with_shapes(Recipe(frozenset(modules), kv_cache=has_scales), stored)
+    return _with_shapes(config, Recipe(frozenset(modules), kv_cache=has_scales), stored)
 
 
-def _with_shapes(found: Recipe, stored: Mapping[str, StoredTensor]) -> Recipe:
+def _with_shapes(config: ModelConfig, found: Recipe, stored: Mapping[str, StoredTensor]) -> Recipe:
     """The recipe with what the shapes and presence of stored scales add to it."""
-    scales = {module: _find(stored, f"{module}.weight_scale") for module in found.modules}
-    per_channel = {module for module, scale in scales.items() if scale and len(scale.shape) == 1}
+    scales = {
+        module: _find(stored, f"{next(_stored_modules(config, module))}.weight_scale")
+        for module in found.modules
+    }
+    per_channel = {module for module, scale in scales.items() if scale and math.prod(scale.shape) > 1}
     has_scales = any(name.endswith((".k_scale", ".v_scale")) for name in stored)
     return Recipe(
         found.modules, frozenset(per_channel), found.kv_cache, kv_scales=found.kv_cache and has_scales

@@ -86,6 +86,9 @@ def values(source: WeightSource, shape: tuple[int, ...], dtype: torch.dtype) -> 
     pieces = (piece for tensor in source.tensors for piece in convert(tensor, source.transform, dtype))
     if source.transform is Transform.LARGEST:
         yield torch.stack([piece.max() for piece in pieces]).max().reshape(1)
+    elif source.transform is Transform.SCALE:
+        times = math.prod(shape) // sum(math.prod(tensor.shape) for tensor in source.tensors)
+        yield from (piece.repeat_interleave(times) for piece in pieces)
     else:
         yield from pieces
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum, auto
+from itertools import dropwhile
 from typing import TYPE_CHECKING
 
 from nemotrt.model.config import ModelConfig
@@ -35,7 +36,7 @@ class Transform(Enum):
     ONES = auto()
     """No stored tensor: the parameter is 1."""
     SCALE = auto()
-    """The same values, each a finite number above 0, in the parameter's shape."""
+    """The same values in order, each a finite number above 0, and each repeated as often as fills the parameter."""
     LARGEST = auto()
     """The largest of the values of all stored tensors, each a finite number above 0."""
 
@@ -156,20 +157,25 @@ def _moe(config: ModelConfig, mixer: str) -> Iterator[tuple[str, Source]]:
 
 
 def _expert_scales(config: ModelConfig, mixer: str) -> Iterator[tuple[str, Source]]:
-    """A weight scale for each expert, and one scale of each activation for all: the largest, as vLLM takes it."""
-    experts = config.n_routed_experts
-    weights, activations = ("up_scale", "down_scale"), ("input_scale", "hidden_scale")
-    if f"backbone.{mixer}{EXPERTS}" not in config.recipe.modules:
-        for shape, names in (((experts,), weights), ((1,), activations)):
-            yield from ((f"{EXPERTS}.{name}", Source((), shape, Transform.ONES)) for name in names)
-        return
-    for names, stored, transform in (
-        (weights, "weight_scale", Transform.SCALE),
-        (activations, "input_scale", Transform.LARGEST),
+    """A scale for each output of each expert, and one of each activation for all: the largest, as vLLM takes it."""
+    module, experts = f"{mixer}{EXPERTS}", range(config.n_routed_experts)
+    is_fp8, is_per_channel = (
+        f"backbone.{module}" in modules for modules in (config.recipe.modules, config.recipe.per_channel)
+    )
+
+    def stored(name: str) -> tuple[tuple[str, ...], ...]:
+        return tuple(_aliases(f"{module}.{e}.{name}") for e in experts)
+
+    for name, projection, outputs in (
+        ("up_scale", "up_proj", config.moe_intermediate_size),
+        ("down_scale", "down_proj", config.expert_size),
     ):
-        for name, projection in zip(names, ("up_proj", "down_proj"), strict=True):
-            each = tuple(_aliases(f"{mixer}{EXPERTS}.{e}.{projection}.{stored}") for e in range(experts))
-            yield f"{EXPERTS}.{name}", Source(each, (), transform)
+        shape = (outputs,) if is_per_channel else ()
+        scales = Source(stored(f"{projection}.weight_scale"), shape, Transform.SCALE)
+        yield f"{EXPERTS}.{name}", scales if is_fp8 else Source((), (len(experts), outputs), Transform.ONES)
+    for name, projection in (("input_scale", "up_proj"), ("hidden_scale", "down_proj")):
+        largest = Source(stored(f"{projection}.input_scale"), (), Transform.LARGEST)
+        yield f"{EXPERTS}.{name}", largest if is_fp8 else Source((), (1,), Transform.ONES)
 
 
 def _stack(mixer: str, projection: str, experts: int, shape: tuple[int, ...]) -> Source:
@@ -214,12 +220,19 @@ def find(source: Source, shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, ..
             raise TensorError(f"{aliases[0]} is missing")
         if len(present) > 1:
             raise TensorError(f"{present[0]} and {present[1]} are two names of one tensor; keep one")
-        if shapes[present[0]] != shape:
+        if _bare(shapes[present[0]], source) != _bare(shape, source):
             raise TensorError(
                 f"{present[0]} has shape {list(shapes[present[0]])}, the configuration asks for {list(shape)}"
             )
         found += present
     return tuple(found)
+
+
+def _bare(shape: tuple[int, ...], source: Source) -> tuple[int, ...]:
+    """A scale's shape without sizes of 1 at its end, which writers put there for broadcasting; another's as it is."""
+    if source.transform not in (Transform.SCALE, Transform.LARGEST):
+        return shape
+    return tuple(reversed([*dropwhile(lambda size: size == 1, reversed(shape))]))
 
 
 def _value(source: Source, stored: list[Tensor], parameter: Tensor) -> Tensor:
@@ -234,4 +247,7 @@ def _value(source: Source, stored: list[Tensor], parameter: Tensor) -> Tensor:
             return -torch.exp(stored[0].float())
         case Transform.LARGEST:
             return torch.stack(stored).max().reshape(parameter.shape)
+        case Transform.SCALE:
+            scales = torch.stack(stored).flatten()
+            return scales.repeat_interleave(parameter.numel() // len(scales)).reshape(parameter.shape)
     return (torch.stack(stored) if len(stored) > 1 else stored[0]).reshape(parameter.shape)

@@ -28,7 +28,7 @@ class Router(nn.Module):
 
 
 class Experts(nn.Module):
-    """The routed experts' weights, stacked, with the scales that multiply FP8 ones (1.0 otherwise)."""
+    """The routed experts' weights, stacked, with the scales that multiply FP8 ones, one an output (1.0 otherwise)."""
 
     def __init__(
         self, config: ModelConfig, *, dtype: torch.dtype, device: torch.device | str | None = None
@@ -37,8 +37,8 @@ class Experts(nn.Module):
         experts, size, inner = config.n_routed_experts, config.expert_size, config.moe_intermediate_size
         self.up = nn.Parameter(torch.zeros(experts, inner, size, dtype=dtype, device=device))
         self.down = nn.Parameter(torch.zeros(experts, size, inner, dtype=dtype, device=device))
-        self.up_scale = nn.Parameter(torch.ones(experts, dtype=torch.float32, device=device))
-        self.down_scale = nn.Parameter(torch.ones(experts, dtype=torch.float32, device=device))
+        self.up_scale = nn.Parameter(torch.ones(experts, inner, dtype=torch.float32, device=device))
+        self.down_scale = nn.Parameter(torch.ones(experts, size, dtype=torch.float32, device=device))
         self.input_scale = nn.Parameter(torch.ones(1, dtype=torch.float32, device=device))
         self.hidden_scale = nn.Parameter(torch.ones(1, dtype=torch.float32, device=device))
 

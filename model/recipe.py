@@ -30,7 +30,7 @@ class Recipe:
 
     modules: frozenset[str] = frozenset()
     per_channel: frozenset[str] = frozenset()
-    """Those of `modules` whose weight has a scale for each output; the others have one scale."""
+    """Those of `modules` whose weights are stored with a scale for each output; the others, with one scale each."""
     kv_cache: bool = False
     """Whether every attention layer's cache is FP8."""
     kv_scales: bool = False

@@ -317,7 +317,7 @@ def expert_inputs(case: Case, draw: Draw) -> list[Tensor]:
     grid = torch.rand(T, R, generator=draw.generator, device=draw.device).argsort(1)
     ranked = 0.1 + 0.8 * (grid + draw.uniform(-0.25, 0.25, T, R)) / R
     fp8 = case.dtype["W"] == FP8
-    up_scale, down_scale = (draw.uniform(0.5, 2, R) / (64 if fp8 else 1) for _ in range(2))
+    up_scale, down_scale = (draw.uniform(0.5, 2, R, size) / (64 if fp8 else 1) for size in (inner, L))
     return [
         draw.normal(T, L).to(getattr(torch, case.dtype["X"])),
         torch.logit((ranked - bias).double()).float(),

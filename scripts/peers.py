@@ -146,7 +146,7 @@ def plain_product(
     rows: Tensor, weight: Tensor, scale: Tensor, _: Tensor, experts: Tensor, offsets: Tensor
 ) -> Tensor:
     """Each row times its expert's weight."""
-    return torch._grouped_mm(rows, weight, offs=offsets) * scale[experts, None].to(rows.dtype)
+    return torch._grouped_mm(rows, weight, offs=offsets) * scale[experts].to(rows.dtype)
 
 
 def scaled_product(
@@ -155,8 +155,7 @@ def scaled_product(
     """Each row, rounded to E4M3, times its expert's weight, with a scale a row and a scale a column."""
     quantised = (rows.float() / input_scale).clamp(-448, 448).to(torch.float8_e4m3fn)
     return torch._scaled_grouped_mm(
-        *(quantised, weight, input_scale.expand(len(rows)).contiguous()),
-        scale[:, None].expand(-1, weight.shape[2]).contiguous(),
+        *(quantised, weight, input_scale.expand(len(rows)).contiguous(), scale),
         offs=offsets,
         out_dtype=torch.bfloat16,
         use_fast_accum=True,

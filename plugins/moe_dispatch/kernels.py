@@ -379,6 +379,8 @@ def _product(
     rows_M,
     there_M,
     weight,
+    weight_scale,
+    row_scale,
     column_N,
     N,
     K,
@@ -387,11 +389,16 @@ def _product(
     BLOCK_K: tl.constexpr,
     SWAP: tl.constexpr,
 ):
-    """[BLOCK_M, BLOCK_N] FP32 = the rows that the pointers rows_M lead to [·, K] @ weight [N, K]ᵀ."""
+    """[BLOCK_M, BLOCK_N] FP32 = the rows that the pointers rows_M lead to [·, K] @ weight [N, K]ᵀ · weight_scale [N].
+
+    With FP8 weights also times row_scale [1].
+    """
     k_K = tl.arange(0, BLOCK_K)
     row_MK = rows_M[:, None] + k_K[None, :]
     weight_NK = weight + column_N[:, None] * K + k_K[None, :]
     there_N = column_N < N
+    if SWAP:
+        scale_N = tl.load(weight_scale + column_N, mask=there_N, other=0.0)
     sum_ = tl.zeros([BLOCK_N, BLOCK_M] if SWAP else [BLOCK_M, BLOCK_N], tl.float32)
     for start in range(0, K, BLOCK_K):
         within_K = k_K < K - start
@@ -408,7 +415,13 @@ def _product(
             sum_ = tl.dot(left, right, sum_, input_precision="ieee")
         row_MK += BLOCK_K
         weight_NK += BLOCK_K
-    return tl.trans(sum_) if SWAP else sum_
+    sum_MN = tl.trans(sum_) if SWAP else sum_
+    if not SWAP:
+        # Sooner, they would take 32 registers a thread through the loop, and SM 90 the second program of an SM.
+        scale_N = tl.load(weight_scale + column_N, mask=there_N, other=0.0)
+    if weight.dtype.element_ty == tl.float8e4nv:
+        scale_N *= tl.load(row_scale)
+    return sum_MN * scale_N[None, :]
 
 
 @_kernel
@@ -449,13 +462,12 @@ def up_kernel(
         token_M = tl.zeros([BLOCK_M], tl.int32)
     else:
         token_M = tl.load(slots + first + row_M, mask=there_M, other=0) // top_k
-    scale = tl.load(up_scale + expert)
-    if up.dtype.element_ty == tl.float8e4nv:
-        scale *= tl.load(input_scale)
     sum_MN = _product(
         x + token_M.to(tl.int64) * L,
         there_M,
         up + expert.to(tl.int64) * I * L,
+        up_scale + expert * I,
+        input_scale,
         column_N,
         I,
         L,
@@ -464,7 +476,6 @@ def up_kernel(
         BLOCK_K,
         SWAP,
     )
-    sum_MN = sum_MN * scale
     sum_MN = tl.where(sum_MN < 0, 0.0, sum_MN)  # NaN stays NaN
     hidden_MN = sum_MN * sum_MN
     if up.dtype.element_ty == tl.float8e4nv:
@@ -511,13 +522,12 @@ def down_kernel(
     column_N = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     there_M = row_M < rows
     slot_M = first + row_M if DIRECT else tl.load(slots + first + row_M, mask=there_M, other=0)
-    scale = tl.load(down_scale + expert)
-    if down.dtype.element_ty == tl.float8e4nv:
-        scale *= tl.load(hidden_scale)
-    sum_MN = _product(
+    part_MN = _product(
         hidden + first.to(tl.int64) * I + row_M * I,
         there_M,
         down + expert.to(tl.int64) * L * I,
+        down_scale + expert * L,
+        hidden_scale,
         column_N,
         L,
         I,
@@ -527,7 +537,7 @@ def down_kernel(
         SWAP,
     )
     mask_MN = there_M[:, None] & (column_N < L)[None, :]
-    tl.store(parts + slot_M.to(tl.int64)[:, None] * L + column_N[None, :], sum_MN * scale, mask=mask_MN)
+    tl.store(parts + slot_M.to(tl.int64)[:, None] * L + column_N[None, :], part_MN, mask=mask_MN)
 
 
 # 4. Combine

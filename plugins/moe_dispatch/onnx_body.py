@@ -37,8 +37,8 @@ def body(
         sum_TL: ir.Value,
         up_IL: ir.Value,
         down_LI: ir.Value,
-        up_scale: ir.Value,
-        down_scale: ir.Value,
+        up_scale_I: ir.Value,
+        down_scale_L: ir.Value,
         start: ir.Value,
         end: ir.Value,
         is_chosen: ir.Value,
@@ -47,10 +47,10 @@ def body(
             bounds = [chosen.Unsqueeze(start, [0]), chosen.Unsqueeze(end, [0]), [0]]
             token_J = chosen.Slice(token_A, *bounds)
             rows_JL = chosen.Gather(x_TL, token_J, axis=0)
-            hidden_JI = chosen.Relu(_linear(chosen, rows_JL, up_IL, up_scale))
+            hidden_JI = chosen.Relu(_linear(chosen, rows_JL, up_IL, up_scale_I))
             hidden_JI = chosen.CastLike(chosen.Mul(hidden_JI, hidden_JI), inputs["x"])
             hidden_JI = _rounded(chosen, hidden_JI, inputs["hidden_scale"], down_LI)
-            part_JL = _linear(chosen, hidden_JI, down_LI, down_scale)
+            part_JL = _linear(chosen, hidden_JI, down_LI, down_scale_L)
             part_JL = chosen.Mul(part_JL, chosen.Unsqueeze(chosen.Slice(weight_A, *bounds), [1]))
             return [chosen.ScatterND(sum_TL, chosen.Unsqueeze(token_J, [1]), part_JL, reduction="add")]
 
@@ -65,9 +65,9 @@ def body(
     names = ("sum", "up", "down", "up_scale", "down_scale", "start", "end", "is_chosen")
     scan = op.subgraph("expert", add_expert, [op.input(name) for name in names])
     none_TL = op.Expand(0.0, op.Shape(inputs["x"]))
-    up_scale_E = op.Mul(inputs["up_scale"], inputs["input_scale"])
-    down_scale_E = op.Mul(inputs["down_scale"], inputs["hidden_scale"])
-    of_experts = (inputs["up"], inputs["down"], up_scale_E, down_scale_E)
+    up_scale_EI = op.Mul(inputs["up_scale"], inputs["input_scale"])
+    down_scale_EL = op.Mul(inputs["down_scale"], inputs["hidden_scale"])
+    of_experts = (inputs["up"], inputs["down"], up_scale_EI, down_scale_EL)
     ranges = (start_E, end_E, op.Less(start_E, end_E))
     y_TL = op.Scan(none_TL, *of_experts, *ranges, body=scan, num_scan_inputs=7)
     return (op.CastLike(y_TL, inputs["x"]),)

@@ -31,6 +31,7 @@ def reference(
 
     Experts outside [first_expert, first_expert + E) add nothing: another rank adds them. The hidden activation is
     rounded to x's dtype. With FP8 weights, x and the hidden activation are quantised to E4M3 by their scales.
+    Every output of a weight has its own scale.
     """
     compute = torch.promote_types(x.dtype, torch.float32)
     chosen_Tk, weights_Tk = route(

@@ -113,8 +113,8 @@ def tensors(case: Case) -> list[torch.Tensor]:
         correction_bias,
         (normal(case.E, case.I, case.L) * case.L**-0.5).to(W),
         (normal(case.E, case.L, case.I) * case.I**-0.5).to(W),
-        torch.rand(case.E, generator=generator) + 0.5,
-        torch.rand(case.E, generator=generator) + 0.5,
+        torch.rand(case.E, case.I, generator=generator) + 0.5,
+        torch.rand(case.E, case.L, generator=generator) + 0.5,
         torch.tensor([0.0061]),  # x up to ±2.7: a few saturate
         torch.tensor([0.02]),
     ]
@@ -298,7 +298,8 @@ def test_fp8_activations_are_the_references_to_the_bit(X: str, hidden_scale: flo
     generator = torch.Generator().manual_seed(1)
     inputs[0] = torch.randint(-900, 901, (case.T, case.L), generator=generator).to(inputs[0].dtype)
     inputs[3] = torch.randint(-3, 4, (case.E, case.I, case.L), generator=generator).to(inputs[3].dtype)
-    inputs[5:9] = (torch.tensor(scale) for scale in ([2.0**-10, 1.0], [1.0, 1.0], [2.0], [hidden_scale]))
+    inputs[5] = 2.0 ** torch.randint(-10, 1, (case.E, case.I), generator=generator)
+    inputs[7:9] = (torch.tensor([scale]) for scale in (2.0, hidden_scale))
     values = executed(case, inputs, stages="route_and_quantise place up")
 
     x_fp8 = _quantised(inputs[0], inputs[7])
@@ -306,7 +307,7 @@ def test_fp8_activations_are_the_references_to_the_bit(X: str, hidden_scale: flo
     token_S = values["slots"].long()
     expert_S = values["experts"].long()[token_S]
     sums_SI = torch.einsum("sl,sil->si", x_fp8[token_S], inputs[3].float()[expert_S])
-    hidden = (sums_SI * inputs[5][expert_S, None]).relu().square().to(inputs[0].dtype)
+    hidden = (sums_SI * inputs[5][expert_S]).relu().square().to(inputs[0].dtype)
     assert torch.equal(values["hidden"].float() * inputs[8], _quantised(hidden, inputs[8]))
 
 

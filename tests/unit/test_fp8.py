@@ -79,12 +79,51 @@ def test_nano_s_layout_keeps_every_bit_of_weights_and_scales(tmp_path: Path) -> 
         for own, projection, activation in (("up", "up_proj", "input"), ("down", "down_proj", "hidden")):
             each = [f"{prefix}.{expert}.{projection}" for expert in range(4)]
             assert found[f"{prefix}.{own}"][1] == b"".join(bits(stored[f"{name}.weight"]) for name in each)
-            scales = b"".join(bits(stored[f"{name}.weight_scale"]) for name in each)
-            assert found[f"{prefix}.{own}_scale"][1] == scales
+            # One scale an expert, for each of its outputs.
+            scales = (bits(stored[f"{name}.weight_scale"]) * len(stored[f"{name}.weight"]) for name in each)
+            assert found[f"{prefix}.{own}_scale"][1] == b"".join(scales)
             largest = max(stored[f"{name}.input_scale"] for name in each)
             assert found[f"{prefix}.{activation}_scale"][1] == bits(largest)
     for i in NANO_BF16:
         assert found[f"backbone.layers.{i}.mixer.in_proj.weight"][0] == TensorProto.BFLOAT16
+
+
+def rescaled(folder: Path, *, per_channel: bool, ones: int) -> Path:
+    """`small` with a scale for each output of a weight, or one of it; of so many sizes of 1 at its end."""
+    file = small(folder) / "model.safetensors"
+    generator = torch.Generator().manual_seed(2)
+    tensors = load_file(file)
+    for name in tensors:
+        if per_channel and name.endswith(".weight_scale"):
+            weight = tensors[name.removesuffix("_scale")]
+            tensors[name] = torch.rand(len(weight), generator=generator) * 0.01 + 1e-4
+        if name.endswith("_scale"):
+            tensors[name] = tensors[name].reshape([*tensors[name].shape, *[1] * ones])
+    save_file(tensors, file)
+    return folder
+
+
+def test_an_expert_may_have_a_scale_for_each_output(tmp_path: Path) -> None:
+    checkpoint = rescaled(tmp_path / "fp8", per_channel=True, ones=0)
+    stored = load_file(checkpoint / "model.safetensors")
+    graph, config = lowered(checkpoint, tmp_path)
+    found = raw(graph)
+    for layer in (1, 5):
+        prefix = f"backbone.layers.{layer}.mixer.experts"
+        for own in ("up", "down"):
+            each = [bits(stored[f"{prefix}.{expert}.{own}_proj.weight_scale"]) for expert in range(4)]
+            assert found[f"{prefix}.{own}_scale"][1] == b"".join(each)
+    report = validate(load(config.checkpoint), config, graph)
+    assert [gate for gate in report.gates if not gate.passed] == []
+
+
+@pytest.mark.parametrize("per_channel", [False, True])
+def test_sizes_of_1_at_the_end_of_a_scale_mean_nothing(tmp_path: Path, per_channel: bool) -> None:
+    graphs = []
+    for ones in (0, 1):
+        folder = tmp_path / str(ones)
+        graphs.append(lowered(rescaled(folder / "fp8", per_channel=per_channel, ones=ones), folder)[0])
+    assert raw(graphs[0]) == raw(graphs[1])
 
 
 def test_a_linear_is_what_tensorrt_fuses(tmp_path: Path) -> None:
@@ -163,6 +202,7 @@ def test_a_linear_in_onnx_runtime_is_the_reference(per_channel: bool) -> None:
         ("backbone.layers.2.mixer.k_proj.k_scale", None, "k_scale is missing"),
         (f"{IN_PROJ}.weight", torch.zeros(1), f"{IN_PROJ}.weight has shape [1]"),
         (f"{IN_PROJ}.weight_scale", torch.ones(3, 2), f"{IN_PROJ}.weight_scale has shape [3, 2]"),
+        (f"{EXPERT}.weight_scale", torch.ones(24), f"{EXPERT}.weight_scale has shape [24], the"),
     ],
 )
 def test_what_is_not_there_is_named(

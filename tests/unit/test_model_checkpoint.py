@@ -11,6 +11,7 @@ from torch import Tensor
 from nemotrt.model.checkpoint import TensorError, Transform, find, is_mtp, load_into, tensor_sources
 from nemotrt.model.config import ModelConfig
 from nemotrt.model.hybrid import NemotronH
+from nemotrt.model.recipe import Recipe
 
 CONFIG = ModelConfig(
     hidden_size=6,
@@ -117,6 +118,25 @@ def test_the_published_names_fill_the_model() -> None:
     assert torch.equal(state["lm_head.weight"], tensors["lm_head.weight"])
     for name in ("up_scale", "down_scale", "input_scale", "hidden_scale"):
         assert state[f"backbone.layers.3.mixer.experts.{name}"].eq(1).all()
+
+
+@pytest.mark.parametrize("per_channel", [False, True])
+def test_every_output_of_an_fp8_expert_has_a_scale(per_channel: bool) -> None:
+    module = "backbone.layers.3.mixer.experts"
+    recipe = Recipe(frozenset({module}), frozenset({module} if per_channel else ()))
+    tensors = checkpoint()
+    scales = {}
+    for own, outputs in (("up", 5), ("down", 4)):
+        scales[own] = torch.rand(3, outputs if per_channel else 1) + 0.1
+        for e in range(3):
+            name = f"{module}.{e}.{own}_proj"
+            tensors[f"{name}.weight"] = tensors[f"{name}.weight"].to(torch.float8_e4m3fn)
+            tensors[f"{name}.weight_scale"] = scales[own][e] if per_channel else scales[own][e, 0]
+            tensors[f"{name}.input_scale"] = torch.tensor(0.5 + e)
+    state = loaded(tensors, CONFIG.with_recipe(recipe))
+    for own, outputs in (("up", 5), ("down", 4)):
+        assert torch.equal(state[f"{module}.{own}_scale"], scales[own].expand(3, outputs))
+    assert state[f"{module}.input_scale"].tolist() == [2.5]
 
 
 @pytest.mark.parametrize("table", ["backbone.embedding.weight", "model.embeddings.weight"])
