@@ -221,7 +221,7 @@ def _write_all(target: int, data: memoryview, offset: int) -> int:
 
 
 def stored_bytes(model: LoadedModel, dtype: torch.dtype, *, link: bool) -> int:
-    """Bytes that `write` will bring to the disk for a model whose weights are of `dtype`, but for pages' fill."""
+    """Bytes that `write` will bring to the disk, weights in `dtype`; pages' fill and repeated scales left out."""
     total = 0
     for source in model.weights.values():
         if link and _is_as_wanted(source, dtype):

@@ -119,9 +119,9 @@ def prepared(case: Case, inputs: list[Tensor], interpret: bool) -> Prepared:
 
 
 def input_sets(case: Case, device: torch.device, seed: int) -> Iterator[list[Tensor]]:
-    """As many inputs as fill the L2 cache twice, at least two; experts' weights are drawn once and shared."""
+    """As many inputs as fill the L2 cache twice, at least two; what experts have is drawn once, and shared."""
     first = case.inputs(device, seed)
-    shared = [i for i, declared in enumerate(case.spec.inputs) if declared.name in ("up", "down")]
+    shared = [i for i, declared in enumerate(case.spec.inputs) if declared.axes[0] == "E"]
     own = sum(tensor.nbytes for i, tensor in enumerate(first) if i not in shared)
     cache = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 0
     yield first

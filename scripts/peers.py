@@ -145,8 +145,8 @@ def grouped_experts(compiled: bool) -> Prepare:
 def plain_product(
     rows: Tensor, weight: Tensor, scale: Tensor, _: Tensor, experts: Tensor, offsets: Tensor
 ) -> Tensor:
-    """Each row times its expert's weight."""
-    return torch._grouped_mm(rows, weight, offs=offsets) * scale[experts].to(rows.dtype)
+    """Each row times its expert's weight, with a scale a column."""
+    return torch._grouped_mm(rows, weight, offs=offsets) * scale.to(rows.dtype)[experts]
 
 
 def scaled_product(
