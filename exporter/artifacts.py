@@ -157,6 +157,66 @@ class TextReport:
 
 
 @dataclass(frozen=True)
+class TextPlace:
+    """A token after which the candidate's next-token distribution is far off: where, and what either side prefers."""
+
+    row: int
+    kl: float
+    before: tuple[int, ...]
+    """The last tokens of the sequence up to here."""
+    reference: int
+    candidate: int
+    margin: float
+    """By how much the reference prefers its own token, in logits."""
+
+
+@dataclass(frozen=True)
+class NextToken:
+    """How the next-token distributions of one scenario differ; KL(reference ‖ candidate) in nats."""
+
+    scenario: str
+    kl: tuple[float, ...]
+    """A row of logits each, in the order in which they were computed."""
+    floor_kl: tuple[float, ...]
+    mean: float
+    mean_error: float
+    """The standard error of the mean over rows."""
+    p999: float
+    """The 99.9th percentile."""
+    same_top: float
+    """The share of rows whose best token is the same."""
+    same_top_error: float
+    matched: int
+    """Rows before the first whose best token differs by more than the floor's own error."""
+    worst: tuple[TextPlace, ...]
+
+
+@dataclass(frozen=True)
+class LayerError:
+    """One layer alone, on inputs that are the same to the bit: relative L2 of what it adds to its tokens."""
+
+    place: str
+    kind: str
+    error: float
+    floor: float | None
+
+
+@dataclass(frozen=True)
+class RouterAgreement:
+    """One MoE layer's choices over all scenarios."""
+
+    layer: int
+    tokens: int
+    rerouted: int
+    """Tokens that got other experts."""
+    median_margin: float
+    """Between a token's last expert and the next, in the reference."""
+    rerouted_margin: float
+    """The largest among the rerouted; 0 where there are none."""
+    score_error: float
+
+
+@dataclass(frozen=True)
 class ValidationReport:
     """What was compared with what, every gate, and what was not compared."""
 
@@ -170,6 +230,14 @@ class ValidationReport:
     not_compared: tuple[str, ...]
     text: TextReport | None = None
     """What quantisation costs, where there was a text to measure it on."""
+    next_token: tuple[NextToken, ...] = ()
+    layers: tuple[LayerError, ...] = ()
+    routers: tuple[RouterAgreement, ...] = ()
+
+    @property
+    def not_finite(self) -> tuple[Gate, ...]:
+        """Gates that say that one side holds NaN or infinity: then nothing else can be judged."""
+        return tuple(gate for gate in self.gates if "not finite" in gate.metric and not gate.passed)
 
     @property
     def passed(self) -> bool:

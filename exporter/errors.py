@@ -6,6 +6,7 @@ ExportError
 ├── LowerError          the graph is not what the configuration says
 ├── CompileError        an engine cannot be built
 ├── ValidationError     a gate failed, or could not be judged
+├── NotFiniteError      NaN or infinity where values are to be compared
 └── BundleError         a bundle is incomplete, changed or unknown
 """
 
@@ -48,6 +49,12 @@ class ValidationError(ExportError):
     """A gate failed, or nothing could be compared."""
 
     exit_code = 6
+
+
+class NotFiniteError(ExportError):
+    """One side of a comparison holds NaN or infinity, so that nothing can be judged."""
+
+    exit_code = 8
 
 
 class BundleError(ExportError):

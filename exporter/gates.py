@@ -24,6 +24,9 @@ FP32_RELATIVE_L2 = 1e-4
 FLOOR_FACTOR = 3.0
 """The worst of ten prompt batches was 2.45 times the median of the floor, so three."""
 
+ALONE = "each layer alone"
+"""The scenario in which every part runs on inputs that are the same to the bit."""
+
 COSINE, NORM_RATIO = 0.99, 0.25
 """The two gates of TensorRT Edge-LLM, on top."""
 
@@ -44,6 +47,19 @@ class Compared:
 
     seen: Observation
     expected: Observation
+
+
+Pair = tuple[Array, Array]
+"""A runner's values, and the reference's."""
+
+
+def layer_gates(place: str, shown: dict[str, Pair], floor: dict[str, Pair] | None) -> list[Gate]:
+    """The gates of one part that ran alone: of each value that it gave, beside the reference's on the same inputs."""
+    return [
+        gate
+        for name, pair in shown.items()
+        for gate in _output(ALONE, f"{place} {name}".strip(), pair, floor[name] if floor else None)
+    ]
 
 
 def gates(
@@ -71,10 +87,6 @@ def gates(
     return found
 
 
-Pair = tuple[Array, Array]
-"""A runner's values, and the reference's."""
-
-
 def _of_logits(compared: Compared) -> Pair:
     return compared.seen.logits_RV, compared.expected.logits_RV
 
@@ -82,13 +94,13 @@ def _of_logits(compared: Compared) -> Pair:
 def _of_pool(compared: Compared, name: str, noise: NDArray[np.float32]) -> Pair:
     """Only what the reference wrote, so that noise cannot dilute an error."""
     seen, expected = compared.seen.pools[name][1:], compared.expected.pools[name][1:]
-    written = _written(name, expected, noise[1:])
+    written = written_of(name, expected, noise[1:])
     return seen[written], expected[written]
 
 
 def _stray_writes(scenario: str, name: str, candidate: Compared, noise: NDArray[np.float32]) -> Gate:
     """What the reference did not write must be as it was, to the bit."""
-    written = _written(name, candidate.expected.pools[name][1:], noise[1:])
+    written = written_of(name, candidate.expected.pools[name][1:], noise[1:])
     stray = np.count_nonzero(candidate.seen.pools[name][1:][~written] != noise[1:][~written])
     return Gate(scenario, name, "stray writes", float(stray), 0.0)
 
@@ -125,7 +137,7 @@ def _score_errors(compared: Compared) -> list[float]:
     return [float(np.abs(routing.scores(a) - routing.scores(b)).max(initial=0.0)) for a, b in pairs]
 
 
-def _written(name: str, pool: Array, noise: NDArray[np.float32]) -> NDArray[np.bool_]:
+def written_of(name: str, pool: Array, noise: NDArray[np.float32]) -> NDArray[np.bool_]:
     """Which of a pool's values a step wrote: whole slots, and whole positions of pages.
 
     Not value by value: among the hundred millions of a large model's state, some equal their noise by chance.

@@ -7,6 +7,9 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
 
+TIE = 1e-4
+"""Tokens this near, relative to the largest logit, are as good as equal in FP32."""
+
 
 def relative_l2(candidate: Array, reference: Array) -> float:
     """‖candidate − reference‖ / ‖reference‖; 0 when both are 0, infinite when only the reference is."""

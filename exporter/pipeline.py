@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import json
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from nemotrt.exporter.config import COMPUTE_DTYPES, PRECISION_OF_DTYPE, BuildCon
 from nemotrt.exporter.console import Console
 from nemotrt.exporter.errors import CompileError, ExportError, UsageError, ValidationError
 from nemotrt.exporter.layer_selection import partial_model
+from nemotrt.exporter.runtime.strict_json import decode, encode
 from nemotrt.exporter.targets import AUTO, ONNX, Target, settle
 from nemotrt.exporter.workspace import Workspace, check_output, digest
 
@@ -314,19 +316,19 @@ def _validated(
     def run() -> dict[str, Any]:
         from nemotrt.exporter.stages.validate import num_steps, validate
 
-        total = num_steps(config.precision)
+        total = num_steps(config.precision, len(model.config.layers))
         with console.stage("validate", "ONNX Runtime against PyTorch", total=total) as advance:
             report = validate(model, config, graph.path, advance=advance)
         passed = sum(gate.passed for gate in report.gates)
         console.say(f"{'':<9} {passed} of {len(report.gates)} gates passed")
-        return dataclasses.asdict(report)
+        fields: dict[str, Any] = json.loads(encode(report))
+        return fields
 
     return _report_from(_once("validate", key, workspace, console, run))
 
 
 def _report_from(kept: dict[str, Any]) -> ValidationReport:
-    gates = tuple(Gate(**gate) for gate in kept["gates"])
-    return ValidationReport(**{**kept, "gates": gates, "not_compared": tuple(kept["not_compared"])})
+    return decode(ValidationReport, kept, "the workspace's report")
 
 
 def describe(gate: Gate) -> str:

@@ -42,6 +42,7 @@ def revalidate(
     *,
     base: Path | None = None,
     text: Path | None = None,
+    seed: int = 0,
 ) -> ValidationReport:
     """The report of every gate, as a build makes it; without a checkpoint it says that the weights were not compared.
 
@@ -57,9 +58,11 @@ def revalidate(
     from nemotrt.exporter.stages.validate import num_steps, validate
 
     with console.stage(
-        "validate", "ONNX Runtime against PyTorch", total=num_steps(config.precision)
+        "validate",
+        "ONNX Runtime against PyTorch",
+        total=num_steps(config.precision, len(model.config.layers)),
     ) as advance:
-        report = validate(model, config, subject.graph, advance=advance)
+        report = validate(model, config, subject.graph, seed=seed, advance=advance)
     if checkpoint is None or model.folder == bundle:
         report = dataclasses.replace(report, not_compared=(*report.not_compared, OWN_WEIGHTS))
     return _with_text(report, subject, subject.base, text, console) if text and subject.base else report

@@ -1,28 +1,19 @@
-"""Which experts a runner chose, and the reference made to choose the same where the two differ.
+"""Which experts a runner chose, told from the router logits that it shows.
 
 Choosing is a step function: where two experts are nearly tied, runs that agree to the last rounding may choose
 differently, and all that follows then differs, rightly. So choosing and computing are judged apart: the router's
 scores against their own floor, and the rest with the reference on the candidate's choices.
 
-Legend: T tokens, E experts, k experts a token.
+Legend: T tokens, E experts, G groups, k experts a token.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
-
-from nemotrt.model.moe import MoE, Router
-from nemotrt.plugins.moe_dispatch.reference import route
-
-if TYPE_CHECKING:
-    from nemotrt.model.hybrid import NemotronH
 
 RouterLogits = tuple[NDArray[np.float32], ...]
 """Of one step, [T, E] for each MoE layer in order; nothing where a runner does not show them."""
@@ -35,65 +26,64 @@ def scores(router_logits: NDArray[np.float32]) -> NDArray[np.float64]:
 
 @dataclass(frozen=True)
 class Choosing:
-    """One MoE layer's way from router logits to experts, without its experts."""
+    """One MoE layer's way from router logits to experts: `plugins/moe_dispatch/reference.route`, in NumPy."""
 
-    correction_bias: Tensor
-    options: dict[str, Any]
+    layer: int
+    correction_bias: NDArray[np.float32]
+    top_k: int
+    num_groups: int
+    topk_group: int
 
-    @classmethod
-    def of(cls, moe: MoE) -> Choosing:
-        """A layer's own."""
-        names = ("top_k", "num_groups", "topk_group", "norm_topk_prob", "routed_scaling_factor")
-        return cls(moe.gate.e_score_correction_bias, {name: getattr(moe, name) for name in names})
+    def ranked(self, logits_TE: NDArray[np.float32]) -> NDArray[np.float64]:
+        """By what the experts are chosen [T, E]: score and correction, −inf in groups that are left out."""
+        ranked_TE = scores(logits_TE) + self.correction_bias
+        if self.num_groups == 1:
+            return ranked_TE
+        grouped_TGE = ranked_TE.reshape(len(ranked_TE), self.num_groups, -1)
+        best_TG = np.sort(grouped_TGE, axis=2)[:, :, -2:].sum(2)
+        kept_TG = _top(best_TG, self.topk_group)
+        is_out_TG = np.ones_like(best_TG, dtype=bool)
+        np.put_along_axis(is_out_TG, kept_TG, False, axis=1)
+        return np.where(is_out_TG[..., None], -np.inf, grouped_TGE).reshape(ranked_TE.shape)
 
-    def differ(self, ours_TE: Tensor, others_TE: Tensor) -> Tensor:
-        """Which tokens get other experts [T]."""
-        return (self._chosen(ours_TE) != self._chosen(others_TE)).any(1)
-
-    def _chosen(self, logits_TE: Tensor) -> Tensor:
+    def chosen(self, logits_TE: NDArray[np.float32]) -> NDArray[np.int64]:
         """The experts of each token [T, k], in ascending order."""
-        chosen_Tk, _ = route(logits_TE, self.correction_bias, **self.options)
-        return chosen_Tk.sort(1).values
+        return np.sort(_top(self.ranked(logits_TE), self.top_k), axis=1)
+
+    def margin(self, logits_TE: NDArray[np.float32]) -> NDArray[np.float64]:
+        """By how much each token's last expert is before the next one [T]; infinite where there is no next."""
+        ranked_TE = -np.sort(-self.ranked(logits_TE), axis=1)
+        if self.top_k >= ranked_TE.shape[1]:
+            return np.full(len(ranked_TE), np.inf)
+        return ranked_TE[:, self.top_k - 1] - ranked_TE[:, self.top_k]
+
+    def differ(self, ours_TE: NDArray[np.float32], others_TE: NDArray[np.float32]) -> NDArray[np.bool_]:
+        """Which tokens get other experts [T]."""
+        return (self.chosen(ours_TE) != self.chosen(others_TE)).any(1)  # type: ignore[no-any-return]
 
 
-class RouterTap:
-    """Sees the router logits of a model's MoE layers, and makes it choose as another runner did.
+def _top(values: NDArray[np.float64], count: int) -> NDArray[np.int64]:
+    """The largest of each row; of equal ones the first."""
+    return np.argsort(-values, axis=1, kind="stable")[:, :count]
 
-    A token's logits are replaced by the other's only where they lead to other experts.
-    """
 
-    def __init__(self, network: NemotronH) -> None:
-        self.seen: list[NDArray[np.float32]] = []
-        self._leader: RouterLogits = ()
-        layers = [module for module in network.modules() if isinstance(module, MoE)]
-        self.choosing = tuple(Choosing.of(moe) for moe in layers)
-        for moe in layers:
-            moe.gate.register_forward_hook(self._pass)
-
-    def begin(self, leader: RouterLogits = ()) -> None:
-        """Forget the last step; in the next, choose as in `leader`, whose rows are the step's first ones."""
-        self.seen, self._leader = [], leader
-
-    def _pass(self, gate: Router, args: tuple[Tensor], logits_TE: Tensor) -> Tensor:
-        layer = len(self.seen)
-        self.seen.append(logits_TE.numpy().copy())
-        if not self._leader:
-            return logits_TE
-        led_TE = torch.from_numpy(self._leader[layer])
-        ours_TE = logits_TE[: len(led_TE)]
-        differs_T = self.choosing[layer].differ(ours_TE, led_TE)
-        return torch.cat([torch.where(differs_T[:, None], led_TE, ours_TE), logits_TE[len(led_TE) :]])
+def rerouted(
+    choosing: Sequence[Choosing], ours: Sequence[RouterLogits], others: Sequence[RouterLogits]
+) -> list[list[NDArray[np.bool_]]]:
+    """Which tokens get other experts: [T] for each layer of each step; nothing where one side shows none."""
+    if not any(ours) or not any(others):
+        return []
+    return [
+        [layer.differ(a, b) for layer, a, b in zip(choosing, *step, strict=True)]
+        for step in zip(ours, others, strict=True)
+    ]
 
 
 def num_rerouted(
     choosing: Sequence[Choosing], ours: Sequence[RouterLogits], others: Sequence[RouterLogits]
 ) -> int:
     """How many choices differ over the steps: a token counts once in each layer."""
-    return sum(
-        int(layer.differ(torch.from_numpy(a), torch.from_numpy(b)).sum())
-        for step in zip(ours, others, strict=True)
-        for layer, a, b in zip(choosing, *step, strict=True)
-    )
+    return sum(int(layer.sum()) for step in rerouted(choosing, ours, others) for layer in step)
 
 
 def joined(steps: Sequence[RouterLogits]) -> RouterLogits:

@@ -13,15 +13,15 @@ from numpy.typing import NDArray
 
 from nemotrt.exporter import environment, weights
 from nemotrt.exporter.artifacts import LoadedModel
-from nemotrt.exporter.routing import RouterLogits, RouterTap
+from nemotrt.exporter.router_tap import RouterTap
+from nemotrt.exporter.routing import RouterLogits
 from nemotrt.exporter.runtime.engine_session import EngineSession
 from nemotrt.exporter.runtime.graph_file import read_proto, router_logits_names
 from nemotrt.exporter.runtime.session import Session
 from nemotrt.exporter.runtime.step import StepInputs
-from nemotrt.model.fp8 import FP8
+from nemotrt.exporter.torch_parts import num_threads, pool_dtype, threads, torch_step
 from nemotrt.model.hybrid import NemotronH
 from nemotrt.model.pools import PoolSpec
-from nemotrt.model.step import Step
 
 Array = NDArray[np.float64]
 
@@ -49,20 +49,6 @@ class CandidateRunner(Runner, Protocol):
     """On what, in words."""
 
 
-SMALL_MODEL_BYTES = 64 << 20
-"""Below this PyTorch runs on one thread: a second one waits longer than it works (three times the CPU time)."""
-
-
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 class TorchRunner:
     """The reference model in one dtype, on the CPU."""
 
@@ -78,8 +64,9 @@ class TorchRunner:
         }
         self._network.load_state_dict(state, assign=True)
         self.tap = RouterTap(self._network)
-        is_small = sum(tensor.nbytes for tensor in state.values()) < SMALL_MODEL_BYTES
-        self._num_threads = 1 if is_small else torch.get_num_threads()
+        moe = [index for index, kind in model.config.numbered_layers.items() if kind == "moe"]
+        self.choosing = self.tap.choosing(moe)
+        self._num_threads = num_threads(state)
         self._pools: list[torch.Tensor] = []
 
     @contextmanager
@@ -97,31 +84,20 @@ class TorchRunner:
         finally:
             layers[str(layer)], self._specs = own, specs
 
-    def _pool_dtype(self, spec: PoolSpec) -> torch.dtype:
-        # The FP32 reference keeps everything in FP32 but what is quantised; at a lower precision each pool has its own.
-        own: torch.dtype = getattr(torch, spec.dtype)
-        is_wide = self._dtype == torch.float32 and own != FP8
-        return torch.float32 if is_wide else own
-
     def reset(self, pools: dict[str, NDArray[np.float32]]) -> None:
         """Fill every pool, in its own dtype."""
         self._pools = [
-            torch.from_numpy(pools[spec.name].copy()).to(self._pool_dtype(spec)) for spec in self._specs
+            torch.from_numpy(pools[spec.name].copy()).to(pool_dtype(spec, self._dtype))
+            for spec in self._specs
         ]
 
     @torch.no_grad()
     def step(self, inputs: StepInputs, leader: RouterLogits = ()) -> Array:
         """The logits [R, V] of one step, with the experts that `leader` leads to."""
         self.tap.begin(leader)
-        step = Step(
-            *(
-                torch.from_numpy(getattr(inputs, name))
-                for name in ("query_start", "context_len", "slot", "page_table")
-            )
-        )
         ids, rows = torch.from_numpy(inputs.input_ids), torch.from_numpy(inputs.logits_row)
-        with _threads(self._num_threads):
-            logits, self._pools = self._network(ids, step, rows, self._pools)
+        with threads(self._num_threads):
+            logits, self._pools = self._network(ids, torch_step(inputs), rows, self._pools)
         return logits.double().numpy()  # type: ignore[no-any-return]
 
     def pools(self) -> dict[str, Array]:

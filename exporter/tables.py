@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Iterable, Mapping
-from itertools import groupby
 
 from rich import box
 from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from nemotrt.exporter.artifacts import Gate, TextReport, ValidationReport
+from nemotrt.exporter.artifacts import TextReport, ValidationReport
 from nemotrt.exporter.check import Check
+from nemotrt.exporter.gate_summary import summary
 from nemotrt.exporter.inspection import Graph, Inspection, Part
 from nemotrt.exporter.layer_selection import partial_model
 from nemotrt.exporter.runtime.manifest import Manifest
@@ -288,25 +287,20 @@ def report(found: ValidationReport) -> list[RenderableType]:
         "scenario", "metric", "gates", "worst", "limit", "of", "", right=("gates", "worst", "limit")
     )
 
-    def place(gate: Gate) -> tuple[str, str]:
-        return gate.scenario, gate.metric
-
     before = ""
-    for (scenario, metric), group in groupby(sorted(found.gates, key=place), key=place):
-        gates = list(group)
-        worst = max(gates, key=_strain)
-        failed = sum(not gate.passed for gate in gates)
-        verdict = Text(f"{failed} failed", "red") if failed else Text("passed", "green")
+    for row in summary(found.gates):
+        worst = row.worst
+        verdict = Text(f"{row.failed} failed", "red") if row.failed else Text("passed", "green")
         table.add_row(
-            "" if scenario == before else scenario,
-            metric,
-            str(len(gates)),
+            "" if row.scenario == before else row.scenario,
+            row.metric,
+            str(row.count),
             f"{worst.value:.3g}",
             f"{worst.limit:.3g}",
             worst.output,
             verdict,
         )
-        before = scenario
+        before = row.scenario
     passed = sum(gate.passed for gate in found.gates)
     outcome = ("passed", "green") if found.passed else ("failed", "red")
     line = f": {passed} of {len(found.gates)} gates; {found.candidate} against {found.reference}"
@@ -340,12 +334,3 @@ def _text(found: TextReport) -> list[RenderableType]:
 
 
 MAX_LAYERS = 10
-
-
-def _strain(gate: Gate) -> float:
-    """How much of its limit a gate uses, failed ones first: NaN is the most."""
-    if math.isnan(gate.value):
-        return math.inf
-    if gate.limit == 0:
-        return math.inf if gate.value else 0.0
-    return gate.value / gate.limit

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from nemotrt.exporter.commands.arguments import BUNDLE, FOLDER, JSON, ExistingPath, command
 from nemotrt.exporter.console import Console
-from nemotrt.exporter.errors import ValidationError
+from nemotrt.exporter.errors import NotFiniteError, ValidationError
+
+if TYPE_CHECKING:
+    from nemotrt.exporter.artifacts import ValidationReport
+
+OUTPUT_FILE = click.Path(dir_okay=False, writable=True, path_type=Path)
 
 
 @command("validate tiny.bundle --checkpoint examples/tiny")
@@ -30,6 +37,9 @@ from nemotrt.exporter.errors import ValidationError
     type=FOLDER,
     help="With --eval: the model before it was quantised. Default: the checkpoint, if the build quantised it.",
 )
+@click.option("--html", type=OUTPUT_FILE, help="Write the report as one HTML page that loads nothing.")
+@click.option("--junit", type=OUTPUT_FILE, help="Write the gates as JUnit XML, for a CI system.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the prompt's tokens.")
 @JSON
 @click.pass_obj
 def validate(
@@ -38,19 +48,55 @@ def validate(
     checkpoint: Path | None,
     text: Path | None,
     base: Path | None,
+    html: Path | None,
+    junit: Path | None,
+    seed: int,
     as_json: bool,
 ) -> None:
     """Compare BUNDLE with PyTorch by every gate that a build has; exits with 6 if one fails."""
     from nemotrt.exporter.revalidation import revalidate
     from nemotrt.exporter.stages.bundle import as_json as report_fields
 
-    report = revalidate(bundle, checkpoint, console, base=base, text=text)
+    started = time.perf_counter()
+    report = revalidate(bundle, checkpoint, console, base=base, text=text, seed=seed)
+    if html:
+        _write_page(html, bundle, report, time.perf_counter() - started)
+    if junit:
+        from nemotrt.exporter.junit import junit as as_junit
+
+        junit.write_text(as_junit(report, bundle.name), encoding="utf-8")
     if as_json:
         click.echo(json.dumps(report_fields(report), indent=2))
     else:
         from nemotrt.exporter import tables
 
         tables.show(tables.report(report))
+    _judge(report)
+
+
+def _write_page(page: Path, bundle: Path, report: ValidationReport, seconds: float) -> None:
+    from nemotrt.exporter.report_html import report_html
+    from nemotrt.exporter.runtime import manifest
+    from nemotrt.exporter.runtime.tokenizer import TOKENIZER, Tokenizer
+
+    tokenizer = Tokenizer(bundle) if (bundle / TOKENIZER).is_file() else None
+    text = report_html(
+        report,
+        name=bundle.resolve().name,
+        manifest=manifest.read(bundle),
+        tokenizer=tokenizer,
+        seconds=seconds,
+    )
+    page.write_text(text, encoding="utf-8")
+
+
+def _judge(report: ValidationReport) -> None:
+    if report.not_finite:
+        gate = report.not_finite[0]
+        raise NotFiniteError(
+            f"{gate.scenario}, {gate.output}: {gate.value:.0f} values are {gate.metric}",
+            hint="nothing else was judged of it; do not ship it",
+        )
     if not report.passed:
         failed = sum(not gate.passed for gate in report.gates)
         raise ValidationError(

@@ -74,6 +74,21 @@ def open_graph(
     The values named in `shown` are outputs too. Raises BundleError on a file that ONNX Runtime refuses,
     UsageError where it or a provider is missing.
     """
+    return open_model(
+        read_proto(path), path, threads=threads, providers=providers, thread=thread, shown=shown
+    )
+
+
+def open_model(
+    model: ModelProto,
+    path: Path,
+    *,
+    threads: int,
+    providers: Sequence[str],
+    thread: Interruptible,
+    shown: Sequence[str] = (),
+) -> tuple[ort.InferenceSession, str]:
+    """As `open_graph`, of a model in memory whose external data lies beside `path`."""
     if find_spec("onnxruntime") is None:
         raise UsageError("ONNX Runtime is not installed", hint="pip install 'nemo-export[cpu]'")
     import onnx
@@ -85,7 +100,6 @@ def open_graph(
             f"this ONNX Runtime has no {missing[0]}",
             hint="it has " + ", ".join(ort.get_available_providers()),
         )
-    model = read_proto(path)
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     # Errors only: those are raised too, and its warnings are about machines without a GPU.
@@ -94,18 +108,13 @@ def open_graph(
     options.enable_mem_pattern = False
     # Weights stay in the mapped file: packed copies of 1.3 GB took 0.55 s to make, and a step gained 4% at most.
     options.add_session_config_entry("session.disable_prepacking", "1")
-    source: str | bytes = str(path)
     runs_as = _precision(model)
-    is_twin = tuple(providers) == (CPU,) and needs_twin(model)
-    if is_twin:
+    if tuple(providers) == (CPU,) and needs_twin(model):
         model, runs_as = fp32_twin(model), f"{runs_as} as an FP32 twin"
     model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in shown)
-    if is_twin or shown:
-        folder = str(path.parent.resolve())
-        options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
-        source = model.SerializeToString()
-    session = _create(path, source, options, providers, thread)
-    return session, runs_as
+    folder = str(path.parent.resolve())
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
+    return _create(path, model.SerializeToString(), options, providers, thread), runs_as
 
 
 def read_proto(path: Path) -> ModelProto:
@@ -134,7 +143,7 @@ def _precision(model: ModelProto) -> str:
 
 def _create(
     path: Path,
-    source: str | bytes,
+    source: bytes,
     options: ort.SessionOptions,
     providers: Sequence[str],
     thread: Interruptible,

@@ -15,10 +15,12 @@ import torch
 from numpy.typing import NDArray
 
 from nemotrt.exporter import gates as judged
-from nemotrt.exporter.artifacts import Gate, LoadedModel, ValidationReport
+from nemotrt.exporter.artifacts import Gate, LayerError, LoadedModel, ValidationReport
 from nemotrt.exporter.config import COMPUTE_DTYPES, BuildConfig
 from nemotrt.exporter.gates import Compared, Observation
 from nemotrt.exporter.layer_selection import partial_model
+from nemotrt.exporter.layerwise import compare_layers
+from nemotrt.exporter.observations import next_token, router_agreement
 from nemotrt.exporter.routing import Choosing, RouterLogits, num_rerouted
 from nemotrt.exporter.runners import CandidateRunner, GraphRunner, Runner, TorchRunner
 from nemotrt.exporter.runtime.step import StepInputs
@@ -43,17 +45,17 @@ def validate(
     def open_runner(pages: int, way: str) -> GraphRunner:
         return GraphRunner(graph, num_slots=NUM_SLOTS, num_pages=pages, bound=way == "bound")
 
-    candidate = Candidate("ONNX Runtime", ways, open_runner, ("TensorRT engine: not executed",))
+    candidate = Candidate("ONNX Runtime", ways, open_runner, ("TensorRT engine: not executed",), graph)
     return judge(model, config, candidate, seed=seed, advance=advance)
+
+
+QUANTISED_ALONE = "each layer alone: only models that are not quantised are cut so far"
 
 
 def _left_out(model: LoadedModel) -> tuple[str, ...]:
     chosen = model.config.chosen_layers
     partial = (f"the whole model: {partial_model(chosen)}",) if chosen else ()
-    return (*partial, *((NO_TEXT,) if model.config.recipe else ()))
-
-
-NO_TEXT = "what quantisation costs: no text was given (nemo-export validate --eval FILE)"
+    return (*partial, QUANTISED_ALONE) if model.config.recipe else partial
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,8 @@ class Candidate:
     open: Callable[[int, str], CandidateRunner]
     """From pages in the pool and a way; NUM_SLOTS slots."""
     not_compared: tuple[str, ...]
+    graph: Path | None = None
+    """Of which each layer is compared alone too; none of what cannot be cut, as an engine."""
 
 
 def judge(
@@ -89,7 +93,7 @@ def judge(
     continuation = _greedy(reference, prompt, noise, page_size, advance)
     plan = scenarios(prompt, continuation, page_size)
     expected = _Reference(
-        model, pools, plan, noise, _observe(reference, plan, noise, advance), reference.tap.choosing
+        model, pools, plan, noise, _observe(reference, plan, noise, advance), reference.choosing
     )
     del reference  # one copy of the weights at a time is enough
     floor = None
@@ -102,19 +106,25 @@ def judge(
     other = _observe(candidate.open(pages, second), plan, noise, advance)
 
     gates: list[Gate] = []
+    differences = []
     for scenario in plan:
         name = scenario.name
         base = expected.beside(name, floor[name], floor[name].routers) if floor else None
         against = expected.beside(name, seen[name], other[name].routers)
         gates += judged.gates(name, against, base, noise)
         gates.append(judged.same_bits(name, f"{first} and {second} differ", seen[name], other[name]))
+        differences.append(next_token(scenario, against, base))
+    alone, layers = _alone(model, config, candidate.graph, plan, noise, advance)
     return ValidationReport(
         candidate=f"{candidate.title}, {runs_as}",
         reference="PyTorch, FP32",
         floor=f"PyTorch, {dtype}" if floor else "",
         tokens={"prompt": PROMPT, "decode": DECODE, "seed": seed},
-        gates=tuple(gates),
+        gates=(*gates, *alone),
         rerouted={name: expected.num_rerouted(name, found.routers) for name, found in other.items()},
+        next_token=tuple(found for found in differences if found),
+        layers=layers,
+        routers=router_agreement(expected.choosing, expected.seen, other),
         not_compared=(
             *(f"{name}: not exported" for name in model.not_exported),
             *candidate.not_compared,
@@ -123,12 +133,27 @@ def judge(
     )
 
 
-def num_steps(precision: str) -> int:
-    """Steps that a validation runs: the greedy continuation's, and the scenarios' for each runner."""
+def _alone(
+    model: LoadedModel,
+    config: BuildConfig,
+    graph: Path | None,
+    plan: tuple[Scenario, ...],
+    noise: dict[str, NDArray[np.float32]],
+    advance: Callable[[int], None],
+) -> tuple[list[Gate], tuple[LayerError, ...]]:
+    """The gates of each layer alone, on the steps that hold every kind of batch; none of a graph that cannot be cut."""
+    if graph is None or model.config.recipe:
+        return [], ()
+    steps = next(scenario.steps for scenario in plan if scenario.name == "mixed batch")
+    return compare_layers(model, config, graph, steps, noise, advance=advance)
+
+
+def num_steps(precision: str, num_layers: int) -> int:
+    """Steps that a validation runs: the greedy continuation's, the scenarios' for each runner, and each part alone."""
     tokens = np.zeros(PROMPT, dtype=np.int64)
     steps = sum(len(scenario.steps) for scenario in scenarios(tokens, tokens[:DECODE], PROMPT))
     num_runners = 3 if precision == "fp32" else 4
-    return 1 + DECODE + num_runners * steps
+    return 1 + DECODE + num_runners * steps + num_layers + 2
 
 
 def _noise(
@@ -203,19 +228,19 @@ class _Reference:
     ) -> None:
         self._model, self._pools, self._noise = model, pools, noise
         self._plan = {scenario.name: scenario for scenario in plan}
-        self._seen, self._choosing = seen, choosing
+        self.seen, self.choosing = seen, choosing
 
     def num_rerouted(self, name: str, routers: tuple[RouterLogits, ...]) -> int:
         """How often another runner chose other experts; 0 where it does not show them."""
         if not any(routers):
             return 0
-        return num_rerouted(self._choosing, self._seen[name].routers, routers)
+        return num_rerouted(self.choosing, self.seen[name].routers, routers)
 
     def beside(self, name: str, seen: Observation, routers: tuple[RouterLogits, ...]) -> Compared:
         """What another runner showed, whose choice is in `routers`, beside the reference on that choice."""
         seen = replace(seen, routers=routers)
         if not self.num_rerouted(name, routers):
-            return Compared(seen, self._seen[name])
+            return Compared(seen, self.seen[name])
         runner = TorchRunner(self._model, self._pools, torch.float32)
         runner.reset(self._noise)
         logits, own = [], []

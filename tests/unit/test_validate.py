@@ -11,11 +11,13 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
+from faults import broken
 
 from nemotrt.exporter import gates, metrics
 from nemotrt.exporter.artifacts import Gate, LoadedModel, ValidationReport
 from nemotrt.exporter.config import BuildConfig
 from nemotrt.exporter.gates import Compared, Observation
+from nemotrt.exporter.routing import Choosing
 from nemotrt.exporter.runners import TorchRunner
 from nemotrt.exporter.stages import validate as stage
 from nemotrt.exporter.stages.load import load
@@ -24,6 +26,7 @@ from nemotrt.exporter.stages.trace import trace
 from nemotrt.exporter.stages.validate import judge, validate
 from nemotrt.model.moe import Router
 from nemotrt.model.pools import PoolSpec
+from nemotrt.plugins.moe_dispatch.reference import route
 
 
 @pytest.fixture(scope="module")
@@ -43,8 +46,38 @@ def test_a_right_graph_passes(loaded: LoadedModel, tmp_path: Path, precision: st
     config = build(loaded, tmp_path / "graph", precision)
     report = validate(loaded, config, tmp_path / "graph" / "model.onnx")
     assert report.passed, [gate for gate in report.gates if not gate.passed]
-    outputs = {gate.output for gate in report.gates if gate.metric == "relative L2"}
-    assert outputs == {"logits", *(pool.name for pool in loaded.pools(config))}
+    compared = [gate for gate in report.gates if gate.metric == "relative L2"]
+    pools = {pool.name for pool in loaded.pools(config)}
+    assert {gate.output for gate in compared if gate.scenario != gates.ALONE} == {"logits", *pools}
+    layers = {f"layers.{index}" for index in loaded.config.numbered_layers}
+    adding = {f"{place} adds" for place in layers}
+    holding = {f"layers.{name.partition('.')[2]} {name}" for name in pools}
+    alone = {gate.output for gate in compared if gate.scenario == gates.ALONE}
+    assert alone == {"embeddings", "head", *layers, *adding, *holding}
+    assert [layer.place for layer in report.layers] == [f"layers.{i}" for i in loaded.config.numbered_layers]
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+def test_experts_are_chosen_as_the_op_chooses(groups: int) -> None:
+    generator = np.random.default_rng(groups)
+    logits = generator.standard_normal((50, 16)).astype(np.float32)
+    logits[3] = 0  # all equal: the first ones are taken
+    bias = generator.standard_normal(16).astype(np.float32) * np.float32(0.1)
+    choosing = Choosing(0, bias, top_k=3, num_groups=groups, topk_group=2 if groups > 1 else 1)
+    options = {"norm_topk_prob": 1, "routed_scaling_factor": 1.0}
+    sizes = {"top_k": 3, "num_groups": groups, "topk_group": choosing.topk_group}
+    wanted, _ = route(torch.from_numpy(logits), torch.from_numpy(bias), **sizes, **options)
+    assert np.array_equal(choosing.chosen(logits), wanted.sort(1).values.numpy())
+    assert (choosing.margin(logits) >= 0).all()
+
+
+def test_a_fault_is_blamed_on_its_own_layer(loaded: LoadedModel, tmp_path: Path) -> None:
+    config = build(loaded, tmp_path / "graph", "fp16")
+    path = tmp_path / "graph" / "model.onnx"
+    broken(path, lambda graph: graph.weights["backbone.layers.3.mixer.down_proj.weight"].__imul__(1.02))
+    failed = [gate for gate in validate(loaded, config, path).gates if not gate.passed]
+    blamed = {gate.output.split()[0] for gate in failed if gate.scenario == gates.ALONE}
+    assert blamed == {"layers.3"}
 
 
 def scale_expert(weights: dict[str, np.ndarray]) -> None:

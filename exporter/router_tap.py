@@ -1,0 +1,63 @@
+"""The routers of a PyTorch model, seen, and made to choose as another runner did.
+
+Legend: T tokens, E experts.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from nemotrt.exporter.routing import Choosing, RouterLogits
+from nemotrt.model.moe import MoE, Router
+from nemotrt.plugins.moe_dispatch.reference import route
+
+OPTIONS = ("top_k", "num_groups", "topk_group", "norm_topk_prob", "routed_scaling_factor")
+
+
+class RouterTap:
+    """Sees the router logits of a model's MoE layers, and makes it choose as another runner did.
+
+    A token's logits are replaced by the other's only where they lead to other experts.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        self.seen: list[NDArray[np.float32]] = []
+        self._leader: RouterLogits = ()
+        self._layers = [module for module in network.modules() if isinstance(module, MoE)]
+        for moe in self._layers:
+            moe.gate.register_forward_hook(self._pass)
+
+    def choosing(self, indices: list[int]) -> tuple[Choosing, ...]:
+        """How each layer chooses, by the layers' indices in the model."""
+        return tuple(
+            Choosing(
+                index, moe.gate.e_score_correction_bias.numpy(), moe.top_k, moe.num_groups, moe.topk_group
+            )
+            for index, moe in zip(indices, self._layers, strict=True)
+        )
+
+    def begin(self, leader: RouterLogits = ()) -> None:
+        """Forget the last step; in the next, choose as in `leader`, whose rows are the step's first ones."""
+        self.seen, self._leader = [], leader
+
+    def _pass(self, gate: Router, args: tuple[Tensor], logits_TE: Tensor) -> Tensor:
+        layer = len(self.seen)
+        self.seen.append(logits_TE.numpy().copy())
+        if not self._leader:
+            return logits_TE
+        led_TE = torch.from_numpy(self._leader[layer])
+        ours_TE = logits_TE[: len(led_TE)]
+        moe = self._layers[layer]
+        differs_T = (_experts(moe, ours_TE) != _experts(moe, led_TE)).any(1)
+        return torch.cat([torch.where(differs_T[:, None], led_TE, ours_TE), logits_TE[len(led_TE) :]])
+
+
+def _experts(moe: MoE, logits_TE: Tensor) -> Tensor:
+    """The experts of each token, in ascending order: as the op itself chooses, to the last bit."""
+    options: dict[str, Any] = {name: getattr(moe, name) for name in OPTIONS}
+    return route(logits_TE, moe.gate.e_score_correction_bias, **options)[0].sort(1).values
