@@ -49,13 +49,14 @@ def validate(
     return judge(model, config, candidate, seed=seed, advance=advance)
 
 
+NO_TEXT = "what quantisation costs: no text was given (nemo-export validate --eval FILE)"
 QUANTISED_ALONE = "each layer alone: only models that are not quantised are cut so far"
 
 
 def _left_out(model: LoadedModel) -> tuple[str, ...]:
     chosen = model.config.chosen_layers
     partial = (f"the whole model: {partial_model(chosen)}",) if chosen else ()
-    return (*partial, QUANTISED_ALONE) if model.config.recipe else partial
+    return (*partial, QUANTISED_ALONE, NO_TEXT) if model.config.recipe else partial
 
 
 @dataclass(frozen=True)
