@@ -50,13 +50,12 @@ def validate(
 
 
 NO_TEXT = "what quantisation costs: no text was given (nemo-export validate --eval FILE)"
-QUANTISED_ALONE = "each layer alone: only models that are not quantised are cut so far"
 
 
 def _left_out(model: LoadedModel) -> tuple[str, ...]:
     chosen = model.config.chosen_layers
     partial = (f"the whole model: {partial_model(chosen)}",) if chosen else ()
-    return (*partial, QUANTISED_ALONE, NO_TEXT) if model.config.recipe else partial
+    return (*partial, NO_TEXT) if model.config.recipe else partial
 
 
 @dataclass(frozen=True)
@@ -143,7 +142,7 @@ def _alone(
     advance: Callable[[int], None],
 ) -> tuple[list[Gate], tuple[LayerError, ...]]:
     """The gates of each layer alone, on the steps that hold every kind of batch; none of a graph that cannot be cut."""
-    if graph is None or model.config.recipe:
+    if graph is None:
         return [], ()
     steps = next(scenario.steps for scenario in plan if scenario.name == "mixed batch")
     return compare_layers(model, config, graph, steps, noise, advance=advance)

@@ -149,6 +149,8 @@ def test_the_graph_is_the_fake_quantised_reference(tmp_path: Path) -> None:
     failed = [gate for gate in report.gates if not gate.passed]
     assert not failed
     assert "fp8" in report.candidate
+    assert [layer.kind for layer in report.layers] == list(load(config.checkpoint).config.layers)
+    assert all(layer.floor and layer.error <= 3 * layer.floor for layer in report.layers)
 
 
 def test_a_forgotten_scale_is_caught(tmp_path: Path) -> None:
