@@ -8,6 +8,7 @@ Legend: R rows of logits, V vocabulary, T tokens, E experts.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -52,23 +53,73 @@ class Compared:
 Pair = tuple[Array, Array]
 """A runner's values, and the reference's."""
 
+Noise = dict[str, NDArray[np.float32]]
+"""What each pool held at first."""
+
+
+@dataclass(frozen=True)
+class Distances:
+    """How far one output of a runner is from the reference's; no distance is measured where a side is not finite."""
+
+    not_finite: int
+    """Values that are NaN or infinite."""
+    reference_not_finite: int = 0
+    """Such values of the reference."""
+    relative_l2: float = 0.0
+    norm_ratio: float = 0.0
+    angle: float = 0.0
+    """1 − cosine."""
+
+
+@dataclass(frozen=True)
+class TokenDistances:
+    """How far a runner's next-token distributions are from the reference's."""
+
+    kl: tuple[float, ...]
+    """Nats, a row of logits each."""
+    flip_margin: float
+    """The most by which the reference prefers its own best token to the runner's, where they differ; in logits."""
+    largest: float
+    """The largest difference of a logit."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """How far a runner is from the reference in one scenario: every number that a gate judges, or derives from."""
+
+    outputs: dict[str, Distances]
+    """Of the logits and of every pool, by name."""
+    next_token: TokenDistances | None
+    """None where logits are not finite."""
+    score_errors: tuple[float, ...]
+    """The largest error of a router's score, for each MoE layer; nothing where the runner does not show any."""
+
+
+def measured(compared: Compared, noise: Noise) -> Measured:
+    """How far the runner is from the reference; of pools what the reference wrote, so that noise dilutes no error."""
+    logits = compared.seen.logits_RV, compared.expected.logits_RV
+    outputs = {"logits": _distances_of(logits)}
+    for name in compared.expected.pools:
+        outputs[name] = _distances_of(_of_pool(compared, name, noise[name]))
+    is_finite = all(np.isfinite(values).all() for values in logits)
+    next_token = _next_token_of(logits) if is_finite else None
+    return Measured(outputs, next_token, _score_errors(compared))
+
 
 def layer_gates(place: str, shown: dict[str, Pair], floor: dict[str, Pair] | None) -> list[Gate]:
     """The gates of one part that ran alone: of each value that it gave, beside the reference's on the same inputs."""
-    return [
-        gate
-        for name, pair in shown.items()
-        for gate in _output(ALONE, f"{place} {name}".strip(), pair, floor[name] if floor else None)
-    ]
+    found = []
+    for name, pair in shown.items():
+        base = _distances_of(floor[name]) if floor else None
+        found += _output(ALONE, f"{place} {name}".strip(), _distances_of(pair), base)
+    return found
 
 
-def gates(
-    scenario: str, candidate: Compared, floor: Compared | None, noise: dict[str, NDArray[np.float32]]
-) -> list[Gate]:
+def gates(scenario: str, candidate: Compared, floor: Measured | None, noise: Noise) -> list[Gate]:
     """Every gate of one scenario: finiteness, logits, next token, routers, and every pool without its scratch row.
 
-    `floor` is PyTorch at the candidate's precision; `noise` what the pools held at first. Raises ValidationError
-    when an output that should be compared is missing.
+    `floor` is of PyTorch at the candidate's precision. Raises ValidationError when an output that should be compared
+    is missing.
     """
     seen, expected = candidate.seen, candidate.expected
     missing = sorted(set(expected.pools) - set(seen.pools))
@@ -76,23 +127,23 @@ def gates(
         raise ValidationError(
             f"{scenario}: {missing[0] if missing else 'logits'} was not produced by the graph"
         )
-    found = _output(scenario, "logits", _of_logits(candidate), _of_logits(floor) if floor else None)
-    for name in expected.pools:
-        found.append(_stray_writes(scenario, name, candidate, noise[name]))
-        base = _of_pool(floor, name, noise[name]) if floor else None
-        found += _output(scenario, name, _of_pool(candidate, name, noise[name]), base)
-    found += _routers(scenario, candidate, floor)
-    if np.isfinite(seen.logits_RV).all():
-        found += _next_token(scenario, _of_logits(candidate), _of_logits(floor) if floor else None)
+    found: list[Gate] = []
+    own = measured(candidate, noise)
+    for name, distances in own.outputs.items():
+        if name in noise:
+            found.append(_stray_writes(scenario, name, candidate, noise[name]))
+        found += _output(scenario, name, distances, floor.outputs[name] if floor else None)
+    found += _routers(scenario, own, floor)
+    if own.next_token and floor is None:
+        scale = float(np.abs(expected.logits_RV).max())
+        flipped = own.next_token.flip_margin
+        found.append(Gate(scenario, "logits", "greedy flip's margin", flipped, FP32_RELATIVE_L2 * scale))
+    elif own.next_token and floor and floor.next_token:
+        found += _next_token(scenario, own.next_token, floor.next_token)
     return found
 
 
-def _of_logits(compared: Compared) -> Pair:
-    return compared.seen.logits_RV, compared.expected.logits_RV
-
-
 def _of_pool(compared: Compared, name: str, noise: NDArray[np.float32]) -> Pair:
-    """Only what the reference wrote, so that noise cannot dilute an error."""
     seen, expected = compared.seen.pools[name][1:], compared.expected.pools[name][1:]
     written = written_of(name, expected, noise[1:])
     return seen[written], expected[written]
@@ -105,36 +156,45 @@ def _stray_writes(scenario: str, name: str, candidate: Compared, noise: NDArray[
     return Gate(scenario, name, "stray writes", float(stray), 0.0)
 
 
-def _output(scenario: str, name: str, candidate: Pair, floor: Pair | None) -> list[Gate]:
+def _output(scenario: str, name: str, own: Distances, floor: Distances | None) -> list[Gate]:
     """Finiteness, and then the distances."""
-    broken = np.count_nonzero(~np.isfinite(candidate[0]))
-    found = [Gate(scenario, name, "not finite", float(broken), 0.0)]
-    if floor and not np.isfinite(floor[0]).all():
+    found = [Gate(scenario, name, "not finite", float(own.not_finite), 0.0)]
+    if own.reference_not_finite:
+        lost = float(own.reference_not_finite)
+        found.append(Gate(scenario, name, "reference not finite", lost, 0.0))
+    elif floor and floor.not_finite:
         # An infinite floor is a limit that everything passes.
-        lost = np.count_nonzero(~np.isfinite(floor[0]))
-        found.append(Gate(scenario, name, "floor not finite", float(lost), 0.0))
-    elif not broken:
-        found += _distances(scenario, name, candidate, floor)
+        found.append(Gate(scenario, name, "floor not finite", float(floor.not_finite), 0.0))
+    elif not own.not_finite:
+        found += _distances(scenario, name, own, floor)
     return found
 
 
-def _routers(scenario: str, candidate: Compared, floor: Compared | None) -> list[Gate]:
+def score_limits(floor: Measured | None, num_layers: int) -> list[float]:
+    """How far off a router's score may be, for each of the MoE layers."""
+    if floor is None:
+        return [FP32_RELATIVE_L2] * num_layers
+    return [FLOOR_FACTOR * error for error in floor.score_errors]
+
+
+def _routers(scenario: str, own: Measured, floor: Measured | None) -> list[Gate]:
     """How far the scores by which experts are chosen are off, at worst: what excuses another choice, and no more."""
-    if not any(candidate.seen.routers):
+    if not own.score_errors:
         return []
-    gates = []
-    off = _score_errors(candidate)
-    base = _score_errors(floor) if floor else [None] * len(off)
-    for layer, (error, floor_error) in enumerate(zip(off, base, strict=True)):
-        limit = FP32_RELATIVE_L2 if floor_error is None else FLOOR_FACTOR * floor_error
-        gates.append(Gate(scenario, f"router {layer}", "score error", error, limit, floor_error))
-    return gates
+    limits = score_limits(floor, len(own.score_errors))
+    bases: Sequence[float | None] = floor.score_errors if floor else [None] * len(limits)
+    return [
+        Gate(scenario, f"router {layer}", "score error", error, limit, base)
+        for layer, (error, limit, base) in enumerate(zip(own.score_errors, limits, bases, strict=True))
+    ]
 
 
-def _score_errors(compared: Compared) -> list[float]:
+def _score_errors(compared: Compared) -> tuple[float, ...]:
     """The largest difference of any token's score of any expert, for each MoE layer."""
+    if not any(compared.seen.routers):
+        return ()
     pairs = zip(routing.joined(compared.seen.routers), routing.joined(compared.expected.routers), strict=True)
-    return [float(np.abs(routing.scores(a) - routing.scores(b)).max(initial=0.0)) for a, b in pairs]
+    return tuple(float(np.abs(routing.scores(a) - routing.scores(b)).max(initial=0.0)) for a, b in pairs)
 
 
 def written_of(name: str, pool: Array, noise: NDArray[np.float32]) -> NDArray[np.bool_]:
@@ -147,61 +207,55 @@ def written_of(name: str, pool: Array, noise: NDArray[np.float32]) -> NDArray[np
     return np.broadcast_to(changed, pool.shape)
 
 
-def _distances(scenario: str, name: str, candidate: Pair, base: Pair | None) -> list[Gate]:
+def _distances_of(pair: Pair) -> Distances:
+    own, reference = (int(np.count_nonzero(~np.isfinite(values))) for values in pair)
+    if own or reference:
+        return Distances(own, reference)
+    return Distances(
+        0, 0, metrics.relative_l2(*pair), metrics.norm_ratio_error(*pair), 1 - metrics.cosine(*pair)
+    )
+
+
+def _distances(scenario: str, name: str, own: Distances, floor: Distances | None) -> list[Gate]:
     """Relative L2, and at a lower precision the norm ratio too, each against its limit."""
-    error = metrics.relative_l2(*candidate)
-    if base is None:
-        return [Gate(scenario, name, "relative L2", error, FP32_RELATIVE_L2)]
-    ratio, angle = metrics.norm_ratio_error(*candidate), 1 - metrics.cosine(*candidate)
-    floor, floor_ratio = metrics.relative_l2(*base), metrics.norm_ratio_error(*base)
-    floor_angle = 1 - metrics.cosine(*base)
+    if floor is None:
+        return [Gate(scenario, name, "relative L2", own.relative_l2, FP32_RELATIVE_L2)]
+    # A norm can come out right by luck: its error is never larger than the relative L2 of the same values.
+    norm_limit = FLOOR_FACTOR * max(floor.norm_ratio, floor.relative_l2)
+    # Edge-LLM's thresholds suit trained models. Where PyTorch itself misses them at this precision (a router that
+    # is near a tie, as with random weights), its own loss is the measure.
+    angle_limit = max(1 - COSINE, FLOOR_FACTOR * floor.angle)
+    absolute_limit = max(NORM_RATIO, FLOOR_FACTOR * floor.norm_ratio)
     return [
-        Gate(scenario, name, "relative L2", error, FLOOR_FACTOR * floor, floor),
-        # A norm can come out right by luck: its error is never larger than the relative L2 of the same values.
-        Gate(scenario, name, "norm ratio", ratio, FLOOR_FACTOR * max(floor_ratio, floor), floor_ratio),
-        # Edge-LLM's thresholds suit trained models. Where PyTorch itself misses them at this precision (a router that
-        # is near a tie, as with random weights), its own loss is the measure.
-        Gate(scenario, name, "1 − cosine", angle, max(1 - COSINE, FLOOR_FACTOR * floor_angle), floor_angle),
         Gate(
             scenario,
             name,
-            "norm ratio, absolute",
-            ratio,
-            max(NORM_RATIO, FLOOR_FACTOR * floor_ratio),
-            floor_ratio,
+            "relative L2",
+            own.relative_l2,
+            FLOOR_FACTOR * floor.relative_l2,
+            floor.relative_l2,
         ),
+        Gate(scenario, name, "norm ratio", own.norm_ratio, norm_limit, floor.norm_ratio),
+        Gate(scenario, name, "1 − cosine", own.angle, angle_limit, floor.angle),
+        Gate(scenario, name, "norm ratio, absolute", own.norm_ratio, absolute_limit, floor.norm_ratio),
     ]
 
 
-def _next_token(scenario: str, candidate: Pair, base: Pair | None) -> list[Gate]:
+def _next_token_of(logits: Pair) -> TokenDistances:
+    kl = metrics.kl_divergence(*logits)
+    flipped = metrics.flips(*logits).max(initial=0.0)
+    return TokenDistances(tuple(kl.tolist()), float(flipped), float(np.abs(logits[0] - logits[1]).max()))
+
+
+def _next_token(scenario: str, own: TokenDistances, floor: TokenDistances) -> list[Gate]:
     """KL of the next-token distributions, and how clearly the reference prefers a token that was not chosen."""
-    kl = metrics.kl_divergence(*candidate)
-    flipped = metrics.flips(*candidate).max(initial=0.0)
-    if base is None:
-        scale = float(np.abs(candidate[1]).max())
-        return [Gate(scenario, "logits", "greedy flip's margin", float(flipped), FP32_RELATIVE_L2 * scale)]
-    floor_kl = metrics.kl_divergence(*base)
-    floor_flipped = metrics.flips(*base).max(initial=0.0)
+    mean, floor_mean = float(np.mean(own.kl)), float(np.mean(floor.kl))
     # Where the floor flips nothing, a flip may still stand between two tokens closer than the floor's own error.
-    margin = max(float(floor_flipped), float(np.abs(base[0] - base[1]).max()))
+    margin = max(floor.flip_margin, floor.largest)
     return [
-        Gate(
-            scenario,
-            "logits",
-            "mean KL",
-            float(kl.mean()),
-            FLOOR_FACTOR * float(floor_kl.mean()),
-            float(floor_kl.mean()),
-        ),
-        Gate(
-            scenario,
-            "logits",
-            "max KL",
-            float(kl.max()),
-            FLOOR_FACTOR * float(floor_kl.max()),
-            float(floor_kl.max()),
-        ),
-        Gate(scenario, "logits", "greedy flip's margin", float(flipped), 2 * margin, float(floor_flipped)),
+        Gate(scenario, "logits", "mean KL", mean, FLOOR_FACTOR * floor_mean, floor_mean),
+        Gate(scenario, "logits", "max KL", max(own.kl), FLOOR_FACTOR * max(floor.kl), max(floor.kl)),
+        Gate(scenario, "logits", "greedy flip's margin", own.flip_margin, 2 * margin, floor.flip_margin),
     ]
 
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from nemotrt.exporter import metrics, routing
 from nemotrt.exporter.artifacts import NextToken, RouterAgreement, TextPlace
-from nemotrt.exporter.gates import Array, Compared, Observation
+from nemotrt.exporter.gates import Array, Compared, Measured, Observation
 from nemotrt.exporter.routing import Choosing
 from nemotrt.exporter.scenarios import Scenario
 
@@ -21,7 +21,7 @@ NUM_WORST, NUM_BEFORE = 5, 24
 DIGITS = 4
 
 
-def next_token(scenario: Scenario, compared: Compared, floor: Compared | None) -> NextToken | None:
+def next_token(scenario: Scenario, compared: Compared, floor: Measured | None) -> NextToken | None:
     """How the distributions of a scenario differ; none where a side is not finite, which is a gate's to say."""
     ours, reference = compared.seen.logits_RV, compared.expected.logits_RV
     if not (np.isfinite(ours).all() and np.isfinite(reference).all()):
@@ -31,9 +31,8 @@ def next_token(scenario: Scenario, compared: Compared, floor: Compared | None) -
     share = float(is_same.mean())
     floor_kl = np.zeros(0)
     tie = metrics.TIE * float(np.abs(reference).max())
-    if floor is not None:
-        floor_kl = metrics.kl_divergence(floor.seen.logits_RV, floor.expected.logits_RV)
-        tie = float(np.abs(floor.seen.logits_RV - floor.expected.logits_RV).max())
+    if floor is not None and floor.next_token is not None:
+        floor_kl, tie = np.asarray(floor.next_token.kl), floor.next_token.largest
     margins = reference.max(1) - np.take_along_axis(reference, ours.argmax(1)[:, None], 1)[:, 0]
     apart = np.flatnonzero(margins > 2 * tie)
     return NextToken(

@@ -109,7 +109,10 @@ def judge(
     differences = []
     for scenario in plan:
         name = scenario.name
-        base = expected.beside(name, floor[name], floor[name].routers) if floor else None
+        base = None
+        if floor:
+            beside = expected.beside(name, floor[name], floor[name].routers)
+            base = judged.measured(beside, noise)
         against = expected.beside(name, seen[name], other[name].routers)
         gates += judged.gates(name, against, base, noise)
         gates.append(judged.same_bits(name, f"{first} and {second} differ", seen[name], other[name]))

@@ -163,8 +163,9 @@ def judged(
         seen, expected = (Observation(logits, {"ssm_state.0": values}) for values in (pool, reference))
         return Compared(seen, expected)
 
-    floors = beside(floor["floor"]) if floor else None
-    found = gates.gates("s", beside(candidate), floors, {"ssm_state.0": noise.astype(np.float32)})
+    pools = {"ssm_state.0": noise.astype(np.float32)}
+    floors = gates.measured(beside(floor["floor"]), pools) if floor else None
+    found = gates.gates("s", beside(candidate), floors, pools)
     return [gate for gate in found if not gate.passed]
 
 
@@ -232,6 +233,14 @@ def test_an_infinite_floor_is_no_limit() -> None:
     overflowed[1, 2] = np.inf
     failed = judged(reference * 7, reference, noise, floor=overflowed)
     assert [gate.metric for gate in failed] == ["floor not finite"]
+
+
+def test_a_reference_that_is_not_finite_is_named() -> None:
+    noise = np.zeros((2, 4))
+    reference = noise + np.array([[0.0], [1.0]])
+    reference[1, 2] = np.nan
+    failed = judged(reference * 1, reference, noise)
+    assert [gate.metric for gate in failed] == ["not finite", "reference not finite"]
 
 
 def test_no_gate_is_no_pass() -> None:
