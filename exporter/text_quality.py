@@ -17,8 +17,9 @@ from nemotrt.exporter import metrics
 from nemotrt.exporter.artifacts import Gate, LayerCost, LoadedModel, TextFigure, TextReport
 from nemotrt.exporter.calibration_text import SEQUENCE, Sequences
 from nemotrt.exporter.config import BuildConfig
-from nemotrt.exporter.runners import Array, GraphRunner, TorchRunner
+from nemotrt.exporter.runners import Array, GraphRunner
 from nemotrt.exporter.runtime.step import StepInputs, pages_of
+from nemotrt.exporter.torch_runner import TorchRunner
 
 MEAN_KL, OTHER_TOP, PERPLEXITY_RATIO = 0.02, 0.03, 1.01
 """Limits on the text: nats a token, the share of tokens whose best differs, and how much perplexity may grow."""

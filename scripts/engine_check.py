@@ -24,10 +24,10 @@ from rich.console import Console as RichConsole
 from rich.table import Table
 
 from nemotrt.exporter import environment, pipeline
+from nemotrt.exporter.candidates import engine_candidate
 from nemotrt.exporter.config import PRECISIONS, RUNTIMES, BuildConfig
 from nemotrt.exporter.console import Console
 from nemotrt.exporter.errors import CompileError, ExportError, UsageError
-from nemotrt.exporter.runners import EngineRunner
 from nemotrt.exporter.runtime import manifest as manifests
 from nemotrt.exporter.runtime.backends import BACKENDS
 from nemotrt.exporter.runtime.cuda import CudaError, Gpu, find_gpu
@@ -35,9 +35,8 @@ from nemotrt.exporter.runtime.engine_file import engine_profile
 from nemotrt.exporter.runtime.engine_session import EngineSession
 from nemotrt.exporter.runtime.manifest import Profile
 from nemotrt.exporter.runtime.step import pages_of
-from nemotrt.exporter.scenarios import NUM_SLOTS
 from nemotrt.exporter.stages.load import load
-from nemotrt.exporter.stages.validate import Candidate, judge
+from nemotrt.exporter.stages.validate import judge
 from nemotrt.exporter.targets import Target, settle
 
 EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "tiny"
@@ -103,11 +102,7 @@ def compare(checkpoint: Path, bundle: Path, precision: str) -> tuple[str, Any]:
         profile.page_size,
     )
 
-    def open_runner(pages: int, way: str) -> EngineRunner:
-        return EngineRunner(bundle, num_slots=NUM_SLOTS, num_pages=pages, capture=way == "captured")
-
-    candidate = Candidate(profile.runtime, ("captured", "uncaptured"), open_runner, ())
-    report = judge(load(checkpoint), config, candidate)
+    report = judge(load(checkpoint), config, engine_candidate(bundle, profile.runtime))
     failed = [gate for gate in report.gates if not gate.passed]
     said = f"{report.candidate}: {len(report.gates) - len(failed)} of {len(report.gates)} gates passed"
     if failed:

@@ -15,15 +15,16 @@ from faults import broken
 
 from nemotrt.exporter import gates, metrics
 from nemotrt.exporter.artifacts import Gate, LoadedModel, ValidationReport
+from nemotrt.exporter.comparison import Candidate
 from nemotrt.exporter.config import BuildConfig
 from nemotrt.exporter.gates import Compared, Observation
 from nemotrt.exporter.routing import Choosing
-from nemotrt.exporter.runners import TorchRunner
 from nemotrt.exporter.stages import validate as stage
 from nemotrt.exporter.stages.load import load
 from nemotrt.exporter.stages.lower import lower
 from nemotrt.exporter.stages.trace import trace
 from nemotrt.exporter.stages.validate import judge, validate
+from nemotrt.exporter.torch_runner import TorchRunner
 from nemotrt.model.moe import Router
 from nemotrt.model.pools import PoolSpec
 from nemotrt.plugins.moe_dispatch.reference import route
@@ -207,9 +208,7 @@ def test_only_a_near_tie_excuses_another_expert(
     monkeypatch.setattr(stage, "DECODE", 4)
     config = BuildConfig(checkpoint=loaded.folder, output=tmp_path, precision="fp32")
     pools = loaded.pools(config)
-    candidate = stage.Candidate(
-        "PyTorch", ("once", "again"), lambda pages, way: Nudged(loaded, pools, nudge), ()
-    )
+    candidate = Candidate("PyTorch", ("once", "again"), lambda pages, way: Nudged(loaded, pools, nudge), ())
     report = judge(loaded, config, candidate)
     assert all(report.rerouted.values())
     assert failing <= {gate.metric for gate in report.gates if not gate.passed}
