@@ -62,6 +62,9 @@ MOE_321M = COMMON | {
 }
 
 
+PAUSE = 0.15
+"""Seconds: a decode that took 16 ms after a pause took 26 right after other sessions' calls."""
+
 # A child's peak starts at that of the process that made it, so a small one stands in between.
 LAUNCHER = """
 import os, subprocess, sys, time
@@ -97,11 +100,13 @@ def build(checkpoint: Path, bundle: Path) -> dict[str, float]:
 def in_turns(calls: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
     """The median milliseconds of each call, each round timing every call once.
 
-    A call runs untimed first: the idle threads of what ran before it still spin, and its weights are not in the caches.
+    Before each, a pause: ONNX Runtime's idle threads spin for tens of milliseconds after a call, on the cores of
+    whoever is next. Then an untimed call, since the weights of others are in the caches.
     """
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(repeats):
         for name, call in calls.items():
+            time.sleep(PAUSE)
             call()
             started = time.perf_counter()
             call()

@@ -27,8 +27,8 @@ def body(
     is_local_A = op.And(op.GreaterOrEqual(local_A, 0), op.Less(local_A, experts))
     expert_A = op.Where(is_local_A, local_A, experts)  # another rank's experts sort behind all of ours
     _, order_A = op.TopK(expert_A, op.Shape(expert_A), largest=0, outputs=2)  # ties keep their order
-    token_A = op.Div(order_A, top_k)
-    weight_A = op.Gather(op.Reshape(weight_Tk, [-1]), order_A)
+    token_A1 = op.Unsqueeze(op.Div(order_A, top_k), [1])
+    weight_A1 = op.Unsqueeze(op.Gather(op.Reshape(weight_Tk, [-1]), order_A), [1])
     start_E, end_E = _bounds(op, expert_A, experts)
     x_TL = _rounded(op, inputs["x"], inputs["input_scale"], inputs["up"])
 
@@ -39,20 +39,19 @@ def body(
         down_LI: ir.Value,
         up_scale_I: ir.Value,
         down_scale_L: ir.Value,
-        start: ir.Value,
-        end: ir.Value,
+        start_1: ir.Value,
+        end_1: ir.Value,
         is_chosen: ir.Value,
     ) -> list[ir.Value]:
         def run(chosen: Operators) -> list[ir.Value]:
-            bounds = [chosen.Unsqueeze(start, [0]), chosen.Unsqueeze(end, [0]), [0]]
-            token_J = chosen.Slice(token_A, *bounds)
-            rows_JL = chosen.Gather(x_TL, token_J, axis=0)
+            token_J1 = chosen.Slice(token_A1, start_1, end_1, [0])
+            rows_JL = chosen.GatherND(x_TL, token_J1)
             hidden_JI = chosen.Relu(_linear(chosen, rows_JL, up_IL, up_scale_I))
             hidden_JI = chosen.CastLike(chosen.Mul(hidden_JI, hidden_JI), inputs["x"])
             hidden_JI = _rounded(chosen, hidden_JI, inputs["hidden_scale"], down_LI)
             part_JL = _linear(chosen, hidden_JI, down_LI, down_scale_L)
-            part_JL = chosen.Mul(part_JL, chosen.Unsqueeze(chosen.Slice(weight_A, *bounds), [1]))
-            return [chosen.ScatterND(sum_TL, chosen.Unsqueeze(token_J, [1]), part_JL, reduction="add")]
+            part_JL = chosen.Mul(part_JL, chosen.Slice(weight_A1, start_1, end_1, [0]))
+            return [chosen.ScatterND(sum_TL, token_J1, part_JL, reduction="add")]
 
         return [
             inner.If(
@@ -68,7 +67,7 @@ def body(
     up_scale_EI = op.Mul(inputs["up_scale"], inputs["input_scale"])
     down_scale_EL = op.Mul(inputs["down_scale"], inputs["hidden_scale"])
     of_experts = (inputs["up"], inputs["down"], up_scale_EI, down_scale_EL)
-    ranges = (start_E, end_E, op.Less(start_E, end_E))
+    ranges = (op.Unsqueeze(start_E, [1]), op.Unsqueeze(end_E, [1]), op.Less(start_E, end_E))
     y_TL = op.Scan(none_TL, *of_experts, *ranges, body=scan, num_scan_inputs=7)
     return (op.CastLike(y_TL, inputs["x"]),)
 

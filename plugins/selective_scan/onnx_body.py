@@ -47,7 +47,8 @@ def body(
     """y and the next pool, computed in FP32."""
     packed, is_owned_T = _read(op, inputs, sizes, attributes)
     length_B = op.Sub(packed.end_B, packed.start_B)
-    longest = op.ReduceMax(length_B, keepdims=0)
+    # A fresh sequence has no state to step from: its one token counts as two, so that it goes the way of a prefill.
+    longest = op.ReduceMax(op.Where(packed.is_fresh_B, op.Mul(length_B, 2), length_B), keepdims=0)
     y_THP, state_BHPN = op.If(
         op.LessOrEqual(longest, 1),
         then_branch=op.subgraph("step", lambda inner: _one_step(inner, packed)),
@@ -95,7 +96,10 @@ def _read(
 
 
 def _one_step(op: Operators, packed: _Packed) -> tuple[ir.Value, ir.Value]:
-    """y without the skip [T, H, P] and the states [B, H, P, N], when no sequence has more than one token."""
+    """y without the skip [T, H, P] and the states [B, H, P, N], when each sequence has one token and a past, or none.
+
+    A sequence without a token gives a state that nobody reads: `written_slots` sends it to the scratch row.
+    """
     heads, head_dim, groups, state_size = packed.heads, packed.head_dim, packed.groups, packed.state_size
     by_group = [0, groups, heads // groups * head_dim, -1]
     token_B = op.Min(packed.start_B, op.Sub(packed.num_tokens, 1))
@@ -104,11 +108,7 @@ def _one_step(op: Operators, packed: _Packed) -> tuple[ir.Value, ir.Value]:
     B_BG1N = op.Unsqueeze(op.Gather(packed.B_TGN, token_B, axis=0), [2])
     C_BGN1 = op.Unsqueeze(op.Gather(packed.C_TGN, token_B, axis=0), [3])
 
-    stored_BHPN = op.cast(op.Gather(packed.pool_SHPN, packed.slot_B, axis=0), ir.DataType.FLOAT)
-    # Zeros are scattered in place over the fresh ones, of which a step of decode has none; Where would copy all.
-    fresh_F1 = op.Transpose(op.NonZero(packed.is_fresh_B), perm=[1, 0])
-    zeros_FHPN = op.Expand(0.0, op.Concat(op.Shape(fresh_F1, end=1), [heads, head_dim, state_size], axis=0))
-    old_BHPN = op.ScatterND(stored_BHPN, fresh_F1, zeros_FHPN)
+    old_BHPN = op.cast(op.Gather(packed.pool_SHPN, packed.slot_B, axis=0), ir.DataType.FLOAT)
     decay_BH11 = op.Unsqueeze(op.Exp(op.Mul(delta_BH, packed.A_H)), [2, 3])
     input_BHP = op.Mul(op.Unsqueeze(delta_BH, [2]), x_BHP)
     outer = op.Mul(op.Reshape(input_BHP, by_group), B_BG1N)
