@@ -98,7 +98,7 @@ class Candidate:
     """From pages in the pool and a way; NUM_SLOTS slots."""
     not_compared: tuple[str, ...]
     graph: Path | None = None
-    """Of which each layer is compared alone too; none of what cannot be cut, as an engine."""
+    """Whose dtypes are read, and whose layers are compared alone too; none of what cannot be, as an engine."""
 
 
 Beside = Callable[[str, Observation, tuple[RouterLogits, ...]], Compared]

@@ -13,8 +13,10 @@ from nemotrt.exporter.artifacts import Gate, LayerError, LoadedModel, Validation
 from nemotrt.exporter.candidates import graph_candidate
 from nemotrt.exporter.comparison import Candidate, Extent, Recording, compare
 from nemotrt.exporter.config import BuildConfig
+from nemotrt.exporter.graph_dtypes import dtype_gates
 from nemotrt.exporter.layer_selection import partial_model
 from nemotrt.exporter.layerwise import compare_layers
+from nemotrt.exporter.runtime.graph_file import read_proto
 from nemotrt.exporter.torch_reference import Follower, record
 
 PROMPT, DECODE = 96, 64
@@ -53,8 +55,8 @@ def judge(
     recorded(recording)
     beside = Follower(model, model.pools(config), recording).beside
     report = compare(recording, candidate, beside, advance)
-    alone, layers = _alone(model, config, candidate.graph, recording, advance)
-    return dataclasses.replace(report, gates=(*report.gates, *alone), layers=layers)
+    of_graph, layers = _of_graph(model, config, candidate.graph, recording, advance)
+    return dataclasses.replace(report, gates=(*report.gates, *of_graph), layers=layers)
 
 
 def extent(model: LoadedModel, config: BuildConfig, seed: int) -> Extent:
@@ -71,18 +73,22 @@ def _left_out(model: LoadedModel) -> tuple[str, ...]:
     )
 
 
-def _alone(
+def _of_graph(
     model: LoadedModel,
     config: BuildConfig,
     graph: Path | None,
     recording: Recording,
     advance: Callable[[int], None],
 ) -> tuple[list[Gate], tuple[LayerError, ...]]:
-    """The gates of each layer alone, on the steps that hold every kind of batch; none of a graph that cannot be cut."""
+    """The gates of a graph's dtypes, and of each layer alone on the steps that hold every kind of batch.
+
+    None of what cannot be read and cut, as an engine.
+    """
     if graph is None:
         return [], ()
     steps = next(scenario.steps for scenario in recording.plan if scenario.name == "mixed batch")
-    return compare_layers(model, config, graph, steps, recording.noise, advance=advance)
+    alone, layers = compare_layers(model, config, graph, steps, recording.noise, advance=advance)
+    return [*dtype_gates(read_proto(graph), model, config), *alone], layers
 
 
 def num_steps(precision: str, num_layers: int) -> int:
