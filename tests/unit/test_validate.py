@@ -19,6 +19,7 @@ from nemotrt.exporter.comparison import Candidate
 from nemotrt.exporter.config import BuildConfig
 from nemotrt.exporter.gates import Compared, Observation
 from nemotrt.exporter.routing import Choosing
+from nemotrt.exporter.runners import Recurrence
 from nemotrt.exporter.stages import validate as stage
 from nemotrt.exporter.stages.load import load
 from nemotrt.exporter.stages.lower import lower
@@ -185,6 +186,9 @@ class Nudged(TorchRunner):
         for module in self._network.modules():
             if isinstance(module, Router):
                 module.register_forward_hook(partial(self._nudge, nudge), prepend=True)
+
+    def recurrences(self) -> dict[str, Recurrence]:
+        return {}
 
     def _nudge(self, nudge: float, router: Router, args: object, logits_TE: torch.Tensor) -> torch.Tensor:
         return logits_TE + nudge * (torch.arange(logits_TE.shape[1]) == 1)
