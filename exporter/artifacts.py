@@ -202,6 +202,76 @@ class LayerError:
 
 
 @dataclass(frozen=True)
+class OpError:
+    """One output of one op's node alone, on inputs that are the same to the bit."""
+
+    node: str
+    op: str
+    output: str
+    error: float | None
+    """Relative L2; None where a value is not finite."""
+    not_finite: int
+    """Values that are NaN or infinite."""
+    floor: float | None
+    limit: float
+
+
+@dataclass(frozen=True)
+class Suspect:
+    """One value inside a part of the graph, beside PyTorch's: where it is, and how far off."""
+
+    place: str
+    """`layers.7`."""
+    kind: str
+    node: str
+    op: str
+    tensor: str
+    shape: tuple[str, ...]
+    """As the graph declares it, free axes by their names."""
+    error: float | None
+    """Relative L2 over all steps; None where a value is not finite."""
+    floor: float | None
+    limit: float
+    step: int
+    """Where the largest difference is: a step of the mixed batch, and the place in the value."""
+    index: tuple[int, ...]
+    candidate: float | None
+    """What stands there, None where that is not finite."""
+    reference: float | None
+    reads: tuple[str, ...]
+    """The node's own inputs, each with what is known of it."""
+
+    @property
+    def departs(self) -> bool:
+        """Whether it is beyond its limit."""
+        return self.error is None or self.error > self.limit
+
+    @property
+    def strain(self) -> float:
+        """The error as a share of its limit."""
+        if self.error is None or (self.error and not self.limit):
+            return float("inf")
+        return self.error / self.limit if self.error else 0.0
+
+
+@dataclass(frozen=True)
+class Bisection:
+    """Where the graph departs from PyTorch: each part alone, every value of it an output."""
+
+    runs_as: str
+    num_values: int
+    """Compared, over all parts."""
+    num_unmatched: int
+    """Values of the graph that PyTorch has no counterpart of, as the steps inside a linear."""
+    departing: tuple[Suspect, ...]
+    """The first value of each part that departs, in the order in which tokens pass the parts."""
+    nearest: Suspect | None
+    """Of the values that do not depart, the nearest to its limit."""
+    marking_changed: tuple[str, ...]
+    """Parts whose results have other bits when inner values are outputs too."""
+
+
+@dataclass(frozen=True)
 class RouterAgreement:
     """One MoE layer's choices over all scenarios."""
 
@@ -214,33 +284,6 @@ class RouterAgreement:
     rerouted_margin: float
     """The largest among the rerouted; 0 where there are none."""
     score_error: float
-
-
-@dataclass(frozen=True)
-class StateDrift:
-    """One recurrent state's relative L2 at each mark of a drift."""
-
-    pool: str
-    error: tuple[float, ...]
-    floor: tuple[float, ...]
-    """PyTorch's at the graph's precision; empty in FP32."""
-    alone: tuple[float, ...]
-    """The worst head's, against FP64 on the recurrence's own inputs; empty where the candidate does not show them."""
-    alone_floor: tuple[float, ...]
-    """The same of a recurrence whose state is held as the pool holds it; empty where that is FP32."""
-
-
-@dataclass(frozen=True)
-class Drift:
-    """How far the recurrent states and the next token depart over decode steps with identical tokens."""
-
-    steps: tuple[int, ...]
-    """The marks: after how many steps it was looked."""
-    sequences: int
-    states: tuple[StateDrift, ...]
-    kl: tuple[float, ...]
-    """Nats, the mean over the rows of the last steps before each mark."""
-    floor_kl: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -259,8 +302,10 @@ class ValidationReport:
     """What quantisation costs, where there was a text to measure it on."""
     next_token: tuple[NextToken, ...] = ()
     layers: tuple[LayerError, ...] = ()
+    ops: tuple[OpError, ...] = ()
     routers: tuple[RouterAgreement, ...] = ()
-    drift: Drift | None = None
+    bisect: Bisection | None = None
+    """Where values depart, where that was looked for."""
 
     @property
     def not_finite(self) -> tuple[Gate, ...]:
@@ -269,8 +314,9 @@ class ValidationReport:
 
     @property
     def passed(self) -> bool:
-        """Whether there were gates and all of them hold: no comparison is never a pass."""
-        return bool(self.gates) and all(gate.passed for gate in self.gates)
+        """Whether there were gates, all of them hold, and no value departs: no comparison is never a pass."""
+        departs = self.bisect is not None and bool(self.bisect.departing)
+        return bool(self.gates) and all(gate.passed for gate in self.gates) and not departs
 
 
 @dataclass(frozen=True)

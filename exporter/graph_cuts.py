@@ -8,13 +8,15 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import groupby
 from typing import TYPE_CHECKING
 
 from nemotrt.exporter.errors import BundleError
+from nemotrt.plugins.spec import DOMAIN
 
 if TYPE_CHECKING:
-    from onnx import ModelProto, NodeProto, ValueInfoProto
+    from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto
 
 PLACE = re.compile(r"(layers\.\d+|embeddings|head)\.")
 
@@ -39,15 +41,49 @@ class Cut:
 
         shown = ModelProto()
         shown.CopyFrom(self.model)
-        typed = {value.name: value for value in self.model.graph.value_info}
         already = {value.name for value in self.model.graph.output}
-        shown.graph.output.extend(typed[name] for name in values if name not in already)
+        shown.graph.output.extend(self.types[name] for name in values if name not in already)
         return shown
+
+    @property
+    def edges(self) -> tuple[str, ...]:
+        """What the part gives: the tokens' values, what it adds to them, and its pools after the step."""
+        mixed = (self.mixed,) if self.mixed else ()
+        return (self.flow_out, *mixed, *(f"next.{pool}" for pool in self.pools))
 
     @property
     def router_logits(self) -> str:
         """The value by which the part chooses experts, empty where it chooses none."""
         return next((n.input[1] for n in self.model.graph.node if n.op_type == "NemoMoeDispatch"), "")
+
+    @cached_property
+    def types(self) -> dict[str, ValueInfoProto]:
+        """The type and shape of every value of the part that is no weight."""
+        graph = self.model.graph
+        return {value.name: value for value in (*graph.value_info, *graph.input, *graph.output)}
+
+    @cached_property
+    def weights(self) -> dict[str, TensorProto]:
+        """Weights and constants of the part, by their names."""
+        return {tensor.name: tensor for tensor in self.model.graph.initializer}
+
+    def axis(self, value: str) -> str:
+        """What the first axis of a value counts, by the contract's names: T, R, S or K; empty where it is fixed."""
+        sizes = self.types[value].type.tensor_type.shape.dim
+        return sizes[0].dim_param if sizes else ""
+
+    @property
+    def ops(self) -> tuple[NodeProto, ...]:
+        """The nodes of our own ops."""
+        return tuple(node for node in self.model.graph.node if node.domain == DOMAIN)
+
+    def only(self, node: NodeProto) -> ModelProto:
+        """One node of the part, as a model of its own on the same external data."""
+        taken = list(dict.fromkeys(name for name in node.input if name))
+        inputs = [self.types[name] for name in taken if name not in self.weights]
+        found = _model(self.model, [node], inputs, [self.types[name] for name in node.output], set())
+        found.graph.initializer.extend(self.weights[name] for name in taken if name in self.weights)
+        return found
 
 
 def cuts(model: ModelProto) -> list[Cut]:

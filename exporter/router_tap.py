@@ -46,6 +46,10 @@ class RouterTap:
         self.seen, self._leader = [], leader
 
     def _pass(self, gate: Router, args: tuple[Tensor], logits_TE: Tensor) -> Tensor:
+        return self.led(logits_TE)
+
+    def led(self, logits_TE: Tensor) -> Tensor:
+        """The next layer's router logits, seen, or the leader's where those lead to other experts."""
         layer = len(self.seen)
         self.seen.append(logits_TE.numpy().copy())
         if not self._leader:

@@ -9,6 +9,9 @@ from numpy.typing import NDArray
 
 from nemotrt.exporter.runtime.step import StepInputs
 
+MIXED = "mixed batch"
+"""The scenario of every kind of sequence at once: fresh, carried on, decoding, empty, and padding."""
+
 PIECES = (1, 17, 64)
 """Uneven pieces of a prompt; what is left is the last piece."""
 
@@ -113,5 +116,5 @@ def scenarios(
     mixed.step([(first, len(prompt)), (second, 5)], padding=3)
     mixed.step([(third, 33), (first, 1), (None, 0), (second, 21)], padding=2)
     mixed.step([(first, 1), (None, 0), (third, 1), (second, 1)], padding=1)
-    plans = {"prefill": at_once, "prefill in pieces": pieces, "decode": decode, "mixed batch": mixed}
+    plans = {"prefill": at_once, "prefill in pieces": pieces, "decode": decode, MIXED: mixed}
     return tuple(Scenario(name, tuple(plan.steps)) for name, plan in plans.items())

@@ -7,14 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from nemotrt.exporter import environment, weights
 from nemotrt.exporter.artifacts import LoadedModel
+from nemotrt.exporter.graph_cuts import Cut
 from nemotrt.exporter.router_tap import RouterTap
 from nemotrt.exporter.routing import RouterLogits
 from nemotrt.exporter.runtime.step import StepInputs
@@ -23,6 +29,10 @@ from nemotrt.model.fp8 import FP8
 from nemotrt.model.hybrid import NemotronH
 from nemotrt.model.pools import PoolSpec
 from nemotrt.model.step import Step
+from nemotrt.plugins import torch_op
+from nemotrt.plugins.spec import OpSpec, ops
+
+OPS = {torch_op.overload(spec): spec for spec in ops()}
 
 SMALL_MODEL_BYTES = 64 << 20
 """Below this PyTorch runs on one thread: a second one waits longer than it works (three times the CPU time)."""
@@ -74,25 +84,52 @@ def part_of(model: LoadedModel, place: str, dtype: torch.dtype) -> nn.Module:
     return module
 
 
-class TorchPart:
-    """One part in one dtype, on pools of its own; row 0 of a pool is scratch."""
+@dataclass(frozen=True)
+class OpCall:
+    """One of our ops as a model called it: its tensors in SPEC order, and its attributes."""
 
-    def __init__(self, model: LoadedModel, place: str, pools: Sequence[PoolSpec], dtype: torch.dtype) -> None:
+    spec: OpSpec
+    tensors: tuple[Tensor, ...]
+    attributes: dict[str, Any]
+
+
+class _OpCalls(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Keeps every call of our ops while it is entered."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.calls: list[OpCall] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in OPS:
+            self.calls.append(OpCall(OPS[func], args, dict(kwargs or {})))
+        return func(*args, **(kwargs or {}))
+
+
+class TorchPart:
+    """The part of the model that a cut is of, in one dtype, on pools of its own; row 0 of a pool is scratch."""
+
+    def __init__(self, model: LoadedModel, cut: Cut, pools: Sequence[PoolSpec], dtype: torch.dtype) -> None:
         environment.hide_unusable_amx()
-        self._module, self._dtype = part_of(model, place, dtype), dtype
+        self._cut, self._dtype = cut, dtype
+        self._module = part_of(model, cut.place, dtype)
         self._num_threads = num_threads(self._module.state_dict())
-        self._specs = tuple(pools)
+        self._specs = tuple(spec for spec in pools if f"layers.{spec.layer}" == cut.place)
         self._pools: list[Tensor] = []
         self._tap = RouterTap(self._module)
-        self.mixed: NDArray[np.float64] | None = None
-        """What the layer added to its tokens in the last step [T, D]; none of a part that is no layer."""
+        self.values: dict[str, Tensor] = {}
+        """What the last step gave, by the graph's names."""
+        self.calls: list[OpCall] = []
+        """The ops that the last step called."""
         if isinstance(self._module, Block):
             self._module.mixer.register_forward_hook(self._keep)
 
     def _keep(self, _: nn.Module, __: object, results: tuple[Tensor, ...]) -> None:
-        self.mixed = results[0].double().numpy()
+        self.values[self._cut.mixed] = results[0]
 
-    def reset(self, pools: dict[str, NDArray[np.float32]]) -> None:
+    def reset(self, pools: Mapping[str, NDArray[np.float32]]) -> None:
         """Fill every pool, in its own dtype."""
         self._pools = [
             torch.from_numpy(pools[spec.name].copy()).to(pool_dtype(spec, self._dtype))
@@ -103,23 +140,81 @@ class TorchPart:
     def step(self, flow: Tensor, inputs: StepInputs, leader: RouterLogits = ()) -> Tensor:
         """What flows on, of what flowed in; the experts are those that `leader` leads to."""
         self._tap.begin(leader)
-        with threads(self._num_threads):
-            return self._run(flow, inputs)
+        self.values = {}
+        with threads(self._num_threads), _OpCalls() as seen:
+            result, *self._pools = self._run(flow, inputs)
+        self.calls = seen.calls
+        pools = {f"next.{spec.name}": pool for spec, pool in zip(self._specs, self._pools, strict=True)}
+        self.values |= {self._cut.flow_out: result} | pools
+        return result
 
-    def _run(self, flow: Tensor, inputs: StepInputs) -> Tensor:
+    def _run(self, flow: Tensor, inputs: StepInputs) -> tuple[Tensor, ...]:
+        """What flows on, and the pools after the step."""
         if isinstance(self._module, Block):
-            flow = flow.to(self._dtype)
-            result, *self._pools = self._module(flow, torch_step(inputs), *self._pools)
-            return result  # type: ignore[no-any-return]
+            return self._module(flow.to(self._dtype), torch_step(inputs), *self._pools)  # type: ignore[no-any-return]
         if isinstance(self._module, nn.Embedding):
-            return self._module(torch.from_numpy(inputs.input_ids))  # type: ignore[no-any-return]
-        rows = torch.from_numpy(inputs.logits_row)
-        return self._module(flow.to(self._dtype), rows)  # type: ignore[no-any-return]
-
-    def pools(self) -> dict[str, NDArray[np.float64]]:
-        """Every pool's values."""
-        return {spec.name: pool.double().numpy() for spec, pool in zip(self._specs, self._pools, strict=True)}
+            return (self._module(torch.from_numpy(inputs.input_ids)),)
+        return (self._module(flow.to(self._dtype), torch.from_numpy(inputs.logits_row)),)
 
     def router_logits(self) -> RouterLogits:
         """Of the last step's tokens, before another's choices took their place."""
         return tuple(self._tap.seen)
+
+
+class TracedTorchPart(TorchPart):
+    """The part as it was traced for export, run operator by operator: every value inside it can be seen."""
+
+    def __init__(
+        self,
+        model: LoadedModel,
+        cut: Cut,
+        pools: Sequence[PoolSpec],
+        dtype: torch.dtype,
+        program: ExportedProgram,
+        names: Mapping[str, str],
+    ) -> None:
+        """`program` is traced in `dtype`; `names` are its nodes' names → the graph's of the same values."""
+        super().__init__(model, cut, pools, dtype)
+        self._program, self._names = program, names
+
+    def _run(self, flow: Tensor, inputs: StepInputs) -> tuple[Tensor, ...]:
+        interpreter = _Interpreter(self._program.graph_module, self._names, self._tap)
+        results = interpreter.run(*self._arguments(flow, inputs))
+        self.values |= interpreter.values
+        return tuple(results)
+
+    def _arguments(self, flow: Tensor, inputs: StepInputs) -> Iterator[Tensor]:
+        """In the order of the program's own inputs, parameters first."""
+        parameters = self._module.state_dict()
+        sources = iter([flow if flow.dtype == torch.int64 else flow.to(self._dtype), *self._pools])
+        for spec in self._program.graph_signature.input_specs:
+            if spec.kind is not InputKind.USER_INPUT:
+                yield parameters[str(spec.target)]
+                continue
+            # PyTorch flattens `step.slot` to `step_slot`.
+            name = spec.arg.name.removeprefix("step_")
+            is_step = name in StepInputs.names()
+            yield torch.from_numpy(getattr(inputs, name)) if is_step else next(sources)
+
+
+class _Interpreter(fx.Interpreter):
+    """Runs a traced graph and keeps what the graph has a name for; routers choose as the tap says."""
+
+    def __init__(self, graph: fx.GraphModule, names: Mapping[str, str], tap: RouterTap) -> None:
+        super().__init__(graph)
+        self._names, self._tap = names, tap
+        self.values: dict[str, Tensor] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        if n.target is torch.ops.aten._assert_tensor_metadata.default:
+            return None  # of the meta tensors that were traced
+        result = super().run_node(n)
+        if n.name in self._names:
+            self.values[self._names[n.name]] = result
+        return result
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if target is torch.ops.nemo.moe_dispatch.default:
+            x_TL, router_logits_TE, *weights = args
+            args = (x_TL, self._tap.led(router_logits_TE), *weights)
+        return super().call_function(target, args, kwargs)
