@@ -79,6 +79,14 @@ class Translator(onnx_op.Operators):
                 self._values[node] = self._call(node)
         raise LowerError("the traced graph has no output")
 
+    def names(self) -> dict[str, str]:
+        """The traced nodes that were written, by their names, and what the graph calls their values."""
+        return {
+            node.name: str(value.name)
+            for node, value in self._values.items()
+            if node.op != "placeholder" and isinstance(value, ir.Value)
+        }
+
     def _call(self, node: fx.Node) -> Any:
         spec = OPS.get(node.target)
         if spec is None and node.target not in OPERATORS:

@@ -88,10 +88,6 @@ class Recording:
     """What this reference leaves out, in words."""
 
 
-WATCHED = "watched"
-"""A third way to open a runner: one that shows all that it can."""
-
-
 @dataclass(frozen=True)
 class Candidate:
     """What is judged: a runner that is opened in two ways, one after the other, which may not differ by a bit."""
@@ -99,10 +95,10 @@ class Candidate:
     title: str
     ways: tuple[str, str]
     open: Callable[[int, str], CandidateRunner]
-    """From pages in the pool and a way, or WATCHED; NUM_SLOTS slots."""
+    """From pages in the pool and a way; NUM_SLOTS slots."""
     not_compared: tuple[str, ...]
     graph: Path | None = None
-    """Whose dtypes are read, and whose layers are compared alone too; none of what cannot be, as an engine."""
+    """Of which each layer is compared alone too; none of what cannot be cut, as an engine."""
 
 
 Beside = Callable[[str, Observation, tuple[RouterLogits, ...]], Compared]

@@ -10,7 +10,7 @@ from pathlib import Path
 from nemotrt.exporter import estimates
 from nemotrt.exporter.artifacts import LoadedModel, ValidationReport, WeightSource
 from nemotrt.exporter.calibration_text import sequences
-from nemotrt.exporter.config import DRIFT_STEPS, PRECISION_OF_DTYPE, BuildConfig
+from nemotrt.exporter.config import PRECISION_OF_DTYPE, BuildConfig
 from nemotrt.exporter.console import Console
 from nemotrt.exporter.errors import BundleError, UsageError
 from nemotrt.exporter.modelopt import with_recipe
@@ -43,7 +43,6 @@ def revalidate(
     base: Path | None = None,
     text: Path | None = None,
     seed: int = 0,
-    drift_steps: int = DRIFT_STEPS,
 ) -> ValidationReport:
     """The report of every gate, as a build makes it; without a checkpoint it says that the weights were not compared.
 
@@ -61,9 +60,9 @@ def revalidate(
     with console.stage(
         "validate",
         "ONNX Runtime against PyTorch",
-        total=num_steps(config.precision, len(model.config.layers), drift_steps),
+        total=num_steps(config.precision, len(model.config.layers)),
     ) as advance:
-        report = validate(model, config, subject.graph, seed=seed, drift_steps=drift_steps, advance=advance)
+        report = validate(model, config, subject.graph, seed=seed, advance=advance)
     if checkpoint is None or model.folder == bundle:
         report = dataclasses.replace(report, not_compared=(*report.not_compared, OWN_WEIGHTS))
     return _with_text(report, subject, subject.base, text, console) if text and subject.base else report

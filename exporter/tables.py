@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from nemotrt.exporter.artifacts import TextReport, ValidationReport
+from nemotrt.exporter.bisection_table import bisection
 from nemotrt.exporter.check import Check
 from nemotrt.exporter.gate_summary import summary
 from nemotrt.exporter.inspection import Graph, Inspection, Part
@@ -311,6 +312,7 @@ def report(found: ValidationReport) -> list[RenderableType]:
             Text(f"near ties: {rerouted} times a token got other experts; compared on the same ones")
         )
     shown += _text(found.text) if found.text else []
+    shown += ["", *bisection(found.bisect)] if found.bisect else []
     return shown + [Text(f"not compared: {what}", "dim") for what in found.not_compared]
 
 

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 import click
 
 from nemotrt.exporter.commands.arguments import BUNDLE, FOLDER, JSON, ExistingPath, command
-from nemotrt.exporter.config import DRIFT_STEPS
 from nemotrt.exporter.console import Console
 from nemotrt.exporter.errors import NotFiniteError, ValidationError
 
@@ -40,13 +39,6 @@ OUTPUT_FILE = click.Path(dir_okay=False, writable=True, path_type=Path)
 )
 @click.option("--html", type=OUTPUT_FILE, help="Write the report as one HTML page that loads nothing.")
 @click.option("--junit", type=OUTPUT_FILE, help="Write the gates as JUnit XML, for a CI system.")
-@click.option(
-    "--drift-steps",
-    type=click.IntRange(0),
-    default=DRIFT_STEPS,
-    show_default=True,
-    help="Decode steps over which the drift of the recurrent states is measured; 0 leaves it out.",
-)
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the prompt's tokens.")
 @JSON
 @click.pass_obj
@@ -58,7 +50,6 @@ def validate(
     base: Path | None,
     html: Path | None,
     junit: Path | None,
-    drift_steps: int,
     seed: int,
     as_json: bool,
 ) -> None:
@@ -67,7 +58,7 @@ def validate(
     from nemotrt.exporter.stages.bundle import as_json as report_fields
 
     started = time.perf_counter()
-    report = revalidate(bundle, checkpoint, console, base=base, text=text, seed=seed, drift_steps=drift_steps)
+    report = revalidate(bundle, checkpoint, console, base=base, text=text, seed=seed)
     if html:
         _write_page(html, bundle, report, time.perf_counter() - started)
     if junit:

@@ -94,6 +94,15 @@ def lower(
     )
 
 
+def value_names(traced: TracedModel) -> list[dict[str, str]]:
+    """For each part, the names of its traced nodes → those of their values in the graph that `lower` makes of it."""
+    writer = _GraphWriter(traced)
+    for part in traced.parts:
+        writer.write(part)
+    writer.graph()  # gives the outputs their names
+    return [translator.names() for translator in writer.translators]
+
+
 class _GraphWriter:
     """Collects nodes, inputs, parameters and op forms, part by part."""
 
@@ -104,6 +113,7 @@ class _GraphWriter:
         self.parameters: dict[str, ir.Value] = {}
         self._next: dict[str, ir.Value] = {}
         self._nodes: list[ir.Node] = []
+        self.translators: list[Translator] = []
         self._constants = Constants()
         self._functions: dict[str, tuple[ir.Function, Any]] = {}
         self._flow = self.step["input_ids"]
@@ -127,6 +137,7 @@ class _GraphWriter:
         translator = Translator(part.prefix, symbols, self._constants)
         results = translator.translate(part.program.graph, placeholders)
         self._nodes += translator.nodes
+        self.translators.append(translator)
         self._flow = results[0]
         for pool, value in zip(part.pools, results[1:], strict=True):
             self._next[pool.name] = value

@@ -1,0 +1,176 @@
+"""Bisect: a right graph has nothing that departs, and each fault is named by its layer, its op and what is wrong."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import fp8_checkpoints
+import numpy as np
+import pytest
+from faults import (
+    Graph,
+    broken,
+    dropped_dt_bias,
+    dropped_skip,
+    fresh_taken_for_old,
+    gate_after_norm,
+    no_conv_bias,
+    no_scaling_factor,
+    one_expert_fewer,
+    one_norm_group,
+    page_mix_up,
+    reversed_taps,
+    scaled_logits,
+    shifted_a_log,
+    stale_slot,
+    swapped_experts,
+    swapped_kv_heads,
+    zeroed_expert,
+)
+
+from nemotrt.exporter import bisection
+from nemotrt.exporter.artifacts import Bisection, LoadedModel
+from nemotrt.exporter.bisection import bisect
+from nemotrt.exporter.config import BuildConfig
+from nemotrt.exporter.runtime.part_session import PartSession
+from nemotrt.exporter.stages.load import load
+from nemotrt.exporter.stages.lower import lower
+from nemotrt.exporter.stages.trace import trace
+from nemotrt.exporter.stages.validate import extent
+
+Built = tuple[LoadedModel, BuildConfig, Path]
+
+
+@pytest.fixture(scope="module", params=["fp16", "bf16"])
+def built(
+    request: pytest.FixtureRequest, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Built:
+    return build(checkpoint, tmp_path_factory.mktemp("graph"), request.param)
+
+
+def build(checkpoint: Path, folder: Path, precision: str) -> Built:
+    model = load(checkpoint)
+    config = BuildConfig(checkpoint=checkpoint, output=folder, precision=precision)
+    lower(model, trace(model, config), folder / "model.onnx")
+    return model, config, folder / "model.onnx"
+
+
+def found(built: Built, *, seed: int = 0, graph: Path | None = None) -> Bisection:
+    model, config, path = built
+    return bisect(model, config, graph or path, extent(model, config, seed))
+
+
+def scaled_down_proj(graph: Graph) -> None:
+    graph.weights["backbone.layers.3.mixer.down_proj.weight"] *= 1.05
+
+
+# Faults of one line are in different parts of one graph: each part is looked at alone.
+GROUPS: list[dict[Any, tuple[str, str]]] = [
+    {
+        dropped_skip: ("layers.0.mixer.scan", "layers.0.mixer.D: DIFFERS"),
+        zeroed_expert: ("layers.1.mixer.experts", "layers.1.mixer.experts.up: DIFFERS"),
+        swapped_kv_heads: ("layers.2.mixer.k_proj", "layers.2.mixer.k_proj.weight: DIFFERS"),
+        scaled_down_proj: ("layers.3.mixer.down_proj", "layers.3.mixer.down_proj.weight: DIFFERS"),
+        scaled_logits: ("head.lm_head", "lm_head.weight: DIFFERS"),
+    },
+    {
+        reversed_taps: ("layers.0.mixer.conv", "layers.0.mixer.conv1d.weight: DIFFERS"),
+        swapped_experts: ("layers.1.mixer.experts", "layers.1.mixer.experts.down: DIFFERS"),
+        page_mix_up: ("layers.2.mixer.attention", "rolled: not compared"),
+    },
+    {
+        gate_after_norm: ("layers.0.mixer.norm.unflatten", "layers.0.mixer.norm.to: agrees"),
+        no_scaling_factor: ("layers.1.mixer.fc2_latent_proj", "unscaled_experts: not compared"),
+    },
+    {
+        shifted_a_log: ("layers.0.mixer.scan", "layers.0.mixer.A: DIFFERS"),
+        one_expert_fewer: ("layers.1.mixer.experts", "e_score_correction_bias: DIFFERS"),
+    },
+    {dropped_dt_bias: ("layers.0.mixer.scan", "layers.0.mixer.dt_bias: DIFFERS")},
+    {no_conv_bias: ("layers.0.mixer.conv", "layers.0.mixer.conv1d.bias: DIFFERS")},
+    {one_norm_group: ("layers.0.mixer.norm.unflatten", "PyTorch's is")},
+    {stale_slot: ("layers.0.mixer.scan.kept", "ssm_state.0: the state")},
+    {fresh_taken_for_old: ("layers.0.mixer.scan", "wrong.context_len: not compared")},
+]
+
+
+@pytest.mark.parametrize("faults", GROUPS, ids=lambda faults: "-".join(fault.__name__ for fault in faults))
+def test_each_fault_is_named(built: Built, tmp_path: Path, faults: dict[Any, tuple[str, str]]) -> None:
+    copy = shutil.copytree(built[2].parent, tmp_path / "broken") / "model.onnx"
+    for fault in faults:
+        broken(copy, fault)
+    departing = found(built, graph=copy).departing
+    assert [suspect.node for suspect in departing] == [node for node, _ in faults.values()]
+    for suspect, (_, said) in zip(departing, faults.values(), strict=True):
+        assert any(said in line for line in suspect.reads), suspect.reads
+        assert suspect.departs
+        assert suspect.tensor.startswith((f"{suspect.place}.", "next.", "logits"))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_nothing_departs_in_a_right_graph(built: Built, seed: int) -> None:
+    bisected = found(built, seed=seed)
+    assert not bisected.departing
+    assert not bisected.marking_changed
+    assert bisected.nearest
+    assert 0 < bisected.nearest.strain < 0.7
+    # The sigmoid of each gate is part of an operator of PyTorch's.
+    assert (bisected.num_unmatched, bisected.num_values > 100) == (2, True)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp8"])
+def test_nothing_departs_in_other_precisions(tmp_path: Path, checkpoint: Path, precision: str) -> None:
+    (tmp_path / "graph").mkdir()
+    source = checkpoint if precision == "fp32" else fp8_checkpoints.small(tmp_path / "fp8")
+    bisected = found(build(source, tmp_path / "graph", precision))
+    assert not bisected.departing
+    assert bisected.num_values > 90
+
+
+def test_a_forgotten_fp8_scale_is_named(tmp_path: Path) -> None:
+    (tmp_path / "graph").mkdir()
+    built = build(fp8_checkpoints.small(tmp_path / "fp8"), tmp_path / "graph", "fp8")
+
+    def forget(graph: Graph) -> None:
+        name = "backbone.layers.4.mixer.in_proj.weight_scale"
+        tensor = next(t for t in graph.proto.graph.initializer if t.name == name)
+        place = {entry.key: entry.value for entry in tensor.external_data}
+        scale = np.memmap(built[2].parent / place["location"], np.float32, "r+", int(place["offset"]), (1,))
+        scale *= 1.1
+        scale.flush()
+
+    import onnx
+
+    forget(Graph(onnx.load(built[2], load_external_data=False), {}))
+    (suspect,) = found(built).departing
+    assert suspect.node == "layers.4.mixer.in_proj"
+
+
+def test_a_value_that_is_not_finite_departs(built: Built, tmp_path: Path) -> None:
+    copy = shutil.copytree(built[2].parent, tmp_path / "broken") / "model.onnx"
+
+    def one_nan(graph: Graph) -> None:
+        graph.weights["backbone.layers.3.mixer.up_proj.weight"][5, 7] = np.nan
+
+    broken(copy, one_nan)
+    (suspect,) = found(built, graph=copy).departing
+    assert (suspect.node, suspect.error, suspect.candidate) == ("layers.3.mixer.up_proj", None, None)
+    assert suspect.strain == float("inf")
+
+
+class Disturbed(PartSession):
+    """A runtime that computes something else when a value inside layer 3 is an output."""
+
+    def run(self, feeds: Mapping[str, Any]) -> dict[str, Any]:
+        shown = super().run(feeds)
+        if "layers.3.mixer.up_proj" in shown:
+            shown["layers.3.add"] = np.nextafter(shown["layers.3.add"], np.float32(np.inf))
+        return shown
+
+
+def test_it_is_said_that_marking_changed_the_result(built: Built, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bisection, "PartSession", Disturbed)
+    assert found(built).marking_changed == ("layers.3",)
