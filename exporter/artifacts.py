@@ -58,6 +58,8 @@ class QuantizedCheckpoint:
 
     folder: Path
     num_modules: int
+    left_out: tuple[str, ...]
+    """Modules that could be FP8, and were left as they are."""
     kv_cache: bool
     num_tokens: int
     starved_experts: tuple[str, ...]

@@ -16,6 +16,9 @@ RUNTIMES = ("auto", "onnx", "tensorrt-rtx", "tensorrt")
 WEIGHTS = ("copy", "link")
 """Into the bundle's own data file, or left in the checkpoint's files, which the bundle links."""
 
+PRESETS = ("conservative", "published")
+"""What is left unquantised where FP8 is made here: `stages/quantize.py` says which modules."""
+
 PRECISION_OF_DTYPE = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 COMPUTE_DTYPES = {precision: dtype for dtype, precision in PRECISION_OF_DTYPE.items()} | {"fp8": "bfloat16"}
 
@@ -48,8 +51,10 @@ class BuildConfig:
     """Of the recurrent state's pools."""
     calibration: Path | None = None
     """Text to calibrate FP8 on; none for the built-in text."""
+    preset: str = PRESETS[0]
+    """One of PRESETS: what a model that is quantised here keeps unquantised."""
     exclude: tuple[str, ...] = ()
-    """Patterns of modules to leave unquantised, beside NVIDIA's own."""
+    """Patterns of modules to leave unquantised, beside the preset's."""
     kv_dtype: str = "auto"
     """Of the KV cache of a model that is quantised here: fp8, bf16, or auto (fp8)."""
     validate: bool = True

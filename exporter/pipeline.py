@@ -13,7 +13,7 @@ from typing import Any
 
 from nemotrt.exporter import environment, estimates
 from nemotrt.exporter.artifacts import CompiledEngine, Gate, LoadedModel, LoweredGraph, ValidationReport
-from nemotrt.exporter.config import COMPUTE_DTYPES, PRECISION_OF_DTYPE, BuildConfig
+from nemotrt.exporter.config import COMPUTE_DTYPES, PRECISION_OF_DTYPE, PRESETS, BuildConfig
 from nemotrt.exporter.console import Console
 from nemotrt.exporter.errors import CompileError, ExportError, UsageError, ValidationError
 from nemotrt.exporter.layer_selection import partial_model
@@ -137,6 +137,7 @@ def _check_quantisation(config: BuildConfig, model: LoadedModel) -> None:
         )
     given = {
         "--calibration": config.calibration is not None,
+        "--preset": config.preset != PRESETS[0],
         "--exclude": bool(config.exclude),
         "--kv-dtype": config.kv_dtype != "auto",
     }
@@ -154,7 +155,7 @@ def _quantised(
     """The model as it is, or its weights in FP8 in the workspace where the precision asks for that."""
     if config.precision != "fp8" or model.config.recipe:
         return model
-    from nemotrt.exporter.quantization import calibrated
+    from nemotrt.exporter.quantization import Quantization, calibrated
     from nemotrt.exporter.stages.load import load
 
     folder = workspace.folder / QUANTISED
@@ -162,7 +163,8 @@ def _quantised(
     def run() -> dict[str, Any]:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
-        calibrated(model, config.calibration, config.exclude, config.kv_dtype, folder, console)
+        wanted = Quantization(config.calibration, config.preset, config.exclude, config.kv_dtype)
+        calibrated(model, wanted, folder, console, per_output=True)
         return {}
 
     _once("quantize", key, workspace, console, run)

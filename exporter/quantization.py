@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 
 from nemotrt.exporter.artifacts import LoadedModel, QuantizedCheckpoint
@@ -15,26 +17,42 @@ from nemotrt.exporter.workspace import sync
 MAX_EXPERTS_SAID = 4
 
 
+@dataclass(frozen=True)
+class Quantization:
+    """What is asked of a quantisation."""
+
+    text: Path | None
+    """To calibrate on; none for the built-in text."""
+    preset: str
+    exclude: tuple[str, ...]
+    kv_dtype: str
+
+
 def calibrated(
-    model: LoadedModel,
-    text: Path | None,
-    exclude: tuple[str, ...],
-    kv_dtype: str,
-    folder: Path,
-    console: Console,
+    model: LoadedModel, wanted: Quantization, folder: Path, console: Console, *, per_output: bool
 ) -> QuantizedCheckpoint:
-    """The model in FP8 in `folder`, calibrated on the text, or on the built-in one; raises as the stage does."""
+    """The model in FP8 in `folder`, with a scale `per_output` of an expert or one each; raises as the stage does."""
     from nemotrt.exporter.stages.quantize import quantize, recipe_of
 
-    recipe = recipe_of(model.config, exclude, kv_cache=kv_dtype != "bf16")
-    tokens = sequences(model.folder, text, model.config.bos_token_id)
+    recipe = recipe_of(
+        model.config,
+        wanted.preset,
+        wanted.exclude,
+        kv_cache=wanted.kv_dtype != "bf16",
+        per_output=per_output,
+    )
+    tokens = sequences(model.folder, wanted.text, model.config.bos_token_id)
     count = sum(map(len, tokens))
-    name = text.name if text else "the built-in text"
+    name = wanted.text.name if wanted.text else "the built-in text"
     layers = len(model.config.layers)
     with console.stage("quantize", f"calibrated on {count:,} tokens of {name}", total=layers) as advance:
         made = quantize(model, recipe, tokens, folder, advance=advance)
     cache = ", and the KV cache" if made.kv_cache else ""
-    console.say(f"{'':<9} {made.num_modules} modules in FP8{cache}; the rest as stored")
+    kinds = Counter(model.config.numbered_layers[int(name.split(".")[2])] for name in made.left_out)
+    kept = ", ".join(f"{number} of {kind} layers" for kind, number in kinds.items())
+    console.say(f"{'':<9} {made.num_modules} modules in FP8{cache}; left as they are: {kept or 'none'}")
+    if kinds["mamba"] and wanted.preset == "conservative":
+        console.say(f"{'':<9} --preset published quantises Mamba layers too: smaller, faster, less exact")
     if count == MOST:
         console.say(f"{'':<9} only the first {MOST:,} tokens of the text were taken")
     if starved := made.starved_experts:
@@ -46,12 +64,7 @@ def calibrated(
 
 
 def quantize_checkpoint(
-    checkpoint: Path,
-    output: Path,
-    text: Path | None,
-    exclude: tuple[str, ...],
-    kv_dtype: str,
-    console: Console,
+    checkpoint: Path, output: Path, wanted: Quantization, console: Console
 ) -> QuantizedCheckpoint:
     """The checkpoint in FP8 at `output`, whole or not at all; raises UsageError where something stands there."""
     if output.exists() or output.is_symlink():
@@ -72,7 +85,7 @@ def quantize_checkpoint(
             f"{partial} exists: another run writes there, or one was killed", hint="remove it if none runs"
         ) from error
     try:
-        made = calibrated(model, text, exclude, kv_dtype, partial, console)
+        made = calibrated(model, wanted, partial, console, per_output=False)
         load(partial)  # what cannot be read back is not handed over
         sync(partial)
         partial.rename(output)

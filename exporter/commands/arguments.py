@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from nemotrt.exporter.config import RUNTIMES
+from nemotrt.exporter.config import PRESETS, RUNTIMES
 from nemotrt.exporter.console import Console
 
 if TYPE_CHECKING:
@@ -132,12 +132,19 @@ CALIBRATION = click.option(
     type=ExistingPath(),
     help='Text to calibrate FP8 on: .txt, or .jsonl with {"text": …} a line. Default: a built-in text.',
 )
+PRESET = click.option(
+    "--preset",
+    type=click.Choice(PRESETS),
+    default=PRESETS[0],
+    show_default=True,
+    help="What FP8 leaves out, as NVIDIA does: attention, latent projections and Mamba layers (conservative), or as in"
+    " its published checkpoints, whose Mamba layers are FP8 too.",
+)
 EXCLUDE = click.option(
     "--exclude",
     multiple=True,
     metavar="PATTERN",
-    help="Leave these modules unquantised, as '*.layers.4.mixer'; more than once for more. NVIDIA's own exclusions"
-    " always hold.",
+    help="Leave these modules unquantised too, as '*.layers.4.mixer'; more than once for more.",
 )
 KV_DTYPE = click.option(
     "--kv-dtype",

@@ -15,6 +15,7 @@ from nemotrt.exporter.commands.arguments import (
     JSON,
     KV_DTYPE,
     LAYERS,
+    PRESET,
     RUNTIME,
     SMS,
     command,
@@ -52,6 +53,7 @@ from nemotrt.exporter.console import Console
 )
 @LAYERS
 @CALIBRATION
+@PRESET
 @EXCLUDE
 @KV_DTYPE
 @click.option(

@@ -8,7 +8,15 @@ from pathlib import Path
 
 import click
 
-from nemotrt.exporter.commands.arguments import CALIBRATION, CHECKPOINT, EXCLUDE, JSON, KV_DTYPE, command
+from nemotrt.exporter.commands.arguments import (
+    CALIBRATION,
+    CHECKPOINT,
+    EXCLUDE,
+    JSON,
+    KV_DTYPE,
+    PRESET,
+    command,
+)
 from nemotrt.exporter.console import Console
 
 
@@ -22,6 +30,7 @@ from nemotrt.exporter.console import Console
     help="The new checkpoint's folder; must not exist.",
 )
 @CALIBRATION
+@PRESET
 @EXCLUDE
 @KV_DTYPE
 @JSON
@@ -31,13 +40,15 @@ def quantize(
     checkpoint: Path,
     output: Path,
     calibration: Path | None,
+    preset: str,
     exclude: tuple[str, ...],
     kv_dtype: str,
     as_json: bool,
 ) -> None:
     """Quantise CHECKPOINT to FP8 with static scales: a checkpoint in ModelOpt's layout, to build from or to serve."""
-    from nemotrt.exporter.quantization import quantize_checkpoint
+    from nemotrt.exporter.quantization import Quantization, quantize_checkpoint
 
-    made = quantize_checkpoint(checkpoint, output, calibration, exclude, kv_dtype, console)
+    wanted = Quantization(calibration, preset, exclude, kv_dtype)
+    made = quantize_checkpoint(checkpoint, output, wanted, console)
     if as_json:
         click.echo(json.dumps(dataclasses.asdict(made) | {"folder": str(output)}, indent=2))

@@ -27,9 +27,18 @@ from nemotrt.model.recipe import EXPERTS, Recipe, quantisable
 ATTENTION_AND_LATENT = ("*.q_proj", "*.k_proj", "*.v_proj", "*.o_proj", "*_latent_proj")
 """What NVIDIA leaves in BF16 in every FP8 checkpoint of the family, beside the head, routers and convolutions."""
 
+MAMBA = ("*.mixer.in_proj", "*.mixer.out_proj")
+"""What ModelOpt's MAMBA_MOE_FP8_CONSERVATIVE_CFG leaves out beside that."""
 
-def default_exclusions(config: ModelConfig) -> tuple[str, ...]:
-    """NVIDIA's own: Super's, and without a latent (Nano) the Mamba layers before attention too."""
+
+def exclusions(config: ModelConfig, preset: str) -> tuple[str, ...]:
+    """Patterns of what a preset leaves out.
+
+    `conservative`: ModelOpt's preset of that name, which NVIDIA's guides for the family take. `published`: as NVIDIA's
+    FP8 checkpoints, Super's, and without a latent (Nano) the Mamba layers before attention too.
+    """
+    if preset == "conservative":
+        return (*ATTENTION_AND_LATENT, *MAMBA)
     before = [
         f"backbone.layers.{i}.mixer"
         for i, kind in config.numbered_layers.items()
@@ -38,8 +47,14 @@ def default_exclusions(config: ModelConfig) -> tuple[str, ...]:
     return (*ATTENTION_AND_LATENT, *([] if config.moe_latent_size else before))
 
 
-def recipe_of(config: ModelConfig, exclude: Sequence[str], *, kv_cache: bool) -> Recipe:
-    """What is quantised: all that can be but NVIDIA's exclusions and `exclude`; raises UsageError on a dead pattern."""
+def recipe_of(
+    config: ModelConfig, preset: str, exclude: Sequence[str], *, kv_cache: bool, per_output: bool = False
+) -> Recipe:
+    """What is quantised: all that can be but for the preset's exclusions and `exclude`.
+
+    With `per_output` experts have a scale for each output of a weight, which their op takes at no cost; a linear has
+    one in all, which TensorRT scales by within its product. Raises UsageError on a dead pattern.
+    """
     names = list(quantisable(config))
     for pattern in exclude:
         if not any(map(modelopt.pattern_matcher([pattern]), names)):
@@ -47,12 +62,16 @@ def recipe_of(config: ModelConfig, exclude: Sequence[str], *, kv_cache: bool) ->
                 f"--exclude {pattern} fits no module that can be quantised",
                 hint=f"they are named like {names[0]}" if names else "the model has none",
             )
-    is_excluded = modelopt.pattern_matcher((*default_exclusions(config), *exclude))
+    is_excluded = modelopt.pattern_matcher((*exclusions(config, preset), *exclude))
     kept = frozenset(name for name in names if not is_excluded(name))
     if not kept:
-        raise UsageError("everything is excluded from quantisation", hint="build with --precision bf16")
+        raise UsageError(
+            "everything is excluded from quantisation",
+            hint="use --preset published, which quantises Mamba layers" if preset != "published" else "",
+        )
+    experts = frozenset(name for name in kept if per_output and name.endswith(f".{EXPERTS}"))
     has_cache = kv_cache and "attention" in config.layers
-    return Recipe(kept, kv_cache=has_cache, kv_scales=has_cache)
+    return Recipe(kept, experts, kv_cache=has_cache, kv_scales=has_cache)
 
 
 def quantize(
@@ -78,6 +97,7 @@ def quantize(
     return QuantizedCheckpoint(
         folder=folder,
         num_modules=len(recipe.modules),
+        left_out=tuple(name for name in quantisable(model.config) if name not in recipe.modules),
         kv_cache=recipe.kv_cache,
         num_tokens=sum(map(len, text)),
         starved_experts=tuple(ranges.starved),
@@ -92,13 +112,15 @@ class _Weight:
     tensor: StoredTensor
     index: int | None = None
     """Of the expert, in a tensor that holds all of them."""
+    in_rows: bool = False
+    """Whether each output has a scale of its own."""
 
     @property
     def shape(self) -> tuple[int, ...]:
         return self.tensor.shape if self.index is None else self.tensor.shape[1:]
 
     def pieces(self) -> Iterator[Tensor]:
-        """Its values as flat pieces in the dtype that they are stored in."""
+        """Its values in the dtype that they are stored in: flat pieces, or all its rows at once."""
         dtype = getattr(torch, self.tensor.dtype)
         tensor = self.tensor
         if self.index is not None:
@@ -111,7 +133,8 @@ class _Weight:
                 tensor.offset + self.index * length,
                 length,
             )
-        return weights.convert(tensor, Transform.COPY, dtype)
+        flat = weights.convert(tensor, Transform.COPY, dtype)
+        return iter([torch.cat(list(flat)).reshape(self.shape)]) if self.in_rows else flat
 
 
 def _weights(model: LoadedModel, recipe: Recipe) -> Iterator[_Weight]:
@@ -124,7 +147,8 @@ def _weights(model: LoadedModel, recipe: Recipe) -> Iterator[_Weight]:
             is_stacked = len(tensors) == 1 and len(tensors[0].shape) == 3
             for expert in range(model.config.n_routed_experts):
                 tensor, index = (tensors[0], expert) if is_stacked else (tensors[expert], None)
-                yield _Weight(f"{module}.{expert}.{projection}", tensor, index)
+                name = f"{module}.{expert}.{projection}"
+                yield _Weight(name, tensor, index, in_rows=module in recipe.per_channel)
 
 
 def _entries(model: LoadedModel, recipe: Recipe, ranges: Ranges) -> Iterator[Entry]:
@@ -140,22 +164,28 @@ def _entries(model: LoadedModel, recipe: Recipe, ranges: Ranges) -> Iterator[Ent
         elif name in kept or name in model.not_exported:
             yield Entry(name, tensor.dtype, tensor.shape, partial(read_pieces, tensor, weights.PIECE_BYTES))
     for name, largest in ranges.caches.items():
-        yield _scale(name, largest / FP8_MAX)
+        yield _scale(name, torch.tensor(largest / FP8_MAX))
 
 
 def _quantised(weight: _Weight, largest_input: float) -> Iterator[Entry]:
-    largest = max(piece.abs().max().item() for piece in weight.pieces())
-    scale = torch.tensor(largest / FP8_MAX if largest else 1.0)  # zeros are zeros by any scale
+    scale = _weight_scale(weight)
 
     def values() -> Iterator[bytes]:
         for piece in weight.pieces():
             yield quantised(piece, scale).view(torch.uint8).numpy().tobytes()
 
     yield Entry(f"{weight.module}.weight", "float8_e4m3fn", weight.shape, values)
-    yield _scale(f"{weight.module}.weight_scale", scale.item())
-    yield _scale(f"{weight.module}.input_scale", largest_input / FP8_MAX)
+    yield _scale(f"{weight.module}.weight_scale", scale.squeeze(-1))
+    yield _scale(f"{weight.module}.input_scale", torch.tensor(largest_input / FP8_MAX))
 
 
-def _scale(name: str, value: float) -> Entry:
-    data = torch.tensor(value).numpy().tobytes()
-    return Entry(name, "float32", (), lambda: iter((data,)))
+def _weight_scale(weight: _Weight) -> Tensor:
+    """[], or of a weight in rows [O, 1]: what brings the largest magnitude to E4M3's; 1 where all are 0."""
+    found = torch.cat([piece.abs().amax(-1, keepdim=True) for piece in weight.pieces()]).float()
+    largest = found if weight.in_rows else found.max()
+    return torch.where(largest > 0, largest / FP8_MAX, 1.0)
+
+
+def _scale(name: str, value: Tensor) -> Entry:
+    data = value.float().numpy().tobytes()
+    return Entry(name, "float32", tuple(value.shape), lambda: iter((data,)))

@@ -13,14 +13,14 @@ import onnxruntime as ort
 import pytest
 import torch
 from checkpoints import write_checkpoint
-from fp8_checkpoints import NANO_BF16, description, nano, small
+from fp8_checkpoints import NANO, NANO_BF16, description, nano, parsed, small
 from onnx import TensorProto
 from safetensors.torch import load_file, save_file
 
 from nemotrt.exporter import pipeline, text_quality
 from nemotrt.exporter.calibration_text import sequences
 from nemotrt.exporter.check import check, of_folder
-from nemotrt.exporter.config import BuildConfig
+from nemotrt.exporter.config import PRESETS, BuildConfig
 from nemotrt.exporter.console import Console
 from nemotrt.exporter.errors import CheckpointError, UsageError
 from nemotrt.exporter.modelopt import describe, pattern_matcher
@@ -28,7 +28,7 @@ from nemotrt.exporter.revalidation import revalidate
 from nemotrt.exporter.runtime.twin import fp32_twin
 from nemotrt.exporter.stages.load import load
 from nemotrt.exporter.stages.lower import lower
-from nemotrt.exporter.stages.quantize import default_exclusions, quantize, recipe_of
+from nemotrt.exporter.stages.quantize import exclusions, quantize, recipe_of
 from nemotrt.exporter.stages.trace import trace
 from nemotrt.exporter.stages.validate import validate
 from nemotrt.model.fp8 import FP8_MAX, fp8_linear
@@ -306,26 +306,40 @@ def test_patterns_name_modules_and_what_is_below() -> None:
         assert bool(matches(name)) is expected, name
 
 
-def test_the_default_leaves_out_what_nvidia_does() -> None:
-    from fp8_checkpoints import NANO, parsed
-
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_preset_leaves_out_what_nvidia_does(preset: str) -> None:
     config = parsed(NANO)
-    kept = recipe_of(config, (), kv_cache=True).modules
-    left = {i for i, kind in enumerate(config.layers) if f"backbone.layers.{i}.mixer.in_proj" not in kept}
-    assert {i for i in left if config.layers[i] == "mamba"} == set(NANO_BF16)
-    assert not any(name.endswith("q_proj") for name in kept)
-    assert len(default_exclusions(config)) == 5 + len(NANO_BF16)
+    kept = recipe_of(config, preset, (), kv_cache=True).modules
+    mamba = {i for i, kind in enumerate(config.layers) if kind == "mamba"}
+    left = {i for i in mamba if f"backbone.layers.{i}.mixer.in_proj" not in kept}
+    assert left == {i for i in mamba if f"backbone.layers.{i}.mixer.out_proj" not in kept}
+    assert left == (set(NANO_BF16) if preset == "published" else mamba)
+    assert not any(name.endswith(("q_proj", "k_proj", "v_proj", "o_proj")) for name in kept)
+    assert {name for name in kept if name.endswith(".experts")}
+
+
+def test_super_s_published_preset_quantises_every_mamba_layer() -> None:
+    config = parsed(NANO | {"moe_latent_size": 16})
+    assert not [pattern for pattern in exclusions(config, "published") if "layers" in pattern]
+
+
+def test_what_leaves_nothing_says_what_would_not() -> None:
+    config = parsed(NANO | {"hybrid_override_pattern": "M*M*"})
+    with pytest.raises(UsageError, match="everything is excluded") as refused:
+        recipe_of(config, "conservative", (), kv_cache=True)
+    assert "--preset published" in refused.value.hint
 
 
 def test_a_pattern_that_fits_nothing(tmp_path: Path) -> None:
     config = load(write_checkpoint(tmp_path / "plain")).config
     with pytest.raises(UsageError, match="fits no module"):
-        recipe_of(config, ("*.qproj",), kv_cache=True)
+        recipe_of(config, "published", ("*.qproj",), kv_cache=True)
 
 
-def test_a_calibrated_checkpoint_reads_back(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("preset", "per_output"), [("published", False), ("conservative", True)])
+def test_a_calibrated_checkpoint_reads_back(tmp_path: Path, preset: str, per_output: bool) -> None:
     model = load(write_checkpoint(tmp_path / "plain"))
-    recipe = recipe_of(model.config, ("backbone.layers.3*",), kv_cache=True)
+    recipe = recipe_of(model.config, preset, ("backbone.layers.3*",), kv_cache=True, per_output=per_output)
     text = tuple(np.random.default_rng(0).integers(0, 96, (4, 80)))
     (tmp_path / "fp8").mkdir()
     made = quantize(model, recipe, text, tmp_path / "fp8")
@@ -336,10 +350,11 @@ def test_a_calibrated_checkpoint_reads_back(tmp_path: Path) -> None:
     for name, tensor in fp8.items():
         if tensor.dtype == torch.float8_e4m3fn:
             scale = fp8[name + "_scale"]
-            assert scale == plain[name].abs().max() / FP8_MAX
-            assert torch.equal(
-                tensor.float(), (plain[name] / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float()
-            )
+            in_rows = per_output and ".experts." in name
+            largest = plain[name].abs().amax(1) if in_rows else plain[name].abs().max()
+            assert torch.equal(scale, largest / FP8_MAX)
+            scaled = plain[name] / (scale[:, None] if in_rows else scale)
+            assert torch.equal(tensor.float(), scaled.clamp(-448, 448).to(torch.float8_e4m3fn).float())
         elif name in plain:
             assert torch.equal(tensor, plain[name])
 
@@ -352,7 +367,7 @@ def test_a_layer_that_gives_nothing_but_zero_is_named(tmp_path: Path) -> None:
     save_file(tensors, file)
     model = load(checkpoint)
     (tmp_path / "fp8").mkdir()
-    recipe = recipe_of(model.config, (), kv_cache=True)
+    recipe = recipe_of(model.config, "published", (), kv_cache=True)
     with pytest.raises(UsageError, match=rf"{IN_PROJ} saw nothing but 0"):
         quantize(model, recipe, (np.arange(90) % 96,), tmp_path / "fp8")
 
@@ -372,7 +387,7 @@ def test_text_figures_of_a_model_against_itself_are_nothing_and_attribute_nothin
 def test_the_dearest_layer_is_found(tmp_path: Path) -> None:
     """One layer's input is quantised so coarsely that it alone explains the loss."""
     base = load(write_checkpoint(tmp_path / "plain"))
-    recipe = recipe_of(base.config, (), kv_cache=True)
+    recipe = recipe_of(base.config, "published", (), kv_cache=True)
     text = tuple(np.random.default_rng(0).integers(0, 96, (4, 80)))
     (tmp_path / "fp8").mkdir()
     quantize(base, recipe, text, tmp_path / "fp8")
