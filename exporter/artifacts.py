@@ -48,7 +48,7 @@ class LoadedModel:
             page_size=config.page_size,
             dtype=dtype,
             state_dtype=COMPUTE_DTYPES[config.state_dtype],
-            kv_dtype="float8_e4m3fn" if self.config.recipe.kv_cache else dtype,
+            kv_dtype="float8_e4m3fn" if self.config.recipe.kv_cache and config.kv_dtype != "bf16" else dtype,
         )
 
 

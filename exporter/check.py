@@ -14,12 +14,13 @@ from typing import Any
 
 from nemotrt.exporter import environment, estimates
 from nemotrt.exporter.artifacts import WeightSource
-from nemotrt.exporter.config import COMPUTE_DTYPES, PRECISION_OF_DTYPE, BuildConfig
+from nemotrt.exporter.config import COMPUTE_DTYPES, PRECISION_OF_DTYPE, PRESETS, BuildConfig
 from nemotrt.exporter.errors import CheckpointError, CompileError, ExportError, UsageError
 from nemotrt.exporter.inspection import Part, Weight, parts, state_of
 from nemotrt.exporter.kernel_support import check_supported
 from nemotrt.exporter.layer_selection import only_layers, partial_model
-from nemotrt.exporter.modelopt import stored_recipe, with_recipe
+from nemotrt.exporter.modelopt import cache_notes, stored_recipe, with_recipe
+from nemotrt.exporter.presets import recipe_of
 from nemotrt.exporter.runtime.backends import BACKENDS, Backend
 from nemotrt.exporter.runtime.tokenizer import TOKENIZER
 from nemotrt.exporter.stages.load import Survey, check_side_files, match, parse_config, read_config
@@ -175,16 +176,17 @@ def check(
     config = subject.config
     precision = precision or ("fp8" if config.recipe else PRECISION_OF_DTYPE[config.dtype])
     survey = match(config, subject.stored)
-    dtypes = _dtypes(config, precision)
     problems: list[ExportError] = list(survey.problems)
+    built, refused = _as_built(config, precision)
+    problems += refused
     if (folder := subject.folder) is not None:
         problems += _raised(lambda: check_side_files(folder, config))
     if sms or runtime not in (AUTO, ONNX):
-        problems += _raised(lambda: _target(config, runtime, sms, precision))
+        problems += _raised(lambda: _target(built, runtime, sms, precision))
     elif runtime == ONNX:
         settle(runtime, sms, precision)
     if scan is not None:
-        problems += _scan(survey, dtypes, scan)
+        problems += _scan(survey, _dtypes(config, precision), scan)
     sources = [tensor for source in survey.weights.values() for tensor in source.tensors]
     parameters = estimates.num_parameters(sources)
     kinds = len(set(config.layers))
@@ -206,8 +208,8 @@ def check(
         ),
         inert=config.inert,
         precision=precision,
-        dtypes=_dtypes_by_kind(config, dtypes, precision),
-        runtimes=_runtimes(config, precision),
+        dtypes=_dtypes_by_kind(built, _dtypes(built, precision), precision),
+        runtimes=_runtimes(built, precision),
         tools=_tools(),
         memory_bytes=environment.memory_bytes(),
         disk_free_bytes=free,
@@ -215,6 +217,16 @@ def check(
         estimates=stages,
         values_scanned=scan is not None,
     )
+
+
+def _as_built(config: ModelConfig, precision: str) -> tuple[ModelConfig, list[ExportError]]:
+    """The configuration with what a build quantises by its flags' defaults, and why it would quantise nothing."""
+    if precision != "fp8" or config.recipe:
+        return config, []
+    try:
+        return config.with_recipe(recipe_of(config, PRESETS[0], (), kv_cache=True)), []
+    except UsageError as error:
+        return config, [error]
 
 
 def _raised(call: Callable[[], object]) -> list[ExportError]:
@@ -320,7 +332,7 @@ def _target(config: ModelConfig, runtime: str, sms: tuple[int, ...], precision: 
         page_size=build.page_size,
         dtype=COMPUTE_DTYPES[precision],
         state_dtype=COMPUTE_DTYPES[build.state_dtype],
-        kv_dtype=COMPUTE_DTYPES[precision],
+        kv_dtype="float8_e4m3fn" if config.recipe.kv_cache else COMPUTE_DTYPES[precision],
     )
     check_supported(config, build, pools, target.sms)
     return target
@@ -342,7 +354,7 @@ def _notes(
     subject: Subject, survey: Survey, stages: tuple[estimates.StageEstimate, ...], free: int
 ) -> list[str]:
     """What a build would go along with, and its owner should know."""
-    found = []
+    found = [*cache_notes(subject.config)]
     if survey.not_exported:
         found.append(f"{len(survey.not_exported)} tensors of multi-token prediction (mtp.*) are not exported")
     if subject.folder is None:

@@ -17,7 +17,7 @@ WEIGHTS = ("copy", "link")
 """Into the bundle's own data file, or left in the checkpoint's files, which the bundle links."""
 
 PRESETS = ("conservative", "published")
-"""What is left unquantised where FP8 is made here: `stages/quantize.py` says which modules."""
+"""What is left unquantised where FP8 is made here: `presets.py` says which modules."""
 
 PRECISION_OF_DTYPE = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 COMPUTE_DTYPES = {precision: dtype for dtype, precision in PRECISION_OF_DTYPE.items()} | {"fp8": "bfloat16"}
@@ -56,7 +56,7 @@ class BuildConfig:
     exclude: tuple[str, ...] = ()
     """Patterns of modules to leave unquantised, beside the preset's."""
     kv_dtype: str = "auto"
-    """Of the KV cache of a model that is quantised here: fp8, bf16, or auto (fp8)."""
+    """Of the KV cache: fp8, bf16, or auto: fp8 where the model is quantised here, else as the checkpoint says."""
     validate: bool = True
     force: bool = False
     keep_failed: bool = False

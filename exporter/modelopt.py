@@ -200,9 +200,28 @@ def _find(stored: Mapping[str, StoredTensor], name: str) -> StoredTensor | None:
     return next((stored[prefix + own] for prefix in PREFIXES if prefix + own in stored), None)
 
 
-def described(recipe: Recipe, config: ModelConfig) -> tuple[dict[str, Any], dict[str, Any]]:
-    """A recipe as ModelOpt writes it: `quantization_config` of config.json, and hf_quant_config.json."""
-    excluded = ["lm_head", *(f"{name}.conv1d" for name in _mixers(config, "mamba"))]
+def cache_notes(config: ModelConfig, kv_dtype: str = "auto") -> tuple[str, ...]:
+    """What a person should know of a cache like Nano's, if this model is built with one."""
+    recipe = config.recipe
+    is_fp8 = recipe.kv_cache and kv_dtype != "bf16" and "attention" in config.layers
+    if not is_fp8 or recipe.kv_scales:
+        return ()
+    return (
+        "the checkpoint wants an FP8 KV cache and stores no scales for it: 1 is taken, as vLLM does; keys and values"
+        " beyond ±448 saturate, those below 0.016 lose precision (--kv-dtype bf16 builds a BF16 cache)",
+    )
+
+
+def described(recipe: Recipe, config: ModelConfig, *, has_mtp: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A recipe as ModelOpt writes it: `quantization_config` of config.json, and hf_quant_config.json.
+
+    What predicts further tokens (mtp.*) is not quantised, and a reader that takes it is told so.
+    """
+    excluded = [
+        "lm_head",
+        *(["mtp*"] if has_mtp else []),
+        *(f"{name}.conv1d" for name in _mixers(config, "mamba")),
+    ]
     excluded += [f"{name}.gate" for name in _mixers(config, "moe")]
     excluded += [module for module in quantisable(config) if module not in recipe.modules]
     producer = {"name": "nemo-export", "version": version("nemo-export")}

@@ -17,6 +17,7 @@ from nemotrt.exporter.config import COMPUTE_DTYPES, PRECISION_OF_DTYPE, PRESETS,
 from nemotrt.exporter.console import Console
 from nemotrt.exporter.errors import CompileError, ExportError, UsageError, ValidationError
 from nemotrt.exporter.layer_selection import partial_model
+from nemotrt.exporter.modelopt import cache_notes
 from nemotrt.exporter.runtime.strict_json import decode, encode
 from nemotrt.exporter.targets import AUTO, ONNX, Target, settle
 from nemotrt.exporter.workspace import Workspace, check_output, digest
@@ -53,6 +54,8 @@ def build(config: BuildConfig, console: Console) -> dict[str, Any]:
             console.say(f"{'':<9} {partial_model(taken)}: the bundle says so")
         if model.not_exported:
             console.say(f"{'':<9} {len(model.not_exported)} tensors (mtp.*) are not exported")
+        for note in cache_notes(model.config, config.kv_dtype):
+            console.say(f"{'':<9} {note}")
         config, target = _resolved(config, model, console)
         _check_quantisation(config, model)
         if config.validate:
@@ -139,7 +142,8 @@ def _check_quantisation(config: BuildConfig, model: LoadedModel) -> None:
         "--calibration": config.calibration is not None,
         "--preset": config.preset != PRESETS[0],
         "--exclude": bool(config.exclude),
-        "--kv-dtype": config.kv_dtype != "auto",
+        "--kv-dtype": config.kv_dtype != "auto"
+        and not (config.kv_dtype == "bf16" and model.config.recipe.kv_cache),
     }
     name = next((name for name, is_given in given.items() if is_given), "")
     if name and (model.config.recipe or config.precision != "fp8"):

@@ -11,6 +11,7 @@ from nemotrt.exporter.artifacts import LoadedModel, QuantizedCheckpoint
 from nemotrt.exporter.calibration_text import MOST, sequences
 from nemotrt.exporter.console import Console
 from nemotrt.exporter.errors import UsageError
+from nemotrt.exporter.presets import recipe_of
 from nemotrt.exporter.stages.load import load
 from nemotrt.exporter.workspace import sync
 
@@ -32,7 +33,7 @@ def calibrated(
     model: LoadedModel, wanted: Quantization, folder: Path, console: Console, *, per_output: bool
 ) -> QuantizedCheckpoint:
     """The model in FP8 in `folder`, with a scale `per_output` of an expert or one each; raises as the stage does."""
-    from nemotrt.exporter.stages.quantize import quantize, recipe_of
+    from nemotrt.exporter.stages.quantize import quantize
 
     recipe = recipe_of(
         model.config,

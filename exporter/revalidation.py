@@ -122,6 +122,7 @@ def _config(bundle: Path, manifest: Manifest, checkpoint: Path) -> BuildConfig:
     if profile is None or not manifest.of_role("graph"):
         raise BundleError(f"{bundle} has no graph for ONNX Runtime")
     state = {pool.dtype for pool in manifest.graph.pools if pool.input.startswith("ssm_state.")}
+    cache = {pool.dtype for pool in manifest.graph.pools if pool.input.startswith("kv_cache.")}
     return BuildConfig(
         checkpoint=checkpoint,
         output=bundle,
@@ -132,6 +133,7 @@ def _config(bundle: Path, manifest: Manifest, checkpoint: Path) -> BuildConfig:
         max_context=profile.max_context,
         page_size=profile.page_size,
         state_dtype=PRECISION_OF_DTYPE[state.pop()] if state else "fp32",
+        kv_dtype="bf16" if cache == {"bfloat16"} else "auto",
     )
 
 

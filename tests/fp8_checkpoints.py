@@ -11,6 +11,10 @@ import torch
 from checkpoints import CONFIG, random_tensors
 from safetensors.torch import save_file
 
+from nemotrt.exporter.config import BuildConfig
+from nemotrt.exporter.stages.load import load
+from nemotrt.exporter.stages.lower import lower
+from nemotrt.exporter.stages.trace import trace
 from nemotrt.model.config import ModelConfig
 from nemotrt.model.recipe import EXPERTS
 
@@ -96,6 +100,29 @@ def nano(folder: Path) -> Path:
         NANO, lambda name: not any(name.startswith(f"{layer}.") for layer in layers), kv_scales=False
     )
     return write(folder, NANO, tensors, description(["lm_head", *(f"{layer}*" for layer in layers)]))
+
+
+SUPER = CONFIG | {"hybrid_override_pattern": "MEMEM*EMEM*E", "torch_dtype": "bfloat16"}
+"""Super's kinds of layers in the order in which it has them, few and narrow: latent experts, no MLP."""
+
+
+def super_(folder: Path) -> Path:
+    """Super's layout: attention and latent projections in BF16, the rest FP8, and a cache with scales."""
+    left = ("q_proj", "k_proj", "v_proj", "o_proj", "latent_proj")
+    tensors = fp8_tensors(SUPER, lambda name: not name.endswith(left), kv_scales=True)
+    excluded = ["lm_head", "mtp*", "*.conv1d", "*.gate", "*_latent_proj"]
+    layers = [i for i, kind in enumerate(SUPER["hybrid_override_pattern"]) if kind == "*"]
+    excluded += [f"backbone.layers.{i}.mixer.{name}" for i in layers for name in left[:4]]
+    tensors["mtp.layers.0.norm.weight"] = torch.ones(32, dtype=torch.bfloat16)
+    return write(folder, SUPER, tensors, description(excluded))
+
+
+def lowered(checkpoint: Path, folder: Path) -> tuple[Path, BuildConfig]:
+    """The graph of an FP8 checkpoint in a folder, and the configuration that it was lowered by."""
+    config = BuildConfig(checkpoint=checkpoint, output=folder / "bundle", precision="fp8", runtime="onnx")
+    model = load(checkpoint)
+    lower(model, trace(model, config), folder / "model.onnx")
+    return folder / "model.onnx", config
 
 
 def stored_name(parameter: str) -> str:

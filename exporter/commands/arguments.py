@@ -151,5 +151,5 @@ KV_DTYPE = click.option(
     type=click.Choice(["auto", "fp8", "bf16"]),
     default="auto",
     show_default=True,
-    help="Of the KV cache of a model quantised here; auto is fp8.",
+    help="Of the KV cache; auto is fp8 where the model is quantised here, else what its FP8 checkpoint says.",
 )

@@ -133,12 +133,12 @@ def read_proto(path: Path) -> ModelProto:
 
 
 def _precision(model: ModelProto) -> str:
-    """What most of the weights are stored in."""
+    """What most of the weights are stored in; FP8 where any are."""
     sizes = dict.fromkeys(PRECISIONS, 0)
     for tensor in model.graph.initializer:
         if tensor.data_type in sizes:
             sizes[tensor.data_type] += prod(tensor.dims)
-    return PRECISIONS[max(sizes, key=sizes.__getitem__)]
+    return "fp8" if sizes[17] else PRECISIONS[max(sizes, key=sizes.__getitem__)]
 
 
 def _create(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,62 +16,11 @@ from nemotrt.exporter import modelopt, weights
 from nemotrt.exporter.artifacts import LoadedModel, QuantizedCheckpoint
 from nemotrt.exporter.calibration import Ranges, calibrate
 from nemotrt.exporter.calibration_text import Sequences
-from nemotrt.exporter.errors import UsageError
 from nemotrt.exporter.tensor_files import StoredTensor, open_checkpoint, read_json, read_pieces
 from nemotrt.exporter.tensor_writer import Entry, write_shards
 from nemotrt.model.checkpoint import Transform
-from nemotrt.model.config import ModelConfig
 from nemotrt.model.fp8 import FP8_MAX, quantised
 from nemotrt.model.recipe import EXPERTS, Recipe, quantisable
-
-ATTENTION_AND_LATENT = ("*.q_proj", "*.k_proj", "*.v_proj", "*.o_proj", "*_latent_proj")
-"""What NVIDIA leaves in BF16 in every FP8 checkpoint of the family, beside the head, routers and convolutions."""
-
-MAMBA = ("*.mixer.in_proj", "*.mixer.out_proj")
-"""What ModelOpt's MAMBA_MOE_FP8_CONSERVATIVE_CFG leaves out beside that."""
-
-
-def exclusions(config: ModelConfig, preset: str) -> tuple[str, ...]:
-    """Patterns of what a preset leaves out.
-
-    `conservative`: ModelOpt's preset of that name, which NVIDIA's guides for the family take. `published`: as NVIDIA's
-    FP8 checkpoints, Super's, and without a latent (Nano) the Mamba layers before attention too.
-    """
-    if preset == "conservative":
-        return (*ATTENTION_AND_LATENT, *MAMBA)
-    before = [
-        f"backbone.layers.{i}.mixer"
-        for i, kind in config.numbered_layers.items()
-        if kind == "mamba" and config.numbered_layers.get(i + 1) == "attention"
-    ]
-    return (*ATTENTION_AND_LATENT, *([] if config.moe_latent_size else before))
-
-
-def recipe_of(
-    config: ModelConfig, preset: str, exclude: Sequence[str], *, kv_cache: bool, per_output: bool = False
-) -> Recipe:
-    """What is quantised: all that can be but for the preset's exclusions and `exclude`.
-
-    With `per_output` experts have a scale for each output of a weight, which their op takes at no cost; a linear has
-    one in all, which TensorRT scales by within its product. Raises UsageError on a dead pattern.
-    """
-    names = list(quantisable(config))
-    for pattern in exclude:
-        if not any(map(modelopt.pattern_matcher([pattern]), names)):
-            raise UsageError(
-                f"--exclude {pattern} fits no module that can be quantised",
-                hint=f"they are named like {names[0]}" if names else "the model has none",
-            )
-    is_excluded = modelopt.pattern_matcher((*exclusions(config, preset), *exclude))
-    kept = frozenset(name for name in names if not is_excluded(name))
-    if not kept:
-        raise UsageError(
-            "everything is excluded from quantisation",
-            hint="use --preset published, which quantises Mamba layers" if preset != "published" else "",
-        )
-    experts = frozenset(name for name in kept if per_output and name.endswith(f".{EXPERTS}"))
-    has_cache = kv_cache and "attention" in config.layers
-    return Recipe(kept, experts, kv_cache=has_cache, kv_scales=has_cache)
 
 
 def quantize(
@@ -88,7 +37,7 @@ def quantize(
     """
     ranges = calibrate(model, recipe, text, advance)
     write_shards(folder, list(_entries(model, recipe, ranges)))
-    described, hf_quant_config = modelopt.described(recipe, model.config)
+    described, hf_quant_config = modelopt.described(recipe, model.config, has_mtp=bool(model.not_exported))
     for name in model.side_files:
         shutil.copyfile(model.folder / name, folder / name)
     raw = read_json(model.folder / "config.json") | {"quantization_config": described}

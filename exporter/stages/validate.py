@@ -15,6 +15,7 @@ from nemotrt.exporter.comparison import Candidate, Extent, Recording, compare
 from nemotrt.exporter.config import BuildConfig
 from nemotrt.exporter.layer_selection import partial_model
 from nemotrt.exporter.layerwise import compare_parts
+from nemotrt.exporter.modelopt import cache_notes
 from nemotrt.exporter.torch_reference import Follower, record
 
 PROMPT, DECODE = 96, 64
@@ -49,7 +50,7 @@ def judge(
     `advance` hears of the steps that were run, `num_steps` in all; `recorded` of the reference, before the candidate
     is run.
     """
-    recording = record(model, config, extent(model, config, seed), _left_out(model), advance)
+    recording = record(model, config, extent(model, config, seed), _left_out(model, config), advance)
     recorded(recording)
     beside = Follower(model, model.pools(config), recording).beside
     report = compare(recording, candidate, beside, advance)
@@ -66,12 +67,13 @@ def extent(model: LoadedModel, config: BuildConfig, seed: int) -> Extent:
     return Extent(PROMPT, DECODE, seed, model.config.vocab_size, config.page_size)
 
 
-def _left_out(model: LoadedModel) -> tuple[str, ...]:
+def _left_out(model: LoadedModel, config: BuildConfig) -> tuple[str, ...]:
     chosen = model.config.chosen_layers
     return (
         *(f"{name}: not exported" for name in model.not_exported),
         *((f"the whole model: {partial_model(chosen)}",) if chosen else ()),
         *((NO_TEXT,) if model.config.recipe else ()),
+        *(f"range of keys and values: {note}" for note in cache_notes(model.config, config.kv_dtype)),
     )
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,37 +15,26 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
-from checkpoints import write_checkpoint
-from fp8_checkpoints import NANO, NANO_BF16, description, nano, parsed, small
+from fp8_checkpoints import NANO_BF16, description, lowered, nano, small, super_
 from onnx import TensorProto
 from safetensors.torch import load_file, save_file
 
-from nemotrt.exporter import pipeline, text_quality
-from nemotrt.exporter.calibration_text import sequences
+from nemotrt.exporter import pipeline
 from nemotrt.exporter.check import check, of_folder
-from nemotrt.exporter.config import PRESETS, BuildConfig
+from nemotrt.exporter.config import BuildConfig
 from nemotrt.exporter.console import Console
 from nemotrt.exporter.errors import CheckpointError, UsageError
 from nemotrt.exporter.modelopt import describe, pattern_matcher
 from nemotrt.exporter.revalidation import revalidate
 from nemotrt.exporter.runtime.twin import fp32_twin
 from nemotrt.exporter.stages.load import load
-from nemotrt.exporter.stages.lower import lower
-from nemotrt.exporter.stages.quantize import exclusions, quantize, recipe_of
-from nemotrt.exporter.stages.trace import trace
 from nemotrt.exporter.stages.validate import validate
-from nemotrt.model.fp8 import FP8_MAX, fp8_linear
+from nemotrt.model.config import ModelConfig
+from nemotrt.model.fp8 import fp8_linear
 
 TINY = Path(__file__).resolve().parents[2] / "examples" / "tiny"
 IN_PROJ = "backbone.layers.0.mixer.in_proj"
 EXPERT = "backbone.layers.1.mixer.experts.3.up_proj"
-
-
-def lowered(checkpoint: Path, folder: Path) -> tuple[Path, BuildConfig]:
-    config = BuildConfig(checkpoint=checkpoint, output=folder / "bundle", precision="fp8", runtime="onnx")
-    model = load(checkpoint)
-    lower(model, trace(model, config), folder / "model.onnx")
-    return folder / "model.onnx", config
 
 
 def raw(graph: Path) -> dict[str, tuple[int, bytes]]:
@@ -57,35 +49,60 @@ def bits(tensor: torch.Tensor) -> bytes:
     )
 
 
-def test_nano_s_layout_keeps_every_bit_of_weights_and_scales(tmp_path: Path) -> None:
-    checkpoint = nano(tmp_path / "nano")
+@pytest.mark.parametrize("layout", [nano, super_])
+def test_a_published_layout_keeps_every_bit_of_weights_and_scales(
+    tmp_path: Path, layout: Callable[[Path], Path]
+) -> None:
+    checkpoint = layout(tmp_path / "published")
     stored = load_file(checkpoint / "model.safetensors")
     graph, _ = lowered(checkpoint, tmp_path)
     found = raw(graph)
-    fp8 = 0
+    seen = Counter[tuple[str, str]]()
     for name, tensor in stored.items():
-        if tensor.dtype == torch.float8_e4m3fn and ".experts." not in name:
-            module = name.removesuffix(".weight")
+        kind = name.rpartition(".")[2]
+        if ".experts." in name or name.startswith("mtp."):
+            continue
+        if kind in ("k_scale", "v_scale"):
+            assert found[name.replace("k_proj.", "").replace("v_proj.", "")][1] == bits(tensor), name
+        elif tensor.dtype == torch.float8_e4m3fn:
             assert found[name] == (TensorProto.FLOAT8E4M3FN, bits(tensor)), name
-            for scale in ("weight_scale", "input_scale"):
-                assert found[f"{module}.{scale}"][1] == bits(stored[f"{module}.{scale}"]), module
-            fp8 += 1
-    assert fp8 == 2 * (23 - len(NANO_BF16)) + 2 * 23
-    layers = [
-        i for i, kind in enumerate("MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME") if kind == "E"
-    ]
-    for i in layers:
+        elif kind in ("weight_scale", "input_scale"):
+            assert found[name] == (TensorProto.FLOAT, bits(tensor)), name
+        elif name.endswith("_proj.weight"):
+            assert found[name] == (TensorProto.BFLOAT16, bits(tensor)), name
+        else:
+            continue
+        seen[kind, str(tensor.dtype)] += 1
+    layers = ModelConfig.from_dict(json.loads((checkpoint / "config.json").read_text())).layers
+    assert seen == expected_counts(layers, scaled=layout is super_)
+    for i in (i for i, kind in enumerate(layers) if kind == "moe"):
         prefix = f"backbone.layers.{i}.mixer.experts"
         for own, projection, activation in (("up", "up_proj", "input"), ("down", "down_proj", "hidden")):
             each = [f"{prefix}.{expert}.{projection}" for expert in range(4)]
-            assert found[f"{prefix}.{own}"][1] == b"".join(bits(stored[f"{name}.weight"]) for name in each)
+            assert found[f"{prefix}.{own}"] == (
+                TensorProto.FLOAT8E4M3FN,
+                b"".join(bits(stored[f"{name}.weight"]) for name in each),
+            )
             # One scale an expert, for each of its outputs.
             scales = (bits(stored[f"{name}.weight_scale"]) * len(stored[f"{name}.weight"]) for name in each)
             assert found[f"{prefix}.{own}_scale"][1] == b"".join(scales)
             largest = max(stored[f"{name}.input_scale"] for name in each)
             assert found[f"{prefix}.{activation}_scale"][1] == bits(largest)
-    for i in NANO_BF16:
-        assert found[f"backbone.layers.{i}.mixer.in_proj.weight"][0] == TensorProto.BFLOAT16
+
+
+def expected_counts(layers: tuple[str, ...], *, scaled: bool) -> dict[tuple[str, str], int]:
+    """How many tensors of each kind beside the experts' own a published layout has, in FP8 and not."""
+    mamba, moe, attention = (layers.count(kind) for kind in ("mamba", "moe", "attention"))
+    plain_mamba = 0 if scaled else len(NANO_BF16)
+    fp8 = 2 * (mamba - plain_mamba) + 2 * moe
+    fp32 = dict.fromkeys(("weight_scale", "input_scale"), fp8)
+    fp32 |= dict.fromkeys(("k_scale", "v_scale"), attention) if scaled else {}
+    plain = 2 * plain_mamba + 4 * attention + (2 * moe if scaled else 0)
+    return {
+        ("weight", "torch.float8_e4m3fn"): fp8,
+        ("weight", "torch.bfloat16"): plain,
+        **{(name, "torch.float32"): count for name, count in fp32.items()},
+    }
 
 
 def rescaled(folder: Path, *, per_channel: bool, ones: int) -> Path:
@@ -306,140 +323,6 @@ def test_patterns_name_modules_and_what_is_below() -> None:
         assert bool(matches(name)) is expected, name
 
 
-@pytest.mark.parametrize("preset", PRESETS)
-def test_a_preset_leaves_out_what_nvidia_does(preset: str) -> None:
-    config = parsed(NANO)
-    kept = recipe_of(config, preset, (), kv_cache=True).modules
-    mamba = {i for i, kind in enumerate(config.layers) if kind == "mamba"}
-    left = {i for i in mamba if f"backbone.layers.{i}.mixer.in_proj" not in kept}
-    assert left == {i for i in mamba if f"backbone.layers.{i}.mixer.out_proj" not in kept}
-    assert left == (set(NANO_BF16) if preset == "published" else mamba)
-    assert not any(name.endswith(("q_proj", "k_proj", "v_proj", "o_proj")) for name in kept)
-    assert {name for name in kept if name.endswith(".experts")}
-
-
-def test_super_s_published_preset_quantises_every_mamba_layer() -> None:
-    config = parsed(NANO | {"moe_latent_size": 16})
-    assert not [pattern for pattern in exclusions(config, "published") if "layers" in pattern]
-
-
-def test_what_leaves_nothing_says_what_would_not() -> None:
-    config = parsed(NANO | {"hybrid_override_pattern": "M*M*"})
-    with pytest.raises(UsageError, match="everything is excluded") as refused:
-        recipe_of(config, "conservative", (), kv_cache=True)
-    assert "--preset published" in refused.value.hint
-
-
-def test_a_pattern_that_fits_nothing(tmp_path: Path) -> None:
-    config = load(write_checkpoint(tmp_path / "plain")).config
-    with pytest.raises(UsageError, match="fits no module"):
-        recipe_of(config, "published", ("*.qproj",), kv_cache=True)
-
-
-@pytest.mark.parametrize(("preset", "per_output"), [("published", False), ("conservative", True)])
-def test_a_calibrated_checkpoint_reads_back(tmp_path: Path, preset: str, per_output: bool) -> None:
-    model = load(write_checkpoint(tmp_path / "plain"))
-    recipe = recipe_of(model.config, preset, ("backbone.layers.3*",), kv_cache=True, per_output=per_output)
-    text = tuple(np.random.default_rng(0).integers(0, 96, (4, 80)))
-    (tmp_path / "fp8").mkdir()
-    made = quantize(model, recipe, text, tmp_path / "fp8")
-    again = load(made.folder)
-    assert again.config.recipe == recipe
-    plain = load_file(tmp_path / "plain" / "model.safetensors")
-    fp8 = load_file(made.folder / "model.safetensors")
-    for name, tensor in fp8.items():
-        if tensor.dtype == torch.float8_e4m3fn:
-            scale = fp8[name + "_scale"]
-            in_rows = per_output and ".experts." in name
-            largest = plain[name].abs().amax(1) if in_rows else plain[name].abs().max()
-            assert torch.equal(scale, largest / FP8_MAX)
-            scaled = plain[name] / (scale[:, None] if in_rows else scale)
-            assert torch.equal(tensor.float(), scaled.clamp(-448, 448).to(torch.float8_e4m3fn).float())
-        elif name in plain:
-            assert torch.equal(tensor, plain[name])
-
-
-def test_a_layer_that_gives_nothing_but_zero_is_named(tmp_path: Path) -> None:
-    checkpoint = write_checkpoint(tmp_path / "plain")
-    file = checkpoint / "model.safetensors"
-    tensors = load_file(file)
-    tensors["backbone.layers.0.norm.weight"].zero_()
-    save_file(tensors, file)
-    model = load(checkpoint)
-    (tmp_path / "fp8").mkdir()
-    recipe = recipe_of(model.config, "published", (), kv_cache=True)
-    with pytest.raises(UsageError, match=rf"{IN_PROJ} saw nothing but 0"):
-        quantize(model, recipe, (np.arange(90) % 96,), tmp_path / "fp8")
-
-
-def test_text_figures_of_a_model_against_itself_are_nothing_and_attribute_nothing(tmp_path: Path) -> None:
-    graph, config = lowered(small(tmp_path / "fp8"), tmp_path)
-    model = load(config.checkpoint)
-    text = tuple(np.random.default_rng(0).integers(0, 96, (2, 40)))
-    found = text_quality.measure(model, model, config, graph, text, "random")
-    quantisation, total = found.figures
-    assert (quantisation.mean_kl, quantisation.same_top, quantisation.perplexity_ratio) == (0.0, 1.0, 1.0)
-    assert total.mean_kl > 0  # BF16's own
-    assert {cost.layer for cost in found.layers} == {0, 1, 2, 3, 4, 5}
-    assert all(cost.mean_kl == 0 for cost in found.layers)
-
-
-def test_the_dearest_layer_is_found(tmp_path: Path) -> None:
-    """One layer's input is quantised so coarsely that it alone explains the loss."""
-    base = load(write_checkpoint(tmp_path / "plain"))
-    recipe = recipe_of(base.config, "published", (), kv_cache=True)
-    text = tuple(np.random.default_rng(0).integers(0, 96, (4, 80)))
-    (tmp_path / "fp8").mkdir()
-    quantize(base, recipe, text, tmp_path / "fp8")
-    file = tmp_path / "fp8" / "model.safetensors"
-    tensors = load_file(file)
-    tensors["backbone.layers.3.mixer.up_proj.input_scale"] /= 100  # most of the input saturates
-    save_file(tensors, file)
-    graph, config = lowered(tmp_path / "fp8", tmp_path)
-    found = text_quality.measure(load(tmp_path / "fp8"), base, config, graph, text, "random")
-    assert found.layers[0].layer == 3
-    assert found.layers[0].mean_kl > 3 * found.layers[1].mean_kl
-    failed = {(gate.output, gate.metric) for gate in text_quality.gates(found) if not gate.passed}
-    assert {("quantisation", "mean KL"), ("total", "mean KL")} <= failed
-
-
-def test_text_needs_what_was_quantised(tmp_path: Path) -> None:
-    bundle = tmp_path / "bundle"
-    build = BuildConfig(checkpoint=small(tmp_path / "fp8"), output=bundle, runtime="onnx", validate=False)
-    pipeline.build(build, Console(quiet=True))
-    text = tmp_path / "text.txt"
-    text.write_text("words " * 300)
-    with pytest.raises(UsageError, match="give it with --base"):
-        revalidate(bundle, None, Console(quiet=True), text=text)
-    plain = write_checkpoint(tmp_path / "plain", torch_dtype="bfloat16")
-    with pytest.raises(UsageError, match="no effect without --eval"):
-        revalidate(bundle, None, Console(quiet=True), base=plain)
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("empty.txt", "", "empty.txt has 0 tokens; at least 256 are needed"),
-        ("short.txt", "a few words", "at least 256 are needed"),
-        ("bad.jsonl", "{", "bad.jsonl, line 1, is not valid JSON"),
-        ("bare.jsonl", '{"prompt": "x"}', "bare.jsonl, line 1, has no text"),
-    ],
-)
-def test_a_text_that_is_none(tmp_path: Path, name: str, content: str, message: str) -> None:
-    (tmp_path / name).write_text(content)
-    with pytest.raises(UsageError, match=re.escape(message)):
-        sequences(TINY, tmp_path / name, 1)
-
-
-def test_a_text_in_lines_is_one_sequence_a_line(tmp_path: Path) -> None:
-    path = tmp_path / "text.jsonl"
-    path.write_text("\n".join(json.dumps({"text": f"line {i} " * 100}) for i in range(3)))
-    found = sequences(TINY, path, 1)
-    assert [sequence[0] for sequence in found] == [1] * len(found)
-    assert len(found) >= 3
-    assert max(map(len, found)) <= 512
-
-
 def test_an_fp8_checkpoint_is_not_dequantised(tmp_path: Path) -> None:
     config = BuildConfig(
         checkpoint=small(tmp_path / "fp8"), output=tmp_path / "b", precision="bf16", runtime="onnx"
@@ -451,6 +334,36 @@ def test_an_fp8_checkpoint_is_not_dequantised(tmp_path: Path) -> None:
     )
     with pytest.raises(UsageError, match="--exclude has no effect: the checkpoint is FP8 already"):
         pipeline.build(config, Console(quiet=True))
+
+
+UNSCALED = "stores no scales for it: 1 is taken"
+
+
+def test_a_cache_without_scales_is_said_everywhere(tmp_path: Path) -> None:
+    checkpoint = nano(tmp_path / "nano")
+    assert [note for note in check(of_folder(checkpoint), "", tmp_path).notes if UNSCALED in note]
+    console = Console(quiet=True)
+    # The first four kinds of Nano's layers would take longer than they tell: layers 5 and 6 have attention and experts.
+    config = BuildConfig(checkpoint=checkpoint, output=tmp_path / "b", runtime="onnx", layers="5:7")
+    result = pipeline.build(config, console)
+    assert [line for line in console.log if UNSCALED in line]
+    assert [what for what in result["validation"]["not_compared"] if UNSCALED in what]
+
+
+def test_a_published_checkpoint_can_have_a_bf16_cache(tmp_path: Path) -> None:
+    checkpoint, console = nano(tmp_path / "nano"), Console(quiet=True)
+    bundle = tmp_path / "b"
+    config = BuildConfig(checkpoint=checkpoint, output=bundle, runtime="onnx", layers="5:7", kv_dtype="bf16")
+    pipeline.build(config, console)
+    assert not [line for line in console.log if UNSCALED in line]
+    graph = onnx.load(bundle / "model.onnx", load_external_data=False)
+    types = {value.name: value.type.tensor_type.elem_type for value in graph.graph.input}
+    assert types["kv_cache.5"] == TensorProto.BFLOAT16
+    report = revalidate(bundle, checkpoint, console)
+    assert report.passed
+    assert not [what for what in report.not_compared if UNSCALED in what]
+    with pytest.raises(UsageError, match="--kv-dtype has no effect"):
+        pipeline.build(dataclasses.replace(config, kv_dtype="fp8", output=tmp_path / "c"), console)
 
 
 def test_check_knows_an_fp8_checkpoint(tmp_path: Path) -> None:

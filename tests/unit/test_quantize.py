@@ -1,0 +1,196 @@
+"""FP8 that is made here: what is left out, ranges from text, the checkpoint that comes of it, and what it costs."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from checkpoints import write_checkpoint
+from fp8_checkpoints import NANO, NANO_BF16, lowered, parsed, small
+from safetensors.torch import load_file, save_file
+
+from nemotrt.exporter import pipeline, text_quality
+from nemotrt.exporter.calibration_text import sequences
+from nemotrt.exporter.check import check, of_folder
+from nemotrt.exporter.config import PRESETS, BuildConfig
+from nemotrt.exporter.console import Console
+from nemotrt.exporter.errors import UsageError
+from nemotrt.exporter.presets import exclusions, recipe_of
+from nemotrt.exporter.revalidation import revalidate
+from nemotrt.exporter.stages.load import load
+from nemotrt.exporter.stages.quantize import quantize
+from nemotrt.model.fp8 import FP8_MAX
+
+TINY = Path(__file__).resolve().parents[2] / "examples" / "tiny"
+IN_PROJ = "backbone.layers.0.mixer.in_proj"
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_preset_leaves_out_what_nvidia_does(preset: str) -> None:
+    config = parsed(NANO)
+    kept = recipe_of(config, preset, (), kv_cache=True).modules
+    mamba = {i for i, kind in enumerate(config.layers) if kind == "mamba"}
+    left = {i for i in mamba if f"backbone.layers.{i}.mixer.in_proj" not in kept}
+    assert left == {i for i in mamba if f"backbone.layers.{i}.mixer.out_proj" not in kept}
+    assert left == (set(NANO_BF16) if preset == "published" else mamba)
+    assert not any(name.endswith(("q_proj", "k_proj", "v_proj", "o_proj")) for name in kept)
+    assert {name for name in kept if name.endswith(".experts")}
+
+
+def test_super_s_published_preset_quantises_every_mamba_layer() -> None:
+    config = parsed(NANO | {"moe_latent_size": 16})
+    assert not [pattern for pattern in exclusions(config, "published") if "layers" in pattern]
+
+
+def test_what_leaves_nothing_says_what_would_not() -> None:
+    config = parsed(NANO | {"hybrid_override_pattern": "M*M*"})
+    with pytest.raises(UsageError, match="everything is excluded") as refused:
+        recipe_of(config, "conservative", (), kv_cache=True)
+    assert "--preset published" in refused.value.hint
+
+
+def test_a_pattern_that_fits_nothing(tmp_path: Path) -> None:
+    config = load(write_checkpoint(tmp_path / "plain")).config
+    with pytest.raises(UsageError, match="fits no module"):
+        recipe_of(config, "published", ("*.qproj",), kv_cache=True)
+
+
+@pytest.mark.parametrize(("preset", "per_output"), [("published", False), ("conservative", True)])
+def test_a_calibrated_checkpoint_reads_back(tmp_path: Path, preset: str, per_output: bool) -> None:
+    model = load(write_checkpoint(tmp_path / "plain"))
+    recipe = recipe_of(model.config, preset, ("backbone.layers.3*",), kv_cache=True, per_output=per_output)
+    text = tuple(np.random.default_rng(0).integers(0, 96, (4, 80)))
+    (tmp_path / "fp8").mkdir()
+    made = quantize(model, recipe, text, tmp_path / "fp8")
+    again = load(made.folder)
+    assert again.config.recipe == recipe
+    plain = load_file(tmp_path / "plain" / "model.safetensors")
+    fp8 = load_file(made.folder / "model.safetensors")
+    for name, tensor in fp8.items():
+        if tensor.dtype == torch.float8_e4m3fn:
+            scale = fp8[name + "_scale"]
+            in_rows = per_output and ".experts." in name
+            largest = plain[name].abs().amax(1) if in_rows else plain[name].abs().max()
+            assert torch.equal(scale, largest / FP8_MAX)
+            scaled = plain[name] / (scale[:, None] if in_rows else scale)
+            assert torch.equal(tensor.float(), scaled.clamp(-448, 448).to(torch.float8_e4m3fn).float())
+        elif name in plain:
+            assert torch.equal(tensor, plain[name])
+
+
+def test_a_layer_that_gives_nothing_but_zero_is_named(tmp_path: Path) -> None:
+    checkpoint = write_checkpoint(tmp_path / "plain")
+    file = checkpoint / "model.safetensors"
+    tensors = load_file(file)
+    tensors["backbone.layers.0.norm.weight"].zero_()
+    save_file(tensors, file)
+    model = load(checkpoint)
+    (tmp_path / "fp8").mkdir()
+    recipe = recipe_of(model.config, "published", (), kv_cache=True)
+    with pytest.raises(UsageError, match=rf"{IN_PROJ} saw nothing but 0"):
+        quantize(model, recipe, (np.arange(90) % 96,), tmp_path / "fp8")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        # Keys of 1e38 · 1e38 are infinite; what flows on is NaN.
+        ("backbone.layers.3.norm.weight", 3e38, "layer 3 gives NaN or infinity on the calibration text"),
+        ("backbone.layers.2.mixer.k_proj.weight", 0.0, "layers.2.mixer.k_proj.k_scale saw nothing but 0"),
+        ("backbone.layers.3.mixer.up_proj.weight", 0.0, "layers.3.mixer.down_proj saw nothing but 0"),
+    ],
+)
+def test_a_layer_that_cannot_be_calibrated_is_named(
+    tmp_path: Path, name: str, value: float, message: str
+) -> None:
+    checkpoint = write_checkpoint(tmp_path / "plain")
+    file = checkpoint / "model.safetensors"
+    tensors = load_file(file)
+    tensors[name] = torch.full_like(tensors[name], value)
+    save_file(tensors, file)
+    model = load(checkpoint)
+    (tmp_path / "fp8").mkdir()
+    recipe = recipe_of(model.config, "conservative", (), kv_cache=True)
+    with pytest.raises(UsageError, match=message):
+        quantize(model, recipe, (np.arange(90) % 96,), tmp_path / "fp8")
+    assert not list((tmp_path / "fp8").iterdir())
+
+
+def test_text_figures_of_a_model_against_itself_are_nothing_and_attribute_nothing(tmp_path: Path) -> None:
+    graph, config = lowered(small(tmp_path / "fp8"), tmp_path)
+    model = load(config.checkpoint)
+    text = tuple(np.random.default_rng(0).integers(0, 96, (2, 40)))
+    found = text_quality.measure(model, model, config, graph, text, "random")
+    quantisation, total = found.figures
+    assert (quantisation.mean_kl, quantisation.same_top, quantisation.perplexity_ratio) == (0.0, 1.0, 1.0)
+    assert total.mean_kl > 0  # BF16's own
+    assert {cost.layer for cost in found.layers} == {0, 1, 2, 3, 4, 5}
+    assert all(cost.mean_kl == 0 for cost in found.layers)
+
+
+def test_the_dearest_layer_is_found(tmp_path: Path) -> None:
+    """One layer's input is quantised so coarsely that it alone explains the loss."""
+    base = load(write_checkpoint(tmp_path / "plain"))
+    recipe = recipe_of(base.config, "published", (), kv_cache=True)
+    text = tuple(np.random.default_rng(0).integers(0, 96, (4, 80)))
+    (tmp_path / "fp8").mkdir()
+    quantize(base, recipe, text, tmp_path / "fp8")
+    file = tmp_path / "fp8" / "model.safetensors"
+    tensors = load_file(file)
+    tensors["backbone.layers.3.mixer.up_proj.input_scale"] /= 100  # most of the input saturates
+    save_file(tensors, file)
+    graph, config = lowered(tmp_path / "fp8", tmp_path)
+    found = text_quality.measure(load(tmp_path / "fp8"), base, config, graph, text, "random")
+    assert found.layers[0].layer == 3
+    assert found.layers[0].mean_kl > 3 * found.layers[1].mean_kl
+    failed = {(gate.output, gate.metric) for gate in text_quality.gates(found) if not gate.passed}
+    assert {("quantisation", "mean KL"), ("total", "mean KL")} <= failed
+
+
+def test_text_needs_what_was_quantised(tmp_path: Path) -> None:
+    bundle = tmp_path / "bundle"
+    build = BuildConfig(checkpoint=small(tmp_path / "fp8"), output=bundle, runtime="onnx", validate=False)
+    pipeline.build(build, Console(quiet=True))
+    text = tmp_path / "text.txt"
+    text.write_text("words " * 300)
+    with pytest.raises(UsageError, match="give it with --base"):
+        revalidate(bundle, None, Console(quiet=True), text=text)
+    plain = write_checkpoint(tmp_path / "plain", torch_dtype="bfloat16")
+    with pytest.raises(UsageError, match="no effect without --eval"):
+        revalidate(bundle, None, Console(quiet=True), base=plain)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("empty.txt", "", "empty.txt has 0 tokens; at least 256 are needed"),
+        ("short.txt", "a few words", "at least 256 are needed"),
+        ("bad.jsonl", "{", "bad.jsonl, line 1, is not valid JSON"),
+        ("bare.jsonl", '{"prompt": "x"}', "bare.jsonl, line 1, has no text"),
+    ],
+)
+def test_a_text_that_is_none(tmp_path: Path, name: str, content: str, message: str) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UsageError, match=re.escape(message)):
+        sequences(TINY, tmp_path / name, 1)
+
+
+def test_a_text_in_lines_is_one_sequence_a_line(tmp_path: Path) -> None:
+    path = tmp_path / "text.jsonl"
+    path.write_text("\n".join(json.dumps({"text": f"line {i} " * 100}) for i in range(3)))
+    found = sequences(TINY, path, 1)
+    assert [sequence[0] for sequence in found] == [1] * len(found)
+    assert len(found) >= 3
+    assert max(map(len, found)) <= 512
+
+
+def test_check_says_what_a_build_would_quantise(tmp_path: Path) -> None:
+    found = check(of_folder(write_checkpoint(tmp_path / "plain")), "fp8", tmp_path)
+    assert found.is_buildable
+    assert {"up_proj.weight", "down_proj.weight"} <= set(found.dtypes["mlp"]["float8_e4m3fn"])
+    assert "kv_cache" in found.dtypes["attention"]["float8_e4m3fn"]
+    assert "float8_e4m3fn" not in found.dtypes["mamba"]  # by the default preset
