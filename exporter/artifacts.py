@@ -308,11 +308,19 @@ class ValidationReport:
     routers: tuple[RouterAgreement, ...] = ()
     bisect: Bisection | None = None
     """Where values depart, where that was looked for."""
+    is_whole: bool = True
+    """Whether whole steps of the model were compared: else each part was run alone, and the report says so."""
 
     @property
     def not_finite(self) -> tuple[Gate, ...]:
         """Gates that say that one side holds NaN or infinity: then nothing else can be judged."""
         return tuple(gate for gate in self.gates if "not finite" in gate.metric and not gate.passed)
+
+    @property
+    def verdict(self) -> str:
+        """In words that make no more of it than was compared."""
+        what = "" if self.is_whole else ", each layer alone"
+        return ("passed" if self.passed else "failed") + what
 
     @property
     def passed(self) -> bool:

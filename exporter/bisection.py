@@ -22,12 +22,12 @@ from nemotrt.exporter.comparison import Extent
 from nemotrt.exporter.config import COMPUTE_DTYPES, BuildConfig
 from nemotrt.exporter.graph_cuts import Cut
 from nemotrt.exporter.layerwise import part_noise, trials
-from nemotrt.exporter.part_trial import FLOAT, Beside, PartTrial, error, limit
+from nemotrt.exporter.part_trial import FLOAT, Beside, PartRun, PartTrial, error, limit
 from nemotrt.exporter.runtime.part_session import PartSession
 from nemotrt.exporter.runtime.step import StepInputs
 from nemotrt.exporter.stages.lower import value_names
 from nemotrt.exporter.stages.trace import trace
-from nemotrt.exporter.torch_parts import TracedTorchPart
+from nemotrt.exporter.torch_parts import PartModules, TracedTorchPart
 
 if TYPE_CHECKING:
     from onnx import NodeProto, TensorProto
@@ -46,20 +46,22 @@ def bisect(
 ) -> Bisection:
     """Where the graph departs over the steps of a mixed batch, part by part; `advance` hears of `num_steps`."""
     programs = _programs(model, config)
-    pools = model.pools(config)
+    pools, modules = model.pools(config), PartModules(model)
     advance(1)
-    runners: list[_Marked] = []
+    runs_as: list[str] = []
+    changed: list[str] = []
 
     def trial(cut: Cut) -> PartTrial:
         program = programs[cut.place]
         names = [name for name in dict.fromkeys(program.names.values()) if name in cut.types]
-        runners.append(_Marked(cut, names, graph))
+        runner = _Marked(cut, names, graph, changed)
+        runs_as.append(runner.runs_as)
         reference, floor = (
-            TracedTorchPart(model, cut, pools, dtype, part.program, program.names) if part else None
+            TracedTorchPart(modules, cut, pools, dtype, part.program, program.names) if part else None
             for part, dtype in ((program.wide, torch.float32), (program.half, program.dtype))
         )
         assert reference
-        return PartTrial(cut, runners[-1], reference, floor, part_noise(cut, pools, extent), names)
+        return PartTrial(cut, runner, reference, floor, part_noise(cut, pools, extent), names)
 
     kinds = {f"layers.{index}": kind for index, kind in model.config.numbered_layers.items()}
     departing: list[Suspect] = []
@@ -81,8 +83,14 @@ def bisect(
             default=None,
         )
         advance(1)
-    changed = tuple(runner.place for runner in runners if runner.is_changed)
-    return Bisection(runners[0].runs_as, num_values, num_unmatched, tuple(departing), nearest, changed)
+    return Bisection(
+        runs_as=max(runs_as, key=runs_as.count),
+        num_values=num_values,
+        num_unmatched=num_unmatched,
+        departing=tuple(departing),
+        nearest=nearest,
+        marking_changed=tuple(dict.fromkeys(changed)),
+    )
 
 
 def num_steps(num_layers: int) -> int:
@@ -118,23 +126,24 @@ def _programs(model: LoadedModel, config: BuildConfig) -> dict[str, _Program]:
 class _Marked:
     """A part with inner values as outputs, beside the same part without: the bits that both give must be the same."""
 
-    def __init__(self, cut: Cut, names: Sequence[str], graph: Path) -> None:
+    def __init__(self, cut: Cut, names: Sequence[str], graph: Path, changed: list[str]) -> None:
+        """The part's place is added to `changed` whenever they are not."""
         routers = [cut.router_logits] if cut.router_logits else []
-        self.place = cut.place
+        self._place, self._changed = cut.place, changed
         self._marked = PartSession(cut.showing(dict.fromkeys([*routers, *names])), graph)
         self._plain = PartSession(cut.model, graph)
         self.runs_as = self._marked.runs_as
-        self.is_changed = False
 
     def run(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """Every output, of the part with marks."""
         shown = self._marked.run(feeds)
         for name, values in self._plain.run(feeds).items():
-            self.is_changed |= not np.array_equal(values, shown[name], equal_nan=True)
+            if not np.array_equal(values, shown[name], equal_nan=True):
+                self._changed.append(self._place)
         return shown
 
 
-def _suspects(cut: Cut, done: PartTrial, kind: str) -> Iterator[Suspect]:
+def _suspects(cut: Cut, done: PartRun, kind: str) -> Iterator[Suspect]:
     """Every value that was compared, in the order in which nodes make them."""
     for node in cut.model.graph.node:
         for name in node.output:
@@ -165,7 +174,7 @@ def _suspect(cut: Cut, node: NodeProto, name: str, kind: str, shown: Beside, flo
     )
 
 
-def _first_step(suspect: Suspect, done: PartTrial, cut: Cut) -> int:
+def _first_step(suspect: Suspect, done: PartRun, cut: Cut) -> int:
     """After how many steps the value is beyond its limit."""
     shown, floor = done.shown[suspect.tensor], done.floor.get(suspect.tensor)
     is_fp32 = _is_fp32(cut, suspect.tensor)

@@ -8,6 +8,8 @@ from nemotrt.exporter.comparison import Candidate
 from nemotrt.exporter.runners import EngineRunner, GraphRunner
 from nemotrt.exporter.scenarios import NUM_SLOTS
 
+ENGINE = "TensorRT engine: not executed"
+
 
 def graph_candidate(graph: Path) -> Candidate:
     """A graph in ONNX Runtime: pools updated in place, and pools fed and fetched."""
@@ -15,8 +17,7 @@ def graph_candidate(graph: Path) -> Candidate:
     def open_runner(pages: int, way: str) -> GraphRunner:
         return GraphRunner(graph, num_slots=NUM_SLOTS, num_pages=pages, bound=way == "bound")
 
-    not_compared = ("TensorRT engine: not executed",)
-    return Candidate("ONNX Runtime", ("bound", "unbound"), open_runner, not_compared, graph)
+    return Candidate("ONNX Runtime", ("bound", "unbound"), open_runner, (ENGINE,), graph)
 
 
 def engine_candidate(bundle: Path, runtime: str) -> Candidate:

@@ -25,7 +25,6 @@ from nemotrt.exporter.artifacts import LoadedModel, WeightSource
 from nemotrt.exporter.environment import num_cores
 from nemotrt.exporter.errors import CheckpointError, UsageError
 from nemotrt.exporter.tensor_files import StoredTensor
-from nemotrt.model.checkpoint import Transform
 
 ALIGNMENT = 4096
 """Tensors start on a page, so that a runtime can map each of them."""
@@ -38,9 +37,6 @@ KEPT_BYTES = 1 << 28
 
 FICLONE = 0x40049409
 """The ioctl that makes a file share another's blocks until either is written: see ioctl_ficlone(2)."""
-
-UNCHANGED = (Transform.COPY, Transform.RESHAPE)
-"""Transforms that keep the values in order."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +67,7 @@ def lay_out(
     placed = []
     end = 0
     for source, shape, dtype in parameters:
-        if link and _is_as_wanted(source, dtype):
+        if link and weights.lies_as_wanted(source, dtype):
             (tensor,) = source.tensors
             placed.append(Placed(source, shape, dtype, tensor.offset, tensor.path))
         else:
@@ -79,11 +75,6 @@ def lay_out(
             placed.append(Placed(source, shape, dtype, offset))
             end = offset + placed[-1].length
     return tuple(placed)
-
-
-def _is_as_wanted(source: WeightSource, dtype: torch.dtype) -> bool:
-    is_one = len(source.tensors) == 1 and source.transform in UNCHANGED
-    return is_one and getattr(torch, source.tensors[0].dtype) is dtype
 
 
 def end_of(placed: Iterable[Placed]) -> int:
@@ -158,7 +149,7 @@ class _Piece:
 
 def _pieces(placed: Placed) -> Iterator[_Piece]:
     """A parameter in pieces of stored tensors where values keep their order, else as a whole."""
-    if placed.source.transform not in UNCHANGED:
+    if placed.source.transform not in weights.UNCHANGED:
         yield _Piece(placed, placed.offset, placed.offset + placed.length)
         return
     position = placed.offset
@@ -224,7 +215,7 @@ def stored_bytes(model: LoadedModel, dtype: torch.dtype, *, link: bool) -> int:
     """Bytes that `write` will bring to the disk, weights in `dtype`; pages' fill and repeated scales left out."""
     total = 0
     for source in model.weights.values():
-        if link and _is_as_wanted(source, dtype):
+        if link and weights.lies_as_wanted(source, dtype):
             continue
         for tensor in source.tensors:
             with tensor.path.open("rb", buffering=0) as file:

@@ -7,6 +7,7 @@ of 167 M parameters; what other models need was not.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -27,6 +28,13 @@ LOGITS_ROWS = 511
 """Rows of logits that a validation keeps for each runner, as float64."""
 LOGITS_COPIES = 6
 """Four runners', and those that the gates work on."""
+
+PART_BYTES = {"fp32": 8, "fp16": 12, "bf16": 12, "fp8": 12}
+"""Of a parameter of a part that is compared alone: PyTorch's in FP32, the floor's, the graph's, and its FP32 twin's."""
+EXPERT_COPIES = 2
+"""Of the experts, which no one widens as a whole: PyTorch's stack, and the graph's own bytes."""
+PART_ROWS = 159
+"""Rows of logits that the head alone gives."""
 
 ENGINE_BASE = 300_000_000
 ENGINE_COPIES = 2.2
@@ -71,6 +79,26 @@ def check_memory(model: LoadedModel, *, hint: str) -> None:
             f"the comparison with PyTorch needs about {wanted / 1e9:.3g} GB of memory,"
             f" this machine has {there / 1e9:.3g} GB",
             hint=hint,
+        )
+
+
+def check_part_memory(model: LoadedModel, precision: str) -> None:
+    """Raise UsageError when comparing the largest part with PyTorch, alone, needs more memory than there is."""
+    parts: dict[str, int] = {}
+    for name, weight in model.weights.items():
+        place = re.sub(r"^backbone\.(layers\.\d+|embeddings).*", r"\1", name)
+        place = place if place != name else "head"
+        is_expert = name.endswith((".experts.up", ".experts.down"))
+        per_parameter = EXPERT_COPIES * BYTES[precision] if is_expert else PART_BYTES[precision]
+        parts[place] = parts.get(place, 0) + per_parameter * num_parameters(weight.tensors)
+    parts["head"] += LOGITS_COPIES * PART_ROWS * model.config.vocab_size * 8
+    largest = max(parts, key=lambda place: parts[place])
+    wanted, there = BASE_MEMORY + parts[largest], memory_bytes()
+    if wanted > there:
+        raise UsageError(
+            f"comparing {largest} alone with PyTorch needs about {wanted / 1e9:.3g} GB of memory,"
+            f" this machine has {there / 1e9:.3g} GB",
+            hint="use a machine with more",
         )
 
 

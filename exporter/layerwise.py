@@ -22,11 +22,11 @@ from nemotrt.exporter.comparison import Extent, noise_of, prompt_of
 from nemotrt.exporter.config import COMPUTE_DTYPES, BuildConfig
 from nemotrt.exporter.gates import Noise
 from nemotrt.exporter.graph_cuts import Cut, cuts
-from nemotrt.exporter.part_trial import Compared, PartTrial
+from nemotrt.exporter.part_trial import Compared, PartRun, PartTrial
 from nemotrt.exporter.runtime.graph_file import read_proto
 from nemotrt.exporter.runtime.part_session import PartSession
 from nemotrt.exporter.scenarios import MIXED, scenarios
-from nemotrt.exporter.torch_parts import TorchPart
+from nemotrt.exporter.torch_parts import PartModules, TorchPart
 from nemotrt.model.pools import PoolSpec
 
 
@@ -37,6 +37,8 @@ class Parts:
     gates: tuple[Gate, ...] = ()
     layers: tuple[LayerError, ...] = ()
     ops: tuple[OpError, ...] = ()
+    runs_as: str = ""
+    """How ONNX Runtime ran the graph, in words."""
 
 
 MakeTrial = Callable[[Cut], PartTrial]
@@ -52,14 +54,18 @@ def compare_parts(
 ) -> Parts:
     """Every part alone over the steps of a mixed batch, and in it every op alone; `advance` hears of parts."""
     dtype = getattr(torch, COMPUTE_DTYPES[config.precision])
-    pools = model.pools(config)
+    pools, modules = model.pools(config), PartModules(model)
+
+    runs_as: list[str] = []
 
     def trial(cut: Cut) -> PartTrial:
         shown = cut.showing([cut.router_logits] if cut.router_logits else [])
-        reference = TorchPart(model, cut, pools, torch.float32)
-        floor = TorchPart(model, cut, pools, dtype) if dtype != torch.float32 else None
+        reference = TorchPart(modules, cut, pools, torch.float32)
+        session = PartSession(shown, graph)
+        runs_as.append(session.runs_as)
+        floor = TorchPart(modules, cut, pools, dtype) if dtype != torch.float32 else None
         noise = part_noise(cut, pools, extent)
-        return PartTrial(cut, PartSession(shown, graph), reference, floor, noise, cut.edges)
+        return PartTrial(cut, session, reference, floor, noise, cut.edges)
 
     kinds = {f"layers.{index}": kind for index, kind in model.config.numbered_layers.items()}
     gates: list[Gate] = []
@@ -75,7 +81,7 @@ def compare_parts(
         gates += op_gates
         ops += errors
         advance(1)
-    return Parts(tuple(gates), tuple(layers), tuple(ops))
+    return Parts(tuple(gates), tuple(layers), tuple(ops), max(runs_as, key=runs_as.count))
 
 
 def part_noise(cut: Cut, pools: Sequence[PoolSpec], extent: Extent) -> Noise:
@@ -85,8 +91,8 @@ def part_noise(cut: Cut, pools: Sequence[PoolSpec], extent: Extent) -> Noise:
 
 def trials(
     config: BuildConfig, graph: Path, trial: MakeTrial, extent: Extent
-) -> Iterator[tuple[Cut, PartTrial, list[int]]]:
-    """Every part after its steps, and how many tokens each had; what flows in is what the reference gave before it."""
+) -> Iterator[tuple[Cut, PartRun, list[int]]]:
+    """What every part gave, and how many tokens each had; what flows in is what the reference gave before it."""
     tokens = prompt_of(replace(extent, prompt=extent.prompt + extent.decode))
     plan = scenarios(tokens[: extent.prompt], tokens[extent.prompt :], extent.page_size)
     steps = next(scenario.steps for scenario in plan if scenario.name == MIXED)
@@ -100,7 +106,9 @@ def trials(
             running.step(flow if flow.dtype == torch.int64 else flow.to(dtype), inputs)
             for flow, inputs in zip(flows, steps, strict=True)
         ]
-        yield cut, running, counts
+        found = running.found
+        del running  # its weights are not to be in memory beside those of what comes next
+        yield cut, found, counts
 
 
 def _labelled(cut: Cut, compared: Compared) -> dict[str, judged.Pair]:

@@ -77,8 +77,19 @@ Compared = dict[str, Beside]
 """By the graph's names."""
 
 
+@dataclass
+class PartRun:
+    """What one part gave over the steps, three ways."""
+
+    shown: Compared = field(default_factory=dict)
+    floor: Compared = field(default_factory=dict)
+    """Of PyTorch at the graph's precision; empty where that is FP32."""
+    calls: list[tuple[list[OpCall], list[OpCall]]] = field(default_factory=list)
+    """Of each step, the ops that the reference called, and those at the graph's precision."""
+
+
 class PartTrial:
-    """Steps of one part, three ways; what they gave is kept, for the values in `compared`."""
+    """One part, three ways, step by step; what it gave is in `found`, for the values in `compared`."""
 
     def __init__(
         self,
@@ -96,10 +107,7 @@ class PartTrial:
         reference.reset(noise)
         if floor:
             floor.reset(noise)
-        self.shown: Compared = {}
-        self.floor: Compared = {}
-        self.calls: list[tuple[list[OpCall], list[OpCall]]] = []
-        """Of each step, the ops that the reference called, and those at the graph's precision."""
+        self.found = PartRun()
 
     def step(self, flow: Tensor, inputs: StepInputs) -> Tensor:
         """What flows on from the reference, on the experts that the graph chose."""
@@ -110,15 +118,15 @@ class PartTrial:
         leader = (shown[router][:count].astype(np.float32),) if router else ()
         result = self._reference.step(flow, inputs, leader)
         calls = self._reference.calls
-        self._add(self.shown, shown, count)
+        self._add(self.found.shown, shown, count)
         if self._floor:
             self._floor.step(flow, inputs)
             own = _first(self._floor.router_logits(), count)
             if own:
                 # The floor's choice of experts; a layer that has experts has no pools to spoil.
                 self._reference.step(flow, inputs, own)
-            self._add(self.floor, self._floor.values, count)
-        self.calls.append((calls, self._floor.calls if self._floor else calls))
+            self._add(self.found.floor, self._floor.values, count)
+        self.found.calls.append((calls, self._floor.calls if self._floor else calls))
         return result
 
     def _add(self, into: Compared, values: Mapping[str, Any], count: int) -> None:

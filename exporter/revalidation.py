@@ -43,32 +43,63 @@ def revalidate(
     base: Path | None = None,
     text: Path | None = None,
     seed: int = 0,
+    layers_alone: bool = False,
+    bisect: bool = False,
 ) -> ValidationReport:
     """The report of every gate, as a build makes it; without a checkpoint it says that the weights were not compared.
 
+    With `layers_alone` no more than a layer is in memory, and whole steps are left out; `bisect` looks inside layers.
     With a text it says what quantisation costs on it, against `base`, or against the checkpoint if that is what was
     quantised. Raises BundleError on a bundle that is not whole, UsageError on another bundle's checkpoint.
     """
     with console.stage("load", str(checkpoint or bundle)):
-        subject = _subject(bundle, checkpoint, base)
+        subject = subject_of(bundle, checkpoint, base)
     if (text or base) and not (text and subject.base):
         raise UsageError(*_cannot_measure(subject, text))
-    model, config = subject.model, subject.config
-    estimates.check_memory(model, hint="use a machine with more")
-    from nemotrt.exporter.stages.validate import num_steps, validate
-
-    with console.stage(
-        "validate",
-        "ONNX Runtime against PyTorch",
-        total=num_steps(config.precision, len(model.config.layers)),
-    ) as advance:
-        report = validate(model, config, subject.graph, seed=seed, advance=advance)
+    if text and layers_alone:
+        raise UsageError("--eval runs the whole model, which --layers-alone leaves out", hint="leave one out")
+    model = subject.model
+    report = (_of_layers if layers_alone else _of_steps)(subject, seed, console)
+    if bisect:
+        report = _bisected(report, subject, seed, console)
     if checkpoint is None or model.folder == bundle:
         report = dataclasses.replace(report, not_compared=(*report.not_compared, OWN_WEIGHTS))
     return _with_text(report, subject, subject.base, text, console) if text and subject.base else report
 
 
-def _subject(bundle: Path, checkpoint: Path | None, base: Path | None) -> Subject:
+def _of_steps(subject: Subject, seed: int, console: Console) -> ValidationReport:
+    model, config = subject.model, subject.config
+    estimates.check_memory(model, hint="--layers-alone compares with one layer in memory at a time")
+    from nemotrt.exporter.stages.validate import num_steps, validate
+
+    total = num_steps(config.precision, len(model.config.layers))
+    with console.stage("validate", "ONNX Runtime against PyTorch", total=total) as advance:
+        return validate(model, config, subject.graph, seed=seed, advance=advance)
+
+
+def _of_layers(subject: Subject, seed: int, console: Console) -> ValidationReport:
+    model, config = subject.model, subject.config
+    estimates.check_part_memory(model, config.precision)
+    from nemotrt.exporter.stages.validate import num_parts, validate_parts
+
+    total = num_parts(len(model.config.layers))
+    with console.stage("validate", "each layer alone, ONNX Runtime against PyTorch", total=total) as advance:
+        return validate_parts(model, config, subject.graph, seed=seed, advance=advance)
+
+
+def _bisected(report: ValidationReport, subject: Subject, seed: int, console: Console) -> ValidationReport:
+    from nemotrt.exporter import bisection
+    from nemotrt.exporter.stages.validate import extent
+
+    model, config = subject.model, subject.config
+    total = bisection.num_steps(len(model.config.layers))
+    with console.stage("bisect", "every value inside each layer", total=total) as advance:
+        found = bisection.bisect(model, config, subject.graph, extent(model, config, seed), advance=advance)
+    return dataclasses.replace(report, bisect=found)
+
+
+def subject_of(bundle: Path, checkpoint: Path | None, base: Path | None) -> Subject:
+    """The bundle as it is judged again; raises BundleError where it is not whole, UsageError on what is not its own."""
     manifest = manifests.verify(bundle, deep=False)
     config = _config(bundle, manifest, checkpoint or bundle)
     source = _from(checkpoint, manifest) if checkpoint else None

@@ -303,7 +303,8 @@ def report(found: ValidationReport) -> list[RenderableType]:
         )
         before = row.scenario
     passed = sum(gate.passed for gate in found.gates)
-    outcome = ("passed", "green") if found.passed else ("failed", "red")
+    colour = "red" if not found.passed else "green" if found.is_whole else "yellow"
+    outcome = (found.verdict, colour)
     line = f": {passed} of {len(found.gates)} gates; {found.candidate} against {found.reference}"
     shown: list[RenderableType] = [table, "", Text.assemble(outcome, line)]
     rerouted = sum(found.rerouted.values())

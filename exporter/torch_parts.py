@@ -5,6 +5,7 @@ Legend: T tokens, D hidden size, R rows that want logits.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from nemotrt.model.block import Block
 from nemotrt.model.fp8 import FP8
 from nemotrt.model.hybrid import NemotronH
 from nemotrt.model.pools import PoolSpec
+from nemotrt.model.recipe import EXPERTS
 from nemotrt.model.step import Step
 from nemotrt.plugins import torch_op
 from nemotrt.plugins.spec import OpSpec, ops
@@ -70,18 +72,48 @@ def torch_step(inputs: StepInputs) -> Step:
     return Step(*(torch.from_numpy(getattr(inputs, name)) for name in STEP_FIELDS))
 
 
-def part_of(model: LoadedModel, place: str, dtype: torch.dtype) -> nn.Module:
-    """The model's module at `embeddings`, `layers.7` or `head`, with the checkpoint's weights in `dtype`."""
-    with torch.device("meta"):
-        network = NemotronH(model.config, dtype=dtype)
-    module = network.head() if place == "head" else network.backbone.get_submodule(place)
-    state = {}
-    for name, parameter in module.state_dict().items():
-        own = name if name.startswith("lm_head.") else f"backbone.{name}"
-        whole = own if place == "head" else f"backbone.{place}.{name}"
-        state[name] = weights.read(model.weights[whole], tuple(parameter.shape), parameter.dtype)
-    module.load_state_dict(state, assign=True)
-    return module
+class PartModules:
+    """The model's modules, with the weights of the parts in use and no others.
+
+    Parts of one place share the tensors that they hold in the same dtype. The experts of the FP32 reference stay as
+    they are stored: their op widens one expert at a time, to the same values.
+    """
+
+    def __init__(self, model: LoadedModel) -> None:
+        self._model = model
+        self._empty: dict[torch.dtype, NemotronH] = {}
+        self._place = ""
+        self._held: dict[tuple[str, torch.dtype], Tensor] = {}
+
+    def module(self, place: str, dtype: torch.dtype) -> nn.Module:
+        """The one at `embeddings`, `layers.7` or `head`, with the checkpoint's weights in `dtype`."""
+        if place != self._place:
+            self._place = place
+            self._held.clear()
+        if dtype not in self._empty:
+            self._empty[dtype] = NemotronH(self._model.config, dtype=dtype, device="meta")
+        network = self._empty[dtype]
+        module = network.head() if place == "head" else network.backbone.get_submodule(place)
+        module = copy.deepcopy(module)
+        state = {}
+        for name, parameter in module.state_dict().items():
+            own = name if name.startswith("lm_head.") else f"backbone.{name}"
+            whole = own if place == "head" else f"backbone.{place}.{name}"
+            state[name] = self._weight(whole, parameter)
+        module.load_state_dict(state, assign=True)
+        return module
+
+    def _weight(self, name: str, parameter: Tensor) -> Tensor:
+        source = self._model.weights[name]
+        dtype = parameter.dtype
+        if dtype == torch.float32 and name.endswith(WIDENED_BY_THEIR_OP):
+            dtype = getattr(torch, source.tensors[0].dtype)
+        if (name, dtype) not in self._held:
+            self._held[name, dtype] = weights.lying(source, tuple(parameter.shape), dtype)
+        return self._held[name, dtype]
+
+
+WIDENED_BY_THEIR_OP = (f".{EXPERTS}.up", f".{EXPERTS}.down")
 
 
 @dataclass(frozen=True)
@@ -111,10 +143,10 @@ class _OpCalls(TorchDispatchMode):  # type: ignore[no-untyped-call]
 class TorchPart:
     """The part of the model that a cut is of, in one dtype, on pools of its own; row 0 of a pool is scratch."""
 
-    def __init__(self, model: LoadedModel, cut: Cut, pools: Sequence[PoolSpec], dtype: torch.dtype) -> None:
+    def __init__(self, modules: PartModules, cut: Cut, pools: Sequence[PoolSpec], dtype: torch.dtype) -> None:
         environment.hide_unusable_amx()
         self._cut, self._dtype = cut, dtype
-        self._module = part_of(model, cut.place, dtype)
+        self._module = modules.module(cut.place, dtype)
         self._num_threads = num_threads(self._module.state_dict())
         self._specs = tuple(spec for spec in pools if f"layers.{spec.layer}" == cut.place)
         self._pools: list[Tensor] = []
@@ -166,7 +198,7 @@ class TracedTorchPart(TorchPart):
 
     def __init__(
         self,
-        model: LoadedModel,
+        modules: PartModules,
         cut: Cut,
         pools: Sequence[PoolSpec],
         dtype: torch.dtype,
@@ -174,7 +206,7 @@ class TracedTorchPart(TorchPart):
         names: Mapping[str, str],
     ) -> None:
         """`program` is traced in `dtype`; `names` are its nodes' names → the graph's of the same values."""
-        super().__init__(model, cut, pools, dtype)
+        super().__init__(modules, cut, pools, dtype)
         self._program, self._names = program, names
 
     def _run(self, flow: Tensor, inputs: StepInputs) -> tuple[Tensor, ...]:

@@ -30,6 +30,10 @@ INFINITY_BITS: dict[torch.dtype, tuple[Any, int]] = {
 no infinity, and one NaN."""
 
 
+UNCHANGED = (Transform.COPY, Transform.RESHAPE)
+"""Transforms that keep the values in order."""
+
+
 def convert(tensor: StoredTensor, transform: Transform, dtype: torch.dtype) -> Iterator[Tensor]:
     """The tensor's values in order as flat pieces of `dtype`; raises as `converted`."""
     for piece in read_pieces(tensor, PIECE_BYTES):
@@ -101,3 +105,20 @@ def read(source: WeightSource, shape: tuple[int, ...], dtype: torch.dtype) -> Te
         whole[position : position + len(piece)] = piece
         position += len(piece)
     return whole.reshape(shape)
+
+
+def lies_as_wanted(source: WeightSource, dtype: torch.dtype) -> bool:
+    """Whether one stored tensor holds the parameter's values in `dtype`, in order."""
+    is_one = len(source.tensors) == 1 and source.transform in UNCHANGED
+    return is_one and getattr(torch, source.tensors[0].dtype) is dtype
+
+
+def lying(source: WeightSource, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """As `read`, in the file's own pages where it holds the parameter as it is wanted: not to be written to."""
+    if not lies_as_wanted(source, dtype):
+        return read(source, shape, dtype)
+    (tensor,) = source.tensors
+    stored = np.memmap(tensor.path, np.uint8, "c", tensor.offset, tensor.length)
+    for begin in range(0, tensor.length, PIECE_BYTES):
+        converted(tensor, stored[begin : begin + PIECE_BYTES].data, source.transform, dtype)
+    return torch.from_numpy(stored).view(dtype).reshape(shape)

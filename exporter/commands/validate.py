@@ -37,6 +37,14 @@ OUTPUT_FILE = click.Path(dir_okay=False, writable=True, path_type=Path)
     type=FOLDER,
     help="With --eval: the model before it was quantised. Default: the checkpoint, if the build quantised it.",
 )
+@click.option(
+    "--layers-alone",
+    is_flag=True,
+    help="Hold one layer in memory at a time: each is compared alone, whole steps are not.",
+)
+@click.option(
+    "--bisect", is_flag=True, help="Name the layer, the op and the tensor that departs, if any does."
+)
 @click.option("--html", type=OUTPUT_FILE, help="Write the report as one HTML page that loads nothing.")
 @click.option("--junit", type=OUTPUT_FILE, help="Write the gates as JUnit XML, for a CI system.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the prompt's tokens.")
@@ -48,6 +56,8 @@ def validate(
     checkpoint: Path | None,
     text: Path | None,
     base: Path | None,
+    layers_alone: bool,
+    bisect: bool,
     html: Path | None,
     junit: Path | None,
     seed: int,
@@ -58,7 +68,9 @@ def validate(
     from nemotrt.exporter.stages.bundle import as_json as report_fields
 
     started = time.perf_counter()
-    report = revalidate(bundle, checkpoint, console, base=base, text=text, seed=seed)
+    report = revalidate(
+        bundle, checkpoint, console, base=base, text=text, seed=seed, layers_alone=layers_alone, bisect=bisect
+    )
     if html:
         _write_page(html, bundle, report, time.perf_counter() - started)
     if junit:
@@ -96,6 +108,14 @@ def _judge(report: ValidationReport) -> None:
         raise NotFiniteError(
             f"{gate.scenario}, {gate.output}: {gate.value:.0f} values are {gate.metric}",
             hint="nothing else was judged of it; do not ship it",
+        )
+    departing = report.bisect.departing if report.bisect else ()
+    if departing:
+        first = departing[0]
+        raise ValidationError(
+            f"{first.node} departs from PyTorch in {first.tensor}: relative L2"
+            f" {'not finite' if first.error is None else f'{first.error:.3g}'}, limit {first.limit:.3g}",
+            hint="do not ship it",
         )
     if not report.passed:
         failed = sum(not gate.passed for gate in report.gates)

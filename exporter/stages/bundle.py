@@ -74,7 +74,8 @@ def as_json(report: ValidationReport) -> dict[str, Any]:
     """The report for machines: the verdict first, each gate with whether it passed."""
     fields = dataclasses.asdict(report)
     gates = [dataclasses.asdict(gate) | {"passed": gate.passed} for gate in report.gates]
-    return {"schema_version": 1, "passed": report.passed, **fields, "gates": gates}
+    verdict = {"passed": report.passed, "verdict": report.verdict}
+    return {"schema_version": 1, **verdict, **fields, "gates": gates}
 
 
 def _describe(

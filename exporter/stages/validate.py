@@ -10,9 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from nemotrt.exporter.artifacts import LoadedModel, ValidationReport
-from nemotrt.exporter.candidates import graph_candidate
+from nemotrt.exporter.candidates import ENGINE, graph_candidate
 from nemotrt.exporter.comparison import Candidate, Extent, Recording, compare
-from nemotrt.exporter.config import BuildConfig
+from nemotrt.exporter.config import COMPUTE_DTYPES, BuildConfig
 from nemotrt.exporter.layer_selection import partial_model
 from nemotrt.exporter.layerwise import compare_parts
 from nemotrt.exporter.modelopt import cache_notes
@@ -62,6 +62,41 @@ def judge(
     )
 
 
+PARTS_ALONE = (
+    "the whole model: its layers were run one at a time (--layers-alone), its logits were not compared"
+)
+
+
+def validate_parts(
+    model: LoadedModel,
+    config: BuildConfig,
+    graph: Path,
+    *,
+    seed: int = 0,
+    advance: Callable[[int], None] = lambda _: None,
+) -> ValidationReport:
+    """The report of each part and each op alone, with no more of the model in memory; `advance` hears of parts."""
+    driven, dtype = extent(model, config, seed), COMPUTE_DTYPES[config.precision]
+    parts = compare_parts(model, config, graph, driven, advance=advance)
+    return ValidationReport(
+        candidate=f"ONNX Runtime, one part at a time, {parts.runs_as}",
+        reference="PyTorch, FP32",
+        floor="" if dtype == "float32" else f"PyTorch, {dtype}",
+        tokens={"prompt": driven.prompt, "decode": driven.decode, "seed": seed},
+        gates=parts.gates,
+        rerouted={},
+        not_compared=(PARTS_ALONE, ENGINE, *_left_out(model, config)),
+        layers=parts.layers,
+        ops=parts.ops,
+        is_whole=False,
+    )
+
+
+def num_parts(num_layers: int) -> int:
+    """Parts of a model: its layers, the embeddings and the head."""
+    return num_layers + 2
+
+
 def extent(model: LoadedModel, config: BuildConfig, seed: int) -> Extent:
     """How much a validation drives."""
     return Extent(PROMPT, DECODE, seed, model.config.vocab_size, config.page_size)
@@ -80,4 +115,5 @@ def _left_out(model: LoadedModel, config: BuildConfig) -> tuple[str, ...]:
 def num_steps(precision: str, num_layers: int) -> int:
     """Steps that a validation runs: the greedy continuation's, the scenarios' for each runner, and each part alone."""
     num_runners = 3 if precision == "fp32" else 4
-    return 1 + DECODE + num_runners * Extent(PROMPT, DECODE, 0, 1, PROMPT).num_steps + num_layers + 2
+    whole = num_runners * Extent(PROMPT, DECODE, 0, 1, PROMPT).num_steps
+    return 1 + DECODE + whole + num_parts(num_layers)

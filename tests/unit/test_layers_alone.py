@@ -1,0 +1,121 @@
+"""A model that fits no machine as a whole: one layer in memory at a time, and a report that says what it left out."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import write_checkpoint
+from click.testing import CliRunner, Result
+from faults import broken, zeroed_expert
+
+from nemotrt.exporter import estimates
+from nemotrt.exporter.artifacts import LoadedModel
+from nemotrt.exporter.cli import program
+from nemotrt.exporter.revalidation import subject_of
+from nemotrt.exporter.stages.load import load
+from nemotrt.exporter.torch_parts import PartModules
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(program, [str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="module")
+def half(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint in BF16."""
+    return write_checkpoint(tmp_path_factory.mktemp("half") / "checkpoint", torch_dtype="bfloat16")
+
+
+@pytest.fixture(scope="module")
+def bundle(half: Path) -> Path:
+    output = half.parent / "bundle"
+    result = run("build", half, "--output", output, "--runtime", "onnx", "--no-validate")
+    assert result.exit_code == 0, result.output
+    return output
+
+
+def test_a_model_that_does_not_fit_is_compared_layer_by_layer(
+    bundle: Path, half: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(estimates, "memory_bytes", lambda: 502_000_000)
+    refused = run("validate", bundle, "--checkpoint", half)
+    assert refused.exit_code == 2
+    assert "--layers-alone" in refused.stderr
+    page = tmp_path / "report.html"
+    result = run("validate", bundle, "--checkpoint", half, "--layers-alone", "--json", "--html", page)
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    assert (report["verdict"], report["is_whole"]) == ("passed, each layer alone", False)
+    assert any("--layers-alone" in what for what in report["not_compared"])
+    assert {gate["scenario"] for gate in report["gates"]} == {"each layer alone", "each op alone"}
+    text = page.read_text()
+    assert "Passed, each layer alone" in text
+    assert "Next-token" not in text
+    monkeypatch.setattr(estimates, "memory_bytes", lambda: 500_000_000)
+    refused = run("validate", bundle, "--layers-alone")
+    assert refused.exit_code == 2
+    assert "comparing" in refused.stderr
+
+
+def test_the_table_makes_no_more_of_it(bundle: Path) -> None:
+    result = run("validate", bundle, "--layers-alone")
+    assert result.exit_code == 0
+    assert "passed, each layer alone: " in result.stdout
+    assert "its logits were not compared" in " ".join(result.stdout.split())
+
+
+def test_what_needs_the_whole_model_is_refused(bundle: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("text")
+    assert run("validate", bundle, "--layers-alone", "--eval", text).exit_code == 2
+
+
+def test_bisect_is_part_of_the_report(bundle: Path, half: Path, tmp_path: Path) -> None:
+    page = tmp_path / "report.html"
+    result = run("validate", bundle, "--checkpoint", half, "--layers-alone", "--bisect", "--html", page)
+    assert result.exit_code == 0, result.output
+    assert "nothing departs" in result.stdout
+    assert "Nothing departs" in page.read_text()
+    wrong = shutil.copytree(bundle, tmp_path / "wrong")
+    broken(wrong / "model.onnx", zeroed_expert)
+    arguments = ("validate", wrong, "--checkpoint", half, "--layers-alone", "--bisect", "--html", page)
+    result = run(*arguments)
+    assert result.exit_code == 6
+    assert "layers.1.mixer.experts departs from PyTorch" in result.stderr
+    assert "experts.up: DIFFERS from the checkpoint in 384" in " ".join(result.stdout.split())
+    assert "experts.up: DIFFERS" in page.read_text()
+    found = json.loads(run(*arguments, "--json").stdout)["bisect"]
+    assert [suspect["node"] for suspect in found["departing"]] == ["layers.1.mixer.experts"]
+
+
+def experts(modules: PartModules, dtype: torch.dtype) -> torch.Tensor:
+    return modules.module("layers.1", dtype).get_parameter("mixer.experts.up")
+
+
+def test_a_layer_has_one_copy_of_its_experts(half: Path, bundle: Path) -> None:
+    def checked(model: LoadedModel) -> None:
+        modules = PartModules(model)
+        wide, narrow = experts(modules, torch.float32), experts(modules, torch.bfloat16)
+        assert wide.dtype == torch.bfloat16
+        assert wide.data_ptr() == narrow.data_ptr()
+
+    checked(load(half))
+    own = subject_of(bundle, None, None).model
+    checked(own)
+    # The bundle's own are mapped: no bytes of them are anonymous memory.
+    mapped = experts(PartModules(own), torch.bfloat16)
+    lines = [line.split() for line in Path("/proc/self/maps").read_text().splitlines()]
+    spans = {tuple(int(end, 16) for end in line[0].split("-")): line[-1] for line in lines}
+    (file,) = [name for (begin, end), name in spans.items() if begin <= mapped.data_ptr() < end]
+    assert file == str((bundle / "model.onnx.data").resolve())
+
+
+def test_another_layer_takes_the_place_of_the_one_before(half: Path) -> None:
+    modules = PartModules(load(half))
+    modules.module("layers.1", torch.float32)
+    modules.module("layers.2", torch.float32)
+    assert all(name.startswith("backbone.layers.2.") for name, _ in modules._held)
