@@ -80,10 +80,5 @@ class BuildConfig:
                 f"--max-sequences {self.max_sequences} is more than --max-tokens {self.max_tokens}",
                 hint="a decode step takes one token of each sequence",
             )
-        if self.weights == "link" and self.runtime not in ("auto", "onnx"):
-            raise UsageError(
-                f"--weights link goes with --runtime onnx: {self.runtime} takes no file with a second hard link",
-                hint="use --weights copy",
-            )
         if self.page_size & (self.page_size - 1):
             raise UsageError(f"--page-size {self.page_size} is not a power of two")

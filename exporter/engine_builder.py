@@ -13,14 +13,18 @@ import os
 import resource
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import IO, Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from nemotrt.exporter.errors import CompileError, ExportError
 from nemotrt.exporter.runtime.backends import backend, load_module
+from nemotrt.exporter.runtime.graph_file import read_proto
 from nemotrt.plugins.spec import DOMAIN
 
 LAYERS = "Engine Layer Information"
@@ -97,7 +101,7 @@ def build(request: EngineRequest, emit: Emit) -> EngineResult:
         _load_plugins(trt, request.library, log)
         network = builder.create_network(0)
         parser = trt.OnnxParser(network, log)
-        _parse(parser, request.graph, log)
+        mapped = _parse(parser, Path(request.graph), log)
         _check_plugins(trt, network, request.plugins)
         config = builder.create_builder_config()
         _configure(trt, builder, config, request, log)
@@ -106,7 +110,7 @@ def build(request: EngineRequest, emit: Emit) -> EngineResult:
         _check_pools(log.layers, request.pools)
         if request.timings:
             Path(request.timings).write_bytes(bytes(memoryview(config.get_timing_cache().serialize())))
-        del monitor
+        del monitor, parser, mapped
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return EngineResult(trt.__version__, network.num_layers, bool(log.layers), peak)
 
@@ -141,9 +145,25 @@ def _load_plugins(trt: ModuleType, library: str, log: Any) -> None:
         raise CompileError(f"{library} is no plugin library that TensorRT loads: {_because(log)}")
 
 
-def _parse(parser: Any, graph: str, log: Any) -> None:
-    if parser.parse_from_file(graph):
-        return
+def _parse(parser: Any, path: Path, log: Any) -> Mapping[str, NDArray[np.uint8]]:
+    """Parse the graph, its weights where they lie; gives the mapped files, which must outlive the parser.
+
+    TensorRT reads them too if it is left to, but takes none that has a second hard link.
+    """
+    from onnx.external_data_helper import ExternalDataInfo, uses_external_data
+
+    graph = read_proto(path)
+    mapped: dict[str, NDArray[np.uint8]] = {}
+    is_parsed = parser.load_model_proto(graph.SerializeToString(), str(path))
+    for tensor in filter(uses_external_data, graph.graph.initializer):
+        place = ExternalDataInfo(tensor)
+        if place.location not in mapped:
+            mapped[place.location] = np.memmap(path.parent / place.location, mode="r")
+        begin = place.offset or 0
+        values = mapped[place.location][begin : begin + (place.length or 0)]
+        is_parsed = is_parsed and parser.load_initializer(tensor.name, values.ctypes.data, values.nbytes)
+    if is_parsed and parser.parse_model_proto():
+        return mapped
     said = ""
     if parser.num_errors:
         error = parser.get_error(0)

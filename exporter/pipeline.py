@@ -122,8 +122,7 @@ def _resolved(config: BuildConfig, model: LoadedModel, console: Console) -> tupl
     """The configuration with every default that depends on the checkpoint or the machine filled in."""
     own = "fp8" if model.config.recipe else PRECISION_OF_DTYPE[model.config.dtype]
     precision = config.precision or own
-    # TensorRT takes no file that has a second hard link.
-    target = settle(ONNX if config.weights == "link" else config.runtime, config.sms, precision)
+    target = settle(config.runtime, config.sms, precision)
     if target.runtime != ONNX:
         target = _checked(target, model, dataclasses.replace(config, precision=precision))
     if config.runtime == AUTO:

@@ -62,7 +62,7 @@ from nemotrt.exporter.console import Console
     default="copy",
     show_default=True,
     help="Copy weights into the bundle, or link the checkpoint's files where they hold them as wanted: the bundle"
-    " is for ONNX Runtime then, and as good as those files.",
+    " is as good as those files then.",
 )
 @click.option("--force", is_flag=True, help="Replace an existing bundle.")
 @click.option("--no-validate", is_flag=True, help="Do not compare with PyTorch; the manifest says so.")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import onnx
 import pytest
 from checkpoints import write_checkpoint
 from host_library import library
+from safetensors.torch import load_file
 
 from nemotrt.exporter import pipeline
 from nemotrt.exporter.artifacts import LoweredGraph
@@ -266,3 +268,17 @@ def test_the_real_library_serves_the_model(
     assert (
         json.loads((tmp_path / "bundle" / "manifest.json").read_text())["plugins"][0]["namespace"] == "nemo"
     )
+
+
+def test_an_engine_is_built_from_files_that_are_linked(checkpoint: Path, tmp_path: Path) -> None:
+    """TensorRT by itself takes no weights from a file with a second hard link."""
+    manifest, _ = built(
+        checkpoint, tmp_path / "out", runtime=RTX, sms=(89,), weights="link", precision="fp32"
+    )
+    assert (tmp_path / "out" / "model.safetensors").samefile(checkpoint / "model.safetensors")
+    assert [profile.runtime for profile in manifest.profiles] == ["onnx", RTX]
+    engine = (tmp_path / "out" / "engines" / "tensorrt-rtx.engine").read_bytes()
+    for name, values in load_file(checkpoint / "model.safetensors").items():
+        # Those of queries, keys and values become one matrix.
+        if values.ndim == 2 and not re.search(r"\.[qkv]_proj\.", name):
+            assert values.numpy().tobytes() in engine, name
