@@ -289,6 +289,33 @@ class RouterAgreement:
 
 
 @dataclass(frozen=True)
+class StateDrift:
+    """One recurrent state's relative L2 at each mark of a drift."""
+
+    pool: str
+    error: tuple[float, ...]
+    floor: tuple[float, ...]
+    """PyTorch's at the graph's precision; empty in FP32."""
+    alone: tuple[float, ...]
+    """The worst head's, against FP64 on the recurrence's own inputs; empty where the candidate does not show them."""
+    alone_floor: tuple[float, ...]
+    """The same of a recurrence whose state is held as the pool holds it; empty where that is FP32."""
+
+
+@dataclass(frozen=True)
+class Drift:
+    """How far the recurrent states and the next token depart over decode steps with identical tokens."""
+
+    steps: tuple[int, ...]
+    """The marks: after how many steps it was looked."""
+    sequences: int
+    states: tuple[StateDrift, ...]
+    kl: tuple[float, ...]
+    """Nats, the mean over the rows of the last steps before each mark."""
+    floor_kl: tuple[float, ...]
+
+
+@dataclass(frozen=True)
 class ValidationReport:
     """What was compared with what, every gate, and what was not compared."""
 
@@ -306,6 +333,7 @@ class ValidationReport:
     layers: tuple[LayerError, ...] = ()
     ops: tuple[OpError, ...] = ()
     routers: tuple[RouterAgreement, ...] = ()
+    drift: Drift | None = None
     bisect: Bisection | None = None
     """Where values depart, where that was looked for."""
     is_whole: bool = True

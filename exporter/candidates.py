@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from nemotrt.exporter.comparison import Candidate
+from nemotrt.exporter.comparison import WATCHED, Candidate
 from nemotrt.exporter.runners import EngineRunner, GraphRunner
 from nemotrt.exporter.scenarios import NUM_SLOTS
 
@@ -15,7 +15,9 @@ def graph_candidate(graph: Path) -> Candidate:
     """A graph in ONNX Runtime: pools updated in place, and pools fed and fetched."""
 
     def open_runner(pages: int, way: str) -> GraphRunner:
-        return GraphRunner(graph, num_slots=NUM_SLOTS, num_pages=pages, bound=way == "bound")
+        return GraphRunner(
+            graph, num_slots=NUM_SLOTS, num_pages=pages, bound=way == "bound", watched=way == WATCHED
+        )
 
     return Candidate("ONNX Runtime", ("bound", "unbound"), open_runner, (ENGINE,), graph)
 

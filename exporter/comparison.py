@@ -88,6 +88,10 @@ class Recording:
     """What this reference leaves out, in words."""
 
 
+WATCHED = "watched"
+"""A third way to open a runner: one that shows all that it can."""
+
+
 @dataclass(frozen=True)
 class Candidate:
     """What is judged: a runner that is opened in two ways, one after the other, which may not differ by a bit."""
@@ -95,10 +99,10 @@ class Candidate:
     title: str
     ways: tuple[str, str]
     open: Callable[[int, str], CandidateRunner]
-    """From pages in the pool and a way; NUM_SLOTS slots."""
+    """From pages in the pool and a way, or WATCHED; NUM_SLOTS slots."""
     not_compared: tuple[str, ...]
     graph: Path | None = None
-    """Of which each layer is compared alone too; none of what cannot be cut, as an engine."""
+    """Whose dtypes are read, and whose layers are compared alone too; none of what cannot be, as an engine."""
 
 
 Beside = Callable[[str, Observation, tuple[RouterLogits, ...]], Compared]

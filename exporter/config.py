@@ -23,6 +23,10 @@ PRECISION_OF_DTYPE = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 COMPUTE_DTYPES = {precision: dtype for dtype, precision in PRECISION_OF_DTYPE.items()} | {"fp8": "bfloat16"}
 
 
+DRIFT_STEPS, BUILD_DRIFT_STEPS = 1000, 100
+"""Decode steps over which `validate` measures what the carried state loses, and over which a build does."""
+
+
 @dataclass(frozen=True)
 class BuildConfig:
     """Everything that decides what a build writes; raises UsageError on what cannot be meant."""

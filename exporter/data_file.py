@@ -38,6 +38,9 @@ KEPT_BYTES = 1 << 28
 FICLONE = 0x40049409
 """The ioctl that makes a file share another's blocks until either is written: see ioctl_ficlone(2)."""
 
+MOST_WIDENED = 4
+"""Times the bytes that a piece may grow to: from FP8 to FP32."""
+
 
 @dataclass(frozen=True)
 class Placed:
@@ -92,10 +95,10 @@ def write(
 ) -> int:
     """Write the data file, and judge what stays in the checkpoint; gives the bytes that were written.
 
-    Values are judged as `weights.converted` does. `done` says how far an earlier call came; `advance` hears of bytes
-    that passed, and `keep` of how far the file is on the disk.
+    Values are judged as `weights.converted` does. Bytes pass in the order of `placed`, the linked ones too: `advance`
+    hears of them, `keep` of how many are behind what is on the disk for good, and `done` says what it heard last.
     """
-    pieces = [piece for one in placed for piece in _pieces(one) if piece.end > done or one.linked]
+    pieces = list(_left(placed, done))
     written = 0
     with (
         path.open("r+b" if done else "wb") as file,
@@ -103,34 +106,46 @@ def write(
     ):
         file.truncate(end_of(placed))
         advance(done)
-        kept = _Kept(pool, file.fileno(), done, keep)
+        kept = _Kept(pool, file.fileno(), keep)
+        passed = done
         try:
             for piece, new in _in_order(pool, pieces, file.fileno()):
                 written += new
                 advance(piece.end - piece.begin)
-                if piece.placed.linked is None:
-                    kept.reached(piece.end)
+                passed += piece.end - piece.begin
+                kept.reached(passed, new)
         finally:
             pool.shutdown(cancel_futures=True)
     return written
 
 
+def _left(placed: Iterable[Placed], done: int) -> Iterator[_Piece]:
+    """The pieces that are not among the first `done` bytes."""
+    passed = 0
+    for one in placed:
+        for piece in _pieces(one):
+            passed += piece.end - piece.begin
+            if passed > done:
+                yield piece
+
+
 class _Kept:
     """Brings the file to the disk now and then, beside the writing, and tells how far it is there."""
 
-    def __init__(self, pool: ThreadPoolExecutor, file: int, done: int, keep: Callable[[int], None]) -> None:
+    def __init__(self, pool: ThreadPoolExecutor, file: int, keep: Callable[[int], None]) -> None:
         self._pool, self._file, self._keep = pool, file, keep
-        self._end = done
+        self._passed = self._written = 0
         self._syncing: Future[None] | None = None
 
-    def reached(self, end: int) -> None:
-        """All before `end` is written."""
+    def reached(self, passed: int, written: int) -> None:
+        """All of the first `passed` bytes are where they belong, for the last of which `written` had to be written."""
+        self._written += written
         if self._syncing is not None and self._syncing.done():
             self._syncing.result()
-            self._keep(self._end)
+            self._keep(self._passed)
             self._syncing = None
-        if self._syncing is None and end - self._end >= KEPT_BYTES:
-            self._end = end
+        if self._syncing is None and self._written >= KEPT_BYTES:
+            self._passed, self._written = passed, 0
             self._syncing = self._pool.submit(os.fdatasync, self._file)
 
 
@@ -180,9 +195,12 @@ class _Buffer(threading.local):
 
     def __init__(self) -> None:
         self.view = memoryview(bytearray(weights.PIECE_BYTES))
+        self.room = torch.empty(MOST_WIDENED * weights.PIECE_BYTES, dtype=torch.uint8)
 
 
 _buffer = _Buffer()
+_writing = threading.Lock()
+"""A file takes one writer at a time: threads that wait for it in the kernel burn a core that could convert."""
 
 
 def _transfer(piece: _Piece, target: int) -> int:
@@ -198,7 +216,7 @@ def _transfer(piece: _Piece, target: int) -> int:
         stored = _buffer.view[:length]
         if os.preadv(file.fileno(), [stored], begin) != length:
             raise CheckpointError(f"{tensor.path} ended while {tensor.name} was read")
-    found = weights.converted(tensor, stored, placed.source.transform, placed.dtype)
+    found = weights.converted(tensor, stored, placed.source.transform, placed.dtype, _buffer.room)
     if placed.linked is not None:
         return 0
     return _write_all(target, found.view(torch.uint8).numpy().data, piece.begin)
@@ -206,8 +224,9 @@ def _transfer(piece: _Piece, target: int) -> int:
 
 def _write_all(target: int, data: memoryview, offset: int) -> int:
     written = 0
-    while written < len(data):
-        written += os.pwrite(target, data[written:], offset + written)
+    with _writing:
+        while written < len(data):
+            written += os.pwrite(target, data[written:], offset + written)
     return written
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from nemotrt.exporter import estimates
 from nemotrt.exporter.artifacts import LoadedModel, ValidationReport, WeightSource
 from nemotrt.exporter.calibration_text import sequences
-from nemotrt.exporter.config import PRECISION_OF_DTYPE, BuildConfig
+from nemotrt.exporter.config import DRIFT_STEPS, PRECISION_OF_DTYPE, BuildConfig
 from nemotrt.exporter.console import Console
 from nemotrt.exporter.errors import BundleError, UsageError
 from nemotrt.exporter.modelopt import with_recipe
@@ -45,6 +45,7 @@ def revalidate(
     seed: int = 0,
     layers_alone: bool = False,
     bisect: bool = False,
+    drift_steps: int = DRIFT_STEPS,
 ) -> ValidationReport:
     """The report of every gate, as a build makes it; without a checkpoint it says that the weights were not compared.
 
@@ -59,7 +60,9 @@ def revalidate(
     if text and layers_alone:
         raise UsageError("--eval runs the whole model, which --layers-alone leaves out", hint="leave one out")
     model = subject.model
-    report = (_of_layers if layers_alone else _of_steps)(subject, seed, console)
+    report = (
+        _of_layers(subject, seed, console) if layers_alone else _of_steps(subject, seed, drift_steps, console)
+    )
     if bisect:
         report = _bisected(report, subject, seed, console)
     if checkpoint is None or model.folder == bundle:
@@ -67,14 +70,14 @@ def revalidate(
     return _with_text(report, subject, subject.base, text, console) if text and subject.base else report
 
 
-def _of_steps(subject: Subject, seed: int, console: Console) -> ValidationReport:
+def _of_steps(subject: Subject, seed: int, drift_steps: int, console: Console) -> ValidationReport:
     model, config = subject.model, subject.config
     estimates.check_memory(model, hint="--layers-alone compares with one layer in memory at a time")
     from nemotrt.exporter.stages.validate import num_steps, validate
 
-    total = num_steps(config.precision, len(model.config.layers))
+    total = num_steps(config.precision, len(model.config.layers), drift_steps)
     with console.stage("validate", "ONNX Runtime against PyTorch", total=total) as advance:
-        return validate(model, config, subject.graph, seed=seed, advance=advance)
+        return validate(model, config, subject.graph, seed=seed, drift_steps=drift_steps, advance=advance)
 
 
 def _of_layers(subject: Subject, seed: int, console: Console) -> ValidationReport:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -10,7 +11,7 @@ from numpy.typing import NDArray
 
 from nemotrt.exporter.routing import RouterLogits
 from nemotrt.exporter.runtime.engine_session import EngineSession
-from nemotrt.exporter.runtime.graph_file import read_proto, router_logits_names
+from nemotrt.exporter.runtime.graph_file import read_proto, recurrence_inputs, router_logits_names
 from nemotrt.exporter.runtime.session import Session
 from nemotrt.exporter.runtime.step import StepInputs
 
@@ -33,11 +34,26 @@ class Runner(Protocol):
         """Of the last step's tokens, padding included; nothing where they cannot be seen."""
 
 
+@dataclass(frozen=True)
+class Recurrence:
+    """What went into one layer's recurrence in a step; in NumPy's FP32."""
+
+    x: NDArray[np.float32]
+    """[T, H, P]"""
+    dt: NDArray[np.float32]
+    """[T, H], raw."""
+    B: NDArray[np.float32]
+    """[T, G, N]"""
+
+
 class CandidateRunner(Runner, Protocol):
     """A runner of what was built."""
 
     runs_as: str
     """On what, in words."""
+
+    def recurrences(self) -> dict[str, Recurrence]:
+        """Of the last step, by the state's pool; nothing where they cannot be seen."""
 
 
 class SessionRunner:
@@ -67,6 +83,10 @@ class SessionRunner:
         """Nothing: what runs in production does not show them."""
         return ()
 
+    def recurrences(self) -> dict[str, Recurrence]:
+        """Nothing, as the router logits."""
+        return {}
+
     def pools(self) -> dict[str, Array]:
         """Every pool's values."""
         return {name: self._session.pool(name).astype(np.float64) for name in self._session.pool_names}
@@ -75,19 +95,30 @@ class SessionRunner:
 class GraphRunner(SessionRunner):
     """A lowered graph in ONNX Runtime; `bound` pools are updated in place, others are fed and fetched.
 
-    Unbound, the router logits are outputs too.
+    Unbound, the router logits are outputs too, and with `watched` what goes into the recurrences.
     """
 
-    def __init__(self, graph: Path, *, num_slots: int, num_pages: int, bound: bool = True) -> None:
-        self._routers = () if bound else router_logits_names(read_proto(graph))
-        self._graph = Session(
-            graph, num_slots=num_slots, num_pages=num_pages, bound=bound, shown=self._routers
-        )
+    def __init__(
+        self, graph: Path, *, num_slots: int, num_pages: int, bound: bool = True, watched: bool = False
+    ) -> None:
+        proto = read_proto(graph)
+        self._routers = () if bound else router_logits_names(proto)
+        self._recurrences = recurrence_inputs(proto) if watched else {}
+        shown = [*self._routers, *(name for names in self._recurrences.values() for name in names)]
+        self._graph = Session(graph, num_slots=num_slots, num_pages=num_pages, bound=bound, shown=shown)
         super().__init__(self._graph)
 
     def router_logits(self) -> RouterLogits:
         """Of the last step's tokens, if unbound."""
         return tuple(self._graph.shown[name] for name in self._routers)
+
+    def recurrences(self) -> dict[str, Recurrence]:
+        """Of the last step, if watched."""
+        shown = self._graph.shown
+        return {
+            pool: Recurrence(*(shown[name].astype(np.float32) for name in names))
+            for pool, names in self._recurrences.items()
+        }
 
 
 class EngineRunner(SessionRunner):

@@ -25,7 +25,7 @@ from nemotrt.exporter.runtime import manifest
 JOURNAL, LOCK = "journal.json", "lock"
 SO_FAR = " so far"
 """Ends the journal's name for a stage that has not ended."""
-VERSION = 1
+VERSION = 2
 """Of the journal: one that another version wrote is not continued."""
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -25,7 +26,11 @@ import onnx_ir as ir
 import torch
 from make_random_checkpoint import write_checkpoint
 
+from nemotrt.exporter import data_file
 from nemotrt.exporter.runtime.session import Session
+from nemotrt.exporter.stages.load import load
+from nemotrt.exporter.workspace import sync
+from nemotrt.model.hybrid import NemotronH
 from nemotrt.plugins import onnx_op
 from nemotrt.plugins.selective_scan import SPEC as SCAN
 
@@ -147,6 +152,58 @@ def dense() -> None:
         copied = _copy_seconds(Path(folder) / "checkpoint", Path(folder) / "copy")
         figures = build(Path(folder) / "checkpoint", Path(folder) / "bundle")
         report({"model": "1.27 B dense, bf16", "copy_of_the_checkpoint_seconds": copied, **figures})
+
+
+@main.command()
+@click.argument("checkpoint", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--repeats", default=3, show_default=True)
+def writing(checkpoint: Path, repeats: int) -> None:
+    """Write the weights of CHECKPOINT, as they are and in FP16, against `cp` of the files that hold them."""
+    with tempfile.TemporaryDirectory(dir=checkpoint.parent) as folder:
+        calls: dict[str, Callable[[], int]] = {"cp": partial(_copied, checkpoint, Path(folder) / "copy")}
+        model = load(checkpoint)
+        for dtype in (torch.bfloat16, torch.float16):
+            network = NemotronH(model.config, dtype=dtype, device="meta")
+            wanted = [
+                (model.weights[name], tuple(value.shape), value.dtype)
+                for name, value in network.state_dict().items()
+            ]
+            placed = data_file.lay_out(wanted, link=False)
+            calls[str(dtype)] = partial(_written, placed, Path(folder) / "data")
+        for call in calls.values():
+            call()  # of memory that a machine has not used for a while the first pages cost the most
+        found: dict[str, list[float]] = {name: [] for name in calls}
+        for _ in range(repeats):
+            for name, call in calls.items():
+                found[name].append(_rate(call))
+            calls = dict(reversed(calls.items()))
+        share = {
+            name: [a / b for a, b in zip(rates, found["cp"], strict=True)] for name, rates in found.items()
+        }
+        report({"checkpoint": checkpoint.name, "gb_a_second": found, "share_of_cp": share})
+
+
+def _rate(call: Callable[[], int]) -> float:
+    """GB a second of a call that says how many bytes it brought to the disk."""
+    started = time.perf_counter()
+    return call() / (time.perf_counter() - started) / 1e9
+
+
+def _copied(source: Path, target: Path) -> int:
+    """Real bytes of a copy, on the disk, and then removed: not those of holes."""
+    subprocess.run(["cp", "-r", str(source), str(target)], check=True)
+    sync(target)
+    size = sum(path.stat().st_blocks * 512 for path in target.iterdir())
+    shutil.rmtree(target)
+    return size
+
+
+def _written(placed: tuple[data_file.Placed, ...], target: Path) -> int:
+    """Real bytes of weights in one data file, on the disk, and then removed."""
+    written = data_file.write(target, placed, advance=lambda _: None, keep=lambda _: None)
+    sync(target)
+    target.unlink()
+    return written
 
 
 def _copy_seconds(source: Path, target: Path) -> float:

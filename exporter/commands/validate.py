@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from nemotrt.exporter.commands.arguments import BUNDLE, FOLDER, JSON, ExistingPath, command
+from nemotrt.exporter.config import DRIFT_STEPS
 from nemotrt.exporter.console import Console
 from nemotrt.exporter.errors import NotFiniteError, ValidationError
 
@@ -47,6 +48,13 @@ OUTPUT_FILE = click.Path(dir_okay=False, writable=True, path_type=Path)
 )
 @click.option("--html", type=OUTPUT_FILE, help="Write the report as one HTML page that loads nothing.")
 @click.option("--junit", type=OUTPUT_FILE, help="Write the gates as JUnit XML, for a CI system.")
+@click.option(
+    "--drift-steps",
+    type=click.IntRange(0),
+    default=DRIFT_STEPS,
+    show_default=True,
+    help="Decode steps over which the drift of the recurrent states is measured; 0 leaves it out.",
+)
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the prompt's tokens.")
 @JSON
 @click.pass_obj
@@ -60,6 +68,7 @@ def validate(
     bisect: bool,
     html: Path | None,
     junit: Path | None,
+    drift_steps: int,
     seed: int,
     as_json: bool,
 ) -> None:
@@ -69,7 +78,15 @@ def validate(
 
     started = time.perf_counter()
     report = revalidate(
-        bundle, checkpoint, console, base=base, text=text, seed=seed, layers_alone=layers_alone, bisect=bisect
+        bundle,
+        checkpoint,
+        console,
+        base=base,
+        text=text,
+        seed=seed,
+        layers_alone=layers_alone,
+        bisect=bisect,
+        drift_steps=drift_steps,
     )
     if html:
         _write_page(html, bundle, report, time.perf_counter() - started)

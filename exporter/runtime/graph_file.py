@@ -167,6 +167,15 @@ def router_logits_names(model: ModelProto) -> tuple[str, ...]:
     return tuple(node.input[1] for node in model.graph.node if node.op_type == "NemoMoeDispatch")
 
 
+def recurrence_inputs(model: ModelProto) -> dict[str, tuple[str, str, str]]:
+    """The values x, dt and B of each recurrence, by its layer's pool: nodes are named for their layers."""
+    scans = (node for node in model.graph.node if node.op_type == "NemoSelectiveScan")
+    return {
+        f"ssm_state.{node.name.split('.')[1]}": (node.input[0], node.input[1], node.input[3])
+        for node in scans
+    }
+
+
 def read_pools(session: ort.InferenceSession, shown: Sequence[str] = ()) -> dict[str, Pool]:
     """The inputs that an output replaces, in the graph's order; raises BundleError on an unknown edge."""
     outputs = {value.name for value in session.get_outputs()}.difference(shown)

@@ -72,6 +72,9 @@ def _value(hint: Any, value: Any, where: str) -> Any:
             raise ValueError(f"{where} is not an object")
         return {name: _value(arguments[1], item, f"{where}.{name}") for name, item in value.items()}
     accepted = arguments if origin is UnionType else (hint,)
+    entry = next((kind for kind in arguments if dataclasses.is_dataclass(kind)), None)
+    if origin is UnionType and entry and value is not None:
+        return _dataclass(entry, value, where)
     # bool is an int to isinstance, but not to JSON.
     if type(value) not in accepted:
         names = " or ".join(kind.__name__ for kind in accepted)

@@ -9,13 +9,16 @@ import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
-from nemotrt.exporter.artifacts import LoadedModel, ValidationReport
+from nemotrt.exporter import drift
+from nemotrt.exporter.artifacts import Drift, LoadedModel, ValidationReport
 from nemotrt.exporter.candidates import ENGINE, graph_candidate
-from nemotrt.exporter.comparison import Candidate, Extent, Recording, compare
-from nemotrt.exporter.config import COMPUTE_DTYPES, BuildConfig
+from nemotrt.exporter.comparison import WATCHED, Candidate, Extent, Recording, compare
+from nemotrt.exporter.config import BUILD_DRIFT_STEPS, COMPUTE_DTYPES, DRIFT_STEPS, BuildConfig
+from nemotrt.exporter.graph_dtypes import dtype_gates
 from nemotrt.exporter.layer_selection import partial_model
 from nemotrt.exporter.layerwise import compare_parts
 from nemotrt.exporter.modelopt import cache_notes
+from nemotrt.exporter.runtime.graph_file import read_proto
 from nemotrt.exporter.torch_reference import Follower, record
 
 PROMPT, DECODE = 96, 64
@@ -30,10 +33,12 @@ def validate(
     graph: Path,
     *,
     seed: int = 0,
+    drift_steps: int = BUILD_DRIFT_STEPS,
     advance: Callable[[int], None] = lambda _: None,
 ) -> ValidationReport:
     """The report of every gate on the graph in ONNX Runtime; as `judge`."""
-    return judge(model, config, graph_candidate(graph), seed=seed, advance=advance)
+    candidate = graph_candidate(graph)
+    return judge(model, config, candidate, seed=seed, drift_steps=drift_steps, advance=advance)
 
 
 def judge(
@@ -42,23 +47,32 @@ def judge(
     candidate: Candidate,
     *,
     seed: int = 0,
+    drift_steps: int = BUILD_DRIFT_STEPS,
     advance: Callable[[int], None] = lambda _: None,
     recorded: Callable[[Recording], None] = lambda _: None,
 ) -> ValidationReport:
     """The report of every gate; raises ValidationError when an output that should be compared is missing.
 
-    `advance` hears of the steps that were run, `num_steps` in all; `recorded` of the reference, before the candidate
-    is run.
+    `drift_steps` may be none. `advance` hears of the steps that were run, `num_steps` in all; `recorded` of the
+    reference, before the candidate is run.
     """
     recording = record(model, config, extent(model, config, seed), _left_out(model, config), advance)
     recorded(recording)
     beside = Follower(model, model.pools(config), recording).beside
     report = compare(recording, candidate, beside, advance)
+    drifted = _drift(model, config, candidate, drift_steps, seed, advance)
+    report = dataclasses.replace(
+        report,
+        gates=(*report.gates, *(drift.gates(drifted) if drifted else ())),
+        drift=drifted,
+        not_compared=(*report.not_compared, *_not_drifted(drift_steps, drifted)),
+    )
     if not candidate.graph:
         return report
+    dtypes = dtype_gates(read_proto(candidate.graph), model, config)
     parts = compare_parts(model, config, candidate.graph, recording.extent, advance=advance)
     return dataclasses.replace(
-        report, gates=(*report.gates, *parts.gates), layers=parts.layers, ops=parts.ops
+        report, gates=(*report.gates, *dtypes, *parts.gates), layers=parts.layers, ops=parts.ops
     )
 
 
@@ -112,8 +126,40 @@ def _left_out(model: LoadedModel, config: BuildConfig) -> tuple[str, ...]:
     )
 
 
-def num_steps(precision: str, num_layers: int) -> int:
-    """Steps that a validation runs: the greedy continuation's, the scenarios' for each runner, and each part alone."""
+def _drift(
+    model: LoadedModel,
+    config: BuildConfig,
+    candidate: Candidate,
+    num_steps: int,
+    seed: int,
+    advance: Callable[[int], None],
+) -> Drift | None:
+    """Over as many steps as a sequence may have tokens, and `num_steps` at most; None of a model without a state."""
+    steps = min(num_steps, config.max_context)
+    if not steps or "mamba" not in model.config.layers:
+        return None
+    return drift.measure(
+        model,
+        config,
+        lambda pages: candidate.open(pages, WATCHED),
+        num_steps=steps,
+        seed=seed,
+        advance=advance,
+    )
+
+
+def _not_drifted(num_steps: int, found: Drift | None) -> tuple[str, ...]:
+    if found is None:
+        return ("state drift: no decode steps were asked for",) if not num_steps else ()
+    shown = [state for state in found.states if state.alone]
+    return (
+        *((f"state drift beyond {found.steps[-1]} decode steps",) if found.steps[-1] < DRIFT_STEPS else ()),
+        *(("each recurrence alone: its inputs are not seen",) if not shown else ()),
+    )
+
+
+def num_steps(precision: str, num_layers: int, drift_steps: int = BUILD_DRIFT_STEPS) -> int:
+    """Steps of a validation: the greedy continuation's, the scenarios' for each runner, each part alone, and drift."""
     num_runners = 3 if precision == "fp32" else 4
-    whole = num_runners * Extent(PROMPT, DECODE, 0, 1, PROMPT).num_steps
-    return 1 + DECODE + whole + num_parts(num_layers)
+    whole = 1 + DECODE + num_runners * Extent(PROMPT, DECODE, 0, 1, PROMPT).num_steps
+    return whole + num_parts(num_layers) + drift.num_runs(precision, drift_steps)

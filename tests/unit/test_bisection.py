@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,13 +14,13 @@ import pytest
 from faults import (
     Graph,
     broken,
+    dropped_conv_bias,
     dropped_dt_bias,
     dropped_skip,
-    fresh_taken_for_old,
+    fresh_reads_slot,
     gate_after_norm,
-    no_conv_bias,
     no_scaling_factor,
-    one_expert_fewer,
+    one_expert_short,
     one_norm_group,
     page_mix_up,
     reversed_taps,
@@ -74,26 +75,26 @@ GROUPS: list[dict[Any, tuple[str, str]]] = [
         zeroed_expert: ("layers.1.mixer.experts", "layers.1.mixer.experts.up: DIFFERS"),
         swapped_kv_heads: ("layers.2.mixer.k_proj", "layers.2.mixer.k_proj.weight: DIFFERS"),
         scaled_down_proj: ("layers.3.mixer.down_proj", "layers.3.mixer.down_proj.weight: DIFFERS"),
-        scaled_logits: ("head.lm_head", "lm_head.weight: DIFFERS"),
+        scaled_logits: ("head.scaled", "lost.logits: not compared"),
     },
     {
         reversed_taps: ("layers.0.mixer.conv", "layers.0.mixer.conv1d.weight: DIFFERS"),
         swapped_experts: ("layers.1.mixer.experts", "layers.1.mixer.experts.down: DIFFERS"),
-        page_mix_up: ("layers.2.mixer.attention", "rolled: not compared"),
+        page_mix_up: ("layers.2.mixer.attention", "wrong.*: not compared"),
     },
     {
         gate_after_norm: ("layers.0.mixer.norm.unflatten", "layers.0.mixer.norm.to: agrees"),
-        no_scaling_factor: ("layers.1.mixer.fc2_latent_proj", "unscaled_experts: not compared"),
+        no_scaling_factor: ("layers.1.mixer.experts", "layers.1.mixer.gate: agrees"),
     },
     {
         shifted_a_log: ("layers.0.mixer.scan", "layers.0.mixer.A: DIFFERS"),
-        one_expert_fewer: ("layers.1.mixer.experts", "e_score_correction_bias: DIFFERS"),
+        one_expert_short: ("layers.1.mixer.experts", "layers.1.mixer.gate: agrees"),
     },
     {dropped_dt_bias: ("layers.0.mixer.scan", "layers.0.mixer.dt_bias: DIFFERS")},
-    {no_conv_bias: ("layers.0.mixer.conv", "layers.0.mixer.conv1d.bias: DIFFERS")},
+    {dropped_conv_bias: ("layers.0.mixer.conv", "layers.0.mixer.conv1d.bias: DIFFERS")},
     {one_norm_group: ("layers.0.mixer.norm.unflatten", "PyTorch's is")},
-    {stale_slot: ("layers.0.mixer.scan.kept", "ssm_state.0: the state")},
-    {fresh_taken_for_old: ("layers.0.mixer.scan", "wrong.context_len: not compared")},
+    {stale_slot: (r"layers.0.mixer.scan.Identity.\d+", "ssm_state.0: the state")},
+    {fresh_reads_slot: ("layers.0.mixer.scan", "wrong.*: not compared")},
 ]
 
 
@@ -103,9 +104,9 @@ def test_each_fault_is_named(built: Built, tmp_path: Path, faults: dict[Any, tup
     for fault in faults:
         broken(copy, fault)
     departing = found(built, graph=copy).departing
-    assert [suspect.node for suspect in departing] == [node for node, _ in faults.values()]
-    for suspect, (_, said) in zip(departing, faults.values(), strict=True):
-        assert any(said in line for line in suspect.reads), suspect.reads
+    for suspect, (node, said) in zip(departing, faults.values(), strict=True):
+        assert re.fullmatch(node, suspect.node)
+        assert any(re.search(said, line) for line in suspect.reads), suspect.reads
         assert suspect.departs
         assert suspect.tensor.startswith((f"{suspect.place}.", "next.", "logits"))
 
@@ -134,17 +135,9 @@ def test_a_forgotten_fp8_scale_is_named(tmp_path: Path) -> None:
     (tmp_path / "graph").mkdir()
     built = build(fp8_checkpoints.small(tmp_path / "fp8"), tmp_path / "graph", "fp8")
 
-    def forget(graph: Graph) -> None:
-        name = "backbone.layers.4.mixer.in_proj.weight_scale"
-        tensor = next(t for t in graph.proto.graph.initializer if t.name == name)
-        place = {entry.key: entry.value for entry in tensor.external_data}
-        scale = np.memmap(built[2].parent / place["location"], np.float32, "r+", int(place["offset"]), (1,))
-        scale *= 1.1
-        scale.flush()
-
-    import onnx
-
-    forget(Graph(onnx.load(built[2], load_external_data=False), {}))
+    scale = Graph(built[2]).weights["backbone.layers.4.mixer.in_proj.weight_scale"]
+    scale *= 1.1
+    scale.flush()
     (suspect,) = found(built).departing
     assert suspect.node == "layers.4.mixer.in_proj"
 

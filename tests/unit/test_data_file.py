@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from nemotrt.exporter.errors import CheckpointError, UsageError
 from nemotrt.exporter.runtime import manifest
 from nemotrt.exporter.runtime.session import Session
 from nemotrt.exporter.stages.load import load
-from nemotrt.exporter.tensor_files import read_header
+from nemotrt.exporter.tensor_files import StoredTensor, read_header
 from nemotrt.model.checkpoint import Transform
 
 
@@ -89,11 +90,11 @@ def test_every_value_is_in_its_place(
 reach = data_file._Kept.reached
 
 
-def reach_slowly(self: data_file._Kept, end: int) -> None:
+def reach_slowly(self: data_file._Kept, passed: int, written: int) -> None:
     """As when the disk is faster than the writing."""
     if self._syncing is not None:
         self._syncing.result()
-    reach(self, end)
+    reach(self, passed, written)
 
 
 def test_it_goes_on_from_what_was_kept(
@@ -109,11 +110,41 @@ def test_it_goes_on_from_what_was_kept(
     assert kept
     whole = (tmp_path / "whole").read_bytes()
     for done in (kept[0], kept[-1]):
-        # What lay past the record is not trusted.
-        (tmp_path / "again").write_bytes(whole[:done] + b"\xff" * (len(whole) - done))
+        # What lay past the record is not trusted, and what lay before it is not written again.
+        end = file_offset(placed, done)
+        (tmp_path / "again").write_bytes(b"\xee" * end + b"\xff" * (len(whole) - end))
         run(tmp_path / "again", placed, done)
+        found = (tmp_path / "again").read_bytes()
+        assert found[:end] == b"\xee" * end
         for one in placed:
-            assert torch.equal(values(tmp_path / "again", one), values(tmp_path / "whole", one))
+            begin = max(one.offset, end)
+            assert found[begin : one.offset + one.length] == whole[begin : one.offset + one.length]
+
+
+def file_offset(placed: tuple[Placed, ...], passed: int) -> int:
+    """Where in the file the byte lies before which so many have passed."""
+    for one in placed:
+        if passed <= one.length:
+            return one.offset + passed
+        passed -= one.length
+    raise AssertionError(passed)
+
+
+def test_what_is_linked_is_not_judged_twice(
+    tmp_path: Path, sources: tuple[WeightSource, WeightSource, WeightSource], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    placed = laid_out(sources, torch.bfloat16, link=True)
+    run(tmp_path / "data", placed)
+    judged: list[str] = []
+    genuine = weights.converted
+
+    def note(tensor: StoredTensor, *arguments: Any) -> torch.Tensor:
+        judged.append(tensor.name)
+        return genuine(tensor, *arguments)
+
+    monkeypatch.setattr(weights, "converted", note)
+    run(tmp_path / "data", placed, placed[0].length)
+    assert judged == ["t1", "t2", "t3"]
 
 
 def test_a_linked_parameter_is_judged_and_not_written(
@@ -198,9 +229,9 @@ def test_a_build_that_is_killed_in_its_weights_goes_on(
 
     reached: list[int] = []
 
-    def reach_and_stop(self: data_file._Kept, end: int) -> None:
-        reached.append(end)
-        reach_slowly(self, end)
+    def reach_and_stop(self: data_file._Kept, passed: int, written: int) -> None:
+        reached.append(passed)
+        reach_slowly(self, passed, written)
         if len(reached) == 20:
             raise KeyboardInterrupt
 

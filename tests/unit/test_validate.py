@@ -19,6 +19,7 @@ from nemotrt.exporter.comparison import Candidate
 from nemotrt.exporter.config import BuildConfig
 from nemotrt.exporter.gates import Compared, Observation
 from nemotrt.exporter.routing import Choosing
+from nemotrt.exporter.runners import Recurrence
 from nemotrt.exporter.stages import validate as stage
 from nemotrt.exporter.stages.load import load
 from nemotrt.exporter.stages.lower import lower
@@ -141,15 +142,7 @@ def test_a_wrong_weight_is_caught(
     monkeypatch.setattr(stage, "DECODE", 4)  # the prompt alone finds every one of them
     config = build(loaded, tmp_path / "graph", "fp32")
     path = tmp_path / "graph" / "model.onnx"
-    initializers = {name: value.const_value for name, value in ir.load(path).graph.initializers.items()}
-    weights = {
-        name: np.memmap(tensor.path, np.float32, "r+", tensor.offset, tuple(tensor.shape.numpy()))
-        for name, tensor in initializers.items()
-        if isinstance(tensor, ir.ExternalTensor)
-    }
-    fault(weights)
-    for array in weights.values():
-        array.flush()
+    broken(path, lambda graph: fault(graph.weights))
     report = validate(loaded, config, path)
     assert not report.passed
 
@@ -157,10 +150,8 @@ def test_a_wrong_weight_is_caught(
 def test_a_wrong_attribute_is_caught(loaded: LoadedModel, tmp_path: Path) -> None:
     config = build(loaded, tmp_path / "graph", "fp32")
     path = tmp_path / "graph" / "model.onnx"
-    model = ir.load(path)
-    norm = next(node for node in model.graph if node.name == "layers.3.norm.rms_norm")
-    norm.attributes["epsilon"] = ir.AttrFloat32("epsilon", 0.05)
-    path.write_bytes(ir.to_proto(model).SerializeToString())
+    epsilon = ir.AttrFloat32("epsilon", 0.05)
+    broken(path, lambda graph: graph.named("layers.3.norm.rms_norm").attributes.add(epsilon))
     assert not validate(loaded, config, path).passed
 
 
@@ -205,6 +196,9 @@ class Nudged(TorchRunner):
         for module in self._network.modules():
             if isinstance(module, Router):
                 module.register_forward_hook(partial(self._nudge, nudge), prepend=True)
+
+    def recurrences(self) -> dict[str, Recurrence]:
+        return {}
 
     def _nudge(self, nudge: float, router: Router, args: object, logits_TE: torch.Tensor) -> torch.Tensor:
         return logits_TE + nudge * (torch.arange(logits_TE.shape[1]) == 1)

@@ -1,0 +1,66 @@
+"""What a graph keeps in which dtype, against what the model asks for.
+
+A recurrent state that passes through FP16 in every step is off by no more than the activations are, so that no
+comparison of values sees it before a long decode. Its dtype has to be read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import chain
+from typing import TYPE_CHECKING
+
+import torch
+
+from nemotrt.exporter.artifacts import Gate, LoadedModel
+from nemotrt.exporter.aten_to_onnx import DTYPES
+from nemotrt.exporter.config import COMPUTE_DTYPES, BuildConfig
+from nemotrt.exporter.runtime.graph_file import NEXT
+from nemotrt.model.hybrid import NemotronH
+from nemotrt.plugins.spec import DOMAIN, ops
+
+if TYPE_CHECKING:
+    from onnx import GraphProto, ModelProto
+
+SCENARIO = "dtypes"
+
+
+def dtype_gates(graph: ModelProto, model: LoadedModel, config: BuildConfig) -> list[Gate]:
+    """How many weights, pools, and FP32 inputs of ops have another dtype than the model's, or are cast to one.
+
+    Of the graph's own nodes: what an op does inside is held to its tolerance by the op's own tests.
+    """
+    network = NemotronH(model.config, dtype=getattr(torch, COMPUTE_DTYPES[config.precision]), device="meta")
+    wanted = {
+        "weights": {name: parameter.dtype for name, parameter in network.named_parameters()},
+        "pools": {
+            prefix + pool.name: getattr(torch, pool.dtype)
+            for pool in model.pools(config)
+            for prefix in ("", NEXT)
+        },
+        "ops' FP32 inputs": dict.fromkeys(_wide_inputs(graph.graph), torch.float32),
+    }
+    stored = {tensor.name: tensor.data_type for tensor in graph.graph.initializer}
+    values = chain(graph.graph.value_info, graph.graph.input, graph.graph.output)
+    types = {value.name: value.type.tensor_type.elem_type for value in values} | stored
+    casts = [node for node in graph.graph.node if node.op_type == "Cast"]
+    is_cast = {name for node in casts for name in (*node.input, *node.output)}
+    return [
+        _gate(what, dtypes, stored if what == "weights" else types, is_cast)
+        for what, dtypes in wanted.items()
+    ]
+
+
+def _gate(what: str, wanted: Mapping[str, torch.dtype], types: Mapping[str, int], is_cast: set[str]) -> Gate:
+    departing = [
+        name for name, dtype in wanted.items() if types.get(name) != DTYPES[dtype] or name in is_cast
+    ]
+    return Gate(SCENARIO, departing[0] if departing else what, "in another dtype", float(len(departing)), 0.0)
+
+
+def _wide_inputs(graph: GraphProto) -> list[str]:
+    """What the ops take in FP32 whatever the model's dtype: decay, step size, router logits, scales."""
+    wide = {
+        spec.name: [i for i, tensor in enumerate(spec.inputs) if tensor.dtype == "float32"] for spec in ops()
+    }
+    return [node.input[i] for node in graph.node if node.domain == DOMAIN for i in wide[node.op_type]]

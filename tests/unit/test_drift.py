@@ -1,0 +1,118 @@
+"""State drift: what the carried state loses, step by step, is found even where the floor of a whole model hides it."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+from faults import Graph, broken, half_state
+
+from nemotrt.exporter import drift
+from nemotrt.exporter.artifacts import Drift, Gate, LoadedModel, StateDrift
+from nemotrt.exporter.candidates import graph_candidate
+from nemotrt.exporter.comparison import WATCHED
+from nemotrt.exporter.config import BuildConfig
+from nemotrt.exporter.runtime.strict_json import decode, encode
+from nemotrt.exporter.stages.load import load
+from nemotrt.exporter.stages.lower import lower
+from nemotrt.exporter.stages.trace import trace
+
+STEPS = 60
+
+
+@pytest.fixture(scope="module")
+def loaded(checkpoint: Path) -> LoadedModel:
+    return load(checkpoint)
+
+
+def built(model: LoadedModel, folder: Path, **options: str) -> BuildConfig:
+    folder.mkdir(parents=True)
+    config = BuildConfig(checkpoint=model.folder, output=folder, **options)
+    lower(model, trace(model, config), folder / "model.onnx")
+    return config
+
+
+def measured(model: LoadedModel, config: BuildConfig, steps: int = STEPS) -> Drift:
+    candidate = graph_candidate(config.output / "model.onnx")
+    return drift.measure(model, config, partial(candidate.open, way=WATCHED), num_steps=steps)
+
+
+def failed(found: Drift) -> list[tuple[str, str]]:
+    return [(gate.output, gate.metric) for gate in drift.gates(found) if not gate.passed]
+
+
+def leaking(graph: Graph) -> None:
+    """A head forgets a tenth of a percent faster than it should."""
+    graph.weight("layers.4.mixer.A")[1] *= 1.001
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_what_a_state_loses_is_found_where_the_floor_hides_it(
+    loaded: LoadedModel, tmp_path: Path, precision: str
+) -> None:
+    config = built(loaded, tmp_path / "right", precision=precision)
+    clean = measured(loaded, config)
+    assert not failed(clean)
+    assert all(max(state.alone) < 1e-5 for state in clean.states if state.alone)
+    broken(tmp_path / "right" / "model.onnx", leaking)
+    assert failed(measured(loaded, config)) == [("ssm_state.4", "recurrence alone")]
+    broken(tmp_path / "right" / "model.onnx", half_state)
+    assert failed(measured(loaded, config)) == [
+        ("ssm_state.0", "recurrence alone"),
+        ("ssm_state.4", "recurrence alone"),
+    ]
+
+
+def test_a_state_that_is_declared_in_fp16_has_its_own_floor(loaded: LoadedModel, tmp_path: Path) -> None:
+    config = built(loaded, tmp_path / "graph", precision="fp16", state_dtype="fp16")
+    found = measured(loaded, config)
+    assert not failed(found)
+    state = next(state for state in found.states if state.pool == "ssm_state.0")
+    assert min(state.alone_floor[1:]) > 1e-5
+    broken(tmp_path / "graph" / "model.onnx", leaking)
+    assert max(measured(loaded, config).states[-1].alone) > max(found.states[-1].alone)
+
+
+def test_fp32_is_held_to_its_limit(loaded: LoadedModel, tmp_path: Path) -> None:
+    config = built(loaded, tmp_path / "graph", precision="fp32")
+    heard: list[int] = []
+    candidate = graph_candidate(tmp_path / "graph" / "model.onnx")
+    found = drift.measure(
+        loaded, config, partial(candidate.open, way=WATCHED), num_steps=STEPS, advance=heard.append
+    )
+    assert not failed(found)
+    assert found.steps == (1, 2, 5, 10, 20, 50, 60)
+    assert sum(heard) == drift.num_runs("fp32", STEPS)
+    assert {gate.limit for gate in drift.gates(found)} == {1e-4}
+    broken(tmp_path / "graph" / "model.onnx", half_state)
+    assert ("ssm_state.0", "relative L2") in failed(measured(loaded, config))
+
+
+def made(error: tuple[float, ...], floor: tuple[float, ...]) -> list[Gate]:
+    state = StateDrift("ssm_state.0", error, floor, (), ())
+    return drift.gates(Drift((1, 2, 5), 2, (state,), (), ()))
+
+
+def test_the_mark_nearest_to_its_limit_is_what_a_gate_shows() -> None:
+    (gate,) = made((0.2, 0.5, 0.3), (0.1, 0.1, 0.2))
+    assert (gate.value, gate.floor, gate.passed) == (0.5, 0.1, False)
+    assert gate.limit == pytest.approx(0.3)
+
+
+@pytest.mark.parametrize(
+    ("error", "floor", "metric"),
+    [((0.1, np.nan, 0.1), (0.1,) * 3, "not finite"), ((0.1,) * 3, (0.1, np.inf, 0.1), "floor not finite")],
+)
+def test_what_is_not_finite_is_no_pass(
+    error: tuple[float, ...], floor: tuple[float, ...], metric: str
+) -> None:
+    (gate,) = made(error, floor)
+    assert (gate.metric, gate.passed) == (metric, False)
+
+
+def test_a_drift_is_read_as_it_was_written() -> None:
+    found = Drift((1, 2), 2, (StateDrift("ssm_state.0", (0.1, 0.2), (), (), ()),), (1e-3, 2e-3), ())
+    assert decode(Drift, json.loads(encode(found)), "x") == found
