@@ -163,6 +163,28 @@ def mapped(shard: str) -> Callable[[Path, dict[str, str]], None]:
     return lambda folder, weight_map: index(folder, weight_map | {"lm_head.weight": shard})
 
 
+def held_twice(folder: Path, weight_map: dict[str, str]) -> None:
+    """A tensor of the second shard in the first one too."""
+    tensors = stored(folder)
+    first = {name: tensors[name] for name, shard in weight_map.items() if shard == "shard-1.safetensors"}
+    save_file(first | {"lm_head.weight": tensors["lm_head.weight"]}, folder / "shard-1.safetensors")
+    index(folder, weight_map | {"lm_head.weight": "shard-1.safetensors"})
+
+
+def repeated(folder: Path, weight_map: dict[str, str]) -> None:
+    """One name twice in the index."""
+    entries = json.dumps(weight_map)
+    (folder / INDEX).write_text(
+        f'{{"weight_map": {entries[:-1]}, "lm_head.weight": "shard-1.safetensors"}}}}'
+    )
+
+
+def linked_index(folder: Path, _: dict[str, str]) -> None:
+    """Move the index out of the folder and link to it."""
+    (folder / INDEX).rename(folder.parent / "elsewhere.json")
+    (folder / INDEX).symlink_to(folder.parent / "elsewhere.json")
+
+
 def linked_outside(folder: Path, _: dict[str, str]) -> None:
     """Move a shard out of the folder and link to it."""
     outside = folder.parent / "elsewhere.safetensors"
@@ -227,6 +249,12 @@ TENSORS = {
     "infinity": Case(
         r"up_proj\.weight holds an infinity", replaced("up_proj.weight", one_value(torch.inf)), model=MLP_ONLY
     ),
+    "nan-in-a-linked-weight": Case(
+        r"up_proj\.weight holds NaN",
+        replaced("up_proj.weight", one_value(torch.nan)),
+        model=MLP_ONLY,
+        options=("--weights", "link"),
+    ),
     "fp16-overflow": Case(
         r"up_proj\.weight holds 100000, too large for FP16",
         replaced("up_proj.weight", one_value(1e5)),
@@ -263,6 +291,7 @@ FILES = {
     ),
     "header-overlap": Case("overlaps another tensor", header(shift(-4, -4))),
     "header-hole": Case("leaves a hole before it", header(shift(4, 4))),
+    "header-offsets-reversed": Case(r"but its bytes are 8 to 4", header(set_last("data_offsets", [8, 4]))),
     "header-out-of-range": Case(
         "is truncated: .* its header promises",
         header(
@@ -302,6 +331,17 @@ FILES = {
     "index-wrong-shard": Case(
         r"lm_head\.weight is in shard-2.safetensors, but .* lists it in shard-1",
         sharded(mapped("shard-1.safetensors")),
+    ),
+    "index-of-nothing": Case(
+        r"lists surprise in shard-1\.safetensors, which does not hold it",
+        sharded(lambda folder, found: index(folder, found | {"surprise": "shard-1.safetensors"})),
+    ),
+    "index-duplicate-key": Case("duplicate key lm_head.weight", sharded(repeated)),
+    "index-is-a-link-outside": Case(
+        "index.json is a link to .* outside the checkpoint", sharded(linked_index)
+    ),
+    "two-shards-with-one-tensor": Case(
+        r"lm_head\.weight is in two shards: shard-1\.safetensors and shard-2", sharded(held_twice)
     ),
     "index-not-json": Case("is not valid JSON", sharded(lambda folder, _: text(INDEX, "{")(folder))),
     "index-and-single": Case(f"has both {SINGLE} and {INDEX}", sharded(lambda folder, _: added("x")(folder))),

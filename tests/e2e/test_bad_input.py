@@ -19,6 +19,7 @@ from bad_checkpoints import Case
 from bad_places import FLAGS, PLACES, SPELLINGS
 from click.testing import CliRunner, Result
 
+from nemotrt.exporter import data_file
 from nemotrt.exporter.cli import program
 from nemotrt.exporter.workspace import Workspace
 
@@ -203,6 +204,27 @@ def test_a_full_disk(mounted: Callable[[int], Path]) -> None:
     place = mounted(45_056)
     refused(run(*BUILD, place / "out"), "No space left on device", 2)
     assert os.listdir(place) == []
+
+
+def test_a_disk_that_another_program_fills(
+    mounted: Callable[[int], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the middle of the weights: refused, exit 2: `No space left on device`; what was written is removed."""
+    small_checkpoint()
+    place = mounted(1 << 20)
+    write = data_file._write_all
+    written: list[int] = []
+
+    def fill_and_write(target: int, data: memoryview, offset: int) -> int:
+        if len(written) == 5:
+            (place / "other").write_bytes(bytes(shutil.disk_usage(place).free))
+        written.append(offset)
+        return write(target, data, offset)
+
+    monkeypatch.setattr(data_file, "_write_all", fill_and_write)
+    refused(run(*BUILD, place / "out"), "No space left on device", 2)
+    assert len(written) > 5
+    assert os.listdir(place) == ["other"]
 
 
 @pytest.mark.parametrize("name", bad_bundles.ALL)
