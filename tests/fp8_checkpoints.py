@@ -106,15 +106,19 @@ SUPER = CONFIG | {"hybrid_override_pattern": "MEMEM*EMEM*E", "torch_dtype": "bfl
 """Super's kinds of layers in the order in which it has them, few and narrow: latent experts, no MLP."""
 
 
-def super_(folder: Path) -> Path:
-    """Super's layout: attention and latent projections in BF16, the rest FP8, and a cache with scales."""
+def super_(folder: Path, **changes: Any) -> Path:
+    """Super's layout: attention and latent projections in BF16, the rest FP8, and a cache with scales.
+
+    `changes` replace fields of SUPER.
+    """
+    config = SUPER | changes
     left = ("q_proj", "k_proj", "v_proj", "o_proj", "latent_proj")
-    tensors = fp8_tensors(SUPER, lambda name: not name.endswith(left), kv_scales=True)
+    tensors = fp8_tensors(config, lambda name: not name.endswith(left), kv_scales=True)
     excluded = ["lm_head", "mtp*", "*.conv1d", "*.gate", "*_latent_proj"]
-    layers = [i for i, kind in enumerate(SUPER["hybrid_override_pattern"]) if kind == "*"]
+    layers = [i for i, kind in enumerate(config["hybrid_override_pattern"]) if kind == "*"]
     excluded += [f"backbone.layers.{i}.mixer.{name}" for i in layers for name in left[:4]]
     tensors["mtp.layers.0.norm.weight"] = torch.ones(32, dtype=torch.bfloat16)
-    return write(folder, SUPER, tensors, description(excluded))
+    return write(folder, config, tensors, description(excluded))
 
 
 def lowered(checkpoint: Path, folder: Path) -> tuple[Path, BuildConfig]:
