@@ -18,6 +18,7 @@ sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "e2e")]
 
 import bad_bundles  # noqa: E402  (the folders above are no packages)
 import bad_checkpoints  # noqa: E402
+import bad_fp8  # noqa: E402
 import bad_places  # noqa: E402
 import test_bad_input  # noqa: E402
 import test_interrupts  # noqa: E402
@@ -39,6 +40,9 @@ Refusal = tuple[str, int]
 REFUSALS: Mapping[Callable[..., None], Mapping[str, Refusal]] = {
     test_bad_input.test_a_bad_checkpoint: {
         name: (case.says, case.code) for name, case in bad_checkpoints.ALL.items()
+    },
+    test_bad_input.test_a_bad_quantisation: {
+        name: (case.says, case.code) for name, case in bad_fp8.ALL.items()
     },
     test_bad_input.test_a_flag_that_cannot_be_meant: {
         name: (says, 2) for name, (_, says) in bad_places.FLAGS.items()

@@ -20,7 +20,12 @@ FLOATING = ("float64", "float32", "float16", "bfloat16")
 """Dtypes that a weight may be stored in."""
 
 FP8 = "float8_e4m3fn"
-QUANTISED = {FP8: "FP8", "float8_e5m2": "FP8 (E5M2)", "uint8": "packed 4-bit values"}
+QUANTISED = {
+    FP8: "FP8",
+    "float8_e5m2": "FP8 (E5M2)",
+    "float8_e8m0fnu": "MXFP8",
+    "uint8": "packed 4-bit values",
+}
 """A dtype that only quantised weights have → what it is called."""
 
 FOREIGN = {
@@ -165,7 +170,9 @@ def _foreign(config: ModelConfig, stored: Mapping[str, StoredTensor]) -> Checkpo
     quantised = sorted(name for name, tensor in stored.items() if tensor.dtype in QUANTISED)
     own = [name for name in quantised if stored[name].dtype != FP8]
     if own:
-        what = QUANTISED[stored[own[0]].dtype]
+        # Powers of two, in a type of their own or as bare bytes.
+        is_mx = own[0].endswith(".weight_scale")
+        what = "MXFP8" if is_mx else QUANTISED[stored[own[0]].dtype]
         return CheckpointError(f"the checkpoint is quantised as {what} ({own[0]})", hint=SUPPORTED)
     if quantised and not config.recipe:
         return CheckpointError(

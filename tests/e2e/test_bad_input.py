@@ -14,6 +14,7 @@ from pathlib import Path
 
 import bad_bundles
 import bad_checkpoints
+import bad_fp8
 import pytest
 from bad_checkpoints import Case
 from bad_places import FLAGS, PLACES, SPELLINGS
@@ -72,7 +73,16 @@ def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("name", bad_checkpoints.ALL)
 def test_a_bad_checkpoint(tmp_path: Path, name: str) -> None:
     """Refused by `build`, before the output or anything beside it is there."""
-    case: Case = bad_checkpoints.ALL[name]
+    _refused_by_a_build(tmp_path, bad_checkpoints.ALL[name])
+
+
+@pytest.mark.parametrize("name", bad_fp8.ALL)
+def test_a_bad_quantisation(tmp_path: Path, name: str) -> None:
+    """Quantised as nothing that is taken, FP8 with bad scales, or to be calibrated on no text: refused by `build`."""
+    _refused_by_a_build(tmp_path, bad_fp8.ALL[name])
+
+
+def _refused_by_a_build(tmp_path: Path, case: Case) -> None:
     (tmp_path / "here").mkdir()
     (tmp_path / "here" / "mine.txt").write_text("the user's")
     bad_checkpoints.write(case, tmp_path / "checkpoint")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 
 import numpy as np
@@ -162,21 +161,6 @@ def test_text_needs_what_was_quantised(tmp_path: Path) -> None:
     plain = write_checkpoint(tmp_path / "plain", torch_dtype="bfloat16")
     with pytest.raises(UsageError, match="no effect without --eval"):
         revalidate(bundle, None, Console(quiet=True), base=plain)
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("empty.txt", "", "empty.txt has 0 tokens; at least 256 are needed"),
-        ("short.txt", "a few words", "at least 256 are needed"),
-        ("bad.jsonl", "{", "bad.jsonl, line 1, is not valid JSON"),
-        ("bare.jsonl", '{"prompt": "x"}', "bare.jsonl, line 1, has no text"),
-    ],
-)
-def test_a_text_that_is_none(tmp_path: Path, name: str, content: str, message: str) -> None:
-    (tmp_path / name).write_text(content)
-    with pytest.raises(UsageError, match=re.escape(message)):
-        sequences(TINY, tmp_path / name, 1)
 
 
 def test_a_text_in_lines_is_one_sequence_a_line(tmp_path: Path) -> None:
