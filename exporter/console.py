@@ -24,6 +24,8 @@ class Console:
     debug: bool = False
     log: list[str] = field(default_factory=list)
     """All that was said, details too, without seconds: equal builds have equal logs."""
+    seconds: dict[str, float] = field(default_factory=dict)
+    """What each stage took."""
 
     @cached_property
     def _rich(self) -> RichConsole:
@@ -63,7 +65,8 @@ class Console:
             ended = ""
         finally:
             self.log.append(title + ("  stopped" if ended else ""))
-            self._rich.print(f"{title}  {ended}{time.perf_counter() - started:.1f} s", markup=False)
+            self.seconds[name] = time.perf_counter() - started
+            self._rich.print(f"{title}  {ended}{self.seconds[name]:.1f} s", markup=False)
 
     def _begin(self, title: str) -> None:
         if self.verbose and not sys.stderr.isatty():

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from nemotrt.exporter.config import COMPUTE_DTYPES
 from nemotrt.exporter.errors import BundleError, UsageError
 from nemotrt.exporter.runtime import manifest as manifests
+from nemotrt.exporter.runtime.graph_summary import KIND_OF_OP
 from nemotrt.exporter.runtime.manifest import GraphSummary, Manifest, PoolPair
 from nemotrt.exporter.stages.load import read_config
 from nemotrt.exporter.tensor_files import open_checkpoint
@@ -25,13 +26,6 @@ if TYPE_CHECKING:
 
 LAYER = re.compile(r"(?:^|\.)(?:layers|conv_state|ssm_state|kv_cache)\.(\d+)(?:\.|$)")
 """What a layer's index looks like in the name of a tensor, a node or a pool."""
-
-KIND_OF_OP = {
-    "NemoSelectiveScan": "mamba",
-    "NemoPagedAttention": "attention",
-    "NemoMoeDispatch": "moe",
-}
-"""The op that tells a layer's kind in a graph; a layer with none of them is an MLP."""
 
 EMBEDDINGS, HEAD, OTHER, MTP = "embeddings", "head", "other", "mtp"
 """What stands beside the layers: `other` are a graph's constants, `mtp` is not exported."""

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import errno
-import json
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-from nemotrt.exporter import environment, estimates
+from nemotrt.exporter import environment, estimates, report_file
 from nemotrt.exporter.artifacts import CompiledEngine, Gate, LoadedModel, LoweredGraph, ValidationReport
 from nemotrt.exporter.config import COMPUTE_DTYPES, PRECISION_OF_DTYPE, PRESETS, BuildConfig
 from nemotrt.exporter.console import Console
 from nemotrt.exporter.errors import CompileError, ExportError, UsageError, ValidationError
 from nemotrt.exporter.layer_selection import partial_model
 from nemotrt.exporter.modelopt import cache_notes
-from nemotrt.exporter.runtime.strict_json import decode, encode
 from nemotrt.exporter.targets import AUTO, ONNX, Target, settle
 from nemotrt.exporter.workspace import Workspace, check_output, digest
 
@@ -326,14 +324,9 @@ def _validated(
             report = validate(model, config, graph.path, advance=advance)
         passed = sum(gate.passed for gate in report.gates)
         console.say(f"{'':<9} {passed} of {len(report.gates)} gates passed")
-        fields: dict[str, Any] = json.loads(encode(report))
-        return fields
+        return report_file.as_json(report)
 
-    return _report_from(_once("validate", key, workspace, console, run))
-
-
-def _report_from(kept: dict[str, Any]) -> ValidationReport:
-    return decode(ValidationReport, kept, "the workspace's report")
+    return report_file.parsed(_once("validate", key, workspace, console, run), "the workspace's report")
 
 
 def describe(gate: Gate) -> str:

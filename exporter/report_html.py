@@ -1,128 +1,192 @@
-"""A validation's report as one HTML file that loads nothing: verdict first, then plots and tables.
-
-Plots are SVG written by the template: a few kilobytes each, sharp at any width, coloured by the page's own theme.
-"""
+"""A validation's report as one HTML file that loads nothing: verdict first, then plots and tables."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
-from nemotrt.exporter.artifacts import LayerError, NextToken, TextPlace, ValidationReport
+from nemotrt.exporter import report_plots as plots
+from nemotrt.exporter.artifacts import Drift, ValidationReport
 from nemotrt.exporter.gate_summary import strain, summary
-from nemotrt.exporter.runtime.manifest import Manifest
-from nemotrt.exporter.runtime.tokenizer import Tokenizer
+from nemotrt.exporter.precision_map import PlacePrecision, precision_map
+from nemotrt.exporter.runtime.graph_file import read_proto
+from nemotrt.exporter.runtime.manifest import Manifest, PoolPair
+from nemotrt.exporter.runtime.tokenizer import TOKENIZER, Tokenizer
+from nemotrt.exporter.units import digits, size
 
-WIDTH, HEIGHT = 720, 240
-LEFT, RIGHT, TOP, BOTTOM = 52, 8, 10, 26
-SMALLEST = 1e-12
-"""What a logarithmic axis shows of zero."""
+POOL_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3fn": 1}
+SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """What a page says of the bundle beside its report; tokens are shown as ids where there is no tokenizer."""
+
+    manifest: Manifest
+    places: Sequence[PlacePrecision]
+    tokenizer: Tokenizer | None
+
+    @classmethod
+    def of(cls, folder: Path, manifest: Manifest) -> Bundle:
+        """Read from a bundle's folder; raises BundleError on a graph that is none."""
+        graphs = manifest.of_role("graph")
+        places = precision_map(read_proto(folder / graphs[0])) if graphs else []
+        return cls(manifest, places, Tokenizer(folder) if (folder / TOKENIZER).is_file() else None)
 
 
 def report_html(
     report: ValidationReport,
     *,
     name: str,
-    manifest: Manifest | None = None,
-    tokenizer: Tokenizer | None = None,
-    seconds: float | None = None,
+    bundle: Bundle | None = None,
+    seconds: Mapping[str, float] | None = None,
 ) -> str:
-    """The page; without a tokenizer the worst tokens are shown as ids."""
+    """The page; `seconds` are what each stage took."""
     from jinja2 import Environment, StrictUndefined
 
     source = files("nemotrt.exporter").joinpath("report.html").read_text(encoding="utf-8")
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"number": number, "text": lambda tokens: _text(tokens, tokenizer)}
+    environment.filters |= {
+        "number": digits,
+        "size": size,
+        "power": lambda exponent: f"10{str(exponent).translate(SUPERSCRIPT)}",
+        "text": _text(bundle.tokenizer if bundle else None),
+    }
     return environment.from_string(source).render(
         name=name,
         report=report,
-        manifest=manifest,
-        seconds=seconds,
+        bundle=bundle,
+        seconds=seconds or {},
         failed=sorted((gate for gate in report.gates if not gate.passed), key=strain, reverse=True),
+        tiles=_tiles(report),
         rows=summary(report.gates),
-        layers=_layer_plot(report.layers) if report.layers else None,
+        layers=plots.layer_plot(report.layers) if report.layers else None,
         kinds=list(dict.fromkeys(layer.kind for layer in report.layers)),
-        positions=[(found, _kl_plot(found)) for found in report.next_token],
+        positions=[(found, plots.kl_plot(found)) for found in report.next_token],
+        drift=_drift(report.drift) if report.drift else None,
+        costs=plots.cost_plot(report.text.layers) if report.text and report.text.layers else None,
+        precision=_precision(bundle.places) if bundle and bundle.places else None,
+        state=_state(bundle.manifest.graph.pools) if bundle else None,
     )
 
 
-def number(value: float | None) -> str:
-    """Three digits, nothing for what is not known."""
-    return "" if value is None else f"{value:.3g}"
-
-
-def _text(tokens: Sequence[int], tokenizer: Tokenizer | None) -> str:
-    return tokenizer.decode(tokens) if tokenizer else " ".join(map(str, tokens))
+def _text(tokenizer: Tokenizer | None) -> Callable[[Sequence[int]], str]:
+    return lambda tokens: tokenizer.decode(tokens) if tokenizer else " ".join(map(str, tokens))
 
 
 @dataclass(frozen=True)
-class LogAxis:
-    """A logarithmic axis from one power of ten to another."""
+class Tile:
+    """One figure at the top of the page."""
 
-    low: int
-    high: int
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> LogAxis:
-        """What shows all values that are not zero."""
-        powers = [math.log10(max(value, SMALLEST)) for value in values if value > 0] or [-1.0, 0.0]
-        low = math.floor(min(powers))
-        return cls(low, max(math.ceil(max(powers)), low + 1))
-
-    def y(self, value: float) -> float:
-        """Where a value stands, from the top."""
-        power = max(math.log10(max(value, SMALLEST)), self.low)
-        share = (power - self.low) / (self.high - self.low)
-        return round(TOP + (1 - share) * (HEIGHT - TOP - BOTTOM), 1)
-
-    @property
-    def ticks(self) -> list[tuple[float, str]]:
-        """Every power of ten, or every few of many."""
-        stride = max(1, (self.high - self.low) // 6)
-        return [(self.y(10.0**power), f"1e{power}") for power in range(self.low, self.high + 1, stride)]
+    title: str
+    figure: str
+    detail: str
+    is_bad: bool = False
 
 
-def _x(index: float, count: int) -> float:
-    return round(LEFT + (index + 0.5) * (WIDTH - LEFT - RIGHT) / max(count, 1), 1)
+def _tiles(report: ValidationReport) -> list[Tile]:
+    """What a reader wants to know first, as far as it was measured."""
+    held = sum(gate.passed for gate in report.gates)
+    tiles = [Tile("Gates that hold", f"{held}", f"of {len(report.gates)}", held < len(report.gates))]
+    limited = [gate for gate in report.gates if gate.limit > 0]
+    if limited:
+        worst = max(limited, key=strain)
+        used = min(100 * strain(worst), 999.0)
+        where = f"{worst.metric} of {worst.output}, {worst.scenario}"
+        tiles.append(Tile("Nearest to its limit", f"{used:.0f} %", where, not worst.passed))
+    decoded = next((found for found in report.next_token if found.scenario == "decode"), None)
+    if decoded:
+        detail = f"± {digits(decoded.mean_error)} nats a token, decoding"
+        tiles.append(Tile("Mean KL", digits(decoded.mean), detail))
+        same = f"± {100 * decoded.same_top_error:.1f}, of {len(decoded.kl)} tokens"
+        tiles.append(Tile("Same best token", f"{100 * decoded.same_top:.4g} %", same))
+    if report.drift:
+        shares = [max(plots.of_limit(state.error, state.floor)) for state in report.drift.states]
+        detail = f"of its limit at worst, {report.drift.steps[-1]:,} steps"
+        tiles.append(Tile("State drift", f"{100 * max(shares):.0f} %", detail, max(shares) > 1))
+    if report.routers:
+        rerouted, tokens = (sum(getattr(r, f) for r in report.routers) for f in ("rerouted", "tokens"))
+        tiles.append(Tile("Other experts chosen", f"{rerouted}", f"times of {tokens:,}, near ties"))
+    return tiles
 
 
-def _layer_plot(layers: Sequence[LayerError]) -> dict[str, Any]:
-    """A bar for each layer and a line at the floor."""
-    axis = LogAxis.of([v for layer in layers for v in (layer.error, layer.floor or 0.0)])
-    width = max(1.5, 0.7 * (WIDTH - LEFT - RIGHT) / len(layers))
-    stride = -(-len(layers) // 20)
-    bars = []
-    for index, layer in enumerate(layers):
-        top, x = axis.y(layer.error), _x(index, len(layers))
-        bars.append(
-            {
-                "layer": layer,
-                "x": round(x - width / 2, 1),
-                "y": top,
-                "height": round(HEIGHT - BOTTOM - top, 1),
-                "floor": axis.y(layer.floor) if layer.floor is not None else None,
-                "label": layer.place.rpartition(".")[2] if index % stride == 0 else "",
-                "center": x,
-            }
+@dataclass(frozen=True)
+class DriftRow:
+    """One recurrent state at the last step, and at its worst."""
+
+    pool: str
+    error: float
+    floor: float | None
+    worst: float
+    """Of its limit, in percent."""
+    at: int
+    alone: float | None
+    alone_worst: float | None
+
+
+def _drift(drift: Drift) -> dict[str, Any]:
+    rows = []
+    for state in drift.states:
+        shares = plots.of_limit(state.error, state.floor)
+        at = max(range(len(shares)), key=shares.__getitem__)
+        alone = plots.of_limit(state.alone, state.alone_floor)
+        rows.append(
+            DriftRow(
+                state.pool,
+                state.error[-1],
+                state.floor[-1] if state.floor else None,
+                100 * shares[at],
+                drift.steps[at],
+                state.alone[-1] if alone else None,
+                100 * max(alone) if alone else None,
+            )
         )
-    return {"axis": axis, "bars": bars, "width": round(width, 1)}
+    return {"plot": plots.drift_plot(drift), "rows": rows, "steps": drift.steps[-1]}
 
 
-def _kl_plot(found: NextToken) -> dict[str, Any]:
-    """The KL of every row, and the floor's."""
-    axis = LogAxis.of([*found.kl, *found.floor_kl])
-    points = [(_x(i, len(found.kl)), axis.y(value)) for i, value in enumerate(found.kl)]
-    floor = [(_x(i, len(found.kl)), axis.y(value)) for i, value in enumerate(found.floor_kl)]
-    worst: list[tuple[float, float, TextPlace]] = [(*points[place.row], place) for place in found.worst]
-    return {
-        "axis": axis,
-        "line": " ".join(f"{x},{y}" for x, y in points),
-        "floor": " ".join(f"{x},{y}" for x, y in floor),
-        "worst": worst,
-        "last": len(found.kl) - 1,
-    }
+@dataclass
+class KindPrecision:
+    """All layers of one kind, or the embeddings or the head."""
+
+    kind: str
+    places: int = 0
+    bytes: int = 0
+    bytes_by_dtype: dict[str, int] = field(default_factory=dict)
+    dtypes: dict[str, dict[str, int]] = field(default_factory=dict)
+    """What a layer has → a dtype → how many layers have it in that."""
+
+    def add(self, place: PlacePrecision) -> None:
+        """Count one more."""
+        self.places += 1
+        for dtype, num_bytes in place.bytes_by_dtype.items():
+            self.bytes += num_bytes
+            self.bytes_by_dtype[dtype] = self.bytes_by_dtype.get(dtype, 0) + num_bytes
+        for what, dtype in place.dtypes.items():
+            counts = self.dtypes.setdefault(what, {})
+            counts[dtype] = counts.get(dtype, 0) + 1
+
+
+def _precision(places: Sequence[PlacePrecision]) -> dict[str, Any]:
+    kinds: dict[str, KindPrecision] = {}
+    for place in places:
+        kinds.setdefault(place.kind, KindPrecision(place.kind)).add(place)
+    used = sorted({dtype for place in places for dtype in place.dtypes.values()}, key="fp8bf16fp16fp32".find)
+    return {"plot": plots.precision_plot(places), "kinds": list(kinds.values()), "dtypes": used}
+
+
+def _state(pools: Sequence[PoolPair]) -> dict[str, int]:
+    """Bytes of one sequence's recurrent state, and of one token in the KV cache."""
+    found = {"sequence": 0, "token": 0}
+    for pool in pools:
+        row = math.prod(pool.row_shape) * POOL_BYTES[pool.dtype]
+        if pool.input.startswith("kv_cache."):
+            found["token"] += row // pool.row_shape[2]
+        else:
+            found["sequence"] += row
+    return found

@@ -17,6 +17,7 @@ from nemotrt.exporter.gate_summary import summary
 from nemotrt.exporter.inspection import Graph, Inspection, Part
 from nemotrt.exporter.layer_selection import partial_model
 from nemotrt.exporter.runtime.manifest import Manifest
+from nemotrt.exporter.units import count, duration, size
 from nemotrt.model.config_fields import PATTERN
 
 WIDTH = 100
@@ -42,33 +43,6 @@ def show(items: Iterable[RenderableType]) -> None:
     console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else WIDTH)
     for item in items:
         console.print(item)
-
-
-def size(num_bytes: int) -> str:
-    """Bytes in decimal units, three digits."""
-    value = float(num_bytes)
-    for unit in ("B", "kB", "MB", "GB"):
-        if value < 999.5:
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.3g} {unit}"
-        value /= 1000
-    return f"{value:.3g} TB"
-
-
-def count(number: int) -> str:
-    """A number of parameters: 12.8 B."""
-    value = float(number)
-    for unit in ("", " k", " M"):
-        if value < 999.5:
-            return f"{value:.3g}{unit}"
-        value /= 1000
-    return f"{value:.4g} B"
-
-
-def duration(seconds: float) -> str:
-    """Seconds, minutes or hours, without false precision."""
-    if seconds < 90:
-        return f"{max(1, round(seconds))} s"
-    return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.0f} h"
 
 
 def inspection(found: Inspection) -> list[RenderableType]:

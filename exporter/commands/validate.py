@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -74,9 +72,7 @@ def validate(
 ) -> None:
     """Compare BUNDLE with PyTorch by every gate that a build has; exits with 6 if one fails."""
     from nemotrt.exporter.revalidation import revalidate
-    from nemotrt.exporter.stages.bundle import as_json as report_fields
 
-    started = time.perf_counter()
     report = revalidate(
         bundle,
         checkpoint,
@@ -89,13 +85,15 @@ def validate(
         drift_steps=drift_steps,
     )
     if html:
-        _write_page(html, bundle, report, time.perf_counter() - started)
+        _write_page(html, bundle, report, console.seconds)
     if junit:
         from nemotrt.exporter.junit import junit as as_junit
 
         junit.write_text(as_junit(report, bundle.name), encoding="utf-8")
     if as_json:
-        click.echo(json.dumps(report_fields(report), indent=2))
+        from nemotrt.exporter import report_file
+
+        click.echo(report_file.text(report), nl=False)
     else:
         from nemotrt.exporter import tables
 
@@ -103,19 +101,12 @@ def validate(
     _judge(report)
 
 
-def _write_page(page: Path, bundle: Path, report: ValidationReport, seconds: float) -> None:
-    from nemotrt.exporter.report_html import report_html
+def _write_page(page: Path, bundle: Path, report: ValidationReport, seconds: dict[str, float]) -> None:
+    from nemotrt.exporter.report_html import Bundle, report_html
     from nemotrt.exporter.runtime import manifest
-    from nemotrt.exporter.runtime.tokenizer import TOKENIZER, Tokenizer
 
-    tokenizer = Tokenizer(bundle) if (bundle / TOKENIZER).is_file() else None
-    text = report_html(
-        report,
-        name=bundle.resolve().name,
-        manifest=manifest.read(bundle),
-        tokenizer=tokenizer,
-        seconds=seconds,
-    )
+    described = Bundle.of(bundle, manifest.read(bundle))
+    text = report_html(report, name=bundle.resolve().name, bundle=described, seconds=seconds)
     page.write_text(text, encoding="utf-8")
 
 

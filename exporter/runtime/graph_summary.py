@@ -11,6 +11,13 @@ from nemotrt.exporter.runtime.manifest import Edge, GraphSummary, PoolPair
 if TYPE_CHECKING:
     from onnx import ValueInfoProto
 
+KIND_OF_OP = {
+    "NemoSelectiveScan": "mamba",
+    "NemoPagedAttention": "attention",
+    "NemoMoeDispatch": "moe",
+}
+"""The op that tells a layer's kind in a graph; a layer with none of them is an MLP."""
+
 
 def describe_graph(path: Path) -> GraphSummary:
     """Inputs, outputs and pools of the file, weights not read; raises BundleError when it is no ONNX file."""

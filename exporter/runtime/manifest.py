@@ -227,7 +227,12 @@ def describe_files(bundle: Path, roles: Mapping[str, str]) -> tuple[BundleFile, 
     unknown = sorted(set(roles.values()) - set(ROLES))
     if unknown:
         raise BundleError(f"{unknown[0]} is no role of a file", hint="known: " + ", ".join(ROLES))
-    return tuple(BundleFile(path, size, _sha256(bundle / path), roles[path]) for path, size in found.items())
+    return tuple(describe_file(bundle, path, roles[path]) for path in found)
+
+
+def describe_file(bundle: Path, path: str, role: str) -> BundleFile:
+    """One file of the folder, hashed."""
+    return BundleFile(path, (bundle / path).stat().st_size, _sha256(bundle / path), role)
 
 
 def write(bundle: Path, manifest: Manifest) -> Manifest:

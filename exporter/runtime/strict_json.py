@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from types import UnionType
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
@@ -75,6 +76,8 @@ def _value(hint: Any, value: Any, where: str) -> Any:
     entry = next((kind for kind in arguments if dataclasses.is_dataclass(kind)), None)
     if origin is UnionType and entry and value is not None:
         return _dataclass(entry, value, where)
+    if hint is float and value is None:
+        return math.nan  # JSON has no other word for a number that is not finite
     # bool is an int to isinstance, but not to JSON.
     if type(value) not in accepted:
         names = " or ".join(kind.__name__ for kind in accepted)

@@ -10,17 +10,16 @@ import shutil
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from nemotrt.exporter import environment
+from nemotrt.exporter import environment, report_file
 from nemotrt.exporter.artifacts import CompiledEngine, LoadedModel, LoweredGraph, ValidationReport
 from nemotrt.exporter.config import BuildConfig
 from nemotrt.exporter.data_file import data_path
+from nemotrt.exporter.report_html import Bundle, report_html
 from nemotrt.exporter.runtime import manifest
 from nemotrt.exporter.runtime.graph_summary import describe_graph
 from nemotrt.plugins.spec import DOMAIN
 
-REPORT = "report.json"
 LOG = "logs/build.log"
 
 ROLES = {
@@ -56,8 +55,8 @@ def bundle(
         shutil.copyfile(model.folder / name, folder / name)
         roles[name] = ROLES.get(name, "tokenizer")
     if report is not None:
-        (folder / REPORT).write_text(json.dumps(as_json(report), indent=1), encoding="utf-8")
-        roles[REPORT] = "report"
+        (folder / report_file.NAME).write_text(report_file.text(report), encoding="utf-8")
+        roles[report_file.NAME] = "report"
     roles[LOG] = "log"
     (folder / LOG).parent.mkdir(exist_ok=True)
     (folder / LOG).write_text("".join(f"{line.rstrip()}\n" for line in log), encoding="utf-8")
@@ -67,15 +66,15 @@ def bundle(
     for path in sorted(folder.rglob("*"), reverse=True):
         if path.is_dir() and not any(path.iterdir()):
             path.rmdir()
-    return manifest.write(folder, _describe(config, model, graph, engine, report, folder, roles))
-
-
-def as_json(report: ValidationReport) -> dict[str, Any]:
-    """The report for machines: the verdict first, each gate with whether it passed."""
-    fields = dataclasses.asdict(report)
-    gates = [dataclasses.asdict(gate) | {"passed": gate.passed} for gate in report.gates]
-    verdict = {"passed": report.passed, "verdict": report.verdict}
-    return {"schema_version": 1, **verdict, **fields, "gates": gates}
+    described = _describe(config, model, graph, engine, report, folder, roles)
+    if report is not None:
+        name = f"{described.source.name}, {config.precision}"
+        page = report_html(report, name=name, bundle=Bundle.of(folder, described))
+        (folder / report_file.PAGE).write_text(page, encoding="utf-8")
+        listed = manifest.describe_file(folder, report_file.PAGE, "report")
+        files = sorted((*described.files, listed), key=lambda file: file.path)
+        described = dataclasses.replace(described, files=tuple(files))
+    return manifest.write(folder, described)
 
 
 def _describe(

@@ -1,11 +1,26 @@
-"""The manifest's schema as text: each field's path and type, so that a change of it is seen beside its version."""
+"""What a bundle says of itself, as text: each field's path and type, so that a change is seen beside its version."""
 
 from __future__ import annotations
 
 import dataclasses
+from types import NoneType
 from typing import Any, get_args, get_type_hints
 
+from nemotrt.exporter import report_file
+from nemotrt.exporter.artifacts import ValidationReport
 from nemotrt.exporter.runtime import manifest
+
+
+def report_schema_text() -> str:
+    """Every field of report.json, as `schema_text`; a number that is not finite is null."""
+    lines = [
+        f"schema_version {report_file.SCHEMA_VERSION}",
+        "",
+        "  passed: bool",
+        *_fields(ValidationReport, "  "),
+    ]
+    gate = lines.index("  gates: list of Gate")
+    return "\n".join([*lines[: gate + 1], "    passed: bool", *lines[gate + 1 :]]) + "\n"
 
 
 def schema_text() -> str:
@@ -29,6 +44,8 @@ def _fields(kind: Any, indent: str) -> list[str]:
 
 def _name(hint: Any) -> str:
     """The type as JSON has it: a tuple is a list."""
+    if hint is NoneType:
+        return "null"
     return getattr(hint, "__name__", str(hint)) if not get_args(hint) else _generic(hint)
 
 

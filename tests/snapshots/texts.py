@@ -13,7 +13,7 @@ sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "tests" / "snapshots")]
 import make_cli_docs  # noqa: E402  (the folders above are no packages)
 import make_reliability_docs  # noqa: E402
 from graph_text import graph_text  # noqa: E402
-from schema_text import schema_text  # noqa: E402
+from schema_text import report_schema_text, schema_text  # noqa: E402
 
 
 def tiny_graph() -> str:
@@ -26,6 +26,7 @@ TEXTS: dict[str, Callable[[], str]] = {
     "docs/cli.md": make_cli_docs.page,
     "docs/reliability.md": make_reliability_docs.page,
     "tests/snapshots/manifest-schema.txt": schema_text,
+    "tests/snapshots/report-schema.txt": report_schema_text,
     "tests/snapshots/tiny-graph.txt": tiny_graph,
 }
 """A file's path → what is to stand in it."""

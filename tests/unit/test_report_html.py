@@ -2,25 +2,36 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 from browser import Browser
 
+from nemotrt.exporter import report_file
 from nemotrt.exporter.artifacts import (
+    Drift,
     Gate,
+    LayerCost,
     LayerError,
     NextToken,
     RouterAgreement,
+    StateDrift,
+    TextFigure,
     TextPlace,
+    TextReport,
     ValidationReport,
 )
+from nemotrt.exporter.errors import BundleError
 from nemotrt.exporter.junit import junit
-from nemotrt.exporter.report_html import report_html
+from nemotrt.exporter.precision_map import PlacePrecision
+from nemotrt.exporter.report_html import Bundle, report_html
+from nemotrt.exporter.runtime import manifest
 
 KINDS = ("mamba", "moe", "attention", "mlp")
 
@@ -45,6 +56,8 @@ def made_up(num_layers: int = 10, num_rows: int = 160) -> ValidationReport:
     )
     routers = tuple(RouterAgreement(i, 300, i % 3, 0.1, 1e-4, 1e-3) for i in range(1, num_layers, 4))
     return ValidationReport(
+        drift=drift(num_layers),
+        text=text(num_layers),
         candidate="ONNX Runtime, bf16 as an FP32 twin",
         reference="PyTorch, FP32",
         floor="PyTorch, bfloat16",
@@ -58,10 +71,66 @@ def made_up(num_layers: int = 10, num_rows: int = 160) -> ValidationReport:
     )
 
 
+STEPS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
+
+
+def drift(num_layers: int) -> Drift:
+    generator = np.random.default_rng(1)
+
+    def errors(size: float) -> tuple[float, ...]:
+        return tuple(float(value) for value in size * generator.uniform(0.5, 2, len(STEPS)))
+
+    states = tuple(
+        StateDrift(f"{kind}.{i}", errors(4e-3), errors(4e-3), errors(2e-7) if kind[0] == "s" else (), ())
+        for i in range(0, num_layers, 2)
+        for kind in ("conv_state", "ssm_state")
+    )
+    return Drift(STEPS, 2, states, errors(1e-4), errors(1e-4))
+
+
+def text(num_layers: int) -> TextReport:
+    figures = tuple(
+        TextFigure(name, 2.5e-3, 3e-5, 0.964, 0.002, 1.0011, 7e-4) for name in ("quantisation", "total")
+    )
+    costs = [LayerCost(i, KINDS[i % 4], 1e-3 / (1 + i), 1e-4 / (1 + i)) for i in range(num_layers)]
+    return TextReport("prose.txt", 10_930, "super", figures, tuple(costs))
+
+
+def bundle(num_layers: int = 10) -> Bundle:
+    """A bundle whose every other layer is in FP8."""
+    whats = ("norm", "in_proj", "conv", "scan", "out_proj", "conv_state", "ssm_state")
+    places = [
+        PlacePrecision(
+            f"layers.{i}", KINDS[i % 4], dict.fromkeys(whats, "bf16" if i % 2 else "fp8"), {"bf16": 1_000_000}
+        )
+        for i in range(num_layers)
+    ]
+    pools = (
+        manifest.PoolPair("ssm_state.0", "next.ssm_state.0", "S", "float32", (4, 64, 128)),
+        manifest.PoolPair("kv_cache.2", "next.kv_cache.2", "K", "bfloat16", (2, 2, 128, 64)),
+    )
+    described = manifest.Manifest(
+        schema_version=manifest.SCHEMA_VERSION,
+        bundle_id="0" * 64,
+        files=(manifest.BundleFile("model.onnx.data", 3_805_184, "0" * 64, "weights"),),
+        model=manifest.ModelSummary((), {"mamba": num_layers}, "fp8", 1024, (2,)),
+        source=manifest.Source("super", "", ()),
+        graph=manifest.GraphSummary((), (), pools),
+        profiles=(manifest.Profile("onnx", "model.onnx", 2048, 16, 8192, 128),),
+        environment=manifest.BuildEnvironment("Linux", "x86_64", {"torch": "2.13"}),
+        plugins=(),
+        partial=False,
+        not_exported=(),
+        validation=manifest.Verdict("failed", 1, 1, "", ()),
+        licence="not stated",
+    )
+    return Bundle(described, places, None)
+
+
 def test_the_verdict_stands_first_and_what_failed_is_named() -> None:
     page = report_html(made_up(), name="a<b.bundle")
-    body = page[page.index("<body>") :]
-    assert body.index("Failed") < body.index("What failed") < body.index("mean KL")
+    body = page[page.index("<main>") :]
+    assert body.index("Failed") < body.index("What failed") < body.index("<td>mean KL</td>")
     assert "a&lt;b.bundle" in page
     assert "a<b" not in page
     assert "TensorRT engine: not executed" in page
@@ -69,9 +138,53 @@ def test_the_verdict_stands_first_and_what_failed_is_named() -> None:
 
 def test_a_page_of_88_layers_stays_small() -> None:
     report = made_up(88, 400)
-    page = report_html(replace(report, next_token=report.next_token * 3), name="large")
+    page = report_html(replace(report, next_token=report.next_token * 3), name="large", bundle=bundle(88))
     assert len(page.encode()) <= 1_500_000
-    assert not re.search(r"(src|href)=|url\(|@import", page)
+    assert not re.search(r"(src|href)=[^\"]*(http|//)|url\(|@import", page)
+
+
+def test_a_page_says_what_was_measured() -> None:
+    page = report_html(made_up(), name="tiny", bundle=bundle(), seconds={"load": 0.12, "validate": 8.96})
+    assert "131 kB of recurrent state, and 512 B of KV cache a token" in page
+    assert "load 0.1 s, validate 9.0 s" in page
+    assert "1.00110" in page
+    assert "10,930 tokens of prose.txt" in page
+    bare = report_html(replace(made_up(), drift=None, text=None, layers=(), routers=()), name="tiny")
+    for heading in ("State drift", "On text", "Each layer alone", "Router agreement", "The bundle"):
+        assert heading in page
+        assert heading not in bare
+
+
+def test_a_report_is_read_as_it_was_written(tmp_path: Path) -> None:
+    path = tmp_path / report_file.NAME
+    nan = Gate("decode", "logits", "mean KL", float("nan"), 1.0)
+    report = replace(made_up(), gates=(*made_up().gates, nan))
+    path.write_text(report_file.text(report))
+    json.loads(path.read_text(), parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
+    found = report_file.read(path)
+    assert np.isnan(found.gates[-1].value)
+    assert replace(found, gates=()) == replace(report, gates=())
+    assert found.gates[:-1] == report.gates[:-1]
+    assert not found.gates[-1].passed
+
+
+@pytest.mark.parametrize(
+    ("change", "says", "hint"),
+    [
+        ({"schema_version": 99}, "has schema 99, this nemo-export reads 2", "upgrade nemo-export"),
+        ({"schema_version": 1}, "has schema 1, this nemo-export reads 2", "validate the bundle again"),
+        ({"schema_version": None}, "is no report: it has no schema_version", ""),
+        ({"extra": 1}, "extra is not known", ""),
+    ],
+)
+def test_a_report_of_another_schema_is_refused(
+    tmp_path: Path, change: dict[str, Any], says: str, hint: str
+) -> None:
+    path = tmp_path / report_file.NAME
+    path.write_text(json.dumps(report_file.as_json(made_up()) | change))
+    with pytest.raises(BundleError, match=says) as refused:
+        report_file.read(path)
+    assert refused.value.hint == hint
 
 
 def test_a_report_of_nothing_is_shown_as_failed() -> None:
@@ -93,7 +206,8 @@ def test_junit_has_a_case_for_each_gate() -> None:
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 def test_a_browser_shows_it(tmp_path: Path, width: int, dark: bool) -> None:
     path = tmp_path / "report.html"
-    path.write_text(report_html(made_up(88, 400), name="large.bundle"), encoding="utf-8")
+    page = report_html(made_up(88, 400), name="large.bundle", bundle=bundle(88))
+    path.write_text(page, encoding="utf-8")
     with Browser(tmp_path / "profile") as browser:
         browser.show(path, width=width, dark=dark)
         assert browser.errors() == []
@@ -104,11 +218,17 @@ def test_a_browser_shows_it(tmp_path: Path, width: int, dark: bool) -> None:
             width, 900
         )
         assert browser.run("document.querySelectorAll('svg.kl polyline.curve').length") == 2
+        assert browser.run("document.querySelectorAll('#drift-plot polyline').length") == 132
+        assert browser.run("document.querySelectorAll('#map rect').length") == 88 * 7
+        assert browser.run("document.querySelectorAll('#costs rect').length") == 88
         background = browser.run("getComputedStyle(document.body).backgroundColor")
         assert (sum(map(int, re.findall(r"\d+", background)[:3])) < 200) == dark
         cells = "[...document.querySelectorAll('#routers tbody tr')].map(row => +row.cells[2].innerText)"
         browser.run("document.querySelectorAll('#routers th button')[2].click()")
         assert browser.run(cells) == sorted(browser.run(cells))
+        costs = "[...document.querySelectorAll('#ranked tbody tr')].map(row => +row.cells[2].dataset.v)"
+        browser.run("document.querySelectorAll('#ranked th button')[2].click()")
+        assert browser.run(costs) == sorted(browser.run(costs))
         browser.picture(tmp_path / "page.png")
         assert (tmp_path / "page.png").stat().st_size > 20_000
         assert browser.errors() == []
