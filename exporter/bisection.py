@@ -22,7 +22,7 @@ from nemotrt.exporter.comparison import Extent
 from nemotrt.exporter.config import COMPUTE_DTYPES, BuildConfig
 from nemotrt.exporter.graph_cuts import Cut
 from nemotrt.exporter.layerwise import part_noise, trials
-from nemotrt.exporter.part_trial import FLOAT, Beside, PartRun, PartTrial, error, limit
+from nemotrt.exporter.part_trial import FLOAT, Beside, PartRun, PartRunner, PartTrial, error, limit
 from nemotrt.exporter.runtime.part_session import PartSession
 from nemotrt.exporter.runtime.step import StepInputs
 from nemotrt.exporter.stages.lower import value_names
@@ -30,7 +30,10 @@ from nemotrt.exporter.stages.trace import trace
 from nemotrt.exporter.torch_parts import PartModules, TracedTorchPart
 
 if TYPE_CHECKING:
-    from onnx import NodeProto, TensorProto
+    from onnx import ModelProto, NodeProto, TensorProto
+
+OpenPart = Callable[["ModelProto", Path], PartRunner]
+"""From a part of a graph, and the graph beside which its weights lie."""
 
 STORED = {1: torch.float32, 10: torch.float16, 16: torch.bfloat16, 17: torch.float8_e4m3fn}
 """onnx.TensorProto's numbers of weight types."""
@@ -42,9 +45,13 @@ def bisect(
     graph: Path,
     extent: Extent,
     *,
+    open_part: OpenPart = PartSession,
     advance: Callable[[int], None] = lambda _: None,
 ) -> Bisection:
-    """Where the graph departs over the steps of a mixed batch, part by part; `advance` hears of `num_steps`."""
+    """Where the graph departs over the steps of a mixed batch, part by part; `advance` hears of `num_steps`.
+
+    `open_part` runs a part on the weights beside the graph: ONNX Runtime, or an engine that is built of it.
+    """
     programs = _programs(model, config)
     pools, modules = model.pools(config), PartModules(model)
     advance(1)
@@ -53,8 +60,9 @@ def bisect(
 
     def trial(cut: Cut) -> PartTrial:
         program = programs[cut.place]
-        names = [name for name in dict.fromkeys(program.names.values()) if name in cut.types]
-        runner = _Marked(cut, names, graph, changed)
+        inside = {name for node in cut.model.graph.node for name in node.output}
+        names = [name for name in dict.fromkeys(program.names.values()) if name in inside]
+        runner = _Marked(cut, names, changed, lambda part: open_part(part, graph))
         runs_as.append(runner.runs_as)
         reference, floor = (
             TracedTorchPart(modules, cut, pools, dtype, part.program, program.names) if part else None
@@ -126,12 +134,18 @@ def _programs(model: LoadedModel, config: BuildConfig) -> dict[str, _Program]:
 class _Marked:
     """A part with inner values as outputs, beside the same part without: the bits that both give must be the same."""
 
-    def __init__(self, cut: Cut, names: Sequence[str], graph: Path, changed: list[str]) -> None:
+    def __init__(
+        self,
+        cut: Cut,
+        names: Sequence[str],
+        changed: list[str],
+        open_part: Callable[[ModelProto], PartRunner],
+    ) -> None:
         """The part's place is added to `changed` whenever they are not."""
         routers = [cut.router_logits] if cut.router_logits else []
         self._place, self._changed = cut.place, changed
-        self._marked = PartSession(cut.showing(dict.fromkeys([*routers, *names])), graph)
-        self._plain = PartSession(cut.model, graph)
+        self._marked = open_part(cut.showing(dict.fromkeys([*routers, *names])))
+        self._plain = open_part(cut.model)
         self.runs_as = self._marked.runs_as
 
     def run(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:

@@ -25,6 +25,7 @@ from nemotrt.exporter.graph_cuts import Cut, cuts
 from nemotrt.exporter.part_trial import Compared, PartRun, PartTrial
 from nemotrt.exporter.runtime.graph_file import read_proto
 from nemotrt.exporter.runtime.part_session import PartSession
+from nemotrt.exporter.runtime.step import StepInputs
 from nemotrt.exporter.scenarios import MIXED, scenarios
 from nemotrt.exporter.torch_parts import PartModules, TorchPart
 from nemotrt.model.pools import PoolSpec
@@ -84,6 +85,13 @@ def compare_parts(
     return Parts(tuple(gates), tuple(layers), tuple(ops), max(runs_as, key=runs_as.count))
 
 
+def mixed_steps(extent: Extent) -> tuple[StepInputs, ...]:
+    """The steps that every part runs alone: the mixed batch, on random tokens."""
+    tokens = prompt_of(replace(extent, prompt=extent.prompt + extent.decode))
+    plan = scenarios(tokens[: extent.prompt], tokens[extent.prompt :], extent.page_size)
+    return next(scenario.steps for scenario in plan if scenario.name == MIXED)
+
+
 def part_noise(cut: Cut, pools: Sequence[PoolSpec], extent: Extent) -> Noise:
     """What a part's pools hold at first."""
     return noise_of([pool for pool in pools if pool.name in cut.pools], extent)
@@ -93,9 +101,7 @@ def trials(
     config: BuildConfig, graph: Path, trial: MakeTrial, extent: Extent
 ) -> Iterator[tuple[Cut, PartRun, list[int]]]:
     """What every part gave, and how many tokens each had; what flows in is what the reference gave before it."""
-    tokens = prompt_of(replace(extent, prompt=extent.prompt + extent.decode))
-    plan = scenarios(tokens[: extent.prompt], tokens[extent.prompt :], extent.page_size)
-    steps = next(scenario.steps for scenario in plan if scenario.name == MIXED)
+    steps = mixed_steps(extent)
     counts = [int(inputs.query_start[-1]) for inputs in steps]
     dtype = getattr(torch, COMPUTE_DTYPES[config.precision])
     flows: list[Tensor] = [torch.from_numpy(inputs.input_ids) for inputs in steps]

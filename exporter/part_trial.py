@@ -31,6 +31,9 @@ FLOAT = 1
 class PartRunner(Protocol):
     """A cut of the graph in some runtime, without state of its own."""
 
+    runs_as: str
+    """On what, in words."""
+
     def run(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """Every output by its name, of the inputs that the part takes of `feeds`, which may hold others."""
 

@@ -75,8 +75,8 @@ def torch_step(inputs: StepInputs) -> Step:
 class PartModules:
     """The model's modules, with the weights of the parts in use and no others.
 
-    Parts of one place share the tensors that they hold in the same dtype. The experts of the FP32 reference stay as
-    they are stored: their op widens one expert at a time, to the same values.
+    Parts of one place share the tensors that they hold in the same dtype. The FP32 reference's experts and embeddings
+    stay as they are stored: what is read of them is widened, to the same values.
     """
 
     def __init__(self, model: LoadedModel) -> None:
@@ -106,14 +106,15 @@ class PartModules:
     def _weight(self, name: str, parameter: Tensor) -> Tensor:
         source = self._model.weights[name]
         dtype = parameter.dtype
-        if dtype == torch.float32 and name.endswith(WIDENED_BY_THEIR_OP):
+        if dtype == torch.float32 and self._place != "head" and name.endswith(WIDENED_AS_THEY_ARE_READ):
             dtype = getattr(torch, source.tensors[0].dtype)
         if (name, dtype) not in self._held:
             self._held[name, dtype] = weights.lying(source, tuple(parameter.shape), dtype)
         return self._held[name, dtype]
 
 
-WIDENED_BY_THEIR_OP = (f".{EXPERTS}.up", f".{EXPERTS}.down")
+WIDENED_AS_THEY_ARE_READ = (f".{EXPERTS}.up", f".{EXPERTS}.down", ".embeddings.weight")
+"""Experts one by one, in their op; embeddings row by row."""
 
 
 @dataclass(frozen=True)
@@ -185,7 +186,7 @@ class TorchPart:
         if isinstance(self._module, Block):
             return self._module(flow.to(self._dtype), torch_step(inputs), *self._pools)  # type: ignore[no-any-return]
         if isinstance(self._module, nn.Embedding):
-            return (self._module(torch.from_numpy(inputs.input_ids)),)
+            return (self._module(torch.from_numpy(inputs.input_ids)).to(self._dtype),)
         return (self._module(flow.to(self._dtype), torch.from_numpy(inputs.logits_row)),)
 
     def router_logits(self) -> RouterLogits:

@@ -221,6 +221,10 @@ class FakeContext:
             raise RuntimeError("shape inference failed")
         return [value.name for value in self.engine.session.get_inputs() if value.name not in self.shapes]
 
+    def get_tensor_shape(self, name: str) -> Shape:
+        names = [value.name for value in self.engine.session.get_outputs()]
+        return self._results(self.shapes)[names.index(name)].shape
+
     def execute_async_v3(self, stream: int) -> bool:
         names = {
             value.name for value in (*self.engine.session.get_inputs(), *self.engine.session.get_outputs())
@@ -242,14 +246,17 @@ class FakeContext:
         assert len(self.engine.cuda.memory[address]) >= num_bytes, name
         return np.frombuffer((ctypes.c_char * num_bytes).from_address(address), dtype=dtype).reshape(shape)
 
-    def _run(self, shapes: dict[str, Shape]) -> None:
+    def _results(self, shapes: dict[str, Shape]) -> list[np.ndarray]:
         session = self.engine.session
         feeds = {
             value.name: self._at(value.name, shapes[value.name], NAMES[value.type]).copy()
             for value in session.get_inputs()
         }
-        results = session.run(None, feeds)
-        for value, result in zip(session.get_outputs(), results, strict=True):
+        return session.run(None, feeds)
+
+    def _run(self, shapes: dict[str, Shape]) -> None:
+        session = self.engine.session
+        for value, result in zip(session.get_outputs(), self._results(shapes), strict=True):
             self._at(value.name, result.shape, result.dtype)[...] = result
 
 

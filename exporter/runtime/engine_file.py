@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import mmap
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -12,7 +13,7 @@ from typing import Any
 from nemotrt.exporter.errors import BundleError
 from nemotrt.exporter.runtime.backends import BACKENDS, Backend, backend, load_module
 from nemotrt.exporter.runtime.cuda import Gpu
-from nemotrt.exporter.runtime.manifest import BundleFile, Manifest, Profile
+from nemotrt.exporter.runtime.manifest import Manifest, Profile
 
 REBUILD = "build the bundle again on this machine, or with this machine's TensorRT"
 
@@ -58,23 +59,53 @@ def open_engine(bundle: Path, manifest: Manifest, profile: Profile, gpu: Gpu) ->
             f" installed is {trt.__version__}",
             hint=f"install {profile.runtime_version}, or {REBUILD}",
         )
-    files = {file.path: file for file in manifest.files}
-    libraries = [bundle / plugin.path for plugin in manifest.plugins]
-    for path in (*(plugin.path for plugin in manifest.plugins), profile.path):
-        _check_hash(bundle, files[path])
+    _check_hash(bundle, manifest, profile.path)
+    return load_engine(used, check_libraries(bundle, manifest), bundle / profile.path)
+
+
+def check_libraries(bundle: Path, manifest: Manifest) -> tuple[Path, ...]:
+    """The bundle's plugin libraries; raises BundleError where one is not what was built."""
+    for plugin in manifest.plugins:
+        _check_hash(bundle, manifest, plugin.path)
+    return tuple(bundle / plugin.path for plugin in manifest.plugins)
+
+
+def load_engine(used: Backend, libraries: Sequence[Path], path: Path) -> OpenEngine:
+    """An engine that is known to be trusted, as its libraries are; raises BundleError where it does not load."""
+    trt = load_module(used)
     log = _log(trt)
     runtime = trt.Runtime(log)
     for library in libraries:
         if runtime.get_plugin_registry().load_library(str(library)) is None:
             raise BundleError(f"{used.title} does not load {library}: {because(log)}")
-    engine = _deserialize(runtime, bundle / profile.path)
+    engine = _deserialize(runtime, path)
     if engine is None:
-        raise BundleError(f"{used.title} does not load {bundle / profile.path}: {because(log)}", hint=REBUILD)
+        raise BundleError(f"{used.title} does not load {path}: {because(log)}", hint=REBUILD)
     return OpenEngine(used, trt, engine, runtime, log)
 
 
-def _check_hash(bundle: Path, file: BundleFile) -> None:
-    path = bundle / file.path
+def create_context(opened: OpenEngine) -> Any:
+    """An execution context whose scratch memory is the caller's; raises BundleError where there is none."""
+    trt, engine = opened.trt, opened.engine
+    strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
+    if opened.backend.compiles_when_run:
+        config = engine.create_runtime_config()
+        config.set_execution_context_allocation_strategy(strategy)
+        # A kernel that is compiled in the background would be exchanged after its graph was captured.
+        config.dynamic_shapes_kernel_specialization_strategy = (
+            trt.DynamicShapesKernelSpecializationStrategy.EAGER
+        )
+        handle = engine.create_execution_context(config)
+    else:
+        handle = engine.create_execution_context(strategy)
+    if handle is None:
+        raise BundleError(f"TensorRT makes no execution context: {because(opened.log)}")
+    return handle
+
+
+def _check_hash(bundle: Path, manifest: Manifest, name: str) -> None:
+    file = next(file for file in manifest.files if file.path == name)
+    path = bundle / name
     try:
         with path.open("rb") as content:
             found = hashlib.file_digest(content, "sha256").hexdigest()

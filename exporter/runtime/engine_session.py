@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from nemotrt.exporter.errors import BundleError, UsageError
 from nemotrt.exporter.runtime import manifest as manifests
 from nemotrt.exporter.runtime.cuda import CapturedGraph, CudaError, Device, Memory
-from nemotrt.exporter.runtime.engine_file import because, engine_profile, open_engine
+from nemotrt.exporter.runtime.engine_file import because, create_context, engine_profile, open_engine
 from nemotrt.exporter.runtime.graph_file import LOGITS, PAGE_AXIS, Pool
 from nemotrt.exporter.runtime.padding import StepSizes, batch_sizes, is_decode, padded
 from nemotrt.exporter.runtime.step import StepInputs, check_step
@@ -228,9 +228,7 @@ class EngineSession:
 
     def _new_context(self, index: int) -> _Context:
         """A context of a profile, all its memory bound: the pools' inputs and outputs to the same."""
-        handle = self._create()
-        if handle is None:
-            raise BundleError(f"TensorRT makes no execution context: {because(self._opened.log)}")
+        handle = create_context(self._opened)
         handle.set_device_memory(self._scratch.address, self._scratch.num_bytes)
         bound = [handle.set_optimization_profile_async(index, self._device.stream)]
         self._device.synchronize()
@@ -242,19 +240,6 @@ class EngineSession:
         if not all(bound):
             raise BundleError(f"the engine is not what the manifest says: {because(self._opened.log)}")
         return _Context(handle)
-
-    def _create(self) -> Any:
-        trt, engine = self._opened.trt, self._opened.engine
-        strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
-        if not self._opened.backend.compiles_when_run:
-            return engine.create_execution_context(strategy)
-        config = engine.create_runtime_config()
-        config.set_execution_context_allocation_strategy(strategy)
-        # A kernel that is compiled in the background would be exchanged after its graph was captured.
-        config.dynamic_shapes_kernel_specialization_strategy = (
-            trt.DynamicShapesKernelSpecializationStrategy.EAGER
-        )
-        return engine.create_execution_context(config)
 
     def _run(self, context: _Context, inputs: StepInputs) -> None:
         self._write(inputs)

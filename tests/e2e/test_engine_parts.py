@@ -1,0 +1,60 @@
+"""Parts of a graph, inner values marked as outputs, are engines that TensorRT-RTX builds without a GPU."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+from checkpoints import write_checkpoint
+from host_library import library
+from test_engine import KERNEL_SIZES
+
+from nemotrt.exporter.builder_process import run_builder
+from nemotrt.exporter.config import BuildConfig
+from nemotrt.exporter.engine_parts import part_request, sizes
+from nemotrt.exporter.graph_cuts import cuts
+from nemotrt.exporter.layerwise import mixed_steps
+from nemotrt.exporter.runtime.backends import backend
+from nemotrt.exporter.runtime.graph_file import read_proto
+from nemotrt.exporter.stages.load import load
+from nemotrt.exporter.stages.lower import lower
+from nemotrt.exporter.stages.trace import trace
+from nemotrt.exporter.stages.validate import extent
+
+pytestmark = [
+    pytest.mark.tensorrt,
+    pytest.mark.skipif(
+        importlib.util.find_spec("tensorrt_rtx") is None,
+        reason="TensorRT-RTX is not installed: pip install 'nemo-export[rtx]'",
+    ),
+]
+
+KINDS = ("embeddings", "layers.0", "layers.1", "layers.2", "layers.3", "head")
+"""A part of each kind."""
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_marked_parts_build(tmp_path: Path, precision: str) -> None:
+    checkpoint = write_checkpoint(
+        tmp_path / "checkpoint", **KERNEL_SIZES, mamba_num_heads=2, moe_latent_size=32
+    )
+    model, graph = load(checkpoint), tmp_path / "graph" / "model.onnx"
+    config = BuildConfig(checkpoint=checkpoint, output=graph.parent, precision=precision)
+    graph.parent.mkdir()
+    lower(model, trace(model, config), graph)
+    driven = extent(model, config, 0)
+    used = backend("tensorrt-rtx")
+    profile = sizes(mixed_steps(driven), driven)
+    found = {cut.place: cut for cut in cuts(read_proto(graph))}
+    for place in KINDS:
+        cut = found[place]
+        folder = tmp_path / place
+        folder.mkdir()
+        inner = [name for node in cut.model.graph.node for name in node.output if name in cut.types]
+        marked = cut.showing(inner)
+        request = part_request(marked, graph, profile, used, library().path, folder, (89,))
+        result = run_builder(request, used)
+        assert result.num_layers > 0
+        assert Path(request.output).stat().st_size > 0
+        assert len(request.plugins) == len(cut.ops)
