@@ -5,10 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 
 from nemotrt.exporter.comparison import WATCHED, Candidate
+from nemotrt.exporter.errors import BundleError, UsageError
+from nemotrt.exporter.led_graph import LedGraphRunner
 from nemotrt.exporter.runners import EngineRunner, GraphRunner
+from nemotrt.exporter.runtime.cuda import CudaError, find_gpu
+from nemotrt.exporter.runtime.engine_file import engine_profile
+from nemotrt.exporter.runtime.manifest import Manifest
 from nemotrt.exporter.scenarios import NUM_SLOTS
 
 ENGINE = "TensorRT engine: not executed"
+UNSEEN_ROUTERS = "routers: an engine does not show by what it chooses experts, so near ties are not excused"
+WHOLE = "each layer alone: an engine is not cut"
 
 
 def graph_candidate(graph: Path) -> Candidate:
@@ -19,13 +26,43 @@ def graph_candidate(graph: Path) -> Candidate:
             graph, num_slots=NUM_SLOTS, num_pages=pages, bound=way == "bound", watched=way == WATCHED
         )
 
-    return Candidate("ONNX Runtime", ("bound", "unbound"), open_runner, (ENGINE,), graph)
+    return Candidate(
+        "ONNX Runtime",
+        ("bound", "unbound"),
+        open_runner,
+        (ENGINE,),
+        graph,
+        lambda: LedGraphRunner(graph),
+    )
 
 
-def engine_candidate(bundle: Path, runtime: str) -> Candidate:
-    """A bundle's engine on this machine's GPU: steps that decode captured as CUDA graphs, and not."""
+def engine_candidate(bundle: Path, manifest: Manifest) -> Candidate:
+    """A bundle's engine on this machine's GPU: steps that decode captured as CUDA graphs, and not.
+
+    Raises BundleError where the bundle has no engine, UsageError where the machine has no GPU.
+    """
+    profile = engine_profile(bundle, manifest)
+    try:
+        find_gpu()
+    except CudaError as error:
+        raise UsageError(
+            f"an engine runs on a GPU only: {error}", hint="without --engine the graph runs in ONNX Runtime"
+        ) from error
 
     def open_runner(pages: int, way: str) -> EngineRunner:
         return EngineRunner(bundle, num_slots=NUM_SLOTS, num_pages=pages, capture=way == "captured")
 
-    return Candidate(runtime, ("captured", "uncaptured"), open_runner, ())
+    hidden = (UNSEEN_ROUTERS,) if manifest.model.layers.get("moe") else ()
+    return Candidate(profile.runtime, ("captured", "uncaptured"), open_runner, (*hidden, WHOLE))
+
+
+def candidate_of(bundle: Path, manifest: Manifest, *, engine: bool) -> Candidate:
+    """The bundle's engine, or its graph; raises BundleError where it has none."""
+    return engine_candidate(bundle, manifest) if engine else graph_candidate(graph_of(bundle, manifest))
+
+
+def graph_of(bundle: Path, manifest: Manifest) -> Path:
+    """The bundle's graph; raises BundleError where it has none that ONNX Runtime runs."""
+    if not any(profile.runtime == "onnx" for profile in manifest.profiles) or not manifest.of_role("graph"):
+        raise BundleError(f"{bundle} has no graph for ONNX Runtime")
+    return bundle / manifest.of_role("graph")[0]

@@ -18,9 +18,11 @@ from numpy.typing import NDArray
 from nemotrt.exporter import gates as judged
 from nemotrt.exporter.artifacts import Gate, ValidationReport
 from nemotrt.exporter.gates import Compared, Measured, Noise, Observation
+from nemotrt.exporter.graph_dtypes import WantedDtypes, dtype_gates
 from nemotrt.exporter.observations import next_token, router_agreement
 from nemotrt.exporter.routing import Choosing, RouterLogits, num_rerouted
-from nemotrt.exporter.runners import CandidateRunner, Runner
+from nemotrt.exporter.runners import CandidateRunner, LedRunner, Runner
+from nemotrt.exporter.runtime.graph_file import read_proto
 from nemotrt.exporter.runtime.step import StepInputs
 from nemotrt.exporter.scenarios import NUM_SLOTS, Scenario, num_pages, scenarios
 
@@ -84,6 +86,8 @@ class Recording:
     choosing: tuple[Choosing, ...]
     floors: dict[str, Measured]
     """For each scenario; none where limits are absolute."""
+    dtypes: WantedDtypes
+    """Of a graph's weights and pools."""
     not_compared: tuple[str, ...]
     """What this reference leaves out, in words."""
 
@@ -103,6 +107,8 @@ class Candidate:
     not_compared: tuple[str, ...]
     graph: Path | None = None
     """Whose dtypes are read, and whose layers are compared alone too; none of what cannot be, as an engine."""
+    open_led: Callable[[], LedRunner] | None = None
+    """None of what does not show by what it chooses experts."""
 
 
 Beside = Callable[[str, Observation, tuple[RouterLogits, ...]], Compared]
@@ -110,7 +116,10 @@ Beside = Callable[[str, Observation, tuple[RouterLogits, ...]], Compared]
 
 
 def compare(recording: Recording, candidate: Candidate, beside: Beside, advance: Advance) -> ValidationReport:
-    """The report of every gate of whole steps; raises ValidationError when an output of the reference is missing."""
+    """The report of every gate of whole steps, and of a graph's dtypes.
+
+    Raises ValidationError when an output of the reference is missing.
+    """
     pages = recording.extent.num_pages
     first, second = candidate.ways
     runner = candidate.open(pages, first)
@@ -126,6 +135,8 @@ def compare(recording: Recording, candidate: Candidate, beside: Beside, advance:
         gates += judged.gates(name, against, floor, recording.noise)
         gates.append(judged.same_bits(name, f"{first} and {second} differ", seen[name], other[name]))
         differences.append(next_token(scenario, against, floor))
+    if candidate.graph:
+        gates += dtype_gates(read_proto(candidate.graph), recording.dtypes)
     extent = recording.extent
     return ValidationReport(
         candidate=f"{candidate.title}, {runs_as}",
@@ -145,6 +156,38 @@ def times_rerouted(recording: Recording, name: str, routers: tuple[RouterLogits,
     if not any(routers):
         return 0
     return num_rerouted(recording.choosing, recording.seen[name].routers, routers)
+
+
+@dataclass(frozen=True)
+class Leader:
+    """A reference that cannot be run again: where a near tie made a candidate choose other experts, it follows."""
+
+    recording: Recording
+    candidate: Candidate
+
+    def beside(self, name: str, seen: Observation, routers: tuple[RouterLogits, ...]) -> Compared:
+        """What the candidate showed in a scenario, or shows when near ties are decided as the reference did."""
+        expected = self.recording.seen[name]
+        if self.candidate.open_led is None or not times_rerouted(self.recording, name, routers):
+            return on_own_choice(seen, routers, expected)
+        runner = self.candidate.open_led()
+        scenario = next(scenario for scenario in self.recording.plan if scenario.name == name)
+        told = [self._told(name, step) for step in expected.routers]
+        led = observe_one(
+            runner,
+            scenario,
+            self.recording.noise,
+            step=lambda number: runner.step_as_told(scenario.steps[number], told[number]),
+        )
+        return Compared(led, expected)
+
+    def _told(self, name: str, step: RouterLogits) -> RouterLogits:
+        """The reference's router logits of a step at near ties, NaN elsewhere: what is clear, the candidate decides."""
+        limits = judged.score_limits(self.recording.floors.get(name), len(step))
+        return tuple(
+            np.where(layer.near_tie(logits_TE, limit)[:, None], logits_TE, np.float32(np.nan))
+            for layer, logits_TE, limit in zip(self.recording.choosing, step, limits, strict=True)
+        )
 
 
 def prompt_of(extent: Extent) -> NDArray[np.int64]:

@@ -10,13 +10,9 @@ from collections.abc import Mapping
 from itertools import chain
 from typing import TYPE_CHECKING
 
-import torch
-
 from nemotrt.exporter.artifacts import Gate, LoadedModel
-from nemotrt.exporter.aten_to_onnx import DTYPES
 from nemotrt.exporter.config import COMPUTE_DTYPES, BuildConfig
 from nemotrt.exporter.runtime.graph_file import NEXT
-from nemotrt.model.hybrid import NemotronH
 from nemotrt.plugins.spec import DOMAIN, ops
 
 if TYPE_CHECKING:
@@ -24,22 +20,31 @@ if TYPE_CHECKING:
 
 SCENARIO = "dtypes"
 
+ELEMENT_TYPES = {"float32": 1, "float16": 10, "bfloat16": 16, "float8_e4m3fn": 17}
+"""torch's name → onnx.TensorProto's number."""
 
-def dtype_gates(graph: ModelProto, model: LoadedModel, config: BuildConfig) -> list[Gate]:
+WantedDtypes = dict[str, dict[str, str]]
+"""Weights, and pools, by name → torch's name of their dtype."""
+
+
+def wanted_dtypes(model: LoadedModel, config: BuildConfig) -> WantedDtypes:
+    """What the model asks of the graph that `config` asks for."""
+    import torch
+
+    from nemotrt.model.hybrid import NemotronH
+
+    network = NemotronH(model.config, dtype=getattr(torch, COMPUTE_DTYPES[config.precision]), device="meta")
+    weights = {name: str(value.dtype).removeprefix("torch.") for name, value in network.named_parameters()}
+    pools = {prefix + pool.name: pool.dtype for pool in model.pools(config) for prefix in ("", NEXT)}
+    return {"weights": weights, "pools": pools}
+
+
+def dtype_gates(graph: ModelProto, wanted: WantedDtypes) -> list[Gate]:
     """How many weights, pools, and FP32 inputs of ops have another dtype than the model's, or are cast to one.
 
     Of the graph's own nodes: what an op does inside is held to its tolerance by the op's own tests.
     """
-    network = NemotronH(model.config, dtype=getattr(torch, COMPUTE_DTYPES[config.precision]), device="meta")
-    wanted = {
-        "weights": {name: parameter.dtype for name, parameter in network.named_parameters()},
-        "pools": {
-            prefix + pool.name: getattr(torch, pool.dtype)
-            for pool in model.pools(config)
-            for prefix in ("", NEXT)
-        },
-        "ops' FP32 inputs": dict.fromkeys(_wide_inputs(graph.graph), torch.float32),
-    }
+    wanted = wanted | {"ops' FP32 inputs": dict.fromkeys(_wide_inputs(graph.graph), "float32")}
     stored = {tensor.name: tensor.data_type for tensor in graph.graph.initializer}
     values = chain(graph.graph.value_info, graph.graph.input, graph.graph.output)
     types = {value.name: value.type.tensor_type.elem_type for value in values} | stored
@@ -51,9 +56,9 @@ def dtype_gates(graph: ModelProto, model: LoadedModel, config: BuildConfig) -> l
     ]
 
 
-def _gate(what: str, wanted: Mapping[str, torch.dtype], types: Mapping[str, int], is_cast: set[str]) -> Gate:
+def _gate(what: str, wanted: Mapping[str, str], types: Mapping[str, int], is_cast: set[str]) -> Gate:
     departing = [
-        name for name, dtype in wanted.items() if types.get(name) != DTYPES[dtype] or name in is_cast
+        name for name, dtype in wanted.items() if types.get(name) != ELEMENT_TYPES[dtype] or name in is_cast
     ]
     return Gate(SCENARIO, departing[0] if departing else what, "in another dtype", float(len(departing)), 0.0)
 

@@ -1,4 +1,4 @@
-"""A bundle against PyTorch again: with its checkpoint, or with the weights that the bundle itself holds."""
+"""A bundle judged again: by PyTorch with its checkpoint or its own weights, by a golden, or by another bundle."""
 
 from __future__ import annotations
 
@@ -8,17 +8,22 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nemotrt.exporter import estimates
+from nemotrt.exporter import golden as goldens
 from nemotrt.exporter.artifacts import LoadedModel, ValidationReport, WeightSource
 from nemotrt.exporter.calibration_text import sequences
+from nemotrt.exporter.candidates import candidate_of, graph_of
+from nemotrt.exporter.comparison import Candidate, Leader, Recording, compare
 from nemotrt.exporter.config import DRIFT_STEPS, PRECISION_OF_DTYPE, BuildConfig
 from nemotrt.exporter.console import Console
 from nemotrt.exporter.errors import BundleError, UsageError
+from nemotrt.exporter.graph_dtypes import ELEMENT_TYPES
 from nemotrt.exporter.modelopt import with_recipe
 from nemotrt.exporter.runtime import manifest as manifests
 from nemotrt.exporter.runtime.graph_file import read_proto
 from nemotrt.exporter.runtime.manifest import Manifest
 from nemotrt.exporter.stages.load import load, parse_config
 from nemotrt.exporter.tensor_files import StoredTensor
+from nemotrt.exporter.validation_request import ValidationRequest
 from nemotrt.model.checkpoint import Transform, tensor_sources
 
 OWN_WEIGHTS = "the checkpoint: PyTorch ran with the bundle's own weights"
@@ -28,6 +33,7 @@ OWN_WEIGHTS = "the checkpoint: PyTorch ran with the bundle's own weights"
 class Subject:
     """A bundle as it is judged again: the model that its graph must be, and what that was quantised from."""
 
+    manifest: Manifest
     config: BuildConfig
     graph: Path
     model: LoadedModel
@@ -35,59 +41,92 @@ class Subject:
     """None where the bundle is not quantised, or what it was quantised from is not known."""
 
 
-def revalidate(
-    bundle: Path,
-    checkpoint: Path | None,
-    console: Console,
-    *,
-    base: Path | None = None,
-    text: Path | None = None,
-    seed: int = 0,
-    layers_alone: bool = False,
-    bisect: bool = False,
-    drift_steps: int = DRIFT_STEPS,
-) -> ValidationReport:
-    """The report of every gate, as a build makes it; without a checkpoint it says that the weights were not compared.
+def revalidate(request: ValidationRequest, console: Console) -> ValidationReport:
+    """The report of every gate, as a build makes it; it says what was not compared.
 
-    With `layers_alone` no more than a layer is in memory, and whole steps are left out; `bisect` looks inside layers.
     With a text it says what quantisation costs on it, against `base`, or against the checkpoint if that is what was
-    quantised. Raises BundleError on a bundle that is not whole, UsageError on another bundle's checkpoint.
+    quantised. Raises BundleError on a bundle that is not whole, UsageError on another bundle's checkpoint or golden.
     """
+    if request.golden:
+        return _by_golden(request, request.golden, console)
+    if request.against:
+        from nemotrt.exporter.bundle_reference import judge_against
+
+        return judge_against(request, request.against, console)
+    return _by_pytorch(request, console)
+
+
+def _by_golden(request: ValidationRequest, golden: Path, console: Console) -> ValidationReport:
+    bundle = request.bundle
+    with console.stage("load", f"{bundle}, {golden.name}"):
+        manifest = manifests.verify(bundle, deep=False)
+        candidate = candidate_of(bundle, manifest, engine=request.engine)
+        recording = goldens.read(golden, bundle, manifest)
+    total = 2 * recording.extent.num_steps
+    with console.stage("validate", f"{candidate.title} against {golden.name}", total=total) as advance:
+        return compare(recording, candidate, Leader(recording, candidate).beside, advance)
+
+
+def _by_pytorch(request: ValidationRequest, console: Console) -> ValidationReport:
+    bundle, checkpoint, text = request.bundle, request.checkpoint, request.text
+    if request.save_golden:
+        goldens.check_place(request.save_golden, bundle)
     with console.stage("load", str(checkpoint or bundle)):
-        subject = subject_of(bundle, checkpoint, base)
-    if (text or base) and not (text and subject.base):
+        subject = subject_of(bundle, checkpoint, request.base)
+        candidate = candidate_of(bundle, subject.manifest, engine=request.engine)
+    if (text or request.base) and not (text and subject.base):
         raise UsageError(*_cannot_measure(subject, text))
-    if text and layers_alone:
-        raise UsageError("--eval runs the whole model, which --layers-alone leaves out", hint="leave one out")
-    model = subject.model
     report = (
-        _of_layers(subject, seed, console) if layers_alone else _of_steps(subject, seed, drift_steps, console)
+        _of_layers(request, subject, console)
+        if request.layers_alone
+        else _of_steps(request, subject, candidate, console)
     )
-    if bisect:
-        report = _bisected(report, subject, seed, console)
-    if checkpoint is None or model.folder == bundle:
-        report = dataclasses.replace(report, not_compared=(*report.not_compared, OWN_WEIGHTS))
+    if request.bisect:
+        report = _bisected(report, subject, request.seed or 0, console)
+    report = dataclasses.replace(report, not_compared=(*report.not_compared, *_unproved(subject, bundle)))
     return _with_text(report, subject, subject.base, text, console) if text and subject.base else report
 
 
-def _of_steps(subject: Subject, seed: int, drift_steps: int, console: Console) -> ValidationReport:
-    model, config = subject.model, subject.config
+def _unproved(subject: Subject, bundle: Path) -> tuple[str, ...]:
+    return (OWN_WEIGHTS,) if subject.model.folder == bundle else ()
+
+
+def _of_steps(
+    request: ValidationRequest, subject: Subject, candidate: Candidate, console: Console
+) -> ValidationReport:
+    model, config, golden = subject.model, subject.config, request.save_golden
     estimates.check_memory(model, hint="--layers-alone compares with one layer in memory at a time")
-    from nemotrt.exporter.stages.validate import num_steps, validate
+    from nemotrt.exporter.stages.validate import judge, num_steps
 
+    def keep(recording: Recording) -> None:
+        if golden:
+            left_out = (*recording.not_compared, *_unproved(subject, request.bundle))
+            whole = dataclasses.replace(recording, not_compared=left_out)
+            goldens.save(golden, whole, goldens.identity_of(subject.manifest))
+            console.say(f"{'golden':<9} {golden}, {golden.stat().st_size / 1e6:.1f} MB")
+
+    drift_steps = DRIFT_STEPS if request.drift_steps is None else request.drift_steps
     total = num_steps(config.precision, len(model.config.layers), drift_steps)
-    with console.stage("validate", "ONNX Runtime against PyTorch", total=total) as advance:
-        return validate(model, config, subject.graph, seed=seed, drift_steps=drift_steps, advance=advance)
+    with console.stage("validate", f"{candidate.title} against PyTorch", total=total) as advance:
+        return judge(
+            model,
+            config,
+            candidate,
+            seed=request.seed or 0,
+            drift_steps=drift_steps,
+            advance=advance,
+            recorded=keep,
+        )
 
 
-def _of_layers(subject: Subject, seed: int, console: Console) -> ValidationReport:
+def _of_layers(request: ValidationRequest, subject: Subject, console: Console) -> ValidationReport:
     model, config = subject.model, subject.config
     estimates.check_part_memory(model, config.precision)
     from nemotrt.exporter.stages.validate import num_parts, validate_parts
 
     total = num_parts(len(model.config.layers))
     with console.stage("validate", "each layer alone, ONNX Runtime against PyTorch", total=total) as advance:
-        return validate_parts(model, config, subject.graph, seed=seed, advance=advance)
+        return validate_parts(model, config, subject.graph, seed=request.seed or 0, advance=advance)
 
 
 def _bisected(report: ValidationReport, subject: Subject, seed: int, console: Console) -> ValidationReport:
@@ -116,7 +155,7 @@ def subject_of(bundle: Path, checkpoint: Path | None, base: Path | None) -> Subj
         raise UsageError(
             f"{before.folder} is another model than the bundle's", hint="their config.json differ"
         )
-    return Subject(config, bundle / manifest.of_role("graph")[0], model, before)
+    return Subject(manifest, config, graph_of(bundle, manifest), model, before)
 
 
 def _cannot_measure(subject: Subject, text: Path | None) -> tuple[str, ...]:
@@ -152,9 +191,8 @@ def _with_text(
 
 def _config(bundle: Path, manifest: Manifest, checkpoint: Path) -> BuildConfig:
     """The configuration that the bundle was built with, as far as it concerns the comparison."""
-    profile = next((profile for profile in manifest.profiles if profile.runtime == "onnx"), None)
-    if profile is None or not manifest.of_role("graph"):
-        raise BundleError(f"{bundle} has no graph for ONNX Runtime")
+    graph_of(bundle, manifest)
+    profile = next(profile for profile in manifest.profiles if profile.runtime == "onnx")
     state = {pool.dtype for pool in manifest.graph.pools if pool.input.startswith("ssm_state.")}
     cache = {pool.dtype for pool in manifest.graph.pools if pool.input.startswith("kv_cache.")}
     return BuildConfig(
@@ -197,11 +235,12 @@ def _choice(manifest: Manifest) -> str:
 def _from_bundle(bundle: Path, manifest: Manifest) -> LoadedModel:
     """The model whose weights lie in the graph's external data, where each parameter has its own name."""
     weights: dict[str, WeightSource] = {}
+    dtype_names = {number: name for name, number in ELEMENT_TYPES.items()}
     for tensor in read_proto(bundle / manifest.of_role("graph")[0]).graph.initializer:
         place = {entry.key: entry.value for entry in tensor.external_data}
         if not place:
             continue
-        dtype = {1: "float32", 10: "float16", 16: "bfloat16", 17: "float8_e4m3fn"}[tensor.data_type]
+        dtype = dtype_names[tensor.data_type]
         lying = StoredTensor(
             name=tensor.name,
             dtype=dtype,

@@ -36,15 +36,17 @@ class Choosing:
 
     def ranked(self, logits_TE: NDArray[np.float32]) -> NDArray[np.float64]:
         """By what the experts are chosen [T, E]: score and correction, −inf in groups that are left out."""
-        ranked_TE = scores(logits_TE) + self.correction_bias
-        if self.num_groups == 1:
-            return ranked_TE
-        grouped_TGE = ranked_TE.reshape(len(ranked_TE), self.num_groups, -1)
-        best_TG = np.sort(grouped_TGE, axis=2)[:, :, -2:].sum(2)
+        grouped_TGE, best_TG = self._groups(logits_TE)
         kept_TG = _top(best_TG, self.topk_group)
         is_out_TG = np.ones_like(best_TG, dtype=bool)
         np.put_along_axis(is_out_TG, kept_TG, False, axis=1)
-        return np.where(is_out_TG[..., None], -np.inf, grouped_TGE).reshape(ranked_TE.shape)
+        return np.where(is_out_TG[..., None], -np.inf, grouped_TGE).reshape(logits_TE.shape)
+
+    def _groups(self, logits_TE: NDArray[np.float32]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Score and correction by group, and what each group is ranked by: its two best experts together."""
+        ranked_TE = scores(logits_TE) + self.correction_bias
+        grouped_TGE = ranked_TE.reshape(len(ranked_TE), self.num_groups, -1)
+        return grouped_TGE, np.sort(grouped_TGE, axis=2)[:, :, -2:].sum(2)
 
     def chosen(self, logits_TE: NDArray[np.float32]) -> NDArray[np.int64]:
         """The experts of each token [T, k], in ascending order."""
@@ -56,6 +58,16 @@ class Choosing:
         if self.top_k >= ranked_TE.shape[1]:
             return np.full(len(ranked_TE), np.inf)
         return ranked_TE[:, self.top_k - 1] - ranked_TE[:, self.top_k]
+
+    def near_tie(self, logits_TE: NDArray[np.float32], error: float) -> NDArray[np.bool_]:
+        """Which tokens may rightly get other experts, where each score may be off by `error` [T]."""
+        near_T = self.margin(logits_TE) <= 2 * error
+        if self.num_groups == 1:
+            return near_T
+        # A group's rank is the sum of two scores.
+        best_TG = -np.sort(-self._groups(logits_TE)[1], axis=1)
+        between_T = best_TG[:, self.topk_group - 1] - best_TG[:, min(self.topk_group, self.num_groups - 1)]
+        return near_T | ((between_T <= 4 * error) & (self.topk_group < self.num_groups))
 
     def differ(self, ours_TE: NDArray[np.float32], others_TE: NDArray[np.float32]) -> NDArray[np.bool_]:
         """Which tokens get other experts [T]."""

@@ -56,6 +56,13 @@ class CandidateRunner(Runner, Protocol):
         """Of the last step, by the state's pool; nothing where they cannot be seen."""
 
 
+class LedRunner(Runner, Protocol):
+    """A runner whose experts can be told to it."""
+
+    def step_as_told(self, inputs: StepInputs, told: RouterLogits) -> Array:
+        """As `step`, by these router logits; by the runner's own where they are NaN."""
+
+
 class SessionRunner:
     """A session of either runtime."""
 

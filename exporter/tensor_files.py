@@ -148,6 +148,11 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
     """Every tensor of one file by name; raises CheckpointError that names the file and what is wrong with it."""
+    return read_header_and_metadata(path)[0]
+
+
+def read_header_and_metadata(path: Path) -> tuple[dict[str, StoredTensor], dict[str, Any]]:
+    """As `read_header`, and the text that the file's writer put beside the tensors."""
     size = path.stat().st_size
     with path.open("rb") as file:
         prefix = file.read(8)
@@ -168,10 +173,10 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         raise CheckpointError(f"{path} has a malformed header: {error}", hint="download it again") from error
     if not isinstance(header, dict):
         raise CheckpointError(f"{path} has a header that is not a JSON object")
-    header.pop("__metadata__", None)
+    metadata = header.pop("__metadata__", None)
     tensors = {name: _stored(path, name, entry, 8 + header_bytes) for name, entry in header.items()}
     _check_layout(path, tensors, 8 + header_bytes, size)
-    return tensors
+    return tensors, metadata if isinstance(metadata, dict) else {}
 
 
 def _stored(path: Path, name: str, entry: Any, data_start: int) -> StoredTensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,20 +39,25 @@ def write_shards(folder: Path, entries: Sequence[Entry]) -> None:
             shards.append([])
         shards[-1].append(entry)
     if len(shards) == 1:
-        _write(folder / SINGLE, shards[0])
+        write_file(folder / SINGLE, shards[0])
         return
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        _write(folder / file, shard)
+        write_file(folder / file, shard)
         weight_map |= dict.fromkeys((entry.name for entry in shard), file)
     total = sum(entry.length for entry in entries)
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (folder / INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
 
 
-def _write(path: Path, entries: Sequence[Entry]) -> None:
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+PYTORCH = {"format": "pt"}
+"""What readers of checkpoints look for."""
+
+
+def write_file(path: Path, entries: Sequence[Entry], metadata: Mapping[str, str] = PYTORCH) -> None:
+    """The entries in one file, with text of one's own in its header."""
+    header: dict[str, object] = {"__metadata__": dict(metadata)}
     position = 0
     for entry in entries:
         header[entry.name] = {

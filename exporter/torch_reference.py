@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
+from nemotrt.exporter import weights
 from nemotrt.exporter.artifacts import LoadedModel
 from nemotrt.exporter.comparison import (
     Advance,
@@ -20,17 +21,20 @@ from nemotrt.exporter.comparison import (
     times_rerouted,
 )
 from nemotrt.exporter.config import COMPUTE_DTYPES, BuildConfig
-from nemotrt.exporter.gates import Compared, Measured, Observation, measured
-from nemotrt.exporter.routing import RouterLogits
+from nemotrt.exporter.gates import Compared, Observation, measured
+from nemotrt.exporter.graph_dtypes import wanted_dtypes
+from nemotrt.exporter.routing import Choosing, RouterLogits
 from nemotrt.exporter.scenarios import scenarios
 from nemotrt.exporter.torch_runner import TorchRunner
 from nemotrt.model.pools import PoolSpec
+
+REFERENCE = "PyTorch, FP32"
 
 
 def record(
     model: LoadedModel, config: BuildConfig, extent: Extent, left_out: tuple[str, ...], advance: Advance
 ) -> Recording:
-    """What PyTorch shows in FP32, and what it loses at the graph's precision."""
+    """What PyTorch shows in FP32, and what it loses at the graph's precision, on its own greedy continuation."""
     pools = model.pools(config)
     noise = noise_of(pools, extent)
     reference = TorchRunner(model, pools, torch.float32)
@@ -38,26 +42,34 @@ def record(
     plan = scenarios(prompt_of(extent), continuation, extent.page_size)
     seen, choosing = observe(reference, plan, noise, advance), reference.choosing
     del reference  # one copy of the weights at a time is enough
+    dtypes = wanted_dtypes(model, config)
+    recording = Recording(REFERENCE, "", extent, plan, noise, seen, choosing, {}, dtypes, left_out)
+    return with_floors(recording, model, config, advance)
+
+
+def record_plan(recording: Recording, model: LoadedModel, config: BuildConfig, advance: Advance) -> Recording:
+    """What PyTorch shows in FP32 on another reference's plan, and what it loses at the precision of `config`."""
+    reference = TorchRunner(model, model.pools(config), torch.float32)
+    seen = observe(reference, recording.plan, recording.noise, advance)
+    own = replace(recording, reference=REFERENCE, seen=seen, choosing=reference.choosing)
+    del reference
+    return with_floors(own, model, config, advance)
+
+
+def with_floors(recording: Recording, model: LoadedModel, config: BuildConfig, advance: Advance) -> Recording:
+    """The recording of PyTorch in FP32, with what PyTorch loses at a lower precision."""
     dtype = COMPUTE_DTYPES[config.precision]
-    recording = Recording("PyTorch, FP32", "", extent, plan, noise, seen, choosing, {}, left_out)
     if dtype == "float32":
         return recording
-    floors = floors_of(recording, model, pools, dtype, advance)
-    return Recording(
-        "PyTorch, FP32", f"PyTorch, {dtype}", extent, plan, noise, seen, choosing, floors, left_out
-    )
-
-
-def floors_of(
-    recording: Recording, model: LoadedModel, pools: tuple[PoolSpec, ...], dtype: str, advance: Advance
-) -> dict[str, Measured]:
-    """How far PyTorch in `dtype` is from PyTorch in FP32, in each scenario."""
+    pools = model.pools(config)
     follower = Follower(model, pools, recording)
-    seen = observe(TorchRunner(model, pools, getattr(torch, dtype)), recording.plan, recording.noise, advance)
-    return {
+    runner = TorchRunner(model, pools, getattr(torch, dtype))
+    seen = observe(runner, recording.plan, recording.noise, advance)
+    floors = {
         name: measured(follower.beside(name, found, found.routers), recording.noise)
         for name, found in seen.items()
     }
+    return replace(recording, floor=f"PyTorch, {dtype}", floors=floors)
 
 
 @dataclass(frozen=True)
@@ -81,3 +93,24 @@ class Follower:
                 step=lambda number: runner.step(scenario.steps[number], routers[number]),
             )
         return on_own_choice(seen, routers, expected)
+
+
+def choosing_of(model: LoadedModel) -> tuple[Choosing, ...]:
+    """How each MoE layer of the model chooses experts; only their biases are read."""
+    config = model.config
+    shape = (config.n_routed_experts,)
+    return tuple(
+        Choosing(
+            layer,
+            weights.read(
+                model.weights[f"backbone.layers.{layer}.mixer.gate.e_score_correction_bias"],
+                shape,
+                torch.float32,
+            ).numpy(),
+            config.num_experts_per_tok,
+            config.n_group,
+            config.topk_group,
+        )
+        for layer, kind in config.numbered_layers.items()
+        if kind == "moe"
+    )

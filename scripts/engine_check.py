@@ -91,7 +91,8 @@ def build(checkpoint: Path, output: Path, target: Target, precision: str) -> tup
 
 def compare(checkpoint: Path, bundle: Path, precision: str) -> tuple[str, Any]:
     """Every gate of a validation on the engine, and captured steps against steps that are not."""
-    profile = engine_profile(bundle, manifests.verify(bundle, deep=True))
+    manifest = manifests.verify(bundle, deep=True)
+    profile = engine_profile(bundle, manifest)
     config = BuildConfig(
         checkpoint,
         bundle,
@@ -102,7 +103,7 @@ def compare(checkpoint: Path, bundle: Path, precision: str) -> tuple[str, Any]:
         profile.page_size,
     )
 
-    report = judge(load(checkpoint), config, engine_candidate(bundle, profile.runtime))
+    report = judge(load(checkpoint), config, engine_candidate(bundle, manifest))
     failed = [gate for gate in report.gates if not gate.passed]
     said = f"{report.candidate}: {len(report.gates) - len(failed)} of {len(report.gates)} gates passed"
     if failed:

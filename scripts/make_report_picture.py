@@ -14,6 +14,7 @@ from rich.console import Console as RichConsole
 from nemotrt.exporter import tables
 from nemotrt.exporter.console import Console
 from nemotrt.exporter.revalidation import revalidate
+from nemotrt.exporter.validation_request import ValidationRequest
 
 PICTURE = Path(__file__).resolve().parents[1] / "docs" / "report.svg"
 FORMAT = re.sub(r"@font-face \{\{.*?\}\}\s*", "", CONSOLE_SVG_FORMAT, flags=re.DOTALL)
@@ -25,7 +26,7 @@ FORMAT = re.sub(r"@font-face \{\{.*?\}\}\s*", "", CONSOLE_SVG_FORMAT, flags=re.D
 @click.option("--checkpoint", type=click.Path(exists=True, path_type=Path), required=True)
 def main(bundle: Path, checkpoint: Path) -> None:
     """Validate BUNDLE again, and write the picture of its report."""
-    report = revalidate(bundle, checkpoint, Console(quiet=True))
+    report = revalidate(ValidationRequest(bundle, checkpoint), Console(quiet=True))
     screen = RichConsole(record=True, width=100, file=io.StringIO(), markup=False, highlight=False)
     for item in tables.report(report):
         screen.print(item)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -25,6 +25,18 @@ OUTPUT_FILE = click.Path(dir_okay=False, writable=True, path_type=Path)
     type=FOLDER,
     help="What the bundle was built from. Without it PyTorch runs with the bundle's own weights.",
 )
+@click.option(
+    "--golden",
+    type=ExistingPath(),
+    help="What --save-golden wrote, in the checkpoint's place: no PyTorch is needed.",
+)
+@click.option("--against", type=FOLDER, help="Another bundle of the same model, in PyTorch's place.")
+@click.option(
+    "--save-golden",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Write what PyTorch showed, to judge such a bundle by on another machine (--golden).",
+)
+@click.option("--engine", is_flag=True, help="Run the bundle's TensorRT engine, on this machine's GPU.")
 @click.option(
     "--eval",
     "text",
@@ -49,47 +61,27 @@ OUTPUT_FILE = click.Path(dir_okay=False, writable=True, path_type=Path)
 @click.option(
     "--drift-steps",
     type=click.IntRange(0),
-    default=DRIFT_STEPS,
-    show_default=True,
+    show_default=str(DRIFT_STEPS),
     help="Decode steps over which the drift of the recurrent states is measured; 0 leaves it out.",
 )
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the prompt's tokens.")
+@click.option("--seed", type=click.IntRange(0), show_default="0", help="Of the prompt's tokens.")
 @JSON
 @click.pass_obj
 def validate(
-    console: Console,
-    bundle: Path,
-    checkpoint: Path | None,
-    text: Path | None,
-    base: Path | None,
-    layers_alone: bool,
-    bisect: bool,
-    html: Path | None,
-    junit: Path | None,
-    drift_steps: int,
-    seed: int,
-    as_json: bool,
+    console: Console, /, html: Path | None, junit: Path | None, as_json: bool, **options: Any
 ) -> None:
-    """Compare BUNDLE with PyTorch by every gate that a build has; exits with 6 if one fails."""
+    """Compare BUNDLE with PyTorch, a golden or another bundle; exits with 6 if a gate fails, 8 on NaN."""
     from nemotrt.exporter.revalidation import revalidate
+    from nemotrt.exporter.validation_request import ValidationRequest
 
-    report = revalidate(
-        bundle,
-        checkpoint,
-        console,
-        base=base,
-        text=text,
-        seed=seed,
-        layers_alone=layers_alone,
-        bisect=bisect,
-        drift_steps=drift_steps,
-    )
+    request = ValidationRequest(**options)
+    report = revalidate(request, console)
     if html:
-        _write_page(html, bundle, report, console.seconds)
+        _write_page(html, request.bundle, report, console.seconds)
     if junit:
         from nemotrt.exporter.junit import junit as as_junit
 
-        junit.write_text(as_junit(report, bundle.name), encoding="utf-8")
+        junit.write_text(as_junit(report, request.bundle.name), encoding="utf-8")
     if as_json:
         from nemotrt.exporter import report_file
 

@@ -22,13 +22,21 @@ def read_object(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > MAX_BYTES:
             raise BundleError(f"{path} has {path.stat().st_size} bytes, over {MAX_BYTES}")
-        found = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique)
+        return parse_object(path.read_text(encoding="utf-8"), str(path))
     except OSError as error:
         raise BundleError(f"{path} cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
+    except UnicodeDecodeError as error:
         raise BundleError(f"{path} is not valid JSON: {error}") from error
+
+
+def parse_object(text: str, where: str) -> dict[str, Any]:
+    """The JSON object in a text; raises BundleError that says where it is from and what is wrong with it."""
+    try:
+        found = json.loads(text, object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:
+        raise BundleError(f"{where} is not valid JSON: {error}") from error
     if not isinstance(found, dict):
-        raise BundleError(f"{path} is not a JSON object")
+        raise BundleError(f"{where} is not a JSON object")
     return found
 
 

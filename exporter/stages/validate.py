@@ -14,11 +14,9 @@ from nemotrt.exporter.artifacts import Drift, LoadedModel, ValidationReport
 from nemotrt.exporter.candidates import ENGINE, graph_candidate
 from nemotrt.exporter.comparison import WATCHED, Candidate, Extent, Recording, compare
 from nemotrt.exporter.config import BUILD_DRIFT_STEPS, COMPUTE_DTYPES, DRIFT_STEPS, BuildConfig
-from nemotrt.exporter.graph_dtypes import dtype_gates
 from nemotrt.exporter.layer_selection import partial_model
 from nemotrt.exporter.layerwise import compare_parts
 from nemotrt.exporter.modelopt import cache_notes
-from nemotrt.exporter.runtime.graph_file import read_proto
 from nemotrt.exporter.torch_reference import Follower, record
 
 PROMPT, DECODE = 96, 64
@@ -69,10 +67,9 @@ def judge(
     )
     if not candidate.graph:
         return report
-    dtypes = dtype_gates(read_proto(candidate.graph), model, config)
     parts = compare_parts(model, config, candidate.graph, recording.extent, advance=advance)
     return dataclasses.replace(
-        report, gates=(*report.gates, *dtypes, *parts.gates), layers=parts.layers, ops=parts.ops
+        report, gates=(*report.gates, *parts.gates), layers=parts.layers, ops=parts.ops
     )
 
 

@@ -29,6 +29,7 @@ from nemotrt.exporter.revalidation import revalidate
 from nemotrt.exporter.runtime.twin import fp32_twin
 from nemotrt.exporter.stages.load import load
 from nemotrt.exporter.stages.validate import validate
+from nemotrt.exporter.validation_request import ValidationRequest
 from nemotrt.model.config import ModelConfig
 from nemotrt.model.fp8 import fp8_linear
 
@@ -344,7 +345,7 @@ def test_a_published_checkpoint_can_have_a_bf16_cache(tmp_path: Path) -> None:
     graph = onnx.load(bundle / "model.onnx", load_external_data=False)
     types = {value.name: value.type.tensor_type.elem_type for value in graph.graph.input}
     assert types["kv_cache.5"] == TensorProto.BFLOAT16
-    report = revalidate(bundle, checkpoint, console)
+    report = revalidate(ValidationRequest(bundle, checkpoint), console)
     assert report.passed
     assert not [what for what in report.not_compared if UNSCALED in what]
     with pytest.raises(UsageError, match="--kv-dtype has no effect"):

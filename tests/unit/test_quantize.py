@@ -22,6 +22,7 @@ from nemotrt.exporter.presets import exclusions, recipe_of
 from nemotrt.exporter.revalidation import revalidate
 from nemotrt.exporter.stages.load import load
 from nemotrt.exporter.stages.quantize import quantize
+from nemotrt.exporter.validation_request import ValidationRequest
 from nemotrt.model.fp8 import FP8_MAX
 
 TINY = Path(__file__).resolve().parents[2] / "examples" / "tiny"
@@ -157,10 +158,10 @@ def test_text_needs_what_was_quantised(tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("words " * 300)
     with pytest.raises(UsageError, match="give it with --base"):
-        revalidate(bundle, None, Console(quiet=True), text=text)
+        revalidate(ValidationRequest(bundle, text=text), Console(quiet=True))
     plain = write_checkpoint(tmp_path / "plain", torch_dtype="bfloat16")
     with pytest.raises(UsageError, match="no effect without --eval"):
-        revalidate(bundle, None, Console(quiet=True), base=plain)
+        revalidate(ValidationRequest(bundle, base=plain), Console(quiet=True))
 
 
 def test_a_text_in_lines_is_one_sequence_a_line(tmp_path: Path) -> None:

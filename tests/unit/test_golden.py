@@ -1,0 +1,278 @@
+"""A golden judges a bundle as PyTorch does, and other bundles are compared by the same means."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from checkpoints import write_checkpoint
+from faults import Graph, broken
+
+from nemotrt.exporter import gates, pipeline, routing
+from nemotrt.exporter import golden as goldens
+from nemotrt.exporter.artifacts import ValidationReport
+from nemotrt.exporter.candidates import graph_candidate
+from nemotrt.exporter.comparison import Leader, Recording, compare
+from nemotrt.exporter.config import BuildConfig
+from nemotrt.exporter.console import Console
+from nemotrt.exporter.errors import BundleError, NotFiniteError
+from nemotrt.exporter.led_graph import LedGraphRunner
+from nemotrt.exporter.revalidation import revalidate, subject_of
+from nemotrt.exporter.routing import Choosing
+from nemotrt.exporter.runners import GraphRunner
+from nemotrt.exporter.runtime import manifest as manifests
+from nemotrt.exporter.scenarios import NUM_SLOTS
+from nemotrt.exporter.stages import validate as stage
+from nemotrt.exporter.stages.validate import judge
+from nemotrt.exporter.validation_request import ValidationRequest
+
+QUIET = Console(quiet=True)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    """A BF16 bundle, what PyTorch showed of it, and the report beside PyTorch."""
+    folder = tmp_path_factory.mktemp("golden")
+    checkpoint = write_checkpoint(folder / "checkpoint")
+    config = BuildConfig(checkpoint, folder / "bundle", "bf16", runtime="onnx", validate=False)
+    pipeline.build(config, QUIET)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stage, "DECODE", 6)
+        subject = subject_of(config.output, checkpoint, None)
+        kept: list[Recording] = []
+        candidate = graph_candidate(subject.graph)
+        report = judge(subject.model, subject.config, candidate, drift_steps=0, recorded=kept.append)
+    manifest = manifests.read(config.output)
+    path = folder / "model.golden"
+    goldens.save(path, kept[0], goldens.identity_of(manifest))
+    return SimpleNamespace(
+        checkpoint=checkpoint, bundle=config.output, manifest=manifest, golden=path, recording=kept[0],
+        report=report, graph=subject.graph,
+    )  # fmt: skip
+
+
+def by_golden(bundle: Path, golden: Path) -> ValidationReport:
+    return revalidate(ValidationRequest(bundle, golden=golden), QUIET)
+
+
+def test_a_golden_comes_back_as_it_was(made: SimpleNamespace) -> None:
+    found = goldens.read(made.golden, made.bundle, made.manifest)
+    kept: Recording = made.recording
+    assert found.extent == kept.extent
+    assert found.floors == kept.floors
+    assert [scenario.name for scenario in found.plan] == [scenario.name for scenario in kept.plan]
+    for name, seen in kept.seen.items():
+        assert np.array_equal(found.seen[name].logits_RV, seen.logits_RV)
+        for pool, values in seen.pools.items():
+            assert np.array_equal(found.seen[name].pools[pool][1:], values[1:]), pool
+        for ours, theirs in zip(found.seen[name].routers, seen.routers, strict=True):
+            assert all(np.array_equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    for one, other in zip(found.choosing, kept.choosing, strict=True):
+        assert np.array_equal(one.correction_bias, other.correction_bias)
+
+
+def test_a_golden_judges_as_pytorch_does(made: SimpleNamespace) -> None:
+    """The same gates with the same limits; the same values where no expert was chosen otherwise."""
+    found = by_golden(made.bundle, made.golden)
+    assert found.passed, [gate for gate in found.gates if not gate.passed]
+    whole = {scenario.name for scenario in made.recording.plan} | {"dtypes"}
+    live = {(g.scenario, g.output, g.metric): g for g in made.report.gates if g.scenario in whole}
+    own = {(g.scenario, g.output, g.metric): g for g in found.gates}
+    assert set(own) == set(live)
+    for key, gate in own.items():
+        if gate.metric != "greedy flip's margin" and not gate.metric.endswith("differ"):
+            assert gate.floor == live[key].floor
+        if not found.rerouted.get(gate.scenario):
+            assert gate == live[key]
+    assert found.rerouted == made.report.rerouted
+    assert set(goldens.ABSENT) <= set(found.not_compared)
+
+
+def test_where_there_is_no_pytorch_a_golden_judges_still(made: SimpleNamespace, tmp_path: Path) -> None:
+    program = """if True:
+        import sys
+
+        class Nothing:
+            def find_spec(self, name, path=None, target=None):
+                if name.partition(".")[0] in ("torch", "transformers", "safetensors"):
+                    raise ImportError(name)
+
+        sys.meta_path.insert(0, Nothing())
+        from nemotrt.exporter.cli import main
+        main()
+    """
+    outputs = ["--json", "--html", str(tmp_path / "page.html"), "--junit", str(tmp_path / "gates.xml")]
+    arguments = ["validate", str(made.bundle), "--golden", str(made.golden), *outputs]
+    done = subprocess.run(
+        [sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert '"passed": true' in done.stdout
+    assert (tmp_path / "page.html").stat().st_size > 1000
+
+
+def test_a_golden_finds_a_wrong_weight(made: SimpleNamespace, tmp_path: Path) -> None:
+    candidate = graph_candidate(damaged(made.graph, tmp_path))
+    recording = goldens.read(made.golden, made.bundle, made.manifest)
+    report = compare(recording, candidate, Leader(recording, candidate).beside, lambda _: None)
+    assert not report.passed
+
+
+def damaged(graph: Path, folder: Path) -> Path:
+    """A copy of the graph whose first MLP gives half as much again; 2% more would hide in the floor of BF16."""
+    for path in graph.parent.glob("model.onnx*"):
+        (folder / path.name).write_bytes(path.read_bytes())
+    broken(folder / graph.name, lambda found: found.weight("mixer.down_proj.weight").__imul__(1.5))
+    return folder / graph.name
+
+
+def turned(made: SimpleNamespace, folder: Path, by: float) -> Path:
+    """A copy of the graph that scores another expert higher where, of the first layer's, a choice is nearest a tie.
+
+    `by` is how much, as a share of what a score may be off.
+    """
+    recording: Recording = made.recording
+    choosing = recording.choosing[0]
+    logits_TE = np.concatenate([step[0] for seen in recording.seen.values() for step in seen.routers])
+    margin_T = choosing.margin(logits_TE)
+    nearest = int(margin_T.argmin())
+    next_best = int(np.argsort(-choosing.ranked(logits_TE[[nearest]])[0])[choosing.top_k])
+    score = routing.scores(logits_TE)[nearest, next_best]
+    floors = recording.floors.values()
+    higher = score + by * min(gates.score_limits(floor, len(floor.score_errors))[0] for floor in floors)
+    added = np.zeros(logits_TE.shape[1], np.float32)
+    added[next_best] = np.log(higher / (1 - higher)) - np.log(score / (1 - score))
+
+    def prefer(found: Graph) -> None:
+        node = found.op("NemoMoeDispatch")
+        own = node.inputs[1]
+        preferring = found.before(node, "Add", own, added)
+        preferring.type, preferring.shape = own.type, own.shape
+        node.replace_input_with(1, preferring)
+
+    for path in made.graph.parent.glob("model.onnx*"):
+        (folder / path.name).write_bytes(path.read_bytes())
+    broken(folder / made.graph.name, prefer)
+    return folder / made.graph.name
+
+
+def test_a_near_tie_is_compared_on_the_reference_s_choice(made: SimpleNamespace, tmp_path: Path) -> None:
+    recording = goldens.read(made.golden, made.bundle, made.manifest)
+    candidate = graph_candidate(turned(made, tmp_path, 0.5))
+    report = compare(recording, candidate, Leader(recording, candidate).beside, lambda _: None)
+    assert sum(report.rerouted.values())
+    assert report.passed, [gate for gate in report.gates if not gate.passed]
+    assert len(report.gates) == len(by_golden(made.bundle, made.golden).gates)
+    unled = dataclasses.replace(candidate, open_led=None)
+    report = compare(recording, unled, Leader(recording, unled).beside, lambda _: None)
+    assert not report.passed
+
+
+def test_what_is_no_near_tie_is_not_excused(made: SimpleNamespace, tmp_path: Path) -> None:
+    recording = goldens.read(made.golden, made.bundle, made.manifest)
+    candidate = graph_candidate(turned(made, tmp_path, 2))
+    report = compare(recording, candidate, Leader(recording, candidate).beside, lambda _: None)
+    assert "score error" in {gate.metric for gate in report.gates if not gate.passed}
+
+
+def test_a_graph_that_is_told_nothing_is_the_graph(made: SimpleNamespace) -> None:
+    recording: Recording = made.recording
+    plain = GraphRunner(made.graph, num_slots=NUM_SLOTS, num_pages=recording.extent.num_pages, bound=False)
+    led = LedGraphRunner(made.graph)
+    plain.reset(recording.noise)
+    led.reset(recording.noise)
+    for inputs in recording.plan[3].steps:
+        assert np.array_equal(plain.step(inputs), led.step(inputs))
+        for one, other in zip(plain.router_logits(), led.router_logits(), strict=True):
+            assert np.array_equal(one, other)
+    assert all(np.array_equal(plain.pools()[name], values) for name, values in led.pools().items())
+
+
+def test_a_graph_that_is_told_an_expert_takes_it(made: SimpleNamespace) -> None:
+    recording: Recording = made.recording
+    inputs = recording.plan[0].steps[0]
+    runner = LedGraphRunner(made.graph)
+    runner.reset(recording.noise)
+    own = runner.step(inputs)
+    shown = runner.router_logits()
+    told = [np.full_like(logits_TE, np.nan) for logits_TE in shown]
+    told[-1][40] = -shown[-1][40]
+    runner.reset(recording.noise)
+    led = runner.step_as_told(inputs, tuple(told))
+    assert np.array_equal(led[:40], own[:40])
+    assert not np.array_equal(led[40], own[40])
+    assert all(np.array_equal(one, other) for one, other in zip(shown, runner.router_logits(), strict=True))
+
+
+@pytest.mark.parametrize(("distance", "is_near"), [(1.9e-3, True), (2.1e-3, False)])
+def test_a_near_tie_is_what_two_errors_can_turn(distance: float, is_near: bool) -> None:
+    scores = np.array([[0.9, 0.5, 0.5 - distance, 0.2]])
+    logits = np.log(scores / (1 - scores)).astype(np.float32)
+    choosing = Choosing(0, np.zeros(4, np.float32), top_k=2, num_groups=1, topk_group=1)
+    assert choosing.near_tie(logits, 1e-3).tolist() == [is_near]
+
+
+def test_groups_may_be_nearly_tied_too() -> None:
+    scores = np.array([[0.9, 0.5, 0.7, 0.702, 0.1, 0.1]])
+    logits = np.log(scores / (1 - scores)).astype(np.float32)
+    choosing = Choosing(0, np.zeros(6, np.float32), top_k=2, num_groups=3, topk_group=1)
+    assert choosing.margin(logits)[0] > 1
+    assert choosing.near_tie(logits, 1e-3).tolist() == [True]
+    assert choosing.near_tie(logits, 1e-4).tolist() == [False]
+
+
+def test_no_golden_is_made_of_a_reference_that_is_not_finite(made: SimpleNamespace, tmp_path: Path) -> None:
+    seen = made.recording.seen["prefill"].logits_RV
+    before = seen[3, 4]
+    seen[3, 4] = np.nan
+    try:
+        with pytest.raises(NotFiniteError, match="prefill, logits: the reference is not finite"):
+            goldens.save(tmp_path / "x.golden", made.recording, goldens.identity_of(made.manifest))
+    finally:
+        seen[3, 4] = before
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_changed_byte_is_seen(made: SimpleNamespace, tmp_path: Path) -> None:
+    content = bytearray(made.golden.read_bytes())
+    content[-5] ^= 1
+    (tmp_path / "x.golden").write_bytes(content)
+    with pytest.raises(BundleError, match="was changed after it was written"):
+        goldens.read(tmp_path / "x.golden", made.bundle, made.manifest)
+
+
+def test_two_bundles_of_a_model_agree_at_another_precision(
+    made: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stage, "DECODE", 6)
+    other = tmp_path / "fp32"
+    pipeline.build(BuildConfig(made.checkpoint, other, "fp32", runtime="onnx", validate=False), QUIET)
+    for one, reference in ((made.bundle, other), (other, made.bundle), (other, other)):
+        report = revalidate(ValidationRequest(one, against=reference), QUIET)
+        assert report.passed, [gate for gate in report.gates if not gate.passed]
+        assert report.reference.startswith(f"{reference.name}, ONNX Runtime, ")
+        is_absolute = one == reference == other
+        assert report.floor == (
+            "" if is_absolute else "PyTorch, bfloat16 against FP32, on the fp32 bundle's weights"
+        )
+
+
+def test_another_bundle_s_wrong_weight_is_found(
+    made: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which of the two is wrong, no comparison of two says."""
+    monkeypatch.setattr(stage, "DECODE", 6)
+    other = tmp_path / "other"
+    pipeline.build(BuildConfig(made.checkpoint, other, "bf16", runtime="onnx", validate=False), QUIET)
+    graph = other / "model.onnx"
+    broken(graph, lambda found: found.weight("mixer.down_proj.weight").__imul__(1.5))
+    roles = {file.path: file.role for file in made.manifest.files}
+    changed = manifests.read(other)
+    manifests.write(other, dataclasses.replace(changed, files=manifests.describe_files(other, roles)))
+    for one, reference in ((made.bundle, other), (other, made.bundle)):
+        assert not revalidate(ValidationRequest(one, against=reference), QUIET).passed
