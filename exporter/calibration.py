@@ -26,6 +26,12 @@ STEP_TOKENS = 1024
 """Tokens that pass a layer at once, in whole sequences."""
 PAGE = 128
 
+Packed = tuple[list[Any], Step]
+"""Sequences that pass a layer at once, and the step that they are."""
+
+STACKS = (f"mixer.{EXPERTS}.up", f"mixer.{EXPERTS}.down")
+"""Of a layer's parameters, those that hold nearly all of a mixture of experts."""
+
 LEAST_TOKENS = 16
 """An expert that saw fewer takes the largest range among the layer's experts that saw as many."""
 
@@ -56,42 +62,57 @@ def calibrate(
     flows = [table[torch.from_numpy(np.concatenate(group))].float() for group, _ in steps]
     del table
     for index, kind in model.config.numbered_layers.items():
-        block = Block(model.config, kind, dtype=torch.float32, device="meta")
-        state = {
-            name: weights.read(
-                model.weights[f"backbone.layers.{index}.{name}"], tuple(value.shape), value.dtype
-            )
-            for name, value in block.state_dict().items()
-        }
-        block.load_state_dict(state, assign=True)
         watch = _Watch(f"backbone.layers.{index}", recipe, ranges)
-        watch.attach(block)
-        for i, (group, step) in enumerate(steps):
-            specs = [
-                spec
-                for spec in pool_specs(
-                    model.config, page_size=PAGE, dtype="float32", state_dtype="float32", kv_dtype="float32"
-                )
-                if spec.layer == index
-            ]
-            pools = empty_pools(tuple(specs), len(group) + 1, 1 + int(step.page_table.max()))
-            flows[i] = block(flows[i], step, *pools)[0]
-            if not torch.isfinite(flows[i]).all():
-                raise UsageError(
-                    f"layer {index} gives NaN or infinity on the calibration text",
-                    hint="the checkpoint is damaged, or the text is not for this model",
-                )
+        _pass(model, index, kind, steps, flows, watch)
         watch.finish()
         advance(1)
     return ranges
 
 
+def _pass(
+    model: LoadedModel, index: int, kind: str, steps: list[Packed], flows: list[Tensor], watch: _Watch
+) -> None:
+    """Replace what flows by what flows on from a layer, while `watch` watches it; the layer is gone afterwards."""
+    block = _block(model, index, kind)
+    watch.attach(block)
+    specs = tuple(
+        spec
+        for spec in pool_specs(
+            model.config, page_size=PAGE, dtype="float32", state_dtype="float32", kv_dtype="float32"
+        )
+        if spec.layer == index
+    )
+    for i, (group, step) in enumerate(steps):
+        pools = empty_pools(specs, len(group) + 1, 1 + int(step.page_table.max()))
+        flows[i] = block(flows[i], step, *pools)[0]
+        if not torch.isfinite(flows[i]).all():
+            raise UsageError(
+                f"layer {index} gives NaN or infinity on the calibration text",
+                hint="the checkpoint is damaged, or the text is not for this model",
+            )
+
+
+def _block(model: LoadedModel, index: int, kind: str) -> Block:
+    """A layer in FP32, its experts' weights as they are stored: their op widens one expert at a time."""
+    block = Block(model.config, kind, dtype=torch.float32, device="meta")
+    state = {}
+    for name, value in block.state_dict().items():
+        full, shape = f"backbone.layers.{index}.{name}", tuple(value.shape)
+        is_stack = name in STACKS
+        state[name] = (
+            _read(model, full, shape) if is_stack else weights.read(model.weights[full], shape, value.dtype)
+        )
+    block.load_state_dict(state, assign=True)
+    return block
+
+
 def _read(model: LoadedModel, name: str, shape: tuple[int, ...]) -> Tensor:
+    """A parameter in the dtype that it is stored in."""
     source = model.weights[name]
     return weights.read(source, shape, getattr(torch, source.tensors[0].dtype))
 
 
-def _steps(text: Sequences) -> Iterator[tuple[list[Any], Step]]:
+def _steps(text: Sequences) -> Iterator[Packed]:
     """Whole sequences packed into steps, each sequence in a slot and in pages of its own."""
     group: list[Any] = []
     for i, sequence in enumerate(text):
@@ -185,7 +206,7 @@ class _Watch:
                 rows_JL = x_TL[(chosen_Tk == expert).any(1)]
                 self._seen[each] = self._seen.get(each, 0) + len(rows_JL)
                 if len(rows_JL):
-                    hidden_JI = torch.relu(rows_JL @ module.experts.up[expert].T).square()
+                    hidden_JI = torch.relu(rows_JL @ module.experts.up[expert].float().T).square()
                     found[f"{each}.up_proj"] = _larger(found[f"{each}.up_proj"], rows_JL)
                     found[f"{each}.down_proj"] = _larger(found[f"{each}.down_proj"], hidden_JI)
 

@@ -34,6 +34,8 @@ from nemotrt.model.hybrid import NemotronH
 from nemotrt.plugins import onnx_op
 from nemotrt.plugins.selective_scan import SPEC as SCAN
 
+EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "tiny"
+
 MAMBA = {"ssm_state_size": 128, "n_groups": 8, "conv_kernel": 4, "mamba_head_dim": 64}
 COMMON = {"model_type": "nemotron_h", "norm_eps": 1e-5, "tie_word_embeddings": False, **MAMBA}
 
@@ -81,24 +83,18 @@ print(time.perf_counter() - started, usage.ru_maxrss, status)
 
 
 def build(checkpoint: Path, bundle: Path) -> dict[str, float]:
-    """Seconds and peak resident bytes of `nemo-export build --no-validate` in a process of its own."""
+    """Seconds and peak resident bytes of `nemo-export build --no-validate`."""
+    return alone("build", checkpoint, "--output", bundle, "--no-validate", "--runtime", "onnx")
+
+
+def alone(command: str, *arguments: object) -> dict[str, float]:
+    """Seconds and peak resident bytes of a command of nemo-export in a process of its own."""
     tool = str(Path(sys.executable).with_name("nemo-export"))
-    command = [
-        tool,
-        "--quiet",
-        "build",
-        str(checkpoint),
-        "--output",
-        str(bundle),
-        "--no-validate",
-        "--runtime",
-        "onnx",
-    ]
-    launched = [sys.executable, "-S", "-c", LAUNCHER, *command]
+    launched = [sys.executable, "-S", "-c", LAUNCHER, tool, "--quiet", command, *map(str, arguments)]
     words = subprocess.run(launched, check=True, stdout=subprocess.PIPE, text=True).stdout.split()
     seconds, peak_kib, status = (float(word) for word in words[-3:])
     if status:
-        raise SystemExit(f"build failed with status {status:.0f}")
+        raise SystemExit(f"{command} failed with status {status:.0f}")
     return {"seconds": seconds, "peak_gb": peak_kib * 1024 / 1e9}
 
 
@@ -152,6 +148,19 @@ def dense() -> None:
         copied = _copy_seconds(Path(folder) / "checkpoint", Path(folder) / "copy")
         figures = build(Path(folder) / "checkpoint", Path(folder) / "bundle")
         report({"model": "1.27 B dense, bf16", "copy_of_the_checkpoint_seconds": copied, **figures})
+
+
+@main.command()
+@click.option("--preset", default="published", show_default=True, help="What is left out of FP8.")
+def quantize(preset: str) -> None:
+    """Calibrate and quantise that model on the built-in text, by the example's tokenizer."""
+    with tempfile.TemporaryDirectory(dir=".") as folder:
+        checkpoint = Path(folder) / "checkpoint"
+        write_checkpoint(DENSE_1270M, checkpoint, dtype=torch.bfloat16)
+        shutil.copy(EXAMPLE / "tokenizer.json", checkpoint)
+        shutil.copy(EXAMPLE / "tokenizer_config.json", checkpoint)
+        figures = alone("quantize", checkpoint, "--output", Path(folder) / "fp8", "--preset", preset)
+        report({"model": f"1.27 B dense, bf16 to fp8, {preset}", **figures})
 
 
 @main.command()

@@ -26,6 +26,7 @@ from nemotrt.exporter.validation_request import ValidationRequest
 from nemotrt.model.fp8 import FP8_MAX
 
 TINY = Path(__file__).resolve().parents[2] / "examples" / "tiny"
+TEXT = (np.arange(90) % 96,)
 IN_PROJ = "backbone.layers.0.mixer.in_proj"
 
 
@@ -82,6 +83,26 @@ def test_a_calibrated_checkpoint_reads_back(tmp_path: Path, preset: str, per_out
             assert torch.equal(tensor, plain[name])
 
 
+def test_what_predicts_further_tokens_stays_as_it_is_and_is_said_to(tmp_path: Path) -> None:
+    """vLLM reads a draft model from the same folder, by the same description."""
+    checkpoint = write_checkpoint(tmp_path / "plain")
+    file = checkpoint / "model.safetensors"
+    draft = torch.randn(8, 8)
+    save_file(load_file(file) | {"mtp.layers.0.mixer.up_proj.weight": draft}, file)
+    model = load(checkpoint)
+    (tmp_path / "fp8").mkdir()
+    quantize(model, recipe_of(model.config, "conservative", (), kv_cache=True), TEXT, tmp_path / "fp8")
+    assert torch.equal(
+        load_file(tmp_path / "fp8" / "model.safetensors")["mtp.layers.0.mixer.up_proj.weight"], draft
+    )
+    for name, place in (
+        ("config.json", ("quantization_config", "ignore")),
+        ("hf_quant_config.json", ("quantization", "exclude_modules")),
+    ):
+        said = json.loads((tmp_path / "fp8" / name).read_text())
+        assert "mtp*" in said[place[0]][place[1]]
+
+
 def test_a_layer_that_gives_nothing_but_zero_is_named(tmp_path: Path) -> None:
     checkpoint = write_checkpoint(tmp_path / "plain")
     file = checkpoint / "model.safetensors"
@@ -92,7 +113,7 @@ def test_a_layer_that_gives_nothing_but_zero_is_named(tmp_path: Path) -> None:
     (tmp_path / "fp8").mkdir()
     recipe = recipe_of(model.config, "published", (), kv_cache=True)
     with pytest.raises(UsageError, match=rf"{IN_PROJ} saw nothing but 0"):
-        quantize(model, recipe, (np.arange(90) % 96,), tmp_path / "fp8")
+        quantize(model, recipe, TEXT, tmp_path / "fp8")
 
 
 @pytest.mark.parametrize(
@@ -116,7 +137,7 @@ def test_a_layer_that_cannot_be_calibrated_is_named(
     (tmp_path / "fp8").mkdir()
     recipe = recipe_of(model.config, "conservative", (), kv_cache=True)
     with pytest.raises(UsageError, match=message):
-        quantize(model, recipe, (np.arange(90) % 96,), tmp_path / "fp8")
+        quantize(model, recipe, TEXT, tmp_path / "fp8")
     assert not list((tmp_path / "fp8").iterdir())
 
 
