@@ -122,10 +122,13 @@ class Gate:
 
 @dataclass(frozen=True)
 class TextFigure:
-    """How far a quantised model is from what it was on text; each value has its standard error."""
+    """How far one model is from another on text; each value has its standard error."""
 
     name: str
-    """`quantisation`: the reference as quantised; `total`: what was built."""
+    """`conversion`: what was built, against the reference quantised alike; `floor`: PyTorch in its precision, so too.
+
+    `quantisation`: the reference as quantised, against what it was before; `total`: what was built, so too.
+    """
     mean_kl: float
     """Nats a token."""
     mean_kl_error: float
@@ -148,12 +151,12 @@ class LayerCost:
 
 @dataclass(frozen=True)
 class TextReport:
-    """What quantisation costs on a text; layers in order of their cost, the dearest first."""
+    """What was built on a text, and what quantisation costs; layers in order of their cost, the dearest first."""
 
     text: str
     num_tokens: int
     base: str
-    """The checkpoint that was quantised."""
+    """The checkpoint that was quantised; empty where none was."""
     figures: tuple[TextFigure, ...]
     layers: tuple[LayerCost, ...]
 
@@ -328,7 +331,7 @@ class ValidationReport:
     """How often, in each scenario, a token got other experts than the reference gives it: those of near ties."""
     not_compared: tuple[str, ...]
     text: TextReport | None = None
-    """What quantisation costs, where there was a text to measure it on."""
+    """What was built on a text, where there was one."""
     next_token: tuple[NextToken, ...] = ()
     layers: tuple[LayerError, ...] = ()
     ops: tuple[OpError, ...] = ()

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from nemotrt.exporter.errors import UsageError
 from nemotrt.exporter.runtime.tokenizer import TOKENIZER, Tokenizer
 
-BUILT_IN = "calibration.txt"
-"""In the package; written for this project and under its licence."""
+BUILT_IN, EVALUATION = "calibration.txt", "evaluation.txt"
+"""In the package; written for this project and under its licence. Nothing is calibrated on the second."""
 
 SEQUENCE = 512
 """Tokens of a sequence: longer texts are cut."""
@@ -54,6 +54,11 @@ def sequences(checkpoint: Path, text: Path | None, bos: int | None) -> Sequences
     if total < LEAST:
         raise UsageError(f"{name} has {total} tokens; at least {LEAST} are needed", hint="give a longer text")
     return tuple(found)
+
+
+def evaluation_text() -> Path:
+    """The built-in text to judge on."""
+    return Path(str(resources.files("nemotrt.exporter.texts").joinpath(EVALUATION)))
 
 
 def _documents(path: Path | None) -> Iterator[str]:

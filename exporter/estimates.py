@@ -71,9 +71,10 @@ def graph_bytes(model: LoadedModel, precision: str) -> int:
     return _parameters_of(model) * BYTES[precision]
 
 
-def check_memory(model: LoadedModel, *, hint: str) -> None:
-    """Raise UsageError when the comparison with PyTorch needs more memory than there is."""
-    wanted, there = _validate_memory(_parameters_of(model), model.config.vocab_size), memory_bytes()
+def check_memory(model: LoadedModel, *, hint: str, copies: float = 1.0) -> None:
+    """Raise UsageError when so many copies in PyTorch, in FP32, need more memory than there is."""
+    parameters = int(copies * _parameters_of(model))
+    wanted, there = _validate_memory(parameters, model.config.vocab_size), memory_bytes()
     if wanted > there:
         raise UsageError(
             f"the comparison with PyTorch needs about {wanted / 1e9:.3g} GB of memory,"

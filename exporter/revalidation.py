@@ -10,7 +10,7 @@ from pathlib import Path
 from nemotrt.exporter import estimates
 from nemotrt.exporter import golden as goldens
 from nemotrt.exporter.artifacts import LoadedModel, ValidationReport, WeightSource
-from nemotrt.exporter.calibration_text import sequences
+from nemotrt.exporter.calibration_text import MOST, Sequences, sequences
 from nemotrt.exporter.candidates import candidate_of, graph_of
 from nemotrt.exporter.comparison import Candidate, Leader, Recording, compare
 from nemotrt.exporter.config import DRIFT_STEPS, PRECISION_OF_DTYPE, BuildConfig
@@ -74,8 +74,8 @@ def _by_pytorch(request: ValidationRequest, console: Console) -> ValidationRepor
     with console.stage("load", str(checkpoint or bundle)):
         subject = subject_of(bundle, checkpoint, request.base)
         candidate = candidate_of(bundle, subject.manifest, engine=request.engine)
-    if (text or request.base) and not (text and subject.base):
-        raise UsageError(*_cannot_measure(subject, text))
+    _check_base(subject, text, request.base)
+    tokens = _tokens(subject, bundle, text) if text else ()
     report = (
         _of_layers(request, subject, console)
         if request.layers_alone
@@ -84,7 +84,7 @@ def _by_pytorch(request: ValidationRequest, console: Console) -> ValidationRepor
     if request.bisect:
         report = _bisected(report, subject, request.seed or 0, console)
     report = dataclasses.replace(report, not_compared=(*report.not_compared, *_unproved(subject, bundle)))
-    return _with_text(report, subject, subject.base, text, console) if text and subject.base else report
+    return _with_text(report, subject, tokens, text.name, console) if text else report
 
 
 def _unproved(subject: Subject, bundle: Path) -> tuple[str, ...]:
@@ -158,33 +158,48 @@ def subject_of(bundle: Path, checkpoint: Path | None, base: Path | None) -> Subj
     return Subject(manifest, config, graph_of(bundle, manifest), model, before)
 
 
-def _cannot_measure(subject: Subject, text: Path | None) -> tuple[str, ...]:
-    if not subject.model.config.recipe:
-        return ("--eval and --base measure what quantisation costs, and this bundle is not quantised",)
-    if not text:
-        return ("--base has no effect without --eval: there is no text to measure on",)
-    return (
-        "--eval measures against the model before it was quantised, which is not known: give it with --base,"
-        " or with --checkpoint if the build quantised it",
-    )
+def _check_base(subject: Subject, text: Path | None, base: Path | None) -> None:
+    is_quantised = bool(subject.model.config.recipe)
+    if base and not is_quantised:
+        raise UsageError("--base is what a bundle was quantised from, and this one is not quantised")
+    if base and not text:
+        raise UsageError("--base has no effect without --eval: there is no text to measure on")
+    if text and is_quantised and not subject.base:
+        raise UsageError(
+            "--eval measures against the model before it was quantised, which is not known: give it with --base,"
+            " or with --checkpoint if the build quantised it"
+        )
+
+
+def _tokens(subject: Subject, bundle: Path, text: Path) -> Sequences:
+    """Read, and refused, before anything is compared."""
+    from nemotrt.exporter.text_quality import num_copies
+
+    tokens = sequences(bundle, text, subject.model.config.bos_token_id)
+    hint = "--eval runs the model more than once side by side; leave it out"
+    estimates.check_memory(subject.model, hint=hint, copies=num_copies(subject.base))
+    return tokens
 
 
 def _with_text(
-    report: ValidationReport, subject: Subject, base: LoadedModel, text: Path, console: Console
+    report: ValidationReport, subject: Subject, tokens: Sequences, name: str, console: Console
 ) -> ValidationReport:
     from nemotrt.exporter import text_quality
-    from nemotrt.exporter.stages.validate import NO_TEXT
+    from nemotrt.exporter.stages.validate import NO_COST, NO_TEXT
 
-    tokens = sequences(base.folder, text, base.config.bos_token_id)
-    what = f"{sum(map(len, tokens)):,} tokens of {text.name}"
-    with console.stage("text", what, total=text_quality.num_runs(subject.model, tokens)) as advance:
+    model, base, total = subject.model, subject.base, sum(map(len, tokens))
+    runs = text_quality.num_runs(model, base, tokens)
+    with console.stage("text", f"{total:,} tokens of {name}", total=runs) as advance:
         measured = text_quality.measure(
-            subject.model, base, subject.config, subject.graph, tokens, text.name, advance=advance
+            model, base, subject.config, subject.graph, tokens, name, advance=advance
         )
+    left_out = [entry for entry in report.not_compared if entry not in (NO_TEXT, NO_COST)]
+    if total >= MOST:
+        left_out.append(f"{name} beyond its first {MOST:,} tokens")
     return dataclasses.replace(
         report,
         gates=(*report.gates, *text_quality.gates(measured)),
-        not_compared=tuple(entry for entry in report.not_compared if entry != NO_TEXT),
+        not_compared=tuple(left_out),
         text=measured,
     )
 

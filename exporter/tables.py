@@ -292,8 +292,8 @@ def report(found: ValidationReport) -> list[RenderableType]:
 
 
 def _text(found: TextReport) -> list[RenderableType]:
-    """What quantisation costs, and which layers it costs most in."""
-    title = f"{found.num_tokens:,} tokens of {found.text}, against {found.base}"
+    """What was built on text, what quantisation costs, and which layers it costs most in."""
+    title = f"{found.num_tokens:,} tokens of {found.text}" + (f", before: {found.base}" if found.base else "")
     figures = _table(title, "mean KL", "same best token", "perplexity ratio")
     for figure in found.figures:
         figures.add_row(
@@ -302,6 +302,8 @@ def _text(found: TextReport) -> list[RenderableType]:
             f"{100 * figure.same_top:.2f}% ± {100 * figure.same_top_error:.2f}%",
             f"{figure.perplexity_ratio:.5f} ± {figure.perplexity_ratio_error:.5f}",
         )
+    if not found.layers:
+        return ["", figures]
     layers = _table("layer", "kind", "mean KL, this layer alone quantised", right=("layer",))
     for cost in found.layers[:MAX_LAYERS]:
         kind = Text(cost.kind, COLOURS.get(cost.kind, ""))

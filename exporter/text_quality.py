@@ -1,12 +1,14 @@
-"""What quantisation costs on text: the reference as quantised, and the graph, against the model as it was before.
+"""What a bundle does on text, beside the reference: the graph's own loss, and what quantisation costs.
 
-Three figures are kept apart. *Conversion*, the graph against the reference as quantised, is what a validation's gates
-judge on any tokens; *quantisation* and *total* need a trained model and real text, and are measured here.
+Three figures are kept apart. *Conversion* is the graph against the same model in PyTorch, quantised alike, and is held
+to three times PyTorch's own loss at that precision, the *floor*. Of a model that was quantised, *quantisation* is the
+reference as quantised against the model as it was before, and *total* the graph against that.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,21 +18,38 @@ from numpy.typing import NDArray
 from nemotrt.exporter import metrics
 from nemotrt.exporter.artifacts import Gate, LayerCost, LoadedModel, TextFigure, TextReport
 from nemotrt.exporter.calibration_text import SEQUENCE, Sequences
-from nemotrt.exporter.config import BuildConfig
+from nemotrt.exporter.config import COMPUTE_DTYPES, BuildConfig
+from nemotrt.exporter.gates import FLOOR_FACTOR
+from nemotrt.exporter.routing import num_rerouted
 from nemotrt.exporter.runners import Array, GraphRunner
 from nemotrt.exporter.runtime.step import StepInputs, pages_of
 from nemotrt.exporter.torch_runner import TorchRunner
 
 MEAN_KL, OTHER_TOP, PERPLEXITY_RATIO = 0.02, 0.03, 1.01
-"""Limits on the text: nats a token, the share of tokens whose best differs, and how much perplexity may grow."""
+"""Limits of what quantisation may cost: nats a token, the share of tokens whose best differs, growth of perplexity."""
+
+FP32_MEAN_KL = 1e-6
+"""FP32's logits may be off by 1e-4 of themselves: some 1e-3 of logits that reach 10, and KL is half its square."""
 
 ATTRIBUTION_SEQUENCES = 4
 """Of the text, for what each layer costs: it runs once more for each layer."""
 
+CONVERSION, FLOOR, QUANTISATION, TOTAL = "conversion", "floor", "quantisation", "total"
+
+
+@dataclass(frozen=True)
+class _Runners:
+    """The graph, the same model in FP32 and at the graph's precision, and the model before it was quantised."""
+
+    built: GraphRunner
+    reference: TorchRunner
+    floor: TorchRunner | None
+    before: TorchRunner | None
+
 
 def measure(
     model: LoadedModel,
-    base: LoadedModel,
+    base: LoadedModel | None,
     config: BuildConfig,
     graph: Path,
     text: Sequences,
@@ -38,24 +57,71 @@ def measure(
     *,
     advance: Callable[[int], None] = lambda _: None,
 ) -> TextReport:
-    """The figures of the quantised model and of its graph against `base`, and what each layer's quantisation costs.
+    """The figures of the graph, and with a `base`, from which the model was quantised, what that and each layer cost.
 
     `advance` hears of the sequences that were run, `num_runs` in all.
     """
-    before = TorchRunner(base, base.pools(config), torch.float32)
-    quantised = TorchRunner(model, model.pools(config), torch.float32)
+    dtype, pools = COMPUTE_DTYPES[config.precision], model.pools(config)
     pages = 1 + pages_of(SEQUENCE, config.page_size)
-    built = GraphRunner(graph, num_slots=2, num_pages=pages)
-    steps = [_step(sequence, config.page_size) for sequence in text]
+    runners = _Runners(
+        built=GraphRunner(graph, num_slots=2, num_pages=pages, bound=False),
+        reference=TorchRunner(model, pools, torch.float32),
+        floor=TorchRunner(model, pools, getattr(torch, dtype)) if dtype != "float32" else None,
+        before=TorchRunner(base, base.pools(config), torch.float32) if base else None,
+    )
     zeros = _zeros(model, config, pages)
-    quantisation, total = _Tally(), _Tally()
-    for runner in (before, quantised, built):
-        runner.reset(zeros)
+    for runner in (runners.built, runners.reference, runners.floor, runners.before):
+        if runner:
+            runner.reset(zeros)
+    tallies: dict[str, _Tally] = {}
+    steps = [_step(sequence, config.page_size) for sequence in text]
     for inputs in steps:
-        reference = before.step(inputs)
-        quantisation.add(quantised.step(inputs), reference, inputs)
-        total.add(built.step(inputs), reference, inputs)
-        advance(3)
+        for figure, (candidate, reference) in _figures(runners, inputs).items():
+            tallies.setdefault(figure, _Tally()).add(candidate, reference, inputs)
+        advance(1)
+    costs: list[LayerCost] = []
+    if runners.before:
+        costs = _costs(model, runners.before, runners.reference, steps, zeros, advance)
+    return TextReport(
+        text=name,
+        num_tokens=sum(map(len, text)),
+        base=base.folder.resolve().name if base else "",
+        figures=tuple(tally.figure(figure) for figure, tally in tallies.items()),
+        layers=tuple(sorted(costs, key=lambda cost: -cost.mean_kl)),
+    )
+
+
+def _figures(runners: _Runners, inputs: StepInputs) -> dict[str, tuple[Array, Array]]:
+    """Logits of one sequence, which is fresh, for each figure: the candidate's, and what they are compared with."""
+    seen, expected = runners.built.step(inputs), runners.reference.step(inputs)
+    own = runners.reference.router_logits()
+
+    def beside(runner: GraphRunner | TorchRunner) -> Array:
+        """The reference on the runner's choice of experts: near ties are no loss."""
+        leader = runner.router_logits()
+        if not num_rerouted(runners.reference.choosing, [own], [leader]):
+            return expected
+        return runners.reference.step(inputs, leader)
+
+    found = {CONVERSION: (seen, beside(runners.built))}
+    if runners.floor:
+        lowered = runners.floor.step(inputs)
+        found[FLOOR] = (lowered, beside(runners.floor))
+    if runners.before:
+        before = runners.before.step(inputs)
+        found |= {QUANTISATION: (expected, before), TOTAL: (seen, before)}
+    return found
+
+
+def _costs(
+    model: LoadedModel,
+    before: TorchRunner,
+    quantised: TorchRunner,
+    steps: list[StepInputs],
+    zeros: dict[str, NDArray[np.float32]],
+    advance: Callable[[int], None],
+) -> list[LayerCost]:
+    """What quantising each layer alone costs."""
     costs = []
     for layer in _quantised_layers(model):
         tally = _Tally()
@@ -65,35 +131,62 @@ def measure(
             with before.borrowed(quantised, layer):
                 before.reset(zeros)
                 tally.add(before.step(inputs), reference, inputs)
-            advance(2)
+            advance(1)
         figure = tally.figure("")
         kind = model.config.numbered_layers[layer]
         costs.append(LayerCost(layer, kind, figure.mean_kl, figure.mean_kl_error))
-    return TextReport(
-        text=name,
-        num_tokens=sum(map(len, text)),
-        base=base.folder.name,
-        figures=(quantisation.figure("quantisation"), total.figure("total")),
-        layers=tuple(sorted(costs, key=lambda cost: -cost.mean_kl)),
-    )
+    return costs
 
 
-def num_runs(model: LoadedModel, text: Sequences) -> int:
-    """Sequences that `measure` runs."""
-    return 3 * len(text) + 2 * len(_quantised_layers(model)) * min(len(text), ATTRIBUTION_SEQUENCES)
+def num_copies(base: LoadedModel | None) -> float:
+    """Of the weights in FP32, that `measure` holds at most."""
+    return 2.5 if base else 1.5
+
+
+def num_runs(model: LoadedModel, base: LoadedModel | None, text: Sequences) -> int:
+    """Sequences that `measure` tells of."""
+    attributed = len(_quantised_layers(model)) * min(len(text), ATTRIBUTION_SEQUENCES) if base else 0
+    return len(text) + attributed
 
 
 def gates(report: TextReport) -> tuple[Gate, ...]:
-    """Each figure against its limit."""
-    return tuple(
-        Gate(f"text {report.text}", figure.name, metric, value, limit)
+    """Conversion against the floor, or FP32's limits; what quantisation costs against its own."""
+    figures = {figure.name: figure for figure in report.figures}
+    scenario = f"text {report.text}"
+    found = [
+        Gate(scenario, figure.name, metric, value, limit)
         for figure in report.figures
+        if figure.name in (QUANTISATION, TOTAL)
         for metric, value, limit in (
             ("mean KL", figure.mean_kl, MEAN_KL),
             ("other best token", 1 - figure.same_top, OTHER_TOP),
             ("perplexity ratio", figure.perplexity_ratio, PERPLEXITY_RATIO),
         )
-    )
+    ]
+    own, floor = figures[CONVERSION], figures.get(FLOOR)
+    return (*_conversion(scenario, own, floor, report.num_tokens), *found)
+
+
+def _conversion(scenario: str, own: TextFigure, floor: TextFigure | None, num_tokens: int) -> list[Gate]:
+    growth, other = abs(own.perplexity_ratio - 1), 1 - own.same_top
+    # A floor without a flip may as well have had one, and a ratio that came out right is luck within its error.
+    one = 1 / num_tokens
+    if floor is None:
+        spread = (2 * FP32_MEAN_KL) ** 0.5
+        return [
+            Gate(scenario, CONVERSION, "mean KL", own.mean_kl, FP32_MEAN_KL),
+            Gate(scenario, CONVERSION, "other best token", other, (FLOOR_FACTOR + 0.5) * one),
+            Gate(scenario, CONVERSION, "perplexity's change", growth, spread),
+        ]
+    flips, drift = 1 - floor.same_top, abs(floor.perplexity_ratio - 1)
+    luck = max(drift, floor.perplexity_ratio_error)
+    return [
+        Gate(scenario, CONVERSION, "mean KL", own.mean_kl, FLOOR_FACTOR * floor.mean_kl, floor.mean_kl),
+        Gate(
+            scenario, CONVERSION, "other best token", other, FLOOR_FACTOR * max(flips, one) + one / 2, flips
+        ),
+        Gate(scenario, CONVERSION, "perplexity's change", growth, FLOOR_FACTOR * luck, drift),
+    ]
 
 
 def _quantised_layers(model: LoadedModel) -> list[int]:

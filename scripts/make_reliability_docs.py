@@ -51,6 +51,9 @@ REFUSALS: Mapping[Callable[..., None], Mapping[str, Refusal]] = {
         name: (says, 2) for name, (_, _, says) in bad_places.PLACES.items()
     },
     test_bad_input.test_a_bad_bundle: {name: (says, 7) for name, (_, says) in bad_bundles.ALL.items()},
+    test_bad_input.test_a_text_to_judge_on: {
+        name: (says, 2) for name, (_, _, says) in bad_bundles.EVALS.items()
+    },
     test_bad_input.test_a_prompt_that_cannot_be_answered: {
         name: (says, 2) for name, (_, says) in bad_bundles.PROMPTS.items()
     },

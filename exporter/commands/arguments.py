@@ -50,6 +50,18 @@ class ExistingPath(click.Path):
         return [CompletionItem(incomplete, type="dir" if self._is_folder else "file")]
 
 
+class EvaluationText(ExistingPath):
+    """A text file, or `default` for the built-in text."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The file's path."""
+        if value == "default":
+            from nemotrt.exporter.calibration_text import evaluation_text
+
+            return evaluation_text()
+        return super().convert(value, param, ctx)
+
+
 def _near(path: Path) -> Path | None:
     """The path with its first name that does not exist replaced by one that does and looks like it."""
     for parent in reversed(path.parents):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from nemotrt.exporter.commands.arguments import BUNDLE, FOLDER, JSON, ExistingPath, command
+from nemotrt.exporter.commands.arguments import BUNDLE, FOLDER, JSON, EvaluationText, ExistingPath, command
 from nemotrt.exporter.config import DRIFT_STEPS
 from nemotrt.exporter.console import Console
 from nemotrt.exporter.errors import NotFiniteError, ValidationError
@@ -40,8 +40,9 @@ OUTPUT_FILE = click.Path(dir_okay=False, writable=True, path_type=Path)
 @click.option(
     "--eval",
     "text",
-    type=ExistingPath(),
-    help="Text (.txt, .jsonl) on which to measure what FP8 costs; its limits are gates.",
+    type=EvaluationText(),
+    metavar="FILE|default",
+    help="Text (.txt, .jsonl) on which to compare, and to measure what FP8 costs; `default` is a built-in one.",
 )
 @click.option(
     "--base",

@@ -22,7 +22,8 @@ from nemotrt.exporter.torch_reference import Follower, record
 PROMPT, DECODE = 96, 64
 """Tokens of the prompt, and tokens decoded after it."""
 
-NO_TEXT = "what quantisation costs: no text was given (nemo-export validate --eval FILE)"
+NO_TEXT = "text: none was given (nemo-export validate --eval FILE, or default)"
+NO_COST = "what quantisation costs: no text was given (nemo-export validate --eval FILE)"
 
 
 def validate(
@@ -118,7 +119,7 @@ def _left_out(model: LoadedModel, config: BuildConfig) -> tuple[str, ...]:
     return (
         *(f"{name}: not exported" for name in model.not_exported),
         *((f"the whole model: {partial_model(chosen)}",) if chosen else ()),
-        *((NO_TEXT,) if model.config.recipe else ()),
+        NO_COST if model.config.recipe else NO_TEXT,
         *(f"range of keys and values: {note}" for note in cache_notes(model.config, config.kv_dtype)),
     )
 

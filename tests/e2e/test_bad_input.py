@@ -270,6 +270,23 @@ def test_a_prompt_that_cannot_be_answered(tmp_path: Path, bundle: Path, name: st
     assert result.stdout == ""
 
 
+@pytest.mark.parametrize("name", bad_bundles.EVALS)
+def test_a_text_to_judge_on(tmp_path: Path, bundle: Path, name: str) -> None:
+    """Refused by `validate --eval` before anything is compared."""
+    file, content, says = bad_bundles.EVALS[name]
+    (tmp_path / file).write_bytes(content)
+    result = run("validate", bundle, "--eval", file)
+    refused(result, says, 2)
+    assert "validate  " not in result.stderr
+
+
+def test_a_text_without_a_tokenizer(tmp_path: Path) -> None:
+    """Refused by `validate --eval`, exit 2: `has no tokenizer.json, and text cannot be read without it`."""
+    small_checkpoint()
+    assert run(*BUILD, "out").exit_code == 0
+    refused(run("validate", "out", "--eval", "default"), "has no tokenizer.json, and text cannot be read", 2)
+
+
 def test_survived_force_replaces_a_bundle(tmp_path: Path, bundle: Path) -> None:
     """`--force` replaces a bundle, a damaged one too, and leaves nothing of it."""
     shutil.copytree(bundle, tmp_path / "out")

@@ -146,7 +146,9 @@ def test_text_figures_of_a_model_against_itself_are_nothing_and_attribute_nothin
     model = load(config.checkpoint)
     text = tuple(np.random.default_rng(0).integers(0, 96, (2, 40)))
     found = text_quality.measure(model, model, config, graph, text, "random")
-    quantisation, total = found.figures
+    figures = {figure.name: figure for figure in found.figures}
+    assert list(figures) == ["conversion", "floor", "quantisation", "total"]
+    quantisation, total = figures["quantisation"], figures["total"]
     assert (quantisation.mean_kl, quantisation.same_top, quantisation.perplexity_ratio) == (0.0, 1.0, 1.0)
     assert total.mean_kl > 0  # BF16's own
     assert {cost.layer for cost in found.layers} == {0, 1, 2, 3, 4, 5}

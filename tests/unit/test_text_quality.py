@@ -1,0 +1,80 @@
+"""What is built, on text: a right graph passes beside the floor, and a wrong one does not."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from faults import Graph, broken
+
+from nemotrt.exporter import text_quality
+from nemotrt.exporter.artifacts import LoadedModel, TextFigure, TextReport
+from nemotrt.exporter.calibration_text import BUILT_IN, EVALUATION, evaluation_text, sequences
+from nemotrt.exporter.config import BuildConfig
+from nemotrt.exporter.stages.load import load
+from nemotrt.exporter.stages.lower import lower
+from nemotrt.exporter.stages.trace import trace
+
+TINY = Path(__file__).resolve().parents[2] / "examples" / "tiny"
+TOKENS = tuple(np.random.default_rng(0).integers(0, 96, (4, 64)))
+
+
+@pytest.fixture(scope="module")
+def loaded(checkpoint: Path) -> LoadedModel:
+    return load(checkpoint)
+
+
+def built(model: LoadedModel, folder: Path, precision: str) -> BuildConfig:
+    config = BuildConfig(checkpoint=model.folder, output=folder, precision=precision)
+    lower(model, trace(model, config), folder / "model.onnx")
+    return config
+
+
+def failed(report: TextReport) -> set[str]:
+    return {gate.metric for gate in text_quality.gates(report) if not gate.passed}
+
+
+def scaled(graph: Graph) -> None:
+    graph.weight("lm_head.weight")[:] *= 1.03
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+def test_a_graph_is_judged_on_text(loaded: LoadedModel, tmp_path: Path, precision: str) -> None:
+    config = built(loaded, tmp_path, precision)
+    heard: list[int] = []
+    arguments = (loaded, None, config, tmp_path / "model.onnx", TOKENS, "random")
+    found = text_quality.measure(*arguments, advance=heard.append)
+    assert not failed(found), text_quality.gates(found)
+    assert [figure.name for figure in found.figures] == (
+        ["conversion"] if precision == "fp32" else ["conversion", "floor"]
+    )
+    assert not found.layers
+    assert sum(heard) == text_quality.num_runs(loaded, None, TOKENS)
+    broken(tmp_path / "model.onnx", scaled)
+    assert "mean KL" in failed(text_quality.measure(*arguments))
+
+
+def report(own: TextFigure, floor: TextFigure) -> TextReport:
+    return TextReport("t", 1000, "", (own, replace(floor, name="floor")), ())
+
+
+def test_what_a_short_text_cannot_tell_is_no_alarm() -> None:
+    """A floor that flipped no token may have flipped one, and its perplexity may have come out right by luck."""
+    floor = TextFigure("floor", 1e-4, 1e-5, 1.0, 0.0, 1.0, 1e-4)
+    own = replace(floor, name="conversion", same_top=0.997, perplexity_ratio=1.0002)
+    assert not failed(report(own, floor))
+    assert failed(report(replace(own, same_top=0.996), floor)) == {"other best token"}
+    assert failed(report(replace(own, perplexity_ratio=0.9996), floor)) == {"perplexity's change"}
+    assert failed(report(replace(own, mean_kl=3.1e-4), floor)) == {"mean KL"}
+    assert failed(report(replace(own, mean_kl=float("nan")), floor)) == {"mean KL"}
+
+
+def test_nothing_is_calibrated_on_what_is_judged_by_default() -> None:
+    held_out = evaluation_text()
+    assert held_out.name == EVALUATION
+    calibrated = held_out.with_name(BUILT_IN).read_text(encoding="utf-8")
+    paragraphs = [line for line in held_out.read_text(encoding="utf-8").splitlines() if len(line) > 40]
+    assert not [line for line in paragraphs if line in calibrated]
+    assert sum(map(len, sequences(TINY, held_out, 1))) > 1000
