@@ -14,20 +14,18 @@ from typing import Any
 
 from nemotrt.exporter import environment, estimates
 from nemotrt.exporter.artifacts import WeightSource
-from nemotrt.exporter.config import COMPUTE_DTYPES, PRECISION_OF_DTYPE, PRESETS, BuildConfig
+from nemotrt.exporter.config import COMPUTE_DTYPES, PRECISION_OF_DTYPE, PRESETS
 from nemotrt.exporter.errors import CheckpointError, CompileError, ExportError, UsageError
 from nemotrt.exporter.inspection import Part, Weight, parts, state_of
-from nemotrt.exporter.kernel_support import check_supported
 from nemotrt.exporter.layer_selection import only_layers, partial_model
 from nemotrt.exporter.modelopt import cache_notes, stored_recipe, with_recipe
 from nemotrt.exporter.presets import recipe_of
-from nemotrt.exporter.runtime.backends import BACKENDS, Backend
 from nemotrt.exporter.runtime.tokenizer import TOKENIZER
+from nemotrt.exporter.runtime_facts import RuntimeFact, engine_target, engines, runtime_facts
 from nemotrt.exporter.stages.load import Survey, check_side_files, match, parse_config, read_config
-from nemotrt.exporter.targets import AUTO, ONNX, Target, settle
+from nemotrt.exporter.targets import AUTO, ONNX, settle
 from nemotrt.exporter.tensor_files import DTYPES, StoredTensor, open_checkpoint, read_json
 from nemotrt.model.config import ModelConfig
-from nemotrt.model.pools import pool_specs
 
 FIRST_EXPERT = re.compile(r"(.*\.experts\.)0(\..*)")
 
@@ -49,15 +47,6 @@ class Problem:
 
     message: str
     hint: str
-
-
-@dataclass(frozen=True)
-class RuntimeFact:
-    """A runtime, whether a build makes what it runs, and why or how."""
-
-    name: str
-    is_built: bool
-    why: str
 
 
 @dataclass(frozen=True)
@@ -166,6 +155,7 @@ def check(
     *,
     runtime: str = AUTO,
     sms: tuple[int, ...] = (),
+    link: bool = False,
 ) -> Check:
     """What a build of the subject at `precision` (the checkpoint's own if empty) would do, beside `where`.
 
@@ -176,21 +166,20 @@ def check(
     config = subject.config
     precision = precision or ("fp8" if config.recipe else PRECISION_OF_DTYPE[config.dtype])
     survey = match(config, subject.stored)
-    problems: list[ExportError] = list(survey.problems)
     built, refused = _as_built(config, precision)
-    problems += refused
-    if (folder := subject.folder) is not None:
-        problems += _raised(lambda: check_side_files(folder, config))
-    if sms or runtime not in (AUTO, ONNX):
-        problems += _raised(lambda: _target(built, runtime, sms, precision))
-    elif runtime == ONNX:
-        settle(runtime, sms, precision)
+    problems = [*survey.problems, *refused, *_problems_around(subject, built, runtime, sms, precision)]
     if scan is not None:
         problems += _scan(survey, _dtypes(config, precision), scan)
-    sources = [tensor for source in survey.weights.values() for tensor in source.tensors]
-    parameters = estimates.num_parameters(sources)
-    kinds = len(set(config.layers))
-    stages = estimates.stages(parameters, config.vocab_size, kinds, precision)
+    work = estimates.work(
+        built,
+        survey.weights,
+        len(subject.stored),
+        precision,
+        link=link,
+        is_stored=subject.folder is not None,
+        engines=engines(built, runtime, sms, precision),
+    )
+    stages = estimates.stages(work)
     free = shutil.disk_usage(where).free
     return Check(
         name=subject.name,
@@ -198,8 +187,8 @@ def check(
         problems=tuple(Problem(str(error), error.hint) for error in problems),
         notes=(*subject.notes, *_notes(subject, survey, stages, free)),
         num_tensors=len(subject.stored),
-        num_parameters=parameters,
-        num_active_parameters=parameters - _idle_parameters(config),
+        num_parameters=work.parameters,
+        num_active_parameters=work.parameters - _idle_parameters(config),
         layers=config.numbered_layers,
         parts=parts(
             config.numbered_layers,
@@ -209,7 +198,7 @@ def check(
         inert=config.inert,
         precision=precision,
         dtypes=_dtypes_by_kind(built, _dtypes(built, precision), precision),
-        runtimes=_runtimes(built, precision),
+        runtimes=runtime_facts(built, precision),
         tools=_tools(),
         memory_bytes=environment.memory_bytes(),
         disk_free_bytes=free,
@@ -217,6 +206,20 @@ def check(
         estimates=stages,
         values_scanned=scan is not None,
     )
+
+
+def _problems_around(
+    subject: Subject, built: ModelConfig, runtime: str, sms: tuple[int, ...], precision: str
+) -> list[ExportError]:
+    """Those of the checkpoint's other files, and of an engine that was asked for."""
+    problems: list[ExportError] = []
+    if (folder := subject.folder) is not None:
+        problems += _raised(lambda: check_side_files(folder, subject.config))
+    if sms or runtime not in (AUTO, ONNX):
+        problems += _raised(lambda: engine_target(built, runtime, sms, precision))
+    elif runtime == ONNX:
+        settle(runtime, sms, precision)
+    return problems
 
 
 def _as_built(config: ModelConfig, precision: str) -> tuple[ModelConfig, list[ExportError]]:
@@ -303,39 +306,6 @@ def _dtypes_by_kind(
     return {
         kind: {dtype: tuple(names) for dtype, names in by_dtype.items()} for kind, by_dtype in found.items()
     }
-
-
-def _runtimes(config: ModelConfig, precision: str) -> tuple[RuntimeFact, ...]:
-    how = {
-        "fp32": "ONNX Runtime runs it on the CPU as it is",
-        "fp16": "on a CPU, ONNX Runtime runs its FP32 twin, which rounds as the graph does",
-        "bf16": "on a CPU, ONNX Runtime runs its FP32 twin: it has no BF16 arithmetic there",
-        "fp8": "on a CPU, ONNX Runtime runs its FP32 twin: it has no BF16 and FP8 arithmetic there",
-    }
-    return (RuntimeFact(ONNX, True, how[precision]), *(_engine(config, one, precision) for one in BACKENDS))
-
-
-def _engine(config: ModelConfig, backend: Backend, precision: str) -> RuntimeFact:
-    try:
-        target = _target(config, backend.runtime, (), precision)
-    except (CompileError, UsageError) as error:
-        return RuntimeFact(backend.runtime, False, f"{error}: {error.hint}")
-    return RuntimeFact(backend.runtime, True, f"an engine for {target.gpus}")
-
-
-def _target(config: ModelConfig, runtime: str, sms: tuple[int, ...], precision: str) -> Target:
-    """What a build with the other flags' defaults would make an engine for; raises as it would."""
-    target = settle(runtime, sms, precision)
-    build = BuildConfig(Path(), Path(), precision=precision)
-    pools = pool_specs(
-        config,
-        page_size=build.page_size,
-        dtype=COMPUTE_DTYPES[precision],
-        state_dtype=COMPUTE_DTYPES[build.state_dtype],
-        kv_dtype="float8_e4m3fn" if config.recipe.kv_cache else COMPUTE_DTYPES[precision],
-    )
-    check_supported(config, build, pools, target.sms)
-    return target
 
 
 def _tools() -> tuple[Tool, ...]:

@@ -13,7 +13,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from nemotrt.exporter import weights
-from nemotrt.exporter.artifacts import LoadedModel, WeightSource
+from nemotrt.exporter.artifacts import WeightSource
 from nemotrt.exporter.environment import num_cores
 from nemotrt.exporter.errors import CheckpointError, UsageError
 from nemotrt.exporter.tensor_files import StoredTensor
@@ -63,9 +63,7 @@ def data_path(graph: Path) -> Path:
     return graph.with_name(graph.name + ".data")
 
 
-def lay_out(
-    parameters: Iterable[tuple[WeightSource, tuple[int, ...], torch.dtype]], *, link: bool
-) -> tuple[Placed, ...]:
+def lay_out(parameters: Iterable[weights.Wanted], *, link: bool) -> tuple[Placed, ...]:
     """Where each parameter goes; with `link`, one that the checkpoint holds as it is wanted stays there."""
     placed = []
     end = 0
@@ -230,16 +228,20 @@ def _write_all(target: int, data: memoryview, offset: int) -> int:
     return written
 
 
-def stored_bytes(model: LoadedModel, dtype: torch.dtype, *, link: bool) -> int:
-    """Bytes that `write` will bring to the disk, weights in `dtype`; pages' fill and repeated scales left out."""
+def num_real(placed: Iterable[Placed]) -> int:
+    """Bytes of the parameters, without those that a sparse checkpoint has as holes."""
     total = 0
-    for source in model.weights.values():
-        if link and weights.lies_as_wanted(source, dtype):
-            continue
-        for tensor in source.tensors:
-            with tensor.path.open("rb", buffering=0) as file:
-                if not is_hole(file.fileno(), tensor.offset, tensor.offset + tensor.length):
-                    total += math.prod(tensor.shape) * dtype.itemsize
+    with ExitStack() as stack:
+        files: dict[Path, int] = {}
+        for piece in (piece for one in placed for piece in _pieces(one)):
+            tensor = piece.tensor
+            if tensor is not None:
+                if tensor.path not in files:
+                    files[tensor.path] = stack.enter_context(tensor.path.open("rb", buffering=0)).fileno()
+                begin = tensor.offset
+                if is_hole(files[tensor.path], begin + piece.start, begin + piece.stop):
+                    continue
+            total += piece.end - piece.begin
     return total
 
 

@@ -1,20 +1,27 @@
-"""What a build will need, from shapes alone: no tensor is read.
+"""What a build will need, from headers alone: no tensor is read.
 
-Bytes written are exact to a page a tensor. Memory and time are rough: the rates were measured with a random model
-of 167 M parameters; what other models need was not.
+Bytes written are exact but for the graph itself. Memory and time are measured constants, by which
+`python scripts/estimates.py` finds each stage's estimate within a quarter of what then happens: memory is anonymous,
+without the pages of mapped files, which go when it is short; time is of one core of the machine of docs/performance.md.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from nemotrt.exporter.artifacts import LoadedModel
-from nemotrt.exporter.environment import memory_bytes
+from nemotrt.exporter.artifacts import LoadedModel, WeightSource
+from nemotrt.exporter.config import COMPUTE_DTYPES
+from nemotrt.exporter.environment import memory_bytes, num_cores
 from nemotrt.exporter.errors import CompileError, UsageError
 from nemotrt.exporter.tensor_files import StoredTensor
+from nemotrt.model.config import ModelConfig
+
+if TYPE_CHECKING:
+    from nemotrt.exporter.data_file import Placed
 
 BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "fp8": 1}
 
@@ -36,19 +43,41 @@ EXPERT_COPIES = 2
 PART_ROWS = 159
 """Rows of logits that the head alone gives."""
 
-ENGINE_BASE = 300_000_000
-ENGINE_COPIES = 2.2
-"""Of the weights, for TensorRT-RTX 1.7: 2.09 measured at 4.2 GB, 2.04 at 8.4 GB; one of them is the mapped graph."""
+ENGINE_MEMORY = 200_000_000
+"""Of TensorRT-RTX 1.7, beside the engine that it builds in memory; the graph's weights are mapped."""
+ENGINE_FILES = 15_000_000
+"""Bytes of the plugin library and of what TensorRT says of an engine."""
 
-TRACE_SECONDS = 1.0
-"""CPU seconds a kind of layer."""
-LOWER_RATE = 300e6
-"""Bytes written a CPU second."""
-HASH_RATE = 1.5e9
-"""Bytes a CPU second."""
+LOAD_MEMORY, TENSOR_MEMORY = 25_000_000, 800
+"""Of the program, and of each tensor of the checkpoint, of which half stays; writing takes the other half again."""
+TRACE_MEMORY, LOWER_MEMORY = 275_000_000, 15_000_000
+"""Of PyTorch with the traced graphs, and what writing weights adds."""
+GRAPH_FILE, GRAPH_LAYER = 35_000, 8_000
+"""Bytes of the graph without weights: the ops' bodies, and each layer's nodes."""
+
+IMPORT_SECONDS = 1.4
+"""CPU seconds in which PyTorch and ONNX are loaded, in the trace."""
+KIND_SECONDS = 0.07
+"""And for each kind of layer that is traced."""
+TENSOR_SECONDS = 11e-6
+"""CPU seconds a tensor of the checkpoint."""
+LAYER_SECONDS = 0.012
+"""CPU seconds for a layer's nodes."""
+READ_SECONDS, WRITE_SECONDS, CAST_SECONDS = 0.25e-9, 0.75e-9, 0.6e-9
+"""CPU seconds a byte of weights: read and judged; written; and converted to another dtype before."""
+PIECE_BYTES, PIECE_SECONDS = 4 << 20, 80e-6
+"""What is read and written at once, and CPU seconds for each, a hole too."""
+HASH_SECONDS = 0.65e-9
+"""CPU seconds a byte."""
 VALIDATE_SECONDS = {"fp32": 0.32e-6, "fp16": 0.55e-6, "bf16": 0.55e-6, "fp8": 0.6e-6}
 """CPU seconds a parameter, and VALIDATE_BASE for the steps themselves."""
 VALIDATE_BASE = 8.0
+KERNELS, KERNEL_SECONDS, LINK_SECONDS = 48, 0.6, 9.0
+"""Kernels of one SM and dtype, CPU seconds for each that is not in the cache, and those of linking them."""
+WORKER_MEMORY = 200_000_000
+"""Of a process that compiles kernels, one a core."""
+ENGINE_BASE_SECONDS, ENGINE_SECONDS = 2.0, 6e-9
+"""CPU seconds of TensorRT-RTX's builder, and for each byte of weights."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +88,71 @@ class StageEstimate:
     memory_bytes: int
     disk_bytes: int
     cpu_seconds: float
+    runtime: str = ""
+    """The only runtime whose builds have it; empty where all have."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What the cost of a build depends on; bytes are those of weights."""
+
+    num_tensors: int
+    layers: tuple[str, ...]
+    parameters: int
+    vocab_size: int
+    precision: str
+    graph_bytes: int
+    read_bytes: int
+    """Without holes of a sparse checkpoint, as the two below."""
+    written_bytes: int
+    """To the graph's data file, what fills its pages included."""
+    cast_bytes: int
+    """Of them, those that are stored in another dtype."""
+    bundle_bytes: int
+    """Of the files with weights in the bundle, the linked ones as a whole."""
+    engines: Mapping[str, int]
+    """Runtimes whose engines can be built, and for how many SMs."""
+
+
+def work(
+    config: ModelConfig,
+    sources: Mapping[str, WeightSource],
+    num_tensors: int,
+    precision: str,
+    *,
+    link: bool,
+    is_stored: bool,
+    engines: Mapping[str, int],
+) -> Work:
+    """What a build of the sources has to do; `is_stored` if the files that they name are there to be looked at."""
+    import torch
+
+    from nemotrt.exporter import data_file, weights
+
+    placed = data_file.lay_out(
+        weights.wanted(config, sources, getattr(torch, COMPUTE_DTYPES[precision])), link=link
+    )
+    own = [one for one in placed if one.linked is None]
+    cast = [one for one in own if any(getattr(torch, t.dtype) != one.dtype for t in one.source.tensors)]
+    linked = {one.linked for one in placed if one.linked is not None}
+    count = data_file.num_real if is_stored else _length
+    return Work(
+        num_tensors=num_tensors,
+        layers=config.layers,
+        parameters=num_parameters(tensor for source in sources.values() for tensor in source.tensors),
+        vocab_size=config.vocab_size,
+        precision=precision,
+        graph_bytes=_length(placed),
+        read_bytes=count(placed),
+        written_bytes=count(own) + data_file.end_of(own) - _length(own),
+        cast_bytes=count(cast),
+        bundle_bytes=data_file.end_of(placed) + sum(path.stat().st_size for path in linked if is_stored),
+        engines=engines,
+    )
+
+
+def _length(placed: Iterable[Placed]) -> int:
+    return sum(one.length for one in placed)
 
 
 def num_parameters(tensors: Iterable[StoredTensor]) -> int:
@@ -113,8 +207,8 @@ def _validate_memory(parameters: int, vocab_size: int) -> int:
 
 
 def engine_memory(weight_bytes: int) -> int:
-    """Bytes that the builder of an engine with so many bytes of weights has at its peak."""
-    return int(ENGINE_BASE + ENGINE_COPIES * weight_bytes)
+    """Bytes that the builder of an engine with so many bytes of weights has at its peak, the mapped graph left out."""
+    return ENGINE_MEMORY + weight_bytes
 
 
 def check_engine_memory(weight_bytes: int) -> None:
@@ -127,18 +221,54 @@ def check_engine_memory(weight_bytes: int) -> None:
         )
 
 
-def stages(parameters: int, vocab_size: int, kinds: int, precision: str) -> tuple[StageEstimate, ...]:
-    """Each stage of a build of so many parameters; `kinds` is how many kinds of layer there are."""
-    written = parameters * BYTES[precision]
+def stages(work: Work) -> tuple[StageEstimate, ...]:
+    """Each stage of a build, in order."""
+    tensors = TENSOR_MEMORY * work.num_tensors
+    lower = tensors + TRACE_MEMORY + LOWER_MEMORY
+    num_layers, kinds = len(work.layers), len(set(work.layers))
+    written = work.written_bytes + GRAPH_FILE + GRAPH_LAYER * num_layers
+    streamed = (
+        PIECE_SECONDS * work.graph_bytes / PIECE_BYTES
+        + READ_SECONDS * work.read_bytes
+        + WRITE_SECONDS * work.written_bytes
+        + CAST_SECONDS * work.cast_bytes
+    )
     return (
-        StageEstimate("load", 50_000_000, 0, 1.0),
-        StageEstimate("trace", BASE_MEMORY, 0, TRACE_SECONDS * kinds),
-        StageEstimate("lower", BASE_MEMORY, written, written / LOWER_RATE),
+        StageEstimate("load", LOAD_MEMORY + tensors, 0, TENSOR_SECONDS * work.num_tensors),
+        StageEstimate("trace", tensors // 2 + TRACE_MEMORY, 0, IMPORT_SECONDS + KIND_SECONDS * kinds),
+        StageEstimate("lower", lower, written, LAYER_SECONDS * num_layers + streamed),
+        *(
+            stage
+            for runtime, sms in work.engines.items()
+            for stage in _engine_stages(work, runtime, sms, lower)
+        ),
         StageEstimate(
             "validate",
-            _validate_memory(parameters, vocab_size),
+            _validate_memory(work.parameters, work.vocab_size),
             0,
-            VALIDATE_BASE + VALIDATE_SECONDS[precision] * parameters,
+            VALIDATE_BASE + VALIDATE_SECONDS[work.precision] * work.parameters,
         ),
-        StageEstimate("bundle", BASE_MEMORY, 0, written / HASH_RATE),
+        StageEstimate("bundle", lower, 0, HASH_SECONDS * work.bundle_bytes),
+    )
+
+
+def _engine_stages(work: Work, runtime: str, num_sms: int, memory: int) -> tuple[StageEstimate, ...]:
+    """Of a process that has so much memory itself. No kernel is taken to be in the cache."""
+    kernels = KERNELS * num_sms * (2 if work.precision == "fp8" else 1)
+    engine = work.graph_bytes
+    return (
+        StageEstimate(
+            "kernels",
+            memory + WORKER_MEMORY * num_cores(),
+            0,
+            KERNEL_SECONDS * kernels + LINK_SECONDS,
+            runtime,
+        ),
+        StageEstimate(
+            "compile",
+            memory + engine_memory(engine),
+            engine + ENGINE_FILES,
+            ENGINE_BASE_SECONDS + ENGINE_SECONDS * engine,
+            runtime,
+        ),
     )

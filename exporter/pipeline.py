@@ -207,10 +207,13 @@ def _identity(config: BuildConfig, model: LoadedModel) -> list[Any]:
 def _check_disk(config: BuildConfig, model: LoadedModel) -> None:
     import torch
 
-    from nemotrt.exporter import data_file
+    from nemotrt.exporter import data_file, weights
 
     dtype = getattr(torch, COMPUTE_DTYPES[config.precision])
-    wanted = data_file.stored_bytes(model, dtype, link=config.weights == "link")
+    placed = data_file.lay_out(
+        weights.wanted(model.config, model.weights, dtype), link=config.weights == "link"
+    )
+    wanted = data_file.num_real(one for one in placed if one.linked is None)
     if config.runtime != ONNX:
         wanted += estimates.graph_bytes(model, config.precision)  # an engine has the weights once more
     free = shutil.disk_usage(config.output.parent).free

@@ -250,7 +250,8 @@ def _estimates(found: Check) -> Table:
     table = _table("stage", "memory", "writes", "CPU time", right=("memory", "writes", "CPU time"))
     for stage in found.estimates:
         written = size(stage.disk_bytes) if stage.disk_bytes else ""
-        table.add_row(stage.stage, f"~{size(stage.memory_bytes)}", written, f"~{duration(stage.cpu_seconds)}")
+        name = f"{stage.stage} ({stage.runtime})" if stage.runtime else stage.stage
+        table.add_row(name, f"~{size(stage.memory_bytes)}", written, f"~{duration(stage.cpu_seconds)}")
     here = f"{size(found.memory_bytes)} here"
     table.add_row("", here, f"{size(found.disk_free_bytes)} free", f"{found.num_cores} cores", style="dim")
     return table

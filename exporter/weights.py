@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import Any
 
@@ -17,6 +17,11 @@ from nemotrt.exporter.config import PRECISION_OF_DTYPE
 from nemotrt.exporter.errors import CheckpointError
 from nemotrt.exporter.tensor_files import StoredTensor, read_pieces
 from nemotrt.model.checkpoint import Transform
+from nemotrt.model.config import ModelConfig
+from nemotrt.model.hybrid import NemotronH
+
+Wanted = tuple[WeightSource, tuple[int, ...], torch.dtype]
+"""Where a parameter's values come from, and in what shape and dtype the graph has it."""
 
 PIECE_BYTES = 4 << 20
 """What is in memory of a checkpoint at any time, times a small factor; 16 MiB pieces cost five times the CPU time."""
@@ -37,6 +42,20 @@ UNCHANGED = (Transform.COPY, Transform.RESHAPE)
 
 WIDENED = 1 << 17
 """Values that are in FP32 at a time on their way between two narrow dtypes: they stay in a core's own cache."""
+
+
+def wanted(config: ModelConfig, sources: Mapping[str, WeightSource], dtype: torch.dtype) -> list[Wanted]:
+    """Each parameter of a model whose linears compute in `dtype`, as far as there are sources; tied ones are one."""
+    network = NemotronH(config, dtype=dtype, device="meta")
+    values = network.state_dict(keep_vars=True)
+    first: dict[int, str] = {}
+    for name, value in values.items():
+        first.setdefault(id(value), name)
+    return [
+        (sources[name], tuple(values[name].shape), values[name].dtype)
+        for name in first.values()
+        if name in sources
+    ]
 
 
 def convert(tensor: StoredTensor, transform: Transform, dtype: torch.dtype) -> Iterator[Tensor]:

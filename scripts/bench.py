@@ -26,11 +26,10 @@ import onnx_ir as ir
 import torch
 from make_random_checkpoint import write_checkpoint
 
-from nemotrt.exporter import data_file
+from nemotrt.exporter import data_file, weights
 from nemotrt.exporter.runtime.session import Session
 from nemotrt.exporter.stages.load import load
 from nemotrt.exporter.workspace import sync
-from nemotrt.model.hybrid import NemotronH
 from nemotrt.plugins import onnx_op
 from nemotrt.plugins.selective_scan import SPEC as SCAN
 
@@ -172,12 +171,7 @@ def writing(checkpoint: Path, repeats: int) -> None:
         calls: dict[str, Callable[[], int]] = {"cp": partial(_copied, checkpoint, Path(folder) / "copy")}
         model = load(checkpoint)
         for dtype in (torch.bfloat16, torch.float16):
-            network = NemotronH(model.config, dtype=dtype, device="meta")
-            wanted = [
-                (model.weights[name], tuple(value.shape), value.dtype)
-                for name, value in network.state_dict().items()
-            ]
-            placed = data_file.lay_out(wanted, link=False)
+            placed = data_file.lay_out(weights.wanted(model.config, model.weights, dtype), link=False)
             calls[str(dtype)] = partial(_written, placed, Path(folder) / "data")
         for call in calls.values():
             call()  # of memory that a machine has not used for a while the first pages cost the most

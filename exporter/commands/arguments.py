@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from nemotrt.exporter.config import PRESETS, RUNTIMES
+from nemotrt.exporter.config import PRESETS, RUNTIMES, WEIGHTS
 from nemotrt.exporter.console import Console
 
 if TYPE_CHECKING:
@@ -138,6 +138,14 @@ SMS = click.option(
     default="",
     metavar="LIST",
     help="GPU generations for tensorrt-rtx, as 89,120; default: all that the precision runs on.",
+)
+WEIGHTS_LIE = click.option(
+    "--weights",
+    type=click.Choice(WEIGHTS),
+    default="copy",
+    show_default=True,
+    help="Copy weights into the bundle, or link the checkpoint's files where they hold them as wanted: the bundle"
+    " is as good as those files then.",
 )
 CALIBRATION = click.option(
     "--calibration",

@@ -18,9 +18,10 @@ from nemotrt.exporter.commands.arguments import (
     PRESET,
     RUNTIME,
     SMS,
+    WEIGHTS_LIE,
     command,
 )
-from nemotrt.exporter.config import PRECISIONS, WEIGHTS, BuildConfig
+from nemotrt.exporter.config import PRECISIONS, BuildConfig
 from nemotrt.exporter.console import Console
 
 
@@ -56,14 +57,7 @@ from nemotrt.exporter.console import Console
 @PRESET
 @EXCLUDE
 @KV_DTYPE
-@click.option(
-    "--weights",
-    type=click.Choice(WEIGHTS),
-    default="copy",
-    show_default=True,
-    help="Copy weights into the bundle, or link the checkpoint's files where they hold them as wanted: the bundle"
-    " is as good as those files then.",
-)
+@WEIGHTS_LIE
 @click.option("--force", is_flag=True, help="Replace an existing bundle.")
 @click.option("--no-validate", is_flag=True, help="Do not compare with PyTorch; the manifest says so.")
 @click.option(

@@ -4,11 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from functools import partial
 from pathlib import Path
 
 import click
 
-from nemotrt.exporter.commands.arguments import FOLDER, JSON, LAYERS, RUNTIME, SMS, ExistingPath, command
+from nemotrt.exporter.commands.arguments import (
+    FOLDER,
+    JSON,
+    LAYERS,
+    RUNTIME,
+    SMS,
+    WEIGHTS_LIE,
+    ExistingPath,
+    command,
+)
 from nemotrt.exporter.config import PRECISIONS
 from nemotrt.exporter.console import Console
 from nemotrt.exporter.errors import CheckpointError, UsageError
@@ -32,6 +42,7 @@ from nemotrt.exporter.errors import CheckpointError, UsageError
     help="With --config: a JSON table {name: [dtype, shape]}; expert 0 may stand for all.",
 )
 @LAYERS
+@WEIGHTS_LIE
 @JSON
 @click.pass_obj
 def check(
@@ -44,6 +55,7 @@ def check(
     config_file: Path | None,
     tensors_file: Path | None,
     layers: str,
+    weights: str,
     as_json: bool,
 ) -> None:
     """Say what a build of CHECKPOINT would make, need and refuse. Nothing is written.
@@ -64,13 +76,16 @@ def check(
         raise UsageError(
             "check wants a checkpoint, or --config and --tensors", hint="see nemo-export check --help"
         )
+    run = partial(
+        checks.check, subject, precision or "", Path(), runtime=runtime, sms=sms, link=weights == "link"
+    )
     if deep:
         with console.stage(
             "scan", "every weight", total=checks.scan_bytes(subject), is_bytes=True
         ) as advance:
-            found = checks.check(subject, precision or "", Path(), advance, runtime=runtime, sms=sms)
+            found = run(advance)
     else:
-        found = checks.check(subject, precision or "", Path(), runtime=runtime, sms=sms)
+        found = run()
     if as_json:
         click.echo(json.dumps(dataclasses.asdict(found), indent=2))
     else:
