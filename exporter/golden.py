@@ -31,7 +31,7 @@ from nemotrt.exporter.errors import BundleError, CheckpointError, NotFiniteError
 from nemotrt.exporter.gates import Array, Measured, Noise, Observation, written_of
 from nemotrt.exporter.graph_dtypes import WantedDtypes
 from nemotrt.exporter.routing import Choosing, RouterLogits
-from nemotrt.exporter.runtime.graph_file import PAGE_AXIS, Pool
+from nemotrt.exporter.runtime.graph_file import pools_of
 from nemotrt.exporter.runtime.manifest import Manifest
 from nemotrt.exporter.runtime.step import StepInputs
 from nemotrt.exporter.runtime.strict_json import decode, encode, parse_object
@@ -248,7 +248,7 @@ def read(path: Path, bundle: Path, manifest: Manifest) -> Recording:
     values = {name: _values(tensor) for name, tensor in tensors.items()}
     if _digest(text, values) != digest:
         raise BundleError(f"{path} was changed after it was written", hint=f"copy it again, or {AGAIN}")
-    noise = noise_of(_pools(manifest), header.extent)
+    noise = noise_of(pools_of(manifest.graph), header.extent)
     if _noise_digest(noise) != header.noise_sha256:
         raise BundleError(f"{path}: its seed gives other pools here than where it was made", hint=AGAIN)
     return _recording(path, header, values, noise)
@@ -295,10 +295,6 @@ def _said(value: object) -> str:
     if isinstance(value, tuple):
         return ", ".join(map(str, value)) or "all layers"
     return str(value) or "none"
-
-
-def _pools(manifest: Manifest) -> list[Pool]:
-    return [Pool(p.input, p.dtype, p.row_shape, p.axis == PAGE_AXIS) for p in manifest.graph.pools]
 
 
 def _recording(path: Path, header: Header, values: dict[str, NDArray[Any]], noise: Noise) -> Recording:

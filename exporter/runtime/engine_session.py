@@ -21,7 +21,7 @@ from nemotrt.exporter.errors import BundleError, UsageError
 from nemotrt.exporter.runtime import manifest as manifests
 from nemotrt.exporter.runtime.cuda import CapturedGraph, CudaError, Device, Memory
 from nemotrt.exporter.runtime.engine_file import because, create_context, engine_profile, open_engine
-from nemotrt.exporter.runtime.graph_file import LOGITS, PAGE_AXIS, Pool
+from nemotrt.exporter.runtime.graph_file import LOGITS, pools_of
 from nemotrt.exporter.runtime.padding import StepSizes, batch_sizes, is_decode, padded
 from nemotrt.exporter.runtime.step import StepInputs, check_step
 
@@ -67,10 +67,7 @@ class EngineSession:
         self.runs_as = f"{self._opened.backend.title} {profile.runtime_version} on {gpu.name} (SM {gpu.sm})"
         self.vocab_size = manifest.model.vocab_size
         self.num_slots, self.num_pages = num_slots, num_pages
-        self.pools = {
-            pool.input: Pool(pool.input, pool.dtype, pool.row_shape, pool.axis == PAGE_AXIS)
-            for pool in manifest.graph.pools
-        }
+        self.pools = {pool.name: pool for pool in pools_of(manifest.graph)}
         self._outputs = {pool.input: pool.output for pool in manifest.graph.pools}
         self._dtypes = {edge.name: edge.dtype for edge in manifest.graph.inputs}
         self._inputs = [edge.name for edge in manifest.graph.inputs if edge.name not in self.pools]

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     import onnxruntime as ort
     from onnx import ModelProto
 
+    from nemotrt.exporter.runtime.manifest import GraphSummary
+
 LOGITS = "logits"
 NEXT = "next."
 """Prefix of the output that replaces a pool."""
@@ -59,6 +61,11 @@ class Pool:
     def row_bytes(self) -> int:
         """Bytes of one row."""
         return prod(self.row_shape) * np.dtype(self.dtype).itemsize
+
+
+def pools_of(graph: GraphSummary) -> list[Pool]:
+    """The pools that a manifest describes, in the graph's order."""
+    return [Pool(p.input, p.dtype, p.row_shape, p.axis == PAGE_AXIS) for p in graph.pools]
 
 
 def open_graph(
