@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import gc
 import os
 import sys
 from types import TracebackType
@@ -22,9 +21,6 @@ from nemotrt.exporter.commands.validate import validate
 from nemotrt.exporter.commands.verify import verify
 from nemotrt.exporter.console import Console
 from nemotrt.exporter.errors import ExportError, UsageError
-
-ALLOCATIONS = 100_000
-"""Between two looks for garbage: with Python's 700, a large checkpoint's tensors take twice the time to read."""
 
 
 class Program(click.Group):
@@ -87,7 +83,6 @@ def main() -> None:
     """The program as a process: a defect of its own is one line too, and Ctrl-C ends it at once."""
     if "--debug" not in sys.argv:
         sys.excepthook = _defect
-    gc.set_threshold(ALLOCATIONS, 20, 20)
     try:
         program()
     except SystemExit as end:

@@ -30,9 +30,13 @@ VERSION = 2
 
 
 def digest(*parts: Any) -> str:
-    """A SHA-256 over the JSON of the parts: the key of a stage's inputs."""
-    text = json.dumps(parts, sort_keys=True, default=str)
+    """A SHA-256 over the JSON of the parts, sets in order: the key of a stage's inputs, the same in every process."""
+    text = json.dumps(parts, sort_keys=True, default=_plain)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _plain(part: Any) -> Any:
+    return sorted(part) if isinstance(part, frozenset) else str(part)
 
 
 def check_output(output: Path, *, force: bool) -> None:

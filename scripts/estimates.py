@@ -7,7 +7,6 @@ process; bytes on the disk are those of the blocks that the bundle's own files h
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import resource
@@ -23,7 +22,6 @@ from typing import Any
 
 import click
 
-from nemotrt.exporter.cli import ALLOCATIONS
 from nemotrt.exporter.config import BuildConfig
 from nemotrt.exporter.console import Console
 from nemotrt.exporter.errors import ValidationError
@@ -170,7 +168,6 @@ def run(checkpoint: Path, output: Path, options: tuple[str, ...]) -> None:
         given["sms"] = tuple(map(int, sms.split(",")))  # type: ignore[assignment]
     if given.get("validate") == "no":
         given["validate"] = False  # type: ignore[assignment]
-    gc.set_threshold(ALLOCATIONS, 20, 20)  # as the program does
     click.echo(json.dumps(measured(BuildConfig(checkpoint, output, **given))))  # type: ignore[arg-type]
 
 

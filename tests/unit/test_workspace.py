@@ -184,3 +184,20 @@ def test_an_empty_current_folder_as_output(tmp_path: Path, monkeypatch: pytest.M
 def test_a_digest_tells_inputs_apart() -> None:
     assert digest([1, {"a": 2}]) == digest([1, {"a": 2}])
     assert digest([1, {"a": 2}]) != digest([1, {"a": 3}])
+
+
+def test_a_digest_is_the_same_in_every_process() -> None:
+    """Of sets too, whose order Python draws anew in each: an FP8 checkpoint's recipe holds some."""
+    program = (
+        "from nemotrt.exporter.workspace import digest; print(digest({'a': frozenset(map(str, range(99)))}))"
+    )
+    found = {
+        subprocess.run(
+            [sys.executable, "-c", program],
+            check=True,
+            stdout=subprocess.PIPE,
+            env=os.environ | {"PYTHONHASHSEED": seed},
+        ).stdout
+        for seed in "123"
+    }
+    assert len(found) == 1
