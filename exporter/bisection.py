@@ -21,6 +21,7 @@ from nemotrt.exporter.artifacts import Bisection, LoadedModel, Suspect, TracedPa
 from nemotrt.exporter.comparison import Extent
 from nemotrt.exporter.config import COMPUTE_DTYPES, BuildConfig
 from nemotrt.exporter.graph_cuts import Cut
+from nemotrt.exporter.graph_dtypes import ELEMENT_TYPES
 from nemotrt.exporter.layerwise import part_noise, trials
 from nemotrt.exporter.part_trial import FLOAT, Beside, PartRun, PartRunner, PartTrial, error, limit
 from nemotrt.exporter.runtime.part_session import PartSession
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 OpenPart = Callable[["ModelProto", Path], PartRunner]
 """From a part of a graph, and the graph beside which its weights lie."""
 
-STORED = {1: torch.float32, 10: torch.float16, 16: torch.bfloat16, 17: torch.float8_e4m3fn}
+STORED = {number: getattr(torch, name) for name, number in ELEMENT_TYPES.items()}
 """onnx.TensorProto's numbers of weight types."""
 
 

@@ -21,6 +21,7 @@ from nemotrt.exporter.modelopt import with_recipe
 from nemotrt.exporter.runtime import manifest as manifests
 from nemotrt.exporter.runtime.graph_file import read_proto
 from nemotrt.exporter.runtime.manifest import Manifest
+from nemotrt.exporter.runtime.part_session import PartSession
 from nemotrt.exporter.stages.load import load, parse_config
 from nemotrt.exporter.tensor_files import StoredTensor
 from nemotrt.exporter.validation_request import ValidationRequest
@@ -82,7 +83,7 @@ def _by_pytorch(request: ValidationRequest, console: Console) -> ValidationRepor
         else _of_steps(request, subject, candidate, console)
     )
     if request.bisect:
-        report = _bisected(report, subject, request.seed or 0, console)
+        report = _bisected(report, request, subject, console)
     report = dataclasses.replace(report, not_compared=(*report.not_compared, *_unproved(subject, bundle)))
     return _with_text(report, subject, tokens, text.name, console) if text else report
 
@@ -129,14 +130,22 @@ def _of_layers(request: ValidationRequest, subject: Subject, console: Console) -
         return validate_parts(model, config, subject.graph, seed=request.seed or 0, advance=advance)
 
 
-def _bisected(report: ValidationReport, subject: Subject, seed: int, console: Console) -> ValidationReport:
+def _bisected(
+    report: ValidationReport, request: ValidationRequest, subject: Subject, console: Console
+) -> ValidationReport:
     from nemotrt.exporter import bisection
+    from nemotrt.exporter.engine_parts import EngineParts
+    from nemotrt.exporter.layerwise import mixed_steps
     from nemotrt.exporter.stages.validate import extent
 
     model, config = subject.model, subject.config
+    driven = extent(model, config, request.seed or 0)
+    open_part: bisection.OpenPart = PartSession
+    if request.engine:
+        open_part = EngineParts(request.bundle, subject.manifest, mixed_steps(driven), driven).open
     total = bisection.num_steps(len(model.config.layers))
     with console.stage("bisect", "every value inside each layer", total=total) as advance:
-        found = bisection.bisect(model, config, subject.graph, extent(model, config, seed), advance=advance)
+        found = bisection.bisect(model, config, subject.graph, driven, open_part=open_part, advance=advance)
     return dataclasses.replace(report, bisect=found)
 
 

@@ -27,10 +27,7 @@ RECORDED = ("checkpoint", "save_golden", "text", "base", "layers_alone", "bisect
 EXCLUDED: dict[str, tuple[tuple[str, ...], str]] = {
     "golden": (("against", "seed", *RECORDED), "the golden is the reference"),
     "against": (RECORDED, "the other bundle is the reference"),
-    "engine": (
-        ("text", "base", "layers_alone", "bisect"),
-        "{other} is of the graph in ONNX Runtime",
-    ),
+    "engine": (("text", "base", "layers_alone"), "{other} is of the graph in ONNX Runtime"),
     "layers_alone": (("text", "save_golden", "drift_steps"), "{other} is of the whole model"),
 }
 """A request → those that cannot be meant beside it, and why."""

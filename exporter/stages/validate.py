@@ -14,9 +14,11 @@ from nemotrt.exporter.artifacts import Drift, LoadedModel, ValidationReport
 from nemotrt.exporter.candidates import ENGINE, graph_candidate
 from nemotrt.exporter.comparison import WATCHED, Candidate, Extent, Recording, compare
 from nemotrt.exporter.config import BUILD_DRIFT_STEPS, COMPUTE_DTYPES, DRIFT_STEPS, BuildConfig
+from nemotrt.exporter.graph_dtypes import dtype_gates, wanted_dtypes
 from nemotrt.exporter.layer_selection import partial_model
 from nemotrt.exporter.layerwise import compare_parts
 from nemotrt.exporter.modelopt import cache_notes
+from nemotrt.exporter.runtime.graph_file import read_proto
 from nemotrt.exporter.torch_reference import Follower, record
 
 PROMPT, DECODE = 96, 64
@@ -87,7 +89,10 @@ def validate_parts(
     seed: int = 0,
     advance: Callable[[int], None] = lambda _: None,
 ) -> ValidationReport:
-    """The report of each part and each op alone, with no more of the model in memory; `advance` hears of parts."""
+    """The report of each part and each op alone, with no more of the model in memory, and of the graph's dtypes.
+
+    `advance` hears of parts.
+    """
     driven, dtype = extent(model, config, seed), COMPUTE_DTYPES[config.precision]
     parts = compare_parts(model, config, graph, driven, advance=advance)
     return ValidationReport(
@@ -95,7 +100,7 @@ def validate_parts(
         reference="PyTorch, FP32",
         floor="" if dtype == "float32" else f"PyTorch, {dtype}",
         tokens={"prompt": driven.prompt, "decode": driven.decode, "seed": seed},
-        gates=parts.gates,
+        gates=(*dtype_gates(read_proto(graph), wanted_dtypes(model, config)), *parts.gates),
         rerouted={},
         not_compared=(PARTS_ALONE, ENGINE, *_left_out(model, config)),
         layers=parts.layers,

@@ -11,7 +11,8 @@ import pytest
 from fake_gpu import ENGINE, LIBRARY, VERSION, FakeCuda, FakeEngine, add_engine, fake_module
 from faults import broken, dropped_skip, swapped_kv_heads
 
-from nemotrt.exporter import engine_parts, pipeline
+from nemotrt.exporter import engine_parts, pipeline, revalidation
+from nemotrt.exporter.artifacts import Gate, ValidationReport
 from nemotrt.exporter.bisection import bisect
 from nemotrt.exporter.config import BuildConfig
 from nemotrt.exporter.console import Console
@@ -24,6 +25,7 @@ from nemotrt.exporter.runtime import engine_file
 from nemotrt.exporter.runtime import manifest as manifests
 from nemotrt.exporter.stages.load import load
 from nemotrt.exporter.stages.validate import extent
+from nemotrt.exporter.validation_request import ValidationRequest
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +97,19 @@ def test_an_engine_is_bisected_part_by_part(
     assert mamba.profiles[0]["query_start"] == [[3], [5], [5]]
     assert (mamba.sms, mamba.library) == ([89], str(bundle / LIBRARY))
     assert not Path(mamba.graph).exists()
+
+
+def test_validate_bisects_the_engine_that_it_judges(
+    built: tuple[Path, BuildConfig], requests: list[EngineRequest]
+) -> None:
+    request = ValidationRequest(built[0], built[1].checkpoint, engine=True, bisect=True)
+    subject = revalidation.subject_of(built[0], built[1].checkpoint, None)
+    report = ValidationReport("engine", "PyTorch", "", {}, (Gate("s", "o", "m", 0.0, 1.0),), {}, ())
+    found = revalidation._bisected(report, request, subject, Console(quiet=True))
+    assert found.bisect
+    assert "Fake RTX" in found.bisect.runs_as
+    assert found.passed
+    assert requests
 
 
 def test_a_part_that_fails_on_the_gpu_is_said(
