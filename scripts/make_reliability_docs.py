@@ -19,6 +19,7 @@ sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "e2e")]
 import bad_bundles  # noqa: E402  (the folders above are no packages)
 import bad_checkpoints  # noqa: E402
 import bad_fp8  # noqa: E402
+import bad_goldens  # noqa: E402
 import bad_places  # noqa: E402
 import test_bad_input  # noqa: E402
 import test_interrupts  # noqa: E402
@@ -53,6 +54,15 @@ REFUSALS: Mapping[Callable[..., None], Mapping[str, Refusal]] = {
     test_bad_input.test_a_bad_bundle: {name: (says, 7) for name, (_, says) in bad_bundles.ALL.items()},
     test_bad_input.test_a_text_to_judge_on: {
         name: (says, 2) for name, (_, _, says) in bad_bundles.EVALS.items()
+    },
+    test_bad_input.test_a_bad_golden: {
+        name: (says, code) for name, (_, says, code) in bad_goldens.ALL.items()
+    },
+    test_bad_input.test_a_place_for_a_golden: {
+        name: (says, 2) for name, (_, says) in bad_goldens.PLACES.items()
+    },
+    test_bad_input.test_bundles_that_cannot_be_compared: {
+        name: (says, 2) for name, (_, says) in bad_goldens.AGAINST.items()
     },
     test_bad_input.test_a_prompt_that_cannot_be_answered: {
         name: (says, 2) for name, (_, says) in bad_bundles.PROMPTS.items()

@@ -34,6 +34,32 @@ FLAGS: dict[str, tuple[tuple[str, ...], str]] = {
     ),
     "page-size-odd": ((*BUILD, "--page-size", "100"), "--page-size 100 is not a power of two"),
     "quiet-and-verbose": ((*BUILD, "--quiet", "--verbose"), "--quiet and --verbose exclude each other"),
+    **{
+        f"golden-with-{name}": (
+            ("validate", "checkpoint", "--golden", "checkpoint/config.json", f"--{name}", *value),
+            f"--golden and --{name} exclude each other: the golden is the reference",
+        )
+        for name, value in {
+            "checkpoint": ("checkpoint",),
+            "against": ("checkpoint",),
+            "save-golden": ("model.golden",),
+            "eval": ("checkpoint/config.json",),
+            "seed": ("1",),
+            "bisect": (),
+        }.items()
+    },
+    "against-with-checkpoint": (
+        ("validate", "checkpoint", "--against", "checkpoint", "--checkpoint", "checkpoint"),
+        "--against and --checkpoint exclude each other: the other bundle is the reference",
+    ),
+    "engine-with-bisect": (
+        ("validate", "checkpoint", "--engine", "--bisect"),
+        "--engine and --bisect exclude each other: --bisect is of the graph in ONNX Runtime",
+    ),
+    "layers-alone-with-save-golden": (
+        ("validate", "checkpoint", "--layers-alone", "--save-golden", "model.golden"),
+        "--layers-alone and --save-golden exclude each other: --save-golden is of the whole model",
+    ),
     "layer-outside": (("inspect", "checkpoint", "--layer", "7"), "--layer 7 is no layer of this model"),
     "check-of-nothing": (("check",), "check wants a checkpoint, or --config and --tensors"),
     "check-of-a-config-alone": (

@@ -22,3 +22,14 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     assert made.exit_code == 0, made.stderr
     return folder / "bundle"
+
+
+@pytest.fixture(scope="session")
+def golden(bundle: Path) -> Path:
+    """What PyTorch showed of that bundle, beside it; not to be written to."""
+    path = bundle.parent / "model.golden"
+    checkpoint = str(bundle.parent / "checkpoint")
+    options = ["--checkpoint", checkpoint, "--drift-steps", "0", "--save-golden", str(path)]
+    made = CliRunner().invoke(program, ["validate", str(bundle), *options])
+    assert made.exit_code == 0, made.output
+    return path

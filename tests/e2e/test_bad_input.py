@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
 import re
@@ -15,13 +16,20 @@ from pathlib import Path
 import bad_bundles
 import bad_checkpoints
 import bad_fp8
+import bad_goldens
+import fake_gpu
+import numpy as np
 import pytest
 from bad_checkpoints import Case
 from bad_places import FLAGS, PLACES, SPELLINGS
 from click.testing import CliRunner, Result
+from faults import Graph, broken
 
 from nemotrt.exporter import data_file
 from nemotrt.exporter.cli import program
+from nemotrt.exporter.config import BuildConfig
+from nemotrt.exporter.runtime import cuda
+from nemotrt.exporter.runtime import manifest as manifests
 from nemotrt.exporter.workspace import Workspace
 
 NOBODY = 65534
@@ -285,6 +293,79 @@ def test_a_text_without_a_tokenizer(tmp_path: Path) -> None:
     small_checkpoint()
     assert run(*BUILD, "out").exit_code == 0
     refused(run("validate", "out", "--eval", "default"), "has no tokenizer.json, and text cannot be read", 2)
+
+
+@pytest.mark.parametrize("name", bad_goldens.ALL)
+def test_a_bad_golden(tmp_path: Path, bundle: Path, golden: Path, name: str) -> None:
+    """Refused by `validate --golden` before anything is compared."""
+    damage, says, code = bad_goldens.ALL[name]
+    shutil.copyfile(golden, tmp_path / "model.golden")
+    damage(tmp_path / "model.golden", bundle)
+    before = contents(tmp_path)
+    result = run("validate", bundle, "--golden", "model.golden")
+    refused(result, says, code)
+    assert "validate  " not in result.stderr
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", bad_goldens.PLACES)
+def test_a_place_for_a_golden(tmp_path: Path, bundle: Path, name: str) -> None:
+    """Refused by `validate --save-golden` before anything is compared."""
+    shutil.copytree(bundle, tmp_path / "bundle")
+    shutil.copytree(bundle.parent / "checkpoint", tmp_path / "checkpoint")
+    place, says = bad_goldens.PLACES[name]
+    before = contents(tmp_path)
+    refused(run("validate", "bundle", "--save-golden", place), says, 2)
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", bad_goldens.AGAINST)
+def test_bundles_that_cannot_be_compared(tmp_path: Path, bundle: Path, name: str) -> None:
+    """Refused by `validate --against` before anything is compared."""
+    change, says = bad_goldens.AGAINST[name]
+    shutil.copytree(bundle, tmp_path / "bundle")
+    shutil.copytree(bundle, tmp_path / "other")
+    manifests.write(tmp_path / "other", change(manifests.read(bundle)))
+    result = run("validate", "bundle", "--against", "other")
+    refused(result, says, 2)
+    assert "validate  " not in result.stderr
+
+
+@pytest.mark.parametrize("reference", ["golden", "checkpoint", "against"])
+def test_a_bundle_that_computes_nan(tmp_path: Path, bundle: Path, golden: Path, reference: str) -> None:
+    """Refused by `validate`, exit 8: `values are not finite`; never a pass, and told from a failed gate (exit 6)."""
+    shutil.copytree(bundle, tmp_path / "bundle")
+    broken(tmp_path / "bundle" / "model.onnx", one_nan)
+    restore = manifests.read(bundle)
+    roles = {file.path: file.role for file in restore.files}
+    files = manifests.describe_files(tmp_path / "bundle", roles)
+    manifests.write(tmp_path / "bundle", dataclasses.replace(restore, files=files))
+    against = {"golden": golden, "checkpoint": bundle.parent / "checkpoint", "against": bundle}[reference]
+    options = ("--drift-steps", "0") if reference == "checkpoint" else ()
+    refused(run("validate", "bundle", f"--{reference}", against, *options), "values are not finite", 8)
+
+
+def one_nan(graph: Graph) -> None:
+    graph.weight("lm_head.weight")[5, 7] = np.nan
+
+
+def test_an_engine_where_there_is_no_gpu(
+    tmp_path: Path, bundle: Path, golden: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Refused by `validate --engine`, exit 2: `an engine runs on a GPU only`."""
+    shutil.copytree(bundle, tmp_path / "bundle")
+    fake_gpu.add_engine(tmp_path / "bundle", BuildConfig(bundle, bundle))
+
+    def no_library(name: str) -> None:
+        raise OSError(name)
+
+    monkeypatch.setattr(cuda.ctypes, "CDLL", no_library)
+    refused(run("validate", "bundle", "--engine", "--golden", golden), "an engine runs on a GPU only", 2)
+
+
+def test_an_engine_of_a_bundle_that_has_none(bundle: Path) -> None:
+    """Refused by `validate --engine`, exit 7: `has no TensorRT engine`."""
+    refused(run("validate", bundle, "--engine"), "has no TensorRT engine", 7)
 
 
 def test_survived_force_replaces_a_bundle(tmp_path: Path, bundle: Path) -> None:

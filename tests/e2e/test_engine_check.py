@@ -13,13 +13,15 @@ from checkpoints import write_checkpoint
 from click.testing import CliRunner
 from fake_gpu import VERSION, FakeCuda, FakeEngine, add_engine, engine_of, fake_module
 
-from nemotrt.exporter import pipeline
+from nemotrt.exporter import candidates, pipeline
 from nemotrt.exporter.config import BuildConfig
 from nemotrt.exporter.console import Console
 from nemotrt.exporter.errors import CompileError
+from nemotrt.exporter.revalidation import revalidate
 from nemotrt.exporter.runtime import cuda as cuda_module
 from nemotrt.exporter.runtime import engine_file
 from nemotrt.exporter.targets import Target
+from nemotrt.exporter.validation_request import ValidationRequest
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -75,9 +77,8 @@ def test_an_engine_that_is_right_passes_every_gate(
     assert engine.cuda.launched > 50
 
 
-def test_an_engine_that_errs_fails(
-    script: ModuleType, built: SimpleNamespace, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def make_err(engine: FakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its logits are off by 1%."""
     run = engine.session.run
 
     def slightly_wrong(names: Any, feeds: dict[str, Any]) -> list[Any]:
@@ -91,6 +92,12 @@ def test_an_engine_that_errs_fails(
             run=slightly_wrong, get_inputs=engine.session.get_inputs, get_outputs=engine.session.get_outputs
         ),
     )
+
+
+def test_an_engine_that_errs_fails(
+    script: ModuleType, built: SimpleNamespace, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_err(engine, monkeypatch)
     with pytest.raises(
         CompileError, match="gates passed; the first that failed: prefill, logits: relative L2"
     ):
@@ -150,3 +157,33 @@ def test_a_gpu_without_tensorrt_is_told_what_to_install(
     assert result.exit_code == 1
     assert "nothing can be built for this GPU" in result.output
     assert "pip install 'nemo-export[rtx]'" in result.output
+
+
+def test_validate_judges_an_engine(built: SimpleNamespace, engine: FakeEngine, tmp_path: Path) -> None:
+    """By PyTorch, by a golden that its graph left, and by another bundle's engine: one path for all."""
+    quiet, golden = Console(quiet=True), tmp_path / "model.golden"
+    by_graph = ValidationRequest(built.bundle, built.checkpoint, save_golden=golden, drift_steps=0)
+    assert revalidate(by_graph, quiet).passed
+    for reference in (
+        ValidationRequest(built.bundle, built.checkpoint, engine=True, drift_steps=10),
+        ValidationRequest(built.bundle, golden=golden, engine=True),
+        ValidationRequest(built.bundle, against=built.bundle, engine=True),
+    ):
+        before = engine.cuda.launched
+        report = revalidate(reference, quiet)
+        assert report.passed, [gate for gate in report.gates if not gate.passed]
+        assert report.candidate == "tensorrt-rtx, TensorRT-RTX 1.7.1 on Fake RTX (SM 89)"
+        assert candidates.UNSEEN_ROUTERS in report.not_compared
+        assert engine.cuda.launched > before
+    assert report.reference == "bundle, tensorrt-rtx, TensorRT-RTX 1.7.1 on Fake RTX (SM 89)"
+
+
+def test_validate_finds_an_engine_that_errs(
+    built: SimpleNamespace, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    golden = tmp_path / "model.golden"
+    quiet = Console(quiet=True)
+    revalidate(ValidationRequest(built.bundle, built.checkpoint, save_golden=golden, drift_steps=0), quiet)
+    make_err(engine, monkeypatch)
+    report = revalidate(ValidationRequest(built.bundle, golden=golden, engine=True), quiet)
+    assert not report.passed

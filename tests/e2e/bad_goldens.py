@@ -1,0 +1,105 @@
+"""Goldens that are not of the bundle, or not what was written; places where none is written; bundles of two models."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from nemotrt.exporter import golden as goldens
+from nemotrt.exporter.runtime import manifest as manifests
+
+Damage = Callable[[Path, Path], None]
+"""To a golden, beside the bundle that it is of."""
+
+
+def of(**changes: Any) -> Damage:
+    """A golden that says that it is of something else."""
+
+    def damage(golden: Path, bundle: Path) -> None:
+        manifest = manifests.read(bundle)
+        identity = dataclasses.replace(goldens.identity_of(manifest), **changes)
+        goldens.save(golden, goldens.read(golden, bundle, manifest), identity)
+
+    return damage
+
+
+def newer(golden: Path, _: Path) -> None:
+    """A schema that is not known yet."""
+    content = golden.read_bytes()
+    changed = content.replace(rb"\"schema_version\": 1,", rb"\"schema_version\":99,")
+    assert changed != content
+    golden.write_bytes(changed)
+
+
+def changed_byte(golden: Path, _: Path) -> None:
+    """One bit of a value."""
+    content = bytearray(golden.read_bytes())
+    content[-100] ^= 1
+    golden.write_bytes(content)
+
+
+def another_file(name: str) -> Damage:
+    """A file of the bundle in the golden's place."""
+
+    def damage(golden: Path, bundle: Path) -> None:
+        golden.write_bytes((bundle / name).read_bytes())
+
+    return damage
+
+
+def a_checkpoint(golden: Path, bundle: Path) -> None:
+    """The checkpoint's weights in the golden's place."""
+    golden.write_bytes((bundle.parent / "checkpoint" / "model.safetensors").read_bytes())
+
+
+ALL: dict[str, tuple[Damage, str, int]] = {
+    "golden-of-another-model": (of(config_sha256="0" * 64), "is of another model: their config.json differ", 2),
+    "golden-of-another-tokenizer": (of(tokenizer_sha256="0" * 64), "is of another tokenizer", 2),
+    "golden-of-another-precision": (of(precision="bf16"), "is of precision bf16, the bundle has", 2),
+    "golden-of-another-state": (of(state_dtype="float16"), "is of a recurrent state in float16, the bundle has", 2),
+    "golden-of-another-kv-cache": (of(kv_dtype="float8_e4m3fn"), "is of a KV cache in float8_e4m3fn, the", 2),
+    "golden-of-other-pages": (of(page_size=64), "is of pages of 64 tokens, the bundle has 128", 2),
+    "golden-of-other-layers": (of(layers=(0, 1)), "is of layers 0, 1, the bundle has all layers", 2),
+    "golden-newer-schema": (newer, "has schema 99, this nemo-export reads up to", 7),
+    "golden-truncated": (lambda golden, _: os.truncate(golden, 9999), "is truncated", 7),
+    "golden-cut-short": (
+        lambda golden, _: os.truncate(golden, golden.stat().st_size - 4), "is truncated", 7,
+    ),
+    "golden-empty": (lambda golden, _: os.truncate(golden, 0), "is truncated", 7),
+    "golden-changed-byte": (changed_byte, "was changed after it was written", 7),
+    "golden-is-a-checkpoint": (a_checkpoint, "is no golden", 7),
+    "golden-is-a-manifest": (another_file("manifest.json"), "is truncated", 7),
+}  # fmt: skip
+
+
+def elsewhere(**changes: Any) -> Callable[[manifests.Manifest], manifests.Manifest]:
+    """A bundle that was built of something else, or otherwise."""
+    return lambda manifest: dataclasses.replace(manifest, **{
+        name: dataclasses.replace(getattr(manifest, name), **fields) for name, fields in changes.items()
+    })  # fmt: skip
+
+
+def other_pages(manifest: manifests.Manifest) -> manifests.Manifest:
+    """A bundle that was built with other pages."""
+    profiles = tuple(dataclasses.replace(profile, page_size=64) for profile in manifest.profiles)
+    return dataclasses.replace(manifest, profiles=profiles)
+
+
+AGAINST: dict[str, tuple[Callable[[manifests.Manifest], manifests.Manifest], str]] = {
+    "against-another-model": (
+        elsewhere(source={"config_sha256": "0" * 64}),
+        "is of another model: their config.json differ",
+    ),
+    "against-other-pages": (other_pages, "has pages of 64 tokens, bundle of 128"),
+}
+
+PLACES: dict[str, tuple[str, str]] = {
+    "golden-in-the-bundle": ("bundle/model.golden", "is inside the bundle"),
+    "golden-in-no-folder": ("nowhere/model.golden", "nowhere is not a folder"),
+    "golden-over-weights": ("checkpoint/model.safetensors", "exists and is no golden: it is not replaced"),
+    "golden-over-a-text": ("checkpoint/config.json", "exists and is no golden: it is not replaced"),
+}
+"""Where --save-golden is not followed."""
