@@ -119,7 +119,12 @@ def _listed(raw: Mapping[str, Any], where: str) -> frozenset[str]:
 
 
 def _canonical(name: str) -> str:
-    """A module's name, or a pattern of names, as NemotronH has it."""
+    """A module's name, or a pattern of names, as NemotronH has it.
+
+    ModelOpt 0.47 leaves a NUL and a marker of its own behind each name where transformers 5 has renamed the modules:
+    `lm_head.\\0backbone.pt_name_sentinel`.
+    """
+    name = name.partition(".\0")[0]
     prefix = next((prefix for prefix in PREFIXES if name.startswith(prefix)), "")
     return PREFIXES[0] + name.removeprefix(prefix) if prefix else name
 

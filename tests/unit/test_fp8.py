@@ -297,6 +297,22 @@ def test_other_schemes_are_refused_by_name(said: dict[str, Any], scheme: str) ->
     assert "FP8 is supported" in refused.value.hint
 
 
+def test_a_marker_that_modelopt_left_behind_is_no_part_of_a_name() -> None:
+    """As ModelOpt 0.47 with transformers 5.23 writes it; TensorRT-LLM met it too (its pull request 18607)."""
+    mark = ".\0backbone.pt_name_sentinel"
+    matches = pattern_matcher(
+        [f"lm_head{mark}", f"backbone.layers.2{mark}*", f"backbone.layers.1.mixer.gate{mark}"]
+    )
+    for name, expected in {
+        "lm_head": True,
+        "backbone.layers.2.mixer.q_proj": True,
+        "backbone.layers.21.mixer.q_proj": False,
+        "backbone.layers.1.mixer.gate": True,
+        "backbone.layers.1.mixer.experts": False,
+    }.items():
+        assert bool(matches(name)) is expected, name
+
+
 def test_patterns_name_modules_and_what_is_below() -> None:
     matches = pattern_matcher(["lm_head", "model.layers.4.mixer", "*.q_proj"])
     for name, expected in {
