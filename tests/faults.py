@@ -12,6 +12,7 @@ from pathlib import Path
 
 import ml_dtypes  # noqa: F401  (NumPy then knows bfloat16)
 import numpy as np
+import onnx
 import onnx_ir as ir
 
 from nemotrt.plugins import onnx_op
@@ -75,12 +76,16 @@ class Graph:
 
 
 def broken(path: Path, inject: Callable[[Graph], None]) -> None:
-    """Put a fault into the graph at `path`."""
+    """Put a fault into the graph at `path`; where only weights are wrong, its own file stays as it is."""
     graph = Graph(path)
+    before = ir.to_proto(graph.model)
     inject(graph)
     for array in graph.weights.values():
         array.flush()
-    path.write_bytes(ir.to_proto(graph.model).SerializeToString())
+    after = ir.to_proto(graph.model)
+    if after != before:
+        # What was put in has types and shapes too, as with an exporter.
+        path.write_bytes(onnx.shape_inference.infer_shapes(after).SerializeToString())
 
 
 def zeroed_expert(graph: Graph) -> None:
