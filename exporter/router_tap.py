@@ -5,6 +5,8 @@ Legend: T tokens, E experts.
 
 from __future__ import annotations
 
+import weakref
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -29,8 +31,10 @@ class RouterTap:
         self.seen: list[NDArray[np.float32]] = []
         self._leader: RouterLogits = ()
         self._layers = [module for module in network.modules() if isinstance(module, MoE)]
+        # A hook that held the tap, which holds the layers, would keep the weights until a look for garbage.
+        tap = weakref.ref(self)
         for moe in self._layers:
-            moe.gate.register_forward_hook(self._pass)
+            moe.gate.register_forward_hook(partial(_pass, tap))
 
     def choosing(self, indices: list[int]) -> tuple[Choosing, ...]:
         """How each layer chooses, by the layers' indices in the model."""
@@ -45,9 +49,6 @@ class RouterTap:
         """Forget the last step; in the next, choose as in `leader`, whose rows are the step's first ones."""
         self.seen, self._leader = [], leader
 
-    def _pass(self, gate: Router, args: tuple[Tensor], logits_TE: Tensor) -> Tensor:
-        return self.led(logits_TE)
-
     def led(self, logits_TE: Tensor) -> Tensor:
         """The next layer's router logits, seen, or the leader's where those lead to other experts."""
         layer = len(self.seen)
@@ -59,6 +60,11 @@ class RouterTap:
         moe = self._layers[layer]
         differs_T = (_experts(moe, ours_TE) != _experts(moe, led_TE)).any(1)
         return torch.cat([torch.where(differs_T[:, None], led_TE, ours_TE), logits_TE[len(led_TE) :]])
+
+
+def _pass(tap: weakref.ref[RouterTap], gate: Router, args: tuple[Tensor], logits_TE: Tensor) -> Tensor:
+    found = tap()
+    return logits_TE if found is None else found.led(logits_TE)
 
 
 def _experts(moe: MoE, logits_TE: Tensor) -> Tensor:
