@@ -23,14 +23,18 @@ sys.path.insert(0, str(ROOT / "tests"))
 from checkpoints import write_checkpoint  # noqa: E402  (tests/ is no package)
 from faults import FAULTS, broken  # noqa: E402
 
+from nemotrt.exporter import drift, opwise  # noqa: E402
 from nemotrt.exporter.artifacts import LoadedModel, ValidationReport  # noqa: E402
+from nemotrt.exporter.comparison import Extent, Recording  # noqa: E402
 from nemotrt.exporter.config import BuildConfig  # noqa: E402
 from nemotrt.exporter.gate_summary import strain  # noqa: E402
 from nemotrt.exporter.gates import ALONE, COSINE  # noqa: E402
+from nemotrt.exporter.stages import validate as stage  # noqa: E402
 from nemotrt.exporter.stages.load import load  # noqa: E402
 from nemotrt.exporter.stages.lower import lower  # noqa: E402
 from nemotrt.exporter.stages.trace import trace  # noqa: E402
 from nemotrt.exporter.stages.validate import validate  # noqa: E402
+from nemotrt.exporter.torch_reference import record  # noqa: E402
 
 PAGE = ROOT / "docs" / "validation.md"
 BEGIN, END = "<!-- written by scripts/fault_study.py -->", "<!-- end of what was written -->"
@@ -41,12 +45,19 @@ STUDIES = {
     for model in ("random", "trained")
     for precision in ("fp16", "bf16")
 }
+FAULT_DRIFT_STEPS = 20
+"""Fewer than a build's: what drifts at all has passed its limit by then. Clean seeds run all."""
+
 FLAT_COSINE, FLAT_TOP = f"cosine of the logits ≥ {COSINE}", "same best token ≥ 99%"
 FLAT = (FLAT_COSINE, FLAT_TOP)
 """What is often used for a gate, for comparison: the same number for every model."""
 
+SCENARIOS = (ALONE, opwise.ALONE, drift.SCENARIO)
+"""Whose gates are counted together, whatever their metric."""
+
 METRICS = {
-    ALONE: "alone",
+    ALONE: "layer alone",
+    opwise.ALONE: "op alone",
     "relative L2": "L2",
     "1 − cosine": "angle",
     "norm ratio": "norm",
@@ -56,6 +67,7 @@ METRICS = {
     "greedy flip's margin": "flip",
     "score error": "router",
     "stray writes": "stray",
+    drift.SCENARIO: "drift",
     "in another dtype": "dtype",
 }
 """The metrics that a catch is told by, and a table's heads for them."""
@@ -72,7 +84,7 @@ def caught_by(report: ValidationReport) -> dict[str, float]:
 
 def _strains(report: ValidationReport) -> Iterator[tuple[str, float]]:
     for gate in report.gates:
-        yield (ALONE if gate.scenario == ALONE else gate.metric), strain(gate)
+        yield (gate.scenario if gate.scenario in SCENARIOS else gate.metric), strain(gate)
 
 
 def _flat(report: ValidationReport) -> list[str]:
@@ -89,11 +101,21 @@ def study(model: LoadedModel, config: BuildConfig, folder: Path, seeds: int) -> 
     right = folder / "right"
     right.mkdir()
     lower(model, trace(model, config), right / "model.onnx")
+    known: dict[Extent, Recording] = {}
+
+    def record_once(*arguments: Any) -> Recording:
+        """The reference does not depend on the fault."""
+        extent = next(argument for argument in arguments if isinstance(argument, Extent))
+        if extent not in known:
+            known[extent] = record(*arguments)
+        return known[extent]
+
+    stage.record = record_once
     faults = {}
     for fault in FAULTS:
         copy = shutil.copytree(right, folder / "broken")
         broken(copy / "model.onnx", fault.inject)
-        report = validate(model, config, copy / "model.onnx")
+        report = validate(model, config, copy / "model.onnx", drift_steps=FAULT_DRIFT_STEPS)
         shutil.rmtree(copy)
         faults[fault.name] = caught_by(report)
         click.echo(f"{fault.name}: {', '.join(faults[fault.name]) or 'MISSED'}", err=True)
@@ -169,9 +191,10 @@ def _share(metric: str, found: dict[str, dict[str, Any]]) -> str:
 @click.command()
 @click.argument("names", nargs=-1, type=click.Choice(list(STUDIES)))
 @click.option("--seeds", default=20, show_default=True, help="Clean ones, of each study.")
-def main(names: tuple[str, ...], seeds: int) -> None:
+@click.option("--tables", "only_tables", is_flag=True, help="Run nothing: write them of the last runs.")
+def main(names: tuple[str, ...], seeds: int, only_tables: bool) -> None:
     """Run the studies NAMES, or all, and write the tables once every study has been run."""
-    for name in names or STUDIES:
+    for name in () if only_tables else names or STUDIES:
         click.echo(f"-- {name}", err=True)
         run(name, seeds)
     missing = [name for name in STUDIES if not (KEPT / f"{name}.json").exists()]
