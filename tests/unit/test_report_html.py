@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from dataclasses import replace
@@ -15,6 +16,7 @@ from browser import Browser
 
 from nemotrt.exporter import report_file
 from nemotrt.exporter.artifacts import (
+    Bisection,
     Drift,
     Gate,
     LayerCost,
@@ -22,6 +24,7 @@ from nemotrt.exporter.artifacts import (
     NextToken,
     RouterAgreement,
     StateDrift,
+    Suspect,
     TextFigure,
     TextPlace,
     TextReport,
@@ -192,12 +195,28 @@ def test_a_report_of_nothing_is_shown_as_failed() -> None:
     assert "Passed" not in page
 
 
+def departing() -> Bisection:
+    """What a bisection gives that found one value."""
+    suspect = Suspect(
+        **{field.name: 0 for field in dataclasses.fields(Suspect)}
+        | {"place": "layers.3", "tensor": "layers.3.mixer.up_proj", "node": "layers.3.mixer.up_proj"}
+        | {"op": "Gemm", "error": None, "limit": 1e-3}
+    )
+    fields = {field.name: () for field in dataclasses.fields(Bisection)}
+    return Bisection(**fields | {"departing": (suspect,)})
+
+
 def test_junit_has_a_case_for_each_gate() -> None:
     report = made_up()
     root = ElementTree.fromstring(junit(report, "tiny"))
     assert len(root.findall(".//testcase")) == len(report.gates) == int(root.attrib["tests"])
     assert [case.attrib["name"] for case in root.iter("testcase") if len(case)] == ["logits: mean KL"]
     assert root.attrib["failures"] == "1"
+    found = ElementTree.fromstring(junit(replace(report, bisect=departing()), "tiny"))
+    assert found.attrib["failures"] == "2"
+    case = next(suite for suite in found if suite.attrib["name"] == "bisect")[0]
+    assert case.attrib["name"] == "layers.3.mixer.up_proj: relative L2"
+    assert "not finite where at most" in case[0].attrib["message"]
     empty = ElementTree.fromstring(junit(replace(report, gates=()), "tiny"))
     assert empty.attrib["failures"] == "1"
 
