@@ -38,7 +38,7 @@ from nemotrt.exporter.validation_request import ValidationRequest
 FINEST_FIRST = ("fp32", "fp16", "bf16", "fp8")
 
 NOT_PYTORCH = "PyTorch: the reference is another bundle; whether that is right, its own report says"
-ALONE = "each layer alone, and state drift: two bundles are compared in whole steps"
+ALONE = "each layer and each op alone, and state drift: two bundles are compared in whole steps"
 
 SAME = {
     "config_sha256": "is of another model: their config.json differ",

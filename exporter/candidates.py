@@ -15,7 +15,7 @@ from nemotrt.exporter.scenarios import NUM_SLOTS
 
 ENGINE = "TensorRT engine: not executed"
 UNSEEN_ROUTERS = "routers: an engine does not show by what it chooses experts, so near ties are not excused"
-WHOLE = "each layer alone: an engine is not cut"
+WHOLE = "each layer and each op alone: an engine is not cut"
 
 
 def graph_candidate(graph: Path) -> Candidate:

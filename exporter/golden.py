@@ -44,7 +44,10 @@ HEADER, DIGEST = "golden", "sha256"
 """Keys of the safetensors header's text."""
 
 AGAIN = "make it again with nemo-export validate BUNDLE --checkpoint DIR --save-golden FILE"
-ABSENT = ("each layer alone: a golden holds whole steps only", "state drift: a golden holds no long decode")
+ABSENT = (
+    "each layer and each op alone: a golden holds whole steps only",
+    "state drift: a golden holds no long decode",
+)
 """What a golden does not hold, in words."""
 
 
