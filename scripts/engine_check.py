@@ -24,10 +24,10 @@ from rich.console import Console as RichConsole
 from rich.table import Table
 
 from nemotrt.exporter import environment, pipeline
-from nemotrt.exporter.candidates import engine_candidate
 from nemotrt.exporter.config import PRECISIONS, RUNTIMES, BuildConfig
 from nemotrt.exporter.console import Console
 from nemotrt.exporter.errors import CompileError, ExportError, UsageError
+from nemotrt.exporter.revalidation import revalidate
 from nemotrt.exporter.runtime import manifest as manifests
 from nemotrt.exporter.runtime.backends import BACKENDS
 from nemotrt.exporter.runtime.cuda import CudaError, Gpu, find_gpu
@@ -35,9 +35,8 @@ from nemotrt.exporter.runtime.engine_file import engine_profile
 from nemotrt.exporter.runtime.engine_session import EngineSession
 from nemotrt.exporter.runtime.manifest import Profile
 from nemotrt.exporter.runtime.step import pages_of
-from nemotrt.exporter.stages.load import load
-from nemotrt.exporter.stages.validate import judge
 from nemotrt.exporter.targets import Target, settle
+from nemotrt.exporter.validation_request import ValidationRequest
 
 EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "tiny"
 WARM_UP, TIMED = 5, 30
@@ -89,21 +88,10 @@ def build(checkpoint: Path, output: Path, target: Target, precision: str) -> tup
     return f"{result['engine']['version']}, {size / 1e6:.1f} MB", {"engine_bytes": size, **result["engine"]}
 
 
-def compare(checkpoint: Path, bundle: Path, precision: str) -> tuple[str, Any]:
+def compare(checkpoint: Path, bundle: Path) -> tuple[str, Any]:
     """Every gate of a validation on the engine, and captured steps against steps that are not."""
-    manifest = manifests.verify(bundle, deep=True)
-    profile = engine_profile(bundle, manifest)
-    config = BuildConfig(
-        checkpoint,
-        bundle,
-        precision,
-        profile.max_tokens,
-        profile.max_sequences,
-        profile.max_context,
-        profile.page_size,
-    )
-
-    report = judge(load(checkpoint), config, engine_candidate(bundle, manifest))
+    manifests.verify(bundle, deep=True)
+    report = revalidate(ValidationRequest(bundle, checkpoint, engine=True), Console(quiet=True))
     failed = [gate for gate in report.gates if not gate.passed]
     said = f"{report.candidate}: {len(report.gates) - len(failed)} of {len(report.gates)} gates passed"
     if failed:
@@ -192,9 +180,7 @@ def run(checkpoint: Path, precisions: tuple[str, ...], runtime: str, gpu: Gpu) -
                 )
                 if not outcomes[-1].passed:
                     continue
-                outcomes.append(
-                    attempt(f"{name}: compare", lambda p=precision, b=bundle: compare(checkpoint, b, p))
-                )
+                outcomes.append(attempt(f"{name}: compare", lambda b=bundle: compare(checkpoint, b)))
                 outcomes.append(attempt(f"{name}: speed", lambda b=bundle: speed(b)))
     return outcomes
 

@@ -70,7 +70,7 @@ def engine(built: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> FakeEngin
 def test_an_engine_that_is_right_passes_every_gate(
     script: ModuleType, built: SimpleNamespace, engine: FakeEngine
 ) -> None:
-    said, report = script.compare(built.checkpoint, built.bundle, "fp32")
+    said, report = script.compare(built.checkpoint, built.bundle)
     assert "tensorrt-rtx, TensorRT-RTX 1.7.1 on Fake RTX (SM 89): " in said
     assert len(report["gates"]) > 50
     assert any(gate["metric"] == "captured and uncaptured differ" for gate in report["gates"])
@@ -101,7 +101,7 @@ def test_an_engine_that_errs_fails(
     with pytest.raises(
         CompileError, match="gates passed; the first that failed: prefill, logits: relative L2"
     ):
-        script.compare(built.checkpoint, built.bundle, "fp32")
+        script.compare(built.checkpoint, built.bundle)
 
 
 def test_every_kind_of_step_is_timed(
