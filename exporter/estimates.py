@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -29,7 +29,7 @@ BASE_MEMORY = 500_000_000
 """PyTorch and the traced graphs, without weights."""
 
 RUNNER_MEMORY = 1.3
-"""Of a copy of the weights in FP32, for a runner and what its steps need."""
+"""Of a reference's weights, with what its steps need."""
 
 LOGITS_ROWS = 511
 """Rows of logits that a validation keeps for each runner, as float64."""
@@ -61,22 +61,24 @@ KIND_SECONDS = 0.07
 """And for each kind of layer that is traced."""
 TENSOR_SECONDS = 11e-6
 """CPU seconds a tensor of the checkpoint."""
-LAYER_SECONDS = 0.012
+LAYER_SECONDS = 0.005
 """CPU seconds for a layer's nodes."""
-READ_SECONDS, WRITE_SECONDS, CAST_SECONDS = 0.25e-9, 0.75e-9, 0.6e-9
-"""CPU seconds a byte of weights: read and judged; written; and converted to another dtype before."""
+READ_SECONDS, WRITE_SECONDS, CAST_SECONDS = 0.25e-9, 1.2e-9, 0.2e-9
+"""CPU seconds a byte of weights: read and judged; written, half of it into memory that was used just before and twice
+into memory that the machine has to find; and converted to another dtype before."""
 PIECE_BYTES, PIECE_SECONDS = 4 << 20, 80e-6
 """What is read and written at once, and CPU seconds for each, a hole too."""
 HASH_SECONDS = 0.65e-9
 """CPU seconds a byte."""
-VALIDATE_SECONDS = {"fp32": 0.32e-6, "fp16": 0.55e-6, "bf16": 0.55e-6, "fp8": 0.6e-6}
-"""CPU seconds a parameter, and VALIDATE_BASE for the steps themselves."""
-VALIDATE_BASE = 8.0
+VALIDATE_SECONDS = {"fp32": 0.13e-6, "fp16": 0.21e-6, "bf16": 0.21e-6, "fp8": 0.21e-6}
+"""CPU seconds a parameter, and VALIDATE_BASE for the steps themselves: of a model of experts in FP32 and BF16; what
+other models take was not measured."""
+VALIDATE_BASE = 6.0
 KERNELS, KERNEL_SECONDS, LINK_SECONDS = 48, 0.6, 9.0
 """Kernels of one SM and dtype, CPU seconds for each that is not in the cache, and those of linking them."""
 WORKER_MEMORY = 200_000_000
 """Of a process that compiles kernels, one a core."""
-ENGINE_BASE_SECONDS, ENGINE_SECONDS = 2.0, 6e-9
+ENGINE_BASE_SECONDS, ENGINE_SECONDS = 2.0, 2.5e-9
 """CPU seconds of TensorRT-RTX's builder, and for each byte of weights."""
 
 
@@ -111,7 +113,7 @@ class Work:
     bundle_bytes: int
     """Of the files with weights in the bundle, the linked ones as a whole."""
     engines: Mapping[str, int]
-    """Runtimes whose engines can be built, and for how many SMs."""
+    """Runtimes whose engines can be built → SMs for which kernels are to be compiled before that."""
 
 
 def work(
@@ -201,7 +203,15 @@ def _parameters_of(model: LoadedModel) -> int:
     return num_parameters(tensor for weight in model.weights.values() for tensor in weight.tensors)
 
 
-def _validate_memory(parameters: int, vocab_size: int) -> int:
+def num_references(precision: str, layers: Sequence[str]) -> float:
+    """Copies of the weights in FP32 that a validation has side by side.
+
+    With experts, the model whose loss is measured stays, at half the size, beside a reference on its choices.
+    """
+    return 1.5 if precision != "fp32" and "moe" in layers else 1.0
+
+
+def _validate_memory(parameters: float, vocab_size: int) -> int:
     logits = LOGITS_COPIES * LOGITS_ROWS * vocab_size * 8
     return int(BASE_MEMORY + RUNNER_MEMORY * 4 * parameters + logits)
 
@@ -225,6 +235,7 @@ def stages(work: Work) -> tuple[StageEstimate, ...]:
     """Each stage of a build, in order."""
     tensors = TENSOR_MEMORY * work.num_tensors
     lower = tensors + TRACE_MEMORY + LOWER_MEMORY
+    bundle = max(lower, BASE_MEMORY)  # what a validation has loaded stays
     num_layers, kinds = len(work.layers), len(set(work.layers))
     written = work.written_bytes + GRAPH_FILE + GRAPH_LAYER * num_layers
     streamed = (
@@ -244,26 +255,26 @@ def stages(work: Work) -> tuple[StageEstimate, ...]:
         ),
         StageEstimate(
             "validate",
-            _validate_memory(work.parameters, work.vocab_size),
+            _validate_memory(work.parameters * num_references(work.precision, work.layers), work.vocab_size),
             0,
             VALIDATE_BASE + VALIDATE_SECONDS[work.precision] * work.parameters,
         ),
-        StageEstimate("bundle", lower, 0, HASH_SECONDS * work.bundle_bytes),
+        StageEstimate("bundle", bundle, 0, HASH_SECONDS * work.bundle_bytes),
+        *(
+            StageEstimate("bundle", bundle, 0, HASH_SECONDS * (work.bundle_bytes + work.graph_bytes), runtime)
+            for runtime in work.engines
+        ),
     )
 
 
 def _engine_stages(work: Work, runtime: str, num_sms: int, memory: int) -> tuple[StageEstimate, ...]:
-    """Of a process that has so much memory itself. No kernel is taken to be in the cache."""
+    """Of a process that has so much memory itself. No kernel of an SM without a library is taken to be in the cache."""
     kernels = KERNELS * num_sms * (2 if work.precision == "fp8" else 1)
+    workers = WORKER_MEMORY * num_cores() if kernels else 0
+    seconds = KERNEL_SECONDS * kernels + LINK_SECONDS if kernels else 0
     engine = work.graph_bytes
     return (
-        StageEstimate(
-            "kernels",
-            memory + WORKER_MEMORY * num_cores(),
-            0,
-            KERNEL_SECONDS * kernels + LINK_SECONDS,
-            runtime,
-        ),
+        StageEstimate("kernels", memory + workers, 0, seconds, runtime),
         StageEstimate(
             "compile",
             memory + engine_memory(engine),

@@ -57,7 +57,9 @@ def build(config: BuildConfig, console: Console) -> dict[str, Any]:
         config, target = _resolved(config, model, console)
         _check_quantisation(config, model)
         if config.validate:
-            estimates.check_memory(model, hint="--no-validate builds without it, and the manifest says so")
+            copies = estimates.num_references(config.precision, model.config.layers)
+            hint = "--no-validate builds without it, and the manifest says so"
+            estimates.check_memory(model, hint=hint, copies=copies)
         key = digest(_identity(config, model))
         with Workspace.open(config.output, force=config.force) as workspace:
             try:

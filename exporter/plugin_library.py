@@ -43,15 +43,23 @@ def plugin_library(
         ) from error
 
 
+def is_at_hand(config: BuildConfig, sms: Sequence[int]) -> bool:
+    """Whether a library for these SMs was shipped, or linked here before: by this version, or else it is made anew."""
+    return is_shipped() or _place(config, sms).is_dir()
+
+
+def _place(config: BuildConfig, sms: Sequence[int]) -> Path:
+    name = digest([sorted(sms), sorted(kernel_dtypes(config))])[:16]
+    return cache_folder().parent / "libraries" / name
+
+
 def _linked(config: BuildConfig, sms: Sequence[int], report: Report) -> PluginLibrary:
     from nemotrt.plugins import build, link
 
-    dtypes = kernel_dtypes(config)
+    selection = build.Selection(tuple(sms), kernel_dtypes(config))
     cache = cache_folder().parent
-    name = digest([sorted(sms), sorted(dtypes)])[:16]
-    selection = build.Selection(tuple(sms), dtypes)
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="kernels-", dir=cache) as folder:
         index = build.build(selection, Path(folder) / "kernels", report=report)
-        linked = link.link(index, cache / "libraries" / name)
+        linked = link.link(index, _place(config, sms))
     return PluginLibrary(linked.path, linked.description["hash"])

@@ -96,7 +96,9 @@ def _of_steps(
     request: ValidationRequest, subject: Subject, candidate: Candidate, console: Console
 ) -> ValidationReport:
     model, config, golden = subject.model, subject.config, request.save_golden
-    estimates.check_memory(model, hint="--layers-alone compares with one layer in memory at a time")
+    copies = estimates.num_references(config.precision, model.config.layers)
+    hint = "--layers-alone compares with one layer in memory at a time"
+    estimates.check_memory(model, hint=hint, copies=copies)
     from nemotrt.exporter.stages.validate import judge, num_steps
 
     def keep(recording: Recording) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from nemotrt.exporter.config import COMPUTE_DTYPES, BuildConfig
 from nemotrt.exporter.errors import CompileError, UsageError
 from nemotrt.exporter.kernel_support import check_supported
+from nemotrt.exporter.plugin_library import is_at_hand
 from nemotrt.exporter.runtime.backends import BACKENDS, Backend
 from nemotrt.exporter.targets import AUTO, ONNX, Target, settle
 from nemotrt.model.config import ModelConfig
@@ -44,12 +45,14 @@ def _engine(config: ModelConfig, backend: Backend, precision: str) -> RuntimeFac
 
 
 def engines(config: ModelConfig, runtime: str, sms: tuple[int, ...], precision: str) -> dict[str, int]:
-    """The runtimes whose engines would be built here if they were asked for, and for how many SMs."""
+    """The runtimes whose engines would be built here if they were asked for → SMs for which no library is at hand."""
     found = {}
     for one in BACKENDS:
         if runtime in (AUTO, one.runtime):
             with suppress(CompileError, UsageError):
-                found[one.runtime] = len(engine_target(config, one.runtime, sms, precision).sms)
+                target = engine_target(config, one.runtime, sms, precision)
+                is_there = is_at_hand(BuildConfig(Path(), Path(), precision=precision), target.sms)
+                found[one.runtime] = 0 if is_there else len(target.sms)
     return found
 
 

@@ -12,7 +12,7 @@ import pytest
 from checkpoints import CONFIG, write_checkpoint
 
 from nemotrt.exporter import check as checks
-from nemotrt.exporter import estimates, pipeline
+from nemotrt.exporter import estimates, pipeline, plugin_library
 from nemotrt.exporter.config import BuildConfig
 from nemotrt.exporter.console import Console
 from nemotrt.exporter.data_file import data_path
@@ -60,7 +60,7 @@ def test_engines_are_estimated_for_runtimes_that_build_here(
     monkeypatch.setattr(checks, "engines", lambda *_: {"tensorrt-rtx": 2})
     found = checks.check(checks.of_folder(checkpoint), "", Path()).estimates
     engines = [(stage.stage, stage.runtime) for stage in found if stage.runtime]
-    assert engines == [("kernels", "tensorrt-rtx"), ("compile", "tensorrt-rtx")]
+    assert engines == [(name, "tensorrt-rtx") for name in ("kernels", "compile", "bundle")]
     alone = next(stage for stage in found if stage.stage == "lower").memory_bytes
     assert (
         next(stage for stage in found if stage.stage == "compile").memory_bytes
@@ -82,6 +82,23 @@ def test_memory_of_a_build(checkpoint: Path, tmp_path: Path) -> None:
         "no",
     ]
     took = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
-    for name, stage in estimated(checkpoint).items():
-        if name in took:
-            assert stage.memory_bytes == pytest.approx(took[name]["memory_bytes"], rel=0.25), name
+    stages = estimated(checkpoint)
+    for name in ("load", "trace", "lower"):  # a bundle's is of a build that has validated
+        assert stages[name].memory_bytes == pytest.approx(took[name]["memory_bytes"], rel=0.25), name
+
+
+def test_kernels_that_are_linked_already_take_nothing(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = BuildConfig(Path(), Path(), precision="fp16")
+    monkeypatch.setenv("NEMO_EXPORT_CACHE", str(tmp_path))
+    monkeypatch.setattr(plugin_library, "is_shipped", lambda: False)
+    assert not plugin_library.is_at_hand(config, (89, 120))
+    plugin_library._place(config, (89, 120)).mkdir(parents=True)
+    assert plugin_library.is_at_hand(config, (120, 89))
+    assert not plugin_library.is_at_hand(config, (89,))
+    for missing in (2, 0):
+        monkeypatch.setattr(checks, "engines", lambda *_, missing=missing: {"tensorrt-rtx": missing})
+        found = checks.check(checks.of_folder(checkpoint), "", Path()).estimates
+        kernels = next(stage for stage in found if stage.stage == "kernels")
+        assert (kernels.cpu_seconds > 0) == (missing > 0)
