@@ -22,6 +22,7 @@ from nemotrt.exporter.artifacts import (
     LayerCost,
     LayerError,
     NextToken,
+    OpError,
     RouterAgreement,
     StateDrift,
     Suspect,
@@ -58,7 +59,13 @@ def made_up(num_layers: int = 10, num_rows: int = 160) -> ValidationReport:
         for i in range(num_layers)
     )
     routers = tuple(RouterAgreement(i, 300, i % 3, 0.1, 1e-4, 1e-3) for i in range(1, num_layers, 4))
+    ops = tuple(
+        OpError(f"layers.{i}.mixer.scan", "NemoSelectiveScan", output, 1e-3, 0, 1e-3, 3e-3)
+        for i in range(num_layers)
+        for output in ("y", "next_ssm_state")
+    )
     return ValidationReport(
+        ops=ops,
         drift=drift(num_layers),
         text=text(num_layers),
         candidate="ONNX Runtime, bf16 as an FP32 twin",
@@ -239,6 +246,8 @@ def test_a_browser_shows_it(tmp_path: Path, width: int, dark: bool) -> None:
         assert browser.run("document.querySelectorAll('svg.kl polyline.curve').length") == 2
         assert browser.run("document.querySelectorAll('#drift-plot polyline').length") == 132
         assert browser.run("document.querySelectorAll('#map rect').length") == 88 * 7
+        assert browser.run("document.querySelectorAll('#ops tbody tr').length") == 88 * 2
+        assert not browser.run("document.querySelector('#ops').checkVisibility()")
         assert browser.run("document.querySelectorAll('#costs rect').length") == 88
         background = browser.run("getComputedStyle(document.body).backgroundColor")
         assert (sum(map(int, re.findall(r"\d+", background)[:3])) < 200) == dark
