@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -83,7 +84,7 @@ def bisect(
         beyond = [suspect for suspect in found if suspect.departs]
         if beyond:
             # What a state lost in one step shows in all that follow.
-            first = min(beyond, key=lambda suspect: _first_step(suspect, done, cut))
+            first = min(beyond, key=partial(_first_step, done=done, cut=cut))
             shapes = done.shown[first.tensor].shapes
             departing.append(_explained(first, cut, found, shapes, model, graph))
         nearest = max(
@@ -91,6 +92,7 @@ def bisect(
             key=lambda suspect: suspect.strain,
             default=None,
         )
+        del done
         advance(1)
     return Bisection(
         runs_as=max(runs_as, key=runs_as.count),

@@ -81,6 +81,7 @@ def compare_parts(
         op_gates, errors = opwise.compare_ops(cut, graph, done.calls, counts)
         gates += op_gates
         ops += errors
+        del done
         advance(1)
     return Parts(tuple(gates), tuple(layers), tuple(ops), max(runs_as, key=runs_as.count))
 
@@ -113,8 +114,10 @@ def trials(
             for flow, inputs in zip(flows, steps, strict=True)
         ]
         found = running.found
-        del running  # its weights are not to be in memory beside those of what comes next
+        # Neither its weights nor its ops' are to be in memory beside those of what comes next.
+        del running
         yield cut, found, counts
+        del found
 
 
 def _labelled(cut: Cut, compared: Compared) -> dict[str, judged.Pair]:

@@ -9,6 +9,7 @@ import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -157,10 +158,8 @@ class TorchPart:
         self.calls: list[OpCall] = []
         """The ops that the last step called."""
         if isinstance(self._module, Block):
-            self._module.mixer.register_forward_hook(self._keep)
-
-    def _keep(self, _: nn.Module, __: object, results: tuple[Tensor, ...]) -> None:
-        self.values[self._cut.mixed] = results[0]
+            # A hook that held this part, which holds the module, would keep the weights until a look for garbage.
+            self._module.mixer.register_forward_hook(partial(_keep, self.values, cut.mixed))
 
     def reset(self, pools: Mapping[str, NDArray[np.float32]]) -> None:
         """Fill every pool, in its own dtype."""
@@ -173,7 +172,7 @@ class TorchPart:
     def step(self, flow: Tensor, inputs: StepInputs, leader: RouterLogits = ()) -> Tensor:
         """What flows on, of what flowed in; the experts are those that `leader` leads to."""
         self._tap.begin(leader)
-        self.values = {}
+        self.values.clear()
         with threads(self._num_threads), _OpCalls() as seen:
             result, *self._pools = self._run(flow, inputs)
         self.calls = seen.calls
@@ -192,6 +191,12 @@ class TorchPart:
     def router_logits(self) -> RouterLogits:
         """Of the last step's tokens, before another's choices took their place."""
         return tuple(self._tap.seen)
+
+
+def _keep(
+    values: dict[str, Tensor], name: str, _: nn.Module, __: object, results: tuple[Tensor, ...]
+) -> None:
+    values[name] = results[0]
 
 
 class TracedTorchPart(TorchPart):

@@ -94,8 +94,12 @@ def open_model(
     providers: Sequence[str],
     thread: Interruptible,
     shown: Sequence[str] = (),
+    unoptimised: Sequence[str] = (),
 ) -> tuple[ort.InferenceSession, str]:
-    """As `open_graph`, of a model in memory whose external data lies beside `path`."""
+    """As `open_graph`, of a model in memory whose external data lies beside `path`.
+
+    `unoptimised` names optimisers of ONNX Runtime's to do without.
+    """
     if find_spec("onnxruntime") is None:
         raise UsageError("ONNX Runtime is not installed", hint="pip install 'nemo-export[cpu]'")
     import onnx
@@ -121,7 +125,7 @@ def open_model(
     model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in shown)
     folder = str(path.parent.resolve())
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
-    return _create(path, model.SerializeToString(), options, providers, thread), runs_as
+    return _create(path, model.SerializeToString(), options, providers, thread, unoptimised), runs_as
 
 
 def read_proto(path: Path) -> ModelProto:
@@ -154,13 +158,16 @@ def _create(
     options: ort.SessionOptions,
     providers: Sequence[str],
     thread: Interruptible,
+    unoptimised: Sequence[str],
 ) -> ort.InferenceSession:
     import onnxruntime as ort
     from onnxruntime.capi import onnxruntime_pybind11_state as state
 
     try:
         return thread.run(
-            lambda: ort.InferenceSession(source, options, providers=list(providers)),
+            lambda: ort.InferenceSession(
+                source, options, providers=list(providers), disabled_optimizers=list(unoptimised)
+            ),
             stop=lambda: options.set_load_cancellation_flag(True),
         )
     except (state.InvalidArgument, state.InvalidGraph, state.InvalidProtobuf, state.NoSuchFile) as error:

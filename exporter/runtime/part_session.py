@@ -16,13 +16,19 @@ if TYPE_CHECKING:
     from onnx import ModelProto
 
 
+FOLDING = "ConstantFolding"
+"""It would widen every weight of a twin when the part is loaded, in three copies, to save doing so in a step."""
+
+
 class PartSession:
     """A model in memory whose external data lies beside a graph; it holds no state."""
 
     def __init__(self, model: ModelProto, graph: Path) -> None:
         """Load it; raises as `open_graph` does."""
         thread = Interruptible()
-        self._session, self.runs_as = open_model(model, graph, threads=0, providers=(CPU,), thread=thread)
+        self._session, self.runs_as = open_model(
+            model, graph, threads=0, providers=(CPU,), thread=thread, unoptimised=(FOLDING,)
+        )
         self._dtypes = {value.name: DTYPES[value.type] for value in self._session.get_inputs()}
         self._outputs = [value.name for value in self._session.get_outputs()]
 

@@ -196,6 +196,7 @@ class _Scope:
                 if self.dtypes.get(name) == FP8:
                     node.input[i] = self._as_half(name)
             self.nodes.append(node)
+            self._widen_outputs(node)
         else:
             self._compute(node, results, kept)
 
@@ -208,9 +209,17 @@ class _Scope:
         return tuple(i for i in scanned if self.is_half(node.input[i]) and node.input[i] not in self.widened)
 
     def _stays_half(self, node: NodeProto, operands: list[str]) -> bool:
-        """Whether the node only moves weights that still are half, and makes no output of the graph."""
+        """Whether the node only moves weights that still are half."""
         is_weights = bool(operands) and not any(name in self.widened for name in operands)
-        return node.op_type in STORED and is_weights and not self._outputs.intersection(node.output)
+        return node.op_type in STORED and is_weights
+
+    def _widen_outputs(self, node: NodeProto) -> None:
+        """Under the name of an output of the graph, which is FP32, what the node made of half weights."""
+        for i, name in enumerate(node.output):
+            if name in self._outputs:
+                node.output[i] = self._rewriter.fresh(name, "half")
+                self._append_cast(node.output[i], name, FLOAT, like=node)
+                self.widened[name] = name
 
     def wide(self, name: str) -> str:
         """The FP32 name of a half value, cast here when no graph around has done it."""

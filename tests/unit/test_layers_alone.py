@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import weakref
 from pathlib import Path
 
 import pytest
@@ -14,9 +15,12 @@ from faults import broken, zeroed_expert
 
 from nemotrt.exporter import estimates
 from nemotrt.exporter.artifacts import LoadedModel
+from nemotrt.exporter.bisection import bisect
 from nemotrt.exporter.cli import program
+from nemotrt.exporter.layerwise import compare_parts
 from nemotrt.exporter.revalidation import subject_of
 from nemotrt.exporter.stages.load import load
+from nemotrt.exporter.stages.validate import extent
 from nemotrt.exporter.torch_parts import PartModules
 
 
@@ -119,3 +123,20 @@ def test_another_layer_takes_the_place_of_the_one_before(half: Path) -> None:
     modules.module("layers.1", torch.float32)
     modules.module("layers.2", torch.float32)
     assert all(name.startswith("backbone.layers.2.") for name, _ in modules._held)
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["layers", "bisect"])
+def test_no_more_than_one_part_is_alive(bundle: Path, monkeypatch: pytest.MonkeyPatch, inside: bool) -> None:
+    alive: list[tuple[str, weakref.ref[torch.nn.Module]]] = []
+    make = PartModules.module
+
+    def watched(self: PartModules, place: str, dtype: torch.dtype) -> torch.nn.Module:
+        assert {other for other, module in alive if module() is not None} <= {place}
+        alive.append((place, weakref.ref(made := make(self, place, dtype))))
+        return made
+
+    monkeypatch.setattr(PartModules, "module", watched)
+    subject = subject_of(bundle, None, None)
+    look = bisect if inside else compare_parts
+    look(subject.model, subject.config, subject.graph, extent(subject.model, subject.config, 0))
+    assert len(alive) == 2 * 8

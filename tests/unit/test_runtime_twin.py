@@ -183,7 +183,11 @@ def test_a_half_output_straight_from_a_weight_is_widened(half: int) -> None:
         {"y": half},
         {"table": table.astype(NUMPY[half])},
     )
-    (y,) = run(fp32_twin(model), x=np.zeros((1, 4), np.float32))
+    twin = fp32_twin(model)
+    # What was gathered is widened, not the table.
+    (gather,) = (one for one in twin.graph.node if one.op_type == "Gather")
+    assert gather.input[0] == "table"
+    (y,) = run(twin, x=np.zeros((1, 4), np.float32))
     assert y.dtype == np.float32
     np.testing.assert_array_equal(y, table[np.zeros((1, 4), int)])
 
