@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +29,7 @@ from nemotrt.exporter.runtime.step import StepInputs
 from nemotrt.exporter.stages.lower import value_names
 from nemotrt.exporter.stages.trace import trace
 from nemotrt.exporter.torch_parts import PartModules, TracedTorchPart
+from nemotrt.model.pools import PoolSpec
 
 if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto, TensorProto
@@ -66,11 +66,7 @@ def bisect(
         names = [name for name in dict.fromkeys(program.names.values()) if name in inside]
         runner = _Marked(cut, names, changed, lambda part: open_part(part, graph))
         runs_as.append(runner.runs_as)
-        reference, floor = (
-            TracedTorchPart(modules, cut, pools, dtype, part.program, program.names) if part else None
-            for part, dtype in ((program.wide, torch.float32), (program.half, program.dtype))
-        )
-        assert reference
+        reference, floor = program.parts(modules, cut, pools)
         return PartTrial(cut, runner, reference, floor, part_noise(cut, pools, extent), names)
 
     kinds = {f"layers.{index}": kind for index, kind in model.config.numbered_layers.items()}
@@ -81,12 +77,7 @@ def bisect(
         found = list(_suspects(cut, done, kinds.get(cut.place, cut.place)))
         num_values += len(found)
         num_unmatched += sum(len(node.output) for node in cut.model.graph.node) - len(found)
-        beyond = [suspect for suspect in found if suspect.departs]
-        if beyond:
-            # What a state lost in one step shows in all that follow.
-            first = min(beyond, key=partial(_first_step, done=done, cut=cut))
-            shapes = done.shown[first.tensor].shapes
-            departing.append(_explained(first, cut, found, shapes, model, graph))
+        departing += _first_departing(cut, done, found, model, graph)
         nearest = max(
             (suspect for suspect in (nearest, *found) if suspect and not suspect.departs),
             key=lambda suspect: suspect.strain,
@@ -118,6 +109,16 @@ class _Program:
     dtype: torch.dtype
     names: dict[str, str]
     """The programs' nodes → the graph's values."""
+
+    def parts(
+        self, modules: PartModules, cut: Cut, pools: Sequence[PoolSpec]
+    ) -> tuple[TracedTorchPart, TracedTorchPart | None]:
+        """PyTorch's part in FP32, and at the graph's precision if that is another."""
+
+        def part(traced: TracedPart, dtype: torch.dtype) -> TracedTorchPart:
+            return TracedTorchPart(modules, cut, pools, dtype, traced.program, self.names)
+
+        return part(self.wide, torch.float32), part(self.half, self.dtype) if self.half else None
 
 
 def _programs(model: LoadedModel, config: BuildConfig) -> dict[str, _Program]:
@@ -189,6 +190,18 @@ def _suspect(cut: Cut, node: NodeProto, name: str, kind: str, shown: Beside, flo
         reference=_finite(reference),
         reads=(),
     )
+
+
+def _first_departing(
+    cut: Cut, done: PartRun, found: Sequence[Suspect], model: LoadedModel, graph: Path
+) -> list[Suspect]:
+    """The value of the earliest step, and of the earliest node, that departs; none where none does."""
+    beyond = [suspect for suspect in found if suspect.departs]
+    if not beyond:
+        return []
+    # What a state lost in one step shows in all that follow.
+    first = min(beyond, key=lambda suspect: _first_step(suspect, done, cut))
+    return [_explained(first, cut, found, done.shown[first.tensor].shapes, model, graph)]
 
 
 def _first_step(suspect: Suspect, done: PartRun, cut: Cut) -> int:
