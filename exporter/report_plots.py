@@ -61,56 +61,46 @@ def _number(place: str) -> str:
     return place.rpartition(".")[2]
 
 
-def _bars(count: int) -> tuple[float, int]:
-    """How wide a bar of so many is, and every which one has a label."""
-    return max(1.5, 0.7 * (WIDTH - LEFT - RIGHT) / count), -(-count // MAX_LABELS)
+def _bars(
+    axis: LogAxis, values: Sequence[float], labels: Sequence[str]
+) -> tuple[float, list[dict[str, Any]]]:
+    """How wide a bar is, and where each stands; of many only some have a label."""
+    count = len(values)
+    width, stride = max(1.5, 0.7 * (WIDTH - LEFT - RIGHT) / count), -(-count // MAX_LABELS)
+    bars = [
+        {
+            "x": round(_x(index, count) - width / 2, 1),
+            "y": axis.y(value),
+            "height": round(HEIGHT - BOTTOM - axis.y(value), 1),
+            "label": label if index % stride == 0 else "",
+            "center": _x(index, count),
+        }
+        for index, (value, label) in enumerate(zip(values, labels, strict=True))
+    ]
+    return round(width, 1), bars
 
 
 def layer_plot(layers: Sequence[LayerError]) -> dict[str, Any]:
     """A bar for each layer, a line at its floor and one at its limit."""
     limits = [FLOOR_FACTOR * layer.floor if layer.floor else FP32_RELATIVE_L2 for layer in layers]
-    axis = LogAxis.of([*limits, *(layer.error for layer in layers)])
-    width, stride = _bars(len(layers))
-    bars = []
-    for index, layer in enumerate(layers):
-        top, x = axis.y(layer.error), _x(index, len(layers))
-        bars.append(
-            {
-                "layer": layer,
-                "x": round(x - width / 2, 1),
-                "y": top,
-                "height": round(HEIGHT - BOTTOM - top, 1),
-                "floor": axis.y(layer.floor) if layer.floor is not None else None,
-                "limit": axis.y(limits[index]),
-                "label": _number(layer.place) if index % stride == 0 else "",
-                "center": x,
-            }
-        )
-    return {"axis": axis, "bars": bars, "width": round(width, 1)}
+    errors = [layer.error for layer in layers]
+    axis = LogAxis.of([*limits, *errors])
+    width, bars = _bars(axis, errors, [_number(layer.place) for layer in layers])
+    for bar, layer, limit in zip(bars, layers, limits, strict=True):
+        floor = axis.y(layer.floor) if layer.floor is not None else None
+        bar |= {"layer": layer, "floor": floor, "limit": axis.y(limit)}
+    return {"axis": axis, "bars": bars, "width": width}
 
 
 def cost_plot(costs: Sequence[LayerCost]) -> dict[str, Any]:
     """A bar for each quantised layer in the model's order, and how sure its height is."""
     ordered = sorted(costs, key=lambda cost: cost.layer)
-    lowest = [max(cost.mean_kl - cost.mean_kl_error, SMALLEST) for cost in ordered]
     axis = LogAxis.of([v for cost in ordered for v in (cost.mean_kl, cost.mean_kl + cost.mean_kl_error)])
-    width, stride = _bars(len(ordered))
-    bars = []
-    for index, cost in enumerate(ordered):
-        top, x = axis.y(cost.mean_kl), _x(index, len(ordered))
-        bars.append(
-            {
-                "cost": cost,
-                "x": round(x - width / 2, 1),
-                "y": top,
-                "height": round(HEIGHT - BOTTOM - top, 1),
-                "high": axis.y(cost.mean_kl + cost.mean_kl_error),
-                "low": axis.y(lowest[index]),
-                "label": str(cost.layer) if index % stride == 0 else "",
-                "center": x,
-            }
-        )
-    return {"axis": axis, "bars": bars, "width": round(width, 1)}
+    width, bars = _bars(axis, [cost.mean_kl for cost in ordered], [str(cost.layer) for cost in ordered])
+    for bar, cost in zip(bars, ordered, strict=True):
+        high, low = cost.mean_kl + cost.mean_kl_error, cost.mean_kl - cost.mean_kl_error
+        bar |= {"cost": cost, "high": axis.y(high), "low": axis.y(max(low, SMALLEST))}
+    return {"axis": axis, "bars": bars, "width": width}
 
 
 def kl_plot(found: NextToken) -> dict[str, Any]:
