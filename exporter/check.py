@@ -333,15 +333,14 @@ def _notes(
         found.append(f"there is no {TOKENIZER}: the bundle will take token ids, and no text")
     memory = environment.memory_bytes()
     for stage in stages:
+        name = f"{stage.stage} for {stage.runtime}" if stage.runtime else stage.stage
         if stage.memory_bytes > memory:
             found.append(
-                f"{stage.stage} needs about {stage.memory_bytes / 1e9:.3g} GB of memory, this machine has"
+                f"{name} needs about {stage.memory_bytes / 1e9:.3g} GB of memory, this machine has"
                 f" {memory / 1e9:.3g} GB" + (": use --no-validate" if stage.stage == "validate" else "")
             )
         if stage.disk_bytes > free:
-            found.append(
-                f"{stage.stage} writes {stage.disk_bytes / 1e9:.3g} GB, {free / 1e9:.3g} GB are free here"
-            )
+            found.append(f"{name} writes {stage.disk_bytes / 1e9:.3g} GB, {free / 1e9:.3g} GB are free here")
     found += [
         f"{tool.package} is missing for {tool.needed_for}: {tool.get}"
         for tool in _tools()
