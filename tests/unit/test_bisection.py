@@ -32,7 +32,6 @@ from faults import (
     zeroed_expert,
 )
 
-from nemotrt.exporter import bisection
 from nemotrt.exporter.artifacts import Bisection, LoadedModel
 from nemotrt.exporter.bisection import bisect
 from nemotrt.exporter.config import BuildConfig
@@ -164,6 +163,7 @@ class Disturbed(PartSession):
         return shown
 
 
-def test_it_is_said_that_marking_changed_the_result(built: Built, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bisection, "PartSession", Disturbed)
-    assert found(built).marking_changed == ("layers.3",)
+def test_it_is_said_that_marking_changed_the_result(built: Built) -> None:
+    model, config, graph = built
+    disturbed = bisect(model, config, graph, extent(model, config, 0), open_part=Disturbed)
+    assert disturbed.marking_changed == ("layers.3",)
