@@ -15,6 +15,7 @@ from typing import Any
 from nemotrt.exporter import environment, estimates
 from nemotrt.exporter.artifacts import WeightSource
 from nemotrt.exporter.config import COMPUTE_DTYPES, PRECISION_OF_DTYPE, PRESETS
+from nemotrt.exporter.engines.targets import AUTO, ONNX, settle
 from nemotrt.exporter.errors import CheckpointError, CompileError, ExportError, UsageError
 from nemotrt.exporter.inspection import Part, Weight, parts, state_of
 from nemotrt.exporter.layer_selection import only_layers, partial_model
@@ -23,7 +24,6 @@ from nemotrt.exporter.presets import recipe_of
 from nemotrt.exporter.runtime.tokenizer import TOKENIZER
 from nemotrt.exporter.runtime_facts import RuntimeFact, engine_target, engines, runtime_facts
 from nemotrt.exporter.stages.load import Survey, check_side_files, match, parse_config, read_config
-from nemotrt.exporter.targets import AUTO, ONNX, settle
 from nemotrt.exporter.tensor_files import DTYPES, StoredTensor, open_checkpoint, read_json
 from nemotrt.model.config import ModelConfig
 

@@ -10,14 +10,15 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-from nemotrt.exporter import environment, estimates, report_file
+from nemotrt.exporter import environment, estimates
 from nemotrt.exporter.artifacts import CompiledEngine, Gate, LoadedModel, LoweredGraph, ValidationReport
 from nemotrt.exporter.config import COMPUTE_DTYPES, PRECISION_OF_DTYPE, PRESETS, BuildConfig
 from nemotrt.exporter.console import Console
+from nemotrt.exporter.engines.targets import AUTO, ONNX, Target, settle
 from nemotrt.exporter.errors import CompileError, ExportError, UsageError, ValidationError
 from nemotrt.exporter.layer_selection import partial_model
 from nemotrt.exporter.modelopt import cache_notes
-from nemotrt.exporter.targets import AUTO, ONNX, Target, settle
+from nemotrt.exporter.validation import report_file
 from nemotrt.exporter.workspace import Workspace, check_output, digest
 
 GRAPH = "model.onnx"
@@ -179,7 +180,7 @@ def _checked(target: Target, model: LoadedModel, config: BuildConfig) -> Target:
 
     Else the graph alone, where that may be.
     """
-    from nemotrt.exporter.kernel_support import check_supported
+    from nemotrt.exporter.engines.kernel_support import check_supported
     from nemotrt.exporter.stages.compile import check_backend
 
     try:

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nemotrt.exporter.config import COMPUTE_DTYPES, BuildConfig
+from nemotrt.exporter.engines.kernel_support import check_supported
+from nemotrt.exporter.engines.plugin_library import is_at_hand
+from nemotrt.exporter.engines.targets import AUTO, ONNX, Target, settle
 from nemotrt.exporter.errors import CompileError, UsageError
-from nemotrt.exporter.kernel_support import check_supported
-from nemotrt.exporter.plugin_library import is_at_hand
 from nemotrt.exporter.runtime.backends import BACKENDS, Backend
-from nemotrt.exporter.targets import AUTO, ONNX, Target, settle
 from nemotrt.model.config import ModelConfig
 from nemotrt.model.pools import pool_specs
 

@@ -11,13 +11,13 @@ from rich.table import Table
 from rich.text import Text
 
 from nemotrt.exporter.artifacts import TextReport, ValidationReport
-from nemotrt.exporter.bisection_table import bisection
 from nemotrt.exporter.check import Check
-from nemotrt.exporter.gate_summary import summary
 from nemotrt.exporter.inspection import Graph, Inspection, Part
 from nemotrt.exporter.layer_selection import partial_model
 from nemotrt.exporter.runtime.manifest import Manifest
 from nemotrt.exporter.units import count, duration, size
+from nemotrt.exporter.validation.bisection_table import bisection
+from nemotrt.exporter.validation.gate_summary import summary
 from nemotrt.model.config_fields import PATTERN
 
 WIDTH = 100

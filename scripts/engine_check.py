@@ -26,8 +26,8 @@ from rich.table import Table
 from nemotrt.exporter import environment, pipeline
 from nemotrt.exporter.config import PRECISIONS, RUNTIMES, BuildConfig
 from nemotrt.exporter.console import Console
+from nemotrt.exporter.engines.targets import Target, settle
 from nemotrt.exporter.errors import CompileError, ExportError, UsageError
-from nemotrt.exporter.revalidation import revalidate
 from nemotrt.exporter.runtime import manifest as manifests
 from nemotrt.exporter.runtime.backends import BACKENDS
 from nemotrt.exporter.runtime.cuda import CudaError, Gpu, find_gpu
@@ -35,8 +35,8 @@ from nemotrt.exporter.runtime.engine_file import engine_profile
 from nemotrt.exporter.runtime.engine_session import EngineSession
 from nemotrt.exporter.runtime.manifest import Profile
 from nemotrt.exporter.runtime.step import pages_of
-from nemotrt.exporter.targets import Target, settle
-from nemotrt.exporter.validation_request import ValidationRequest
+from nemotrt.exporter.validation.revalidation import revalidate
+from nemotrt.exporter.validation.validation_request import ValidationRequest
 
 EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "tiny"
 WARM_UP, TIMED = 5, 30

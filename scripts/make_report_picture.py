@@ -13,8 +13,8 @@ from rich.console import Console as RichConsole
 
 from nemotrt.exporter import tables
 from nemotrt.exporter.console import Console
-from nemotrt.exporter.revalidation import revalidate
-from nemotrt.exporter.validation_request import ValidationRequest
+from nemotrt.exporter.validation.revalidation import revalidate
+from nemotrt.exporter.validation.validation_request import ValidationRequest
 
 PICTURE = Path(__file__).resolve().parents[1] / "docs" / "report.svg"
 FORMAT = re.sub(r"@font-face \{\{.*?\}\}\s*", "", CONSOLE_SVG_FORMAT, flags=re.DOTALL)

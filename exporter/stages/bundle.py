@@ -11,13 +11,14 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from nemotrt.exporter import environment, report_file
+from nemotrt.exporter import environment
 from nemotrt.exporter.artifacts import CompiledEngine, LoadedModel, LoweredGraph, ValidationReport
 from nemotrt.exporter.config import BuildConfig
 from nemotrt.exporter.data_file import data_path
-from nemotrt.exporter.report_html import Bundle, report_html
 from nemotrt.exporter.runtime import manifest
 from nemotrt.exporter.runtime.graph_summary import describe_graph
+from nemotrt.exporter.validation import report_file
+from nemotrt.exporter.validation.report_html import Bundle, report_html
 from nemotrt.plugins.spec import DOMAIN
 
 LOG = "logs/build.log"

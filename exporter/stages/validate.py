@@ -9,17 +9,17 @@ import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
-from nemotrt.exporter import drift
 from nemotrt.exporter.artifacts import Drift, LoadedModel, ValidationReport
-from nemotrt.exporter.candidates import ENGINE, graph_candidate
-from nemotrt.exporter.comparison import WATCHED, Candidate, Extent, Recording, compare
 from nemotrt.exporter.config import BUILD_DRIFT_STEPS, COMPUTE_DTYPES, DRIFT_STEPS, BuildConfig
-from nemotrt.exporter.graph_dtypes import dtype_gates, wanted_dtypes
 from nemotrt.exporter.layer_selection import partial_model
-from nemotrt.exporter.layerwise import compare_parts
 from nemotrt.exporter.modelopt import cache_notes
 from nemotrt.exporter.runtime.graph_file import read_proto
-from nemotrt.exporter.torch_reference import Follower, record
+from nemotrt.exporter.validation import drift
+from nemotrt.exporter.validation.candidates import ENGINE, graph_candidate
+from nemotrt.exporter.validation.comparison import WATCHED, Candidate, Extent, Recording, compare
+from nemotrt.exporter.validation.graph_dtypes import dtype_gates, wanted_dtypes
+from nemotrt.exporter.validation.layerwise import compare_parts
+from nemotrt.exporter.validation.torch_reference import Follower, record
 
 PROMPT, DECODE = 96, 64
 """Tokens of the prompt, and tokens decoded after it."""

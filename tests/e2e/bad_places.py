@@ -52,9 +52,9 @@ FLAGS: dict[str, tuple[tuple[str, ...], str]] = {
         ("validate", "checkpoint", "--against", "checkpoint", "--checkpoint", "checkpoint"),
         "--against and --checkpoint exclude each other: the other bundle is the reference",
     ),
-    "engine-with-bisect": (
-        ("validate", "checkpoint", "--engine", "--bisect"),
-        "--engine and --bisect exclude each other: --bisect is of the graph in ONNX Runtime",
+    "engine-with-layers-alone": (
+        ("validate", "checkpoint", "--engine", "--layers-alone"),
+        "--engine and --layers-alone exclude each other: --layers-alone is of the graph in ONNX Runtime",
     ),
     "layers-alone-with-save-golden": (
         ("validate", "checkpoint", "--layers-alone", "--save-golden", "model.golden"),

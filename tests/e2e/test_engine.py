@@ -23,11 +23,11 @@ from nemotrt.exporter import pipeline
 from nemotrt.exporter.artifacts import LoweredGraph
 from nemotrt.exporter.config import BuildConfig
 from nemotrt.exporter.console import Console
+from nemotrt.exporter.engines.plugin_nodes import plugin_nodes
+from nemotrt.exporter.engines.targets import Target
 from nemotrt.exporter.errors import BundleError, CompileError
-from nemotrt.exporter.plugin_nodes import plugin_nodes
 from nemotrt.exporter.runtime import manifest as manifests
 from nemotrt.exporter.stages import compile as stage
-from nemotrt.exporter.targets import Target
 
 pytestmark = [
     pytest.mark.tensorrt,
@@ -57,7 +57,7 @@ def checkpoint(folder: Path) -> Path:
 @pytest.fixture(autouse=True)
 def names_for_kernels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(stage, "plugin_library", lambda config, sms, report: library())
-    monkeypatch.setattr("nemotrt.exporter.targets.check_can_link", lambda: None)
+    monkeypatch.setattr("nemotrt.exporter.engines.targets.check_can_link", lambda: None)
     kept = str(tmp_path / "cache")
     monkeypatch.setenv("NEMO_EXPORT_CACHE", kept)
 

@@ -13,15 +13,16 @@ from checkpoints import write_checkpoint
 from click.testing import CliRunner
 from fake_gpu import VERSION, FakeCuda, FakeEngine, add_engine, engine_of, fake_module
 
-from nemotrt.exporter import candidates, pipeline
+from nemotrt.exporter import pipeline
 from nemotrt.exporter.config import BuildConfig
 from nemotrt.exporter.console import Console
+from nemotrt.exporter.engines.targets import Target
 from nemotrt.exporter.errors import CompileError
-from nemotrt.exporter.revalidation import revalidate
 from nemotrt.exporter.runtime import cuda as cuda_module
 from nemotrt.exporter.runtime import engine_file
-from nemotrt.exporter.targets import Target
-from nemotrt.exporter.validation_request import ValidationRequest
+from nemotrt.exporter.validation import candidates
+from nemotrt.exporter.validation.revalidation import revalidate
+from nemotrt.exporter.validation.validation_request import ValidationRequest
 
 ROOT = Path(__file__).resolve().parents[2]
 

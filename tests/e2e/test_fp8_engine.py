@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from nemotrt.exporter import pipeline
 from nemotrt.exporter.config import BuildConfig
 from nemotrt.exporter.console import Console
-from nemotrt.exporter.plugin_nodes import plugin_nodes
+from nemotrt.exporter.engines.plugin_nodes import plugin_nodes
 from nemotrt.exporter.runtime import manifest as manifests
 from nemotrt.exporter.stages import compile as stage
 from nemotrt.plugins.moe_dispatch import SPEC as MOE
@@ -42,7 +42,7 @@ def test_a_published_layout_is_built_for_both_generations_that_have_fp8(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(stage, "plugin_library", lambda config, sms, report: library())
-    monkeypatch.setattr("nemotrt.exporter.targets.check_can_link", lambda: None)
+    monkeypatch.setattr("nemotrt.exporter.engines.targets.check_can_link", lambda: None)
     monkeypatch.setenv("NEMO_EXPORT_CACHE", str(tmp_path / "cache"))
     checkpoint = super_(tmp_path / "fp8", hybrid_override_pattern="ME*E", **SIZES)
     config = BuildConfig(

@@ -6,9 +6,9 @@ import dataclasses
 from types import NoneType
 from typing import Any, get_args, get_type_hints
 
-from nemotrt.exporter import report_file
 from nemotrt.exporter.artifacts import ValidationReport
 from nemotrt.exporter.runtime import manifest
+from nemotrt.exporter.validation import report_file
 
 
 def report_schema_text() -> str:

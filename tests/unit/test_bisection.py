@@ -33,13 +33,13 @@ from faults import (
 )
 
 from nemotrt.exporter.artifacts import Bisection, LoadedModel
-from nemotrt.exporter.bisection import bisect
 from nemotrt.exporter.config import BuildConfig
 from nemotrt.exporter.runtime.part_session import PartSession
 from nemotrt.exporter.stages.load import load
 from nemotrt.exporter.stages.lower import lower
 from nemotrt.exporter.stages.trace import trace
 from nemotrt.exporter.stages.validate import extent
+from nemotrt.exporter.validation.bisection import bisect
 
 Built = tuple[LoadedModel, BuildConfig, Path]
 

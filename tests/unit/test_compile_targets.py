@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from nemotrt.exporter import targets
+from nemotrt.exporter.engines import targets
+from nemotrt.exporter.engines.targets import Target, settle
 from nemotrt.exporter.errors import CompileError, UsageError
 from nemotrt.exporter.runtime import backends
 from nemotrt.exporter.runtime.cuda import CudaError, Gpu
-from nemotrt.exporter.targets import Target, settle
 
 
 @pytest.fixture(autouse=True)

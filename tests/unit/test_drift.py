@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 from faults import Graph, broken, half_state
 
-from nemotrt.exporter import drift
 from nemotrt.exporter.artifacts import Drift, Gate, LoadedModel, StateDrift
-from nemotrt.exporter.candidates import graph_candidate
-from nemotrt.exporter.comparison import WATCHED
 from nemotrt.exporter.config import BuildConfig
 from nemotrt.exporter.runtime.strict_json import decode, encode
 from nemotrt.exporter.stages.load import load
 from nemotrt.exporter.stages.lower import lower
 from nemotrt.exporter.stages.trace import trace
+from nemotrt.exporter.validation import drift
+from nemotrt.exporter.validation.candidates import graph_candidate
+from nemotrt.exporter.validation.comparison import WATCHED
 
 STEPS = 60
 

@@ -11,21 +11,22 @@ import pytest
 from fake_gpu import ENGINE, LIBRARY, VERSION, FakeCuda, FakeEngine, add_engine, fake_module
 from faults import broken, dropped_skip, swapped_kv_heads
 
-from nemotrt.exporter import engine_parts, pipeline, revalidation
+from nemotrt.exporter import pipeline
 from nemotrt.exporter.artifacts import Gate, ValidationReport
-from nemotrt.exporter.bisection import bisect
 from nemotrt.exporter.config import BuildConfig
 from nemotrt.exporter.console import Console
-from nemotrt.exporter.engine_builder import EngineRequest, EngineResult
-from nemotrt.exporter.engine_parts import EngineParts
+from nemotrt.exporter.engines.engine_builder import EngineRequest, EngineResult
 from nemotrt.exporter.errors import BundleError, UsageError
-from nemotrt.exporter.layerwise import mixed_steps
 from nemotrt.exporter.runtime import cuda as cuda_module
 from nemotrt.exporter.runtime import engine_file
 from nemotrt.exporter.runtime import manifest as manifests
 from nemotrt.exporter.stages.load import load
 from nemotrt.exporter.stages.validate import extent
-from nemotrt.exporter.validation_request import ValidationRequest
+from nemotrt.exporter.validation import engine_parts, revalidation
+from nemotrt.exporter.validation.bisection import bisect
+from nemotrt.exporter.validation.engine_parts import EngineParts
+from nemotrt.exporter.validation.layerwise import mixed_steps
+from nemotrt.exporter.validation.validation_request import ValidationRequest
 
 
 @pytest.fixture(scope="module")

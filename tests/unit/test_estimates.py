@@ -12,10 +12,11 @@ import pytest
 from checkpoints import CONFIG, write_checkpoint
 
 from nemotrt.exporter import check as checks
-from nemotrt.exporter import estimates, pipeline, plugin_library
+from nemotrt.exporter import estimates, pipeline
 from nemotrt.exporter.config import BuildConfig
 from nemotrt.exporter.console import Console
 from nemotrt.exporter.data_file import data_path
+from nemotrt.exporter.engines import plugin_library
 from nemotrt.exporter.estimates import StageEstimate
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "estimates.py"

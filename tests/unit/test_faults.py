@@ -10,7 +10,6 @@ from typing import NamedTuple
 import pytest
 from faults import FAULTS, Fault, broken
 
-from nemotrt.exporter import drift, gates, graph_dtypes, opwise
 from nemotrt.exporter.artifacts import Gate, LoadedModel
 from nemotrt.exporter.config import BuildConfig
 from nemotrt.exporter.stages import validate as stage
@@ -18,6 +17,7 @@ from nemotrt.exporter.stages.load import load
 from nemotrt.exporter.stages.lower import lower
 from nemotrt.exporter.stages.trace import trace
 from nemotrt.exporter.stages.validate import validate
+from nemotrt.exporter.validation import drift, gates, graph_dtypes, opwise
 
 STATE_IN_FP16, PAGE_MIX_UP = "recurrent state in FP16", "a page mix-up"
 DECODE_STEPS, DRIFT_STEPS = 4, 10

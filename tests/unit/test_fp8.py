@@ -25,11 +25,11 @@ from nemotrt.exporter.config import BuildConfig
 from nemotrt.exporter.console import Console
 from nemotrt.exporter.errors import CheckpointError, UsageError
 from nemotrt.exporter.modelopt import describe, pattern_matcher
-from nemotrt.exporter.revalidation import revalidate
 from nemotrt.exporter.runtime.twin import fp32_twin
 from nemotrt.exporter.stages.load import load
 from nemotrt.exporter.stages.validate import validate
-from nemotrt.exporter.validation_request import ValidationRequest
+from nemotrt.exporter.validation.revalidation import revalidate
+from nemotrt.exporter.validation.validation_request import ValidationRequest
 from nemotrt.model.config import ModelConfig
 from nemotrt.model.fp8 import fp8_linear
 

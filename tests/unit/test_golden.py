@@ -13,23 +13,24 @@ import pytest
 from checkpoints import write_checkpoint
 from faults import Graph, broken
 
-from nemotrt.exporter import gates, pipeline, routing
-from nemotrt.exporter import golden as goldens
+from nemotrt.exporter import pipeline
 from nemotrt.exporter.artifacts import ValidationReport
-from nemotrt.exporter.candidates import graph_candidate
-from nemotrt.exporter.comparison import Leader, Recording, compare
 from nemotrt.exporter.config import BuildConfig
 from nemotrt.exporter.console import Console
 from nemotrt.exporter.errors import BundleError, NotFiniteError
-from nemotrt.exporter.led_graph import LedGraphRunner
-from nemotrt.exporter.revalidation import revalidate, subject_of
-from nemotrt.exporter.routing import Choosing
-from nemotrt.exporter.runners import GraphRunner
 from nemotrt.exporter.runtime import manifest as manifests
-from nemotrt.exporter.scenarios import NUM_SLOTS
 from nemotrt.exporter.stages import validate as stage
 from nemotrt.exporter.stages.validate import judge
-from nemotrt.exporter.validation_request import ValidationRequest
+from nemotrt.exporter.validation import gates, routing
+from nemotrt.exporter.validation import golden as goldens
+from nemotrt.exporter.validation.candidates import graph_candidate
+from nemotrt.exporter.validation.comparison import Leader, Recording, compare
+from nemotrt.exporter.validation.led_graph import LedGraphRunner
+from nemotrt.exporter.validation.revalidation import revalidate, subject_of
+from nemotrt.exporter.validation.routing import Choosing
+from nemotrt.exporter.validation.runners import GraphRunner
+from nemotrt.exporter.validation.scenarios import NUM_SLOTS
+from nemotrt.exporter.validation.validation_request import ValidationRequest
 
 QUIET = Console(quiet=True)
 

@@ -11,10 +11,10 @@ from onnx import ModelProto, TensorProto, helper
 
 from nemotrt.exporter.artifacts import LoadedModel
 from nemotrt.exporter.config import BuildConfig
-from nemotrt.exporter.graph_dtypes import dtype_gates, wanted_dtypes
 from nemotrt.exporter.stages.load import load
 from nemotrt.exporter.stages.lower import lower
 from nemotrt.exporter.stages.trace import trace
+from nemotrt.exporter.validation.graph_dtypes import dtype_gates, wanted_dtypes
 
 
 @pytest.fixture(scope="module")

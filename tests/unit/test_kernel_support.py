@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from nemotrt.exporter import targets
 from nemotrt.exporter.cli import program
 from nemotrt.exporter.config import COMPUTE_DTYPES, BuildConfig
+from nemotrt.exporter.engines import targets
+from nemotrt.exporter.engines.kernel_support import check_supported, op_calls
 from nemotrt.exporter.errors import CompileError
-from nemotrt.exporter.kernel_support import check_supported, op_calls
 from nemotrt.exporter.runtime import backends
 from nemotrt.exporter.stages.load import read_config
 from nemotrt.model.config import ModelConfig

@@ -15,13 +15,13 @@ from faults import broken, zeroed_expert
 
 from nemotrt.exporter import estimates
 from nemotrt.exporter.artifacts import LoadedModel
-from nemotrt.exporter.bisection import bisect
 from nemotrt.exporter.cli import program
-from nemotrt.exporter.layerwise import compare_parts
-from nemotrt.exporter.revalidation import subject_of
 from nemotrt.exporter.stages.load import load
 from nemotrt.exporter.stages.validate import extent
-from nemotrt.exporter.torch_parts import PartModules
+from nemotrt.exporter.validation.bisection import bisect
+from nemotrt.exporter.validation.layerwise import compare_parts
+from nemotrt.exporter.validation.revalidation import subject_of
+from nemotrt.exporter.validation.torch_parts import PartModules
 
 
 def run(*arguments: object) -> Result:

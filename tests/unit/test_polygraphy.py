@@ -13,16 +13,16 @@ from faults import broken
 from polygraphy.comparator import Comparator, IterationResult, RunResults, SimpleCompareFunc
 
 from nemotrt.exporter import pipeline
-from nemotrt.exporter.comparison import Extent, noise_of, prompt_of
 from nemotrt.exporter.config import BuildConfig
 from nemotrt.exporter.console import Console
 from nemotrt.exporter.errors import ValidationError
-from nemotrt.exporter.polygraphy_runners import RelativeL2, StepRunner, feed_dicts, graph_runner
 from nemotrt.exporter.runtime import manifest as manifests
 from nemotrt.exporter.runtime.graph_file import pools_of
-from nemotrt.exporter.scenarios import scenarios
 from nemotrt.exporter.stages.load import load
-from nemotrt.exporter.torch_runner import TorchRunner
+from nemotrt.exporter.validation.comparison import Extent, noise_of, prompt_of
+from nemotrt.exporter.validation.polygraphy_runners import RelativeL2, StepRunner, feed_dicts, graph_runner
+from nemotrt.exporter.validation.scenarios import scenarios
+from nemotrt.exporter.validation.torch_runner import TorchRunner
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -12,17 +12,18 @@ from checkpoints import write_checkpoint
 from fp8_checkpoints import NANO, NANO_BF16, lowered, parsed, small
 from safetensors.torch import load_file, save_file
 
-from nemotrt.exporter import pipeline, text_quality
+from nemotrt.exporter import pipeline
 from nemotrt.exporter.calibration_text import sequences
 from nemotrt.exporter.check import check, of_folder
 from nemotrt.exporter.config import PRESETS, BuildConfig
 from nemotrt.exporter.console import Console
 from nemotrt.exporter.errors import UsageError
 from nemotrt.exporter.presets import exclusions, recipe_of
-from nemotrt.exporter.revalidation import revalidate
 from nemotrt.exporter.stages.load import load
 from nemotrt.exporter.stages.quantize import quantize
-from nemotrt.exporter.validation_request import ValidationRequest
+from nemotrt.exporter.validation import text_quality
+from nemotrt.exporter.validation.revalidation import revalidate
+from nemotrt.exporter.validation.validation_request import ValidationRequest
 from nemotrt.model.fp8 import FP8_MAX
 
 TINY = Path(__file__).resolve().parents[2] / "examples" / "tiny"

@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 from browser import Browser
 
-from nemotrt.exporter import report_file
 from nemotrt.exporter.artifacts import (
     Bisection,
     Drift,
@@ -32,10 +31,11 @@ from nemotrt.exporter.artifacts import (
     ValidationReport,
 )
 from nemotrt.exporter.errors import BundleError
-from nemotrt.exporter.junit import junit
-from nemotrt.exporter.precision_map import PlacePrecision
-from nemotrt.exporter.report_html import Bundle, report_html
 from nemotrt.exporter.runtime import manifest
+from nemotrt.exporter.validation import report_file
+from nemotrt.exporter.validation.junit import junit
+from nemotrt.exporter.validation.precision_map import PlacePrecision
+from nemotrt.exporter.validation.report_html import Bundle, report_html
 
 KINDS = ("mamba", "moe", "attention", "mlp")
 

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from faults import Graph, broken
 
-from nemotrt.exporter import text_quality
 from nemotrt.exporter.artifacts import LoadedModel, TextFigure, TextReport
 from nemotrt.exporter.calibration_text import BUILT_IN, EVALUATION, evaluation_text, sequences
 from nemotrt.exporter.config import BuildConfig
 from nemotrt.exporter.stages.load import load
 from nemotrt.exporter.stages.lower import lower
 from nemotrt.exporter.stages.trace import trace
+from nemotrt.exporter.validation import text_quality
 
 TINY = Path(__file__).resolve().parents[2] / "examples" / "tiny"
 TOKENS = tuple(np.random.default_rng(0).integers(0, 96, (4, 64)))

@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 from host_library import ROOT, index, library
 
-from nemotrt.exporter import plugin_library as choice
-from nemotrt.exporter import targets
 from nemotrt.exporter.config import BuildConfig
+from nemotrt.exporter.engines import plugin_library as choice
+from nemotrt.exporter.engines import targets
 from nemotrt.exporter.errors import CompileError
 from nemotrt.plugins import shipped
 from nemotrt.plugins.kernel_index import KernelError

@@ -11,11 +11,11 @@ from numpy.typing import NDArray
 
 from nemotrt.exporter import environment, weights
 from nemotrt.exporter.artifacts import LoadedModel
-from nemotrt.exporter.router_tap import RouterTap
-from nemotrt.exporter.routing import RouterLogits
-from nemotrt.exporter.runners import Array
 from nemotrt.exporter.runtime.step import StepInputs
-from nemotrt.exporter.torch_parts import num_threads, pool_dtype, threads, torch_step
+from nemotrt.exporter.validation.router_tap import RouterTap
+from nemotrt.exporter.validation.routing import RouterLogits
+from nemotrt.exporter.validation.runners import Array
+from nemotrt.exporter.validation.torch_parts import num_threads, pool_dtype, threads, torch_step
 from nemotrt.model.hybrid import NemotronH
 from nemotrt.model.pools import PoolSpec
 

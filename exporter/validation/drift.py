@@ -18,17 +18,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from nemotrt.exporter import metrics, weights
+from nemotrt.exporter import weights
 from nemotrt.exporter.artifacts import Drift, Gate, LoadedModel, StateDrift
 from nemotrt.exporter.config import COMPUTE_DTYPES, BuildConfig
-from nemotrt.exporter.gate_summary import strain
-from nemotrt.exporter.gates import FLOOR_FACTOR, FP32_RELATIVE_L2
-from nemotrt.exporter.routing import RouterLogits
-from nemotrt.exporter.runners import CandidateRunner, Recurrence
 from nemotrt.exporter.runtime.step import StepInputs, pages_of
-from nemotrt.exporter.scenarios import NUM_SLOTS
-from nemotrt.exporter.torch_parts import num_threads, pool_dtype, threads, torch_step
-from nemotrt.exporter.torch_runner import TorchRunner
+from nemotrt.exporter.validation import metrics
+from nemotrt.exporter.validation.gate_summary import strain
+from nemotrt.exporter.validation.gates import FLOOR_FACTOR, FP32_RELATIVE_L2
+from nemotrt.exporter.validation.routing import RouterLogits
+from nemotrt.exporter.validation.runners import CandidateRunner, Recurrence
+from nemotrt.exporter.validation.scenarios import NUM_SLOTS
+from nemotrt.exporter.validation.torch_parts import num_threads, pool_dtype, threads, torch_step
+from nemotrt.exporter.validation.torch_runner import TorchRunner
 from nemotrt.model.pools import PoolSpec
 from nemotrt.plugins.selective_scan.reference import reference as scan
 

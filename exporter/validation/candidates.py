@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from nemotrt.exporter.comparison import WATCHED, Candidate
 from nemotrt.exporter.errors import BundleError, UsageError
-from nemotrt.exporter.led_graph import LedGraphRunner
-from nemotrt.exporter.runners import EngineRunner, GraphRunner
 from nemotrt.exporter.runtime.cuda import CudaError, find_gpu
 from nemotrt.exporter.runtime.engine_file import engine_profile
 from nemotrt.exporter.runtime.manifest import Manifest
-from nemotrt.exporter.scenarios import NUM_SLOTS
+from nemotrt.exporter.validation.comparison import WATCHED, Candidate
+from nemotrt.exporter.validation.led_graph import LedGraphRunner
+from nemotrt.exporter.validation.runners import EngineRunner, GraphRunner
+from nemotrt.exporter.validation.scenarios import NUM_SLOTS
 
 ENGINE = "TensorRT engine: not executed"
 UNSEEN_ROUTERS = "routers: an engine does not show by what it chooses experts, so near ties are not excused"

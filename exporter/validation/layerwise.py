@@ -15,19 +15,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from nemotrt.exporter import gates as judged
-from nemotrt.exporter import metrics, opwise
 from nemotrt.exporter.artifacts import Gate, LayerError, LoadedModel, OpError
-from nemotrt.exporter.comparison import Extent, noise_of, prompt_of
 from nemotrt.exporter.config import COMPUTE_DTYPES, BuildConfig
-from nemotrt.exporter.gates import Noise
-from nemotrt.exporter.graph_cuts import Cut, cuts
-from nemotrt.exporter.part_trial import Compared, PartRun, PartTrial
 from nemotrt.exporter.runtime.graph_file import read_proto
 from nemotrt.exporter.runtime.part_session import PartSession
 from nemotrt.exporter.runtime.step import StepInputs
-from nemotrt.exporter.scenarios import MIXED, scenarios
-from nemotrt.exporter.torch_parts import PartModules, TorchPart
+from nemotrt.exporter.validation import gates as judged
+from nemotrt.exporter.validation import metrics, opwise
+from nemotrt.exporter.validation.comparison import Extent, noise_of, prompt_of
+from nemotrt.exporter.validation.gates import Noise
+from nemotrt.exporter.validation.graph_cuts import Cut, cuts
+from nemotrt.exporter.validation.part_trial import Compared, PartRun, PartTrial
+from nemotrt.exporter.validation.scenarios import MIXED, scenarios
+from nemotrt.exporter.validation.torch_parts import PartModules, TorchPart
 from nemotrt.model.pools import PoolSpec
 
 

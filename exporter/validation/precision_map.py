@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import TYPE_CHECKING
 
-from nemotrt.exporter.graph_cuts import PLACE
 from nemotrt.exporter.runtime.graph_file import PRECISIONS
 from nemotrt.exporter.runtime.graph_summary import KIND_OF_OP
+from nemotrt.exporter.validation.graph_cuts import PLACE
 from nemotrt.plugins.spec import DOMAIN
 
 if TYPE_CHECKING:

@@ -7,10 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nemotrt.exporter.builder_process import run_builder
-from nemotrt.exporter.comparison import Extent
-from nemotrt.exporter.engine_builder import EngineRequest
-from nemotrt.exporter.engine_profiles import Bounds, EngineProfile
+from nemotrt.exporter.engines.builder_process import run_builder
+from nemotrt.exporter.engines.engine_builder import EngineRequest
+from nemotrt.exporter.engines.engine_profiles import Bounds, EngineProfile
 from nemotrt.exporter.errors import UsageError
 from nemotrt.exporter.runtime.backends import Backend, backend
 from nemotrt.exporter.runtime.cuda import CudaError, Device
@@ -18,7 +17,8 @@ from nemotrt.exporter.runtime.engine_file import check_libraries, engine_profile
 from nemotrt.exporter.runtime.engine_part import EnginePart
 from nemotrt.exporter.runtime.manifest import Manifest
 from nemotrt.exporter.runtime.step import StepInputs
-from nemotrt.exporter.scenarios import NUM_SLOTS
+from nemotrt.exporter.validation.comparison import Extent
+from nemotrt.exporter.validation.scenarios import NUM_SLOTS
 from nemotrt.plugins.spec import DOMAIN
 
 if TYPE_CHECKING:

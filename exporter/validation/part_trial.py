@@ -16,13 +16,13 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from nemotrt.exporter import gates as judged
-from nemotrt.exporter import metrics
-from nemotrt.exporter.gates import Array, Pair
-from nemotrt.exporter.graph_cuts import Cut
-from nemotrt.exporter.routing import RouterLogits
 from nemotrt.exporter.runtime.step import StepInputs
-from nemotrt.exporter.torch_parts import OpCall, TorchPart
+from nemotrt.exporter.validation import gates as judged
+from nemotrt.exporter.validation import metrics
+from nemotrt.exporter.validation.gates import Array, Pair
+from nemotrt.exporter.validation.graph_cuts import Cut
+from nemotrt.exporter.validation.routing import RouterLogits
+from nemotrt.exporter.validation.torch_parts import OpCall, TorchPart
 
 FLOAT = 1
 """onnx.TensorProto's number for FP32."""

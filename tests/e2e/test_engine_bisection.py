@@ -10,17 +10,17 @@ from checkpoints import write_checkpoint
 from host_library import library
 from test_engine import KERNEL_SIZES
 
-from nemotrt.exporter.builder_process import run_builder
 from nemotrt.exporter.config import BuildConfig
-from nemotrt.exporter.engine_parts import part_request, sizes
-from nemotrt.exporter.graph_cuts import cuts
-from nemotrt.exporter.layerwise import mixed_steps
+from nemotrt.exporter.engines.builder_process import run_builder
 from nemotrt.exporter.runtime.backends import backend
 from nemotrt.exporter.runtime.graph_file import read_proto
 from nemotrt.exporter.stages.load import load
 from nemotrt.exporter.stages.lower import lower
 from nemotrt.exporter.stages.trace import trace
 from nemotrt.exporter.stages.validate import extent
+from nemotrt.exporter.validation.engine_parts import part_request, sizes
+from nemotrt.exporter.validation.graph_cuts import cuts
+from nemotrt.exporter.validation.layerwise import mixed_steps
 
 pytestmark = [
     pytest.mark.tensorrt,

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nemotrt.exporter.routing import RouterLogits
-from nemotrt.exporter.runners import Array
 from nemotrt.exporter.runtime.graph_file import LOGITS, NEXT, read_proto, router_logits_names
 from nemotrt.exporter.runtime.part_session import PartSession
 from nemotrt.exporter.runtime.step import StepInputs
+from nemotrt.exporter.validation.routing import RouterLogits
+from nemotrt.exporter.validation.runners import Array
 
 if TYPE_CHECKING:
     from onnx import ModelProto

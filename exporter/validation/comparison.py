@@ -15,16 +15,16 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from nemotrt.exporter import gates as judged
 from nemotrt.exporter.artifacts import Gate, ValidationReport
-from nemotrt.exporter.gates import Compared, Measured, Noise, Observation
-from nemotrt.exporter.graph_dtypes import WantedDtypes, dtype_gates
-from nemotrt.exporter.observations import next_token, router_agreement
-from nemotrt.exporter.routing import Choosing, RouterLogits, num_rerouted
-from nemotrt.exporter.runners import CandidateRunner, LedRunner, Runner
 from nemotrt.exporter.runtime.graph_file import read_proto
 from nemotrt.exporter.runtime.step import StepInputs
-from nemotrt.exporter.scenarios import NUM_SLOTS, Scenario, num_pages, scenarios
+from nemotrt.exporter.validation import gates as judged
+from nemotrt.exporter.validation.gates import Compared, Measured, Noise, Observation
+from nemotrt.exporter.validation.graph_dtypes import WantedDtypes, dtype_gates
+from nemotrt.exporter.validation.observations import next_token, router_agreement
+from nemotrt.exporter.validation.routing import Choosing, RouterLogits, num_rerouted
+from nemotrt.exporter.validation.runners import CandidateRunner, LedRunner, Runner
+from nemotrt.exporter.validation.scenarios import NUM_SLOTS, Scenario, num_pages, scenarios
 
 Advance = Callable[[int], None]
 """Hears of steps that were run."""

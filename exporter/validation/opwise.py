@@ -10,10 +10,10 @@ import numpy as np
 from torch import Tensor
 
 from nemotrt.exporter.artifacts import Gate, OpError
-from nemotrt.exporter.graph_cuts import Cut
-from nemotrt.exporter.part_trial import FLOAT, Beside, as_array, error, limit, written
 from nemotrt.exporter.runtime.part_session import PartSession
-from nemotrt.exporter.torch_parts import OpCall
+from nemotrt.exporter.validation.graph_cuts import Cut
+from nemotrt.exporter.validation.part_trial import FLOAT, Beside, as_array, error, limit, written
+from nemotrt.exporter.validation.torch_parts import OpCall
 
 if TYPE_CHECKING:
     from onnx import NodeProto

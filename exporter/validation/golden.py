@@ -26,18 +26,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nemotrt.exporter import environment
-from nemotrt.exporter.comparison import Extent, Recording, noise_of
 from nemotrt.exporter.errors import BundleError, CheckpointError, NotFiniteError, UsageError
-from nemotrt.exporter.gates import Array, Measured, Noise, Observation, written_of
-from nemotrt.exporter.graph_dtypes import WantedDtypes
-from nemotrt.exporter.routing import Choosing, RouterLogits
 from nemotrt.exporter.runtime.graph_file import pools_of
 from nemotrt.exporter.runtime.manifest import Manifest
 from nemotrt.exporter.runtime.step import StepInputs
 from nemotrt.exporter.runtime.strict_json import decode, encode, parse_object
-from nemotrt.exporter.scenarios import Scenario
 from nemotrt.exporter.tensor_files import read_header_and_metadata, read_pieces
 from nemotrt.exporter.tensor_writer import Entry, write_file
+from nemotrt.exporter.validation.comparison import Extent, Recording, noise_of
+from nemotrt.exporter.validation.gates import Array, Measured, Noise, Observation, written_of
+from nemotrt.exporter.validation.graph_dtypes import WantedDtypes
+from nemotrt.exporter.validation.routing import Choosing, RouterLogits
+from nemotrt.exporter.validation.scenarios import Scenario
 
 SCHEMA_VERSION = 1
 HEADER, DIGEST = "golden", "sha256"

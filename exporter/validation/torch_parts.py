@@ -22,10 +22,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from nemotrt.exporter import environment, weights
 from nemotrt.exporter.artifacts import LoadedModel
-from nemotrt.exporter.graph_cuts import Cut
-from nemotrt.exporter.router_tap import RouterTap
-from nemotrt.exporter.routing import RouterLogits
 from nemotrt.exporter.runtime.step import StepInputs
+from nemotrt.exporter.validation.graph_cuts import Cut
+from nemotrt.exporter.validation.router_tap import RouterTap
+from nemotrt.exporter.validation.routing import RouterLogits
 from nemotrt.model.block import Block
 from nemotrt.model.fp8 import FP8
 from nemotrt.model.hybrid import NemotronH

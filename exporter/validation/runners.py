@@ -9,11 +9,11 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from nemotrt.exporter.routing import RouterLogits
 from nemotrt.exporter.runtime.engine_session import EngineSession
 from nemotrt.exporter.runtime.graph_file import read_proto, recurrence_inputs, router_logits_names
 from nemotrt.exporter.runtime.session import Session
 from nemotrt.exporter.runtime.step import StepInputs
+from nemotrt.exporter.validation.routing import RouterLogits
 
 Array = NDArray[np.float64]
 

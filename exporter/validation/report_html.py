@@ -9,14 +9,14 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from nemotrt.exporter import report_plots as plots
 from nemotrt.exporter.artifacts import Drift, ValidationReport
-from nemotrt.exporter.gate_summary import strain, summary
-from nemotrt.exporter.precision_map import PlacePrecision, precision_map
 from nemotrt.exporter.runtime.graph_file import read_proto
 from nemotrt.exporter.runtime.manifest import Manifest, PoolPair
 from nemotrt.exporter.runtime.tokenizer import TOKENIZER, Tokenizer
 from nemotrt.exporter.units import digits, size
+from nemotrt.exporter.validation import report_plots as plots
+from nemotrt.exporter.validation.gate_summary import strain, summary
+from nemotrt.exporter.validation.precision_map import PlacePrecision, precision_map
 
 POOL_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3fn": 1}
 SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
@@ -48,7 +48,7 @@ def report_html(
     """The page; `seconds` are what each stage took."""
     from jinja2 import Environment, StrictUndefined
 
-    source = files("nemotrt.exporter").joinpath("report.html").read_text(encoding="utf-8")
+    source = files("nemotrt.exporter.validation").joinpath("report.html").read_text(encoding="utf-8")
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from nemotrt.exporter import metrics, routing
 from nemotrt.exporter.artifacts import Gate
 from nemotrt.exporter.errors import ValidationError
-from nemotrt.exporter.routing import RouterLogits
+from nemotrt.exporter.validation import metrics, routing
+from nemotrt.exporter.validation.routing import RouterLogits
 
 Array = NDArray[np.float64]
 

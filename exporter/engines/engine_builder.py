@@ -1,4 +1,4 @@
-"""Builds one engine, as a program of its own: `python -m nemotrt.exporter.engine_builder FD`.
+"""Builds one engine, as a program of its own: `python -m nemotrt.exporter.engines.engine_builder FD`.
 
 Takes an EngineRequest as JSON on stdin and writes events to the file descriptor, one JSON object a line:
 `{"step": permille, "phase": name}` as the build goes on, and at the end `{"built": EngineResult}` or

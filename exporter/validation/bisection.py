@@ -18,17 +18,17 @@ from numpy.typing import NDArray
 
 from nemotrt.exporter import weights
 from nemotrt.exporter.artifacts import Bisection, LoadedModel, Suspect, TracedPart
-from nemotrt.exporter.comparison import Extent
 from nemotrt.exporter.config import COMPUTE_DTYPES, BuildConfig
-from nemotrt.exporter.graph_cuts import Cut
-from nemotrt.exporter.graph_dtypes import ELEMENT_TYPES
-from nemotrt.exporter.layerwise import part_noise, trials
-from nemotrt.exporter.part_trial import FLOAT, Beside, PartRun, PartRunner, PartTrial, error, limit
 from nemotrt.exporter.runtime.part_session import PartSession
 from nemotrt.exporter.runtime.step import StepInputs
 from nemotrt.exporter.stages.lower import value_names
 from nemotrt.exporter.stages.trace import trace
-from nemotrt.exporter.torch_parts import PartModules, TracedTorchPart
+from nemotrt.exporter.validation.comparison import Extent
+from nemotrt.exporter.validation.graph_cuts import Cut
+from nemotrt.exporter.validation.graph_dtypes import ELEMENT_TYPES
+from nemotrt.exporter.validation.layerwise import part_noise, trials
+from nemotrt.exporter.validation.part_trial import FLOAT, Beside, PartRun, PartRunner, PartTrial, error, limit
+from nemotrt.exporter.validation.torch_parts import PartModules, TracedTorchPart
 from nemotrt.model.pools import PoolSpec
 
 if TYPE_CHECKING:

@@ -8,7 +8,8 @@ import torch
 
 from nemotrt.exporter import weights
 from nemotrt.exporter.artifacts import LoadedModel
-from nemotrt.exporter.comparison import (
+from nemotrt.exporter.config import COMPUTE_DTYPES, BuildConfig
+from nemotrt.exporter.validation.comparison import (
     Advance,
     Extent,
     Recording,
@@ -20,12 +21,11 @@ from nemotrt.exporter.comparison import (
     prompt_of,
     times_rerouted,
 )
-from nemotrt.exporter.config import COMPUTE_DTYPES, BuildConfig
-from nemotrt.exporter.gates import Compared, Observation, measured
-from nemotrt.exporter.graph_dtypes import wanted_dtypes
-from nemotrt.exporter.routing import Choosing, RouterLogits
-from nemotrt.exporter.scenarios import scenarios
-from nemotrt.exporter.torch_runner import TorchRunner
+from nemotrt.exporter.validation.gates import Compared, Observation, measured
+from nemotrt.exporter.validation.graph_dtypes import wanted_dtypes
+from nemotrt.exporter.validation.routing import Choosing, RouterLogits
+from nemotrt.exporter.validation.scenarios import scenarios
+from nemotrt.exporter.validation.torch_runner import TorchRunner
 from nemotrt.model.pools import PoolSpec
 
 REFERENCE = "PyTorch, FP32"

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from nemotrt.exporter.artifacts import Drift, LayerCost, LayerError, NextToken, TextPlace
-from nemotrt.exporter.gates import FLOOR_FACTOR, FP32_RELATIVE_L2
-from nemotrt.exporter.precision_map import PlacePrecision
+from nemotrt.exporter.validation.gates import FLOOR_FACTOR, FP32_RELATIVE_L2
+from nemotrt.exporter.validation.precision_map import PlacePrecision
 
 WIDTH, HEIGHT = 720, 240
 LEFT, RIGHT, TOP, BOTTOM = 52, 8, 10, 30

@@ -19,15 +19,15 @@ from polygraphy.backend.base import BaseRunner
 from polygraphy.common import TensorMetadata
 from polygraphy.comparator import IterationResult
 
-from nemotrt.exporter import metrics
-from nemotrt.exporter.comparison import PoolShape
 from nemotrt.exporter.errors import ValidationError
-from nemotrt.exporter.gates import FP32_RELATIVE_L2, Noise
-from nemotrt.exporter.runners import EngineRunner, GraphRunner, Runner
 from nemotrt.exporter.runtime.graph_file import LOGITS, NEXT, pools_of
 from nemotrt.exporter.runtime.manifest import Manifest
 from nemotrt.exporter.runtime.step import RANKS, StepInputs
-from nemotrt.exporter.scenarios import NUM_SLOTS, Scenario
+from nemotrt.exporter.validation import metrics
+from nemotrt.exporter.validation.comparison import PoolShape
+from nemotrt.exporter.validation.gates import FP32_RELATIVE_L2, Noise
+from nemotrt.exporter.validation.runners import EngineRunner, GraphRunner, Runner
+from nemotrt.exporter.validation.scenarios import NUM_SLOTS, Scenario
 
 FeedDict = dict[str, NDArray[Any]]
 

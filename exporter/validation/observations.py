@@ -10,11 +10,11 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from nemotrt.exporter import metrics, routing
 from nemotrt.exporter.artifacts import NextToken, RouterAgreement, TextPlace
-from nemotrt.exporter.gates import Array, Compared, Measured, Observation
-from nemotrt.exporter.routing import Choosing
-from nemotrt.exporter.scenarios import Scenario
+from nemotrt.exporter.validation import metrics, routing
+from nemotrt.exporter.validation.gates import Array, Compared, Measured, Observation
+from nemotrt.exporter.validation.routing import Choosing
+from nemotrt.exporter.validation.scenarios import Scenario
 
 NUM_WORST, NUM_BEFORE = 5, 24
 """Tokens shown of a scenario, and how many stand before each."""

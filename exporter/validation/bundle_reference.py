@@ -13,8 +13,11 @@ from pathlib import Path
 
 from nemotrt.exporter import estimates
 from nemotrt.exporter.artifacts import ValidationReport
-from nemotrt.exporter.candidates import candidate_of
-from nemotrt.exporter.comparison import (
+from nemotrt.exporter.config import BuildConfig
+from nemotrt.exporter.console import Console
+from nemotrt.exporter.errors import UsageError
+from nemotrt.exporter.validation.candidates import candidate_of
+from nemotrt.exporter.validation.comparison import (
     Advance,
     Candidate,
     Extent,
@@ -26,14 +29,11 @@ from nemotrt.exporter.comparison import (
     observe,
     prompt_of,
 )
-from nemotrt.exporter.config import BuildConfig
-from nemotrt.exporter.console import Console
-from nemotrt.exporter.errors import UsageError
-from nemotrt.exporter.golden import identity_of
-from nemotrt.exporter.graph_dtypes import wanted_dtypes
-from nemotrt.exporter.revalidation import Subject, subject_of
-from nemotrt.exporter.scenarios import scenarios
-from nemotrt.exporter.validation_request import ValidationRequest
+from nemotrt.exporter.validation.golden import identity_of
+from nemotrt.exporter.validation.graph_dtypes import wanted_dtypes
+from nemotrt.exporter.validation.revalidation import Subject, subject_of
+from nemotrt.exporter.validation.scenarios import scenarios
+from nemotrt.exporter.validation.validation_request import ValidationRequest
 
 FINEST_FIRST = ("fp32", "fp16", "bf16", "fp8")
 
@@ -132,7 +132,7 @@ def _record(pair: _Pair, name: str, reference: Candidate, extent: Extent, advanc
         not_compared=(NOT_PYTORCH, ALONE),
     )
     del runner
-    from nemotrt.exporter.torch_reference import choosing_of, record_plan
+    from nemotrt.exporter.validation.torch_reference import choosing_of, record_plan
 
     if pair.coarsest.precision == "fp32":
         return replace(own, choosing=choosing_of(pair.other.model))

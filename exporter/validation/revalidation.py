@@ -8,15 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nemotrt.exporter import estimates
-from nemotrt.exporter import golden as goldens
 from nemotrt.exporter.artifacts import LoadedModel, ValidationReport, WeightSource
 from nemotrt.exporter.calibration_text import MOST, Sequences, sequences
-from nemotrt.exporter.candidates import candidate_of, graph_of
-from nemotrt.exporter.comparison import Candidate, Leader, Recording, compare
 from nemotrt.exporter.config import DRIFT_STEPS, PRECISION_OF_DTYPE, BuildConfig
 from nemotrt.exporter.console import Console
 from nemotrt.exporter.errors import BundleError, UsageError
-from nemotrt.exporter.graph_dtypes import ELEMENT_TYPES
 from nemotrt.exporter.modelopt import with_recipe
 from nemotrt.exporter.runtime import manifest as manifests
 from nemotrt.exporter.runtime.graph_file import read_proto
@@ -24,7 +20,11 @@ from nemotrt.exporter.runtime.manifest import Manifest
 from nemotrt.exporter.runtime.part_session import PartSession
 from nemotrt.exporter.stages.load import load, parse_config
 from nemotrt.exporter.tensor_files import StoredTensor
-from nemotrt.exporter.validation_request import ValidationRequest
+from nemotrt.exporter.validation import golden as goldens
+from nemotrt.exporter.validation.candidates import candidate_of, graph_of
+from nemotrt.exporter.validation.comparison import Candidate, Leader, Recording, compare
+from nemotrt.exporter.validation.graph_dtypes import ELEMENT_TYPES
+from nemotrt.exporter.validation.validation_request import ValidationRequest
 from nemotrt.model.checkpoint import Transform, tensor_sources
 
 OWN_WEIGHTS = "the checkpoint: PyTorch ran with the bundle's own weights"
@@ -51,7 +51,7 @@ def revalidate(request: ValidationRequest, console: Console) -> ValidationReport
     if request.golden:
         return _by_golden(request, request.golden, console)
     if request.against:
-        from nemotrt.exporter.bundle_reference import judge_against
+        from nemotrt.exporter.validation.bundle_reference import judge_against
 
         return judge_against(request, request.against, console)
     return _by_pytorch(request, console)
@@ -135,10 +135,10 @@ def _of_layers(request: ValidationRequest, subject: Subject, console: Console) -
 def _bisected(
     report: ValidationReport, request: ValidationRequest, subject: Subject, console: Console
 ) -> ValidationReport:
-    from nemotrt.exporter import bisection
-    from nemotrt.exporter.engine_parts import EngineParts
-    from nemotrt.exporter.layerwise import mixed_steps
     from nemotrt.exporter.stages.validate import extent
+    from nemotrt.exporter.validation import bisection
+    from nemotrt.exporter.validation.engine_parts import EngineParts
+    from nemotrt.exporter.validation.layerwise import mixed_steps
 
     model, config = subject.model, subject.config
     driven = extent(model, config, request.seed or 0)
@@ -184,7 +184,7 @@ def _check_base(subject: Subject, text: Path | None, base: Path | None) -> None:
 
 def _tokens(subject: Subject, bundle: Path, text: Path) -> Sequences:
     """Read, and refused, before anything is compared."""
-    from nemotrt.exporter.text_quality import num_copies
+    from nemotrt.exporter.validation.text_quality import num_copies
 
     tokens = sequences(bundle, text, subject.model.config.bos_token_id)
     hint = "--eval runs the model more than once side by side; leave it out"
@@ -195,8 +195,8 @@ def _tokens(subject: Subject, bundle: Path, text: Path) -> Sequences:
 def _with_text(
     report: ValidationReport, subject: Subject, tokens: Sequences, name: str, console: Console
 ) -> ValidationReport:
-    from nemotrt.exporter import text_quality
     from nemotrt.exporter.stages.validate import NO_COST, NO_TEXT
+    from nemotrt.exporter.validation import text_quality
 
     model, base, total = subject.model, subject.base, sum(map(len, tokens))
     runs = text_quality.num_runs(model, base, tokens)

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from nemotrt.exporter.routing import Choosing, RouterLogits
+from nemotrt.exporter.validation.routing import Choosing, RouterLogits
 from nemotrt.model.moe import MoE, Router
 from nemotrt.plugins.moe_dispatch.reference import route
 

@@ -1,0 +1,1 @@
+"""TensorRT engines: what the kernels take, the library of plugins, and the process that builds."""
