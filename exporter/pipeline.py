@@ -107,7 +107,10 @@ def _build(
         manifest = bundle(config, model, graph, engine, report, workspace.folder, log)
         workspace.publish()
     if failed:
-        raise ValidationError(f"{len(failed)} gates failed; {config.output} says so", hint="do not ship it")
+        raise ValidationError(
+            f"{len(failed)} gates failed; {config.output} says so",
+            hint="do not ship it; nemo-export validate --bisect names the layer, the op and the tensor",
+        )
     return {
         "bundle": str(config.output),
         "bundle_id": manifest.bundle_id,

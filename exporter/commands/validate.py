@@ -91,7 +91,7 @@ def validate(
         from nemotrt.exporter import tables
 
         tables.show(tables.report(report))
-    _judge(report)
+    _judge(report, can_bisect=not (request.bisect or request.golden or request.against))
 
 
 def _write_page(page: Path, bundle: Path, report: ValidationReport, seconds: dict[str, float]) -> None:
@@ -103,7 +103,7 @@ def _write_page(page: Path, bundle: Path, report: ValidationReport, seconds: dic
     page.write_text(text, encoding="utf-8")
 
 
-def _judge(report: ValidationReport) -> None:
+def _judge(report: ValidationReport, *, can_bisect: bool) -> None:
     if report.not_finite:
         gate = report.not_finite[0]
         raise NotFiniteError(
@@ -122,5 +122,7 @@ def _judge(report: ValidationReport) -> None:
         failed = sum(not gate.passed for gate in report.gates)
         raise ValidationError(
             f"{failed} of {len(report.gates)} gates failed" if report.gates else "nothing was compared",
-            hint="do not ship it",
+            hint="do not ship it; --bisect names the layer, the op and the tensor"
+            if can_bisect
+            else "do not ship it",
         )
