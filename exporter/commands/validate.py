@@ -38,6 +38,12 @@ OUTPUT_FILE = click.Path(dir_okay=False, writable=True, path_type=Path)
 )
 @click.option("--engine", is_flag=True, help="Run the bundle's TensorRT engine, on this machine's GPU.")
 @click.option(
+    "--provider",
+    type=click.Choice(["cpu", "cuda"]),
+    show_default="cpu",
+    help="What ONNX Runtime runs the graph on; cuda wants onnxruntime-gpu, and has not been tried.",
+)
+@click.option(
     "--eval",
     "text",
     type=EvaluationText(),

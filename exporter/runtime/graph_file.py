@@ -31,6 +31,8 @@ NEXT = "next."
 """Prefix of the output that replaces a pool."""
 
 CPU = "CPUExecutionProvider"
+PROVIDERS = {"cpu": (CPU,), "cuda": ("CUDAExecutionProvider", CPU)}
+"""What ONNX Runtime runs a graph on → its providers, the first that knows an operator running it."""
 
 SLOT_AXIS, PAGE_AXIS = "S", "K"
 """Names of a pool's first axis: its rows are slots, or pages."""

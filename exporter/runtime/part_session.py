@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,11 +23,11 @@ FOLDING = "ConstantFolding"
 class PartSession:
     """A model in memory whose external data lies beside a graph; it holds no state."""
 
-    def __init__(self, model: ModelProto, graph: Path) -> None:
+    def __init__(self, model: ModelProto, graph: Path, providers: Sequence[str] = (CPU,)) -> None:
         """Load it; raises as `open_graph` does."""
         thread = Interruptible()
         self._session, self.runs_as = open_model(
-            model, graph, threads=0, providers=(CPU,), thread=thread, unoptimised=(FOLDING,)
+            model, graph, threads=0, providers=providers, thread=thread, unoptimised=(FOLDING,)
         )
         self._dtypes = {value.name: DTYPES[value.type] for value in self._session.get_inputs()}
         self._outputs = [value.name for value in self._session.get_outputs()]

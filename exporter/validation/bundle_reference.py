@@ -78,7 +78,7 @@ def judge_against(request: ValidationRequest, other: Path, console: Console) -> 
         pair = _Pair(subject_of(request.bundle, None, None), subject_of(other, None, None))
         _check(pair, request.bundle, other)
         candidate, reference = (
-            candidate_of(folder, subject.manifest, engine=request.engine)
+            candidate_of(folder, subject.manifest, request)
             for folder, subject in ((request.bundle, pair.bundle), (other, pair.other))
         )
     estimates.check_memory(pair.finer.model, hint="use a machine with more")

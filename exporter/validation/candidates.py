@@ -7,32 +7,42 @@ from pathlib import Path
 from nemotrt.exporter.errors import BundleError, UsageError
 from nemotrt.exporter.runtime.cuda import CudaError, find_gpu
 from nemotrt.exporter.runtime.engine_file import engine_profile
+from nemotrt.exporter.runtime.graph_file import PROVIDERS
 from nemotrt.exporter.runtime.manifest import Manifest
 from nemotrt.exporter.validation.comparison import WATCHED, Candidate
 from nemotrt.exporter.validation.led_graph import LedGraphRunner
 from nemotrt.exporter.validation.runners import EngineRunner, GraphRunner
 from nemotrt.exporter.validation.scenarios import NUM_SLOTS
+from nemotrt.exporter.validation.validation_request import ValidationRequest
 
 ENGINE = "TensorRT engine: not executed"
 UNSEEN_ROUTERS = "routers: an engine does not show by what it chooses experts, so near ties are not excused"
+PARTS_ON_CPU = "each layer and each op alone on CUDA: they run on the CPU"
 WHOLE = "each layer and each op alone: an engine is not cut"
 
 
-def graph_candidate(graph: Path) -> Candidate:
-    """A graph in ONNX Runtime: pools updated in place, and pools fed and fetched."""
+def graph_candidate(graph: Path, provider: str = "cpu") -> Candidate:
+    """A graph in ONNX Runtime: pools updated in place, and pools fed and fetched; `provider` is one of PROVIDERS."""
+    providers = PROVIDERS[provider]
 
     def open_runner(pages: int, way: str) -> GraphRunner:
         return GraphRunner(
-            graph, num_slots=NUM_SLOTS, num_pages=pages, bound=way == "bound", watched=way == WATCHED
+            graph,
+            num_slots=NUM_SLOTS,
+            num_pages=pages,
+            bound=way == "bound",
+            watched=way == WATCHED,
+            providers=providers,
         )
 
+    on_gpu = provider == "cuda"
     return Candidate(
-        "ONNX Runtime",
+        "ONNX Runtime on CUDA" if on_gpu else "ONNX Runtime",
         ("bound", "unbound"),
         open_runner,
-        (ENGINE,),
+        (ENGINE, PARTS_ON_CPU) if on_gpu else (ENGINE,),
         graph,
-        lambda: LedGraphRunner(graph),
+        lambda: LedGraphRunner(graph, providers),
     )
 
 
@@ -56,9 +66,11 @@ def engine_candidate(bundle: Path, manifest: Manifest) -> Candidate:
     return Candidate(profile.runtime, ("captured", "uncaptured"), open_runner, (*hidden, WHOLE))
 
 
-def candidate_of(bundle: Path, manifest: Manifest, *, engine: bool) -> Candidate:
+def candidate_of(bundle: Path, manifest: Manifest, request: ValidationRequest) -> Candidate:
     """The bundle's engine, or its graph; raises BundleError where it has none."""
-    return engine_candidate(bundle, manifest) if engine else graph_candidate(graph_of(bundle, manifest))
+    if request.engine:
+        return engine_candidate(bundle, manifest)
+    return graph_candidate(graph_of(bundle, manifest), request.provider or "cpu")
 
 
 def graph_of(bundle: Path, manifest: Manifest) -> Path:

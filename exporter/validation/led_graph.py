@@ -8,13 +8,14 @@ Legend: T tokens, E experts.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from nemotrt.exporter.runtime.graph_file import LOGITS, NEXT, read_proto, router_logits_names
+from nemotrt.exporter.runtime.graph_file import LOGITS, NEXT, PROVIDERS, read_proto, router_logits_names
 from nemotrt.exporter.runtime.part_session import PartSession
 from nemotrt.exporter.runtime.step import StepInputs
 from nemotrt.exporter.validation.routing import RouterLogits
@@ -56,12 +57,12 @@ def led(model: ModelProto) -> ModelProto:
 class LedGraphRunner:
     """A lowered graph in ONNX Runtime whose experts can be told to it; pools are fed and fetched."""
 
-    def __init__(self, graph: Path) -> None:
+    def __init__(self, graph: Path, providers: Sequence[str] = PROVIDERS["cpu"]) -> None:
         proto = read_proto(graph)
         model, self._routers = led(proto), router_logits_names(proto)
         told = [value.type.tensor_type.shape for value in model.graph.input if value.name.startswith(TOLD)]
         self._num_experts = [shape.dim[1].dim_value for shape in told]
-        self._session = PartSession(model, graph)
+        self._session = PartSession(model, graph, providers)
         self._pools: dict[str, NDArray[Any]] = {}
         self._shown: dict[str, NDArray[Any]] = {}
 

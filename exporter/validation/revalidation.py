@@ -61,7 +61,7 @@ def _by_golden(request: ValidationRequest, golden: Path, console: Console) -> Va
     bundle = request.bundle
     with console.stage("load", f"{bundle}, {golden.name}"):
         manifest = manifests.verify(bundle, deep=False)
-        candidate = candidate_of(bundle, manifest, engine=request.engine)
+        candidate = candidate_of(bundle, manifest, request)
         recording = goldens.read(golden, bundle, manifest)
     total = 2 * recording.extent.num_steps
     with console.stage("validate", f"{candidate.title} against {golden.name}", total=total) as advance:
@@ -74,7 +74,7 @@ def _by_pytorch(request: ValidationRequest, console: Console) -> ValidationRepor
         goldens.check_place(request.save_golden, bundle)
     with console.stage("load", str(checkpoint or bundle)):
         subject = subject_of(bundle, checkpoint, request.base)
-        candidate = candidate_of(bundle, subject.manifest, engine=request.engine)
+        candidate = candidate_of(bundle, subject.manifest, request)
     _check_base(subject, text, request.base)
     tokens = _tokens(subject, bundle, text) if text else ()
     report = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -10,7 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nemotrt.exporter.runtime.engine_session import EngineSession
-from nemotrt.exporter.runtime.graph_file import read_proto, recurrence_inputs, router_logits_names
+from nemotrt.exporter.runtime.graph_file import (
+    PROVIDERS,
+    read_proto,
+    recurrence_inputs,
+    router_logits_names,
+)
 from nemotrt.exporter.runtime.session import Session
 from nemotrt.exporter.runtime.step import StepInputs
 from nemotrt.exporter.validation.routing import RouterLogits
@@ -106,13 +112,27 @@ class GraphRunner(SessionRunner):
     """
 
     def __init__(
-        self, graph: Path, *, num_slots: int, num_pages: int, bound: bool = True, watched: bool = False
+        self,
+        graph: Path,
+        *,
+        num_slots: int,
+        num_pages: int,
+        bound: bool = True,
+        watched: bool = False,
+        providers: Sequence[str] = PROVIDERS["cpu"],
     ) -> None:
         proto = read_proto(graph)
         self._routers = () if bound else router_logits_names(proto)
         self._recurrences = recurrence_inputs(proto) if watched else {}
         shown = [*self._routers, *(name for names in self._recurrences.values() for name in names)]
-        self._graph = Session(graph, num_slots=num_slots, num_pages=num_pages, bound=bound, shown=shown)
+        self._graph = Session(
+            graph,
+            num_slots=num_slots,
+            num_pages=num_pages,
+            bound=bound,
+            shown=shown,
+            providers=providers,
+        )
         super().__init__(self._graph)
 
     def router_logits(self) -> RouterLogits:

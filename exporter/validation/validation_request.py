@@ -13,6 +13,7 @@ FLAGS = {
     "against": "--against",
     "save_golden": "--save-golden",
     "engine": "--engine",
+    "provider": "--provider",
     "text": "--eval",
     "base": "--base",
     "layers_alone": "--layers-alone",
@@ -27,8 +28,9 @@ RECORDED = ("checkpoint", "save_golden", "text", "base", "layers_alone", "bisect
 EXCLUDED: dict[str, tuple[tuple[str, ...], str]] = {
     "golden": (("against", "seed", *RECORDED), "the golden is the reference"),
     "against": (RECORDED, "the other bundle is the reference"),
-    "engine": (("text", "base", "layers_alone"), "{other} is of the graph in ONNX Runtime"),
-    "layers_alone": (("text", "save_golden", "drift_steps"), "{other} is of the whole model"),
+    "engine": (("provider", "text", "base", "layers_alone"), "{other} is of the graph in ONNX Runtime"),
+    "provider": (("text", "base", "bisect"), "{other} runs the graph on the CPU"),
+    "layers_alone": (("provider", "text", "save_golden", "drift_steps"), "{other} is of the whole model"),
 }
 """A request → those that cannot be meant beside it, and why."""
 
@@ -43,6 +45,8 @@ class ValidationRequest:
     against: Path | None = None
     save_golden: Path | None = None
     engine: bool = False
+    provider: str | None = None
+    """What ONNX Runtime runs the graph on, `cpu` where it is not said."""
     base: Path | None = None
     text: Path | None = None
     layers_alone: bool = False

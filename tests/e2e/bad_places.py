@@ -52,6 +52,10 @@ FLAGS: dict[str, tuple[tuple[str, ...], str]] = {
         ("validate", "checkpoint", "--against", "checkpoint", "--checkpoint", "checkpoint"),
         "--against and --checkpoint exclude each other: the other bundle is the reference",
     ),
+    "provider-with-bisect": (
+        ("validate", "checkpoint", "--provider", "cuda", "--bisect"),
+        "--provider and --bisect exclude each other: --bisect runs the graph on the CPU",
+    ),
     "engine-with-layers-alone": (
         ("validate", "checkpoint", "--engine", "--layers-alone"),
         "--engine and --layers-alone exclude each other: --layers-alone is of the graph in ONNX Runtime",

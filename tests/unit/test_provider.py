@@ -1,0 +1,54 @@
+"""validate --provider: the graph on CUDA in ONNX Runtime. No GPU is here: a CPU stands in, or is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnxruntime as ort
+import pytest
+from checkpoints import write_checkpoint
+
+from nemotrt.exporter import pipeline
+from nemotrt.exporter.config import BuildConfig
+from nemotrt.exporter.console import Console
+from nemotrt.exporter.errors import UsageError
+from nemotrt.exporter.runtime import graph_file
+from nemotrt.exporter.validation.candidates import PARTS_ON_CPU
+from nemotrt.exporter.validation.revalidation import revalidate
+from nemotrt.exporter.validation.validation_request import ValidationRequest
+
+QUIET = Console(quiet=True)
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("provider")
+    checkpoint = write_checkpoint(folder / "checkpoint")
+    config = BuildConfig(checkpoint, folder / "bundle", "fp32", runtime="onnx", validate=False)
+    pipeline.build(config, QUIET)
+    return folder / "bundle"
+
+
+def test_cuda_is_refused_where_onnx_runtime_has_none(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ort, "get_available_providers", lambda: [graph_file.CPU])
+    with pytest.raises(UsageError, match="this ONNX Runtime has no CUDAExecutionProvider"):
+        revalidate(ValidationRequest(bundle, provider="cuda", drift_steps=0), QUIET)
+
+
+def test_the_report_says_what_ran_on_cuda(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[tuple[str, ...]] = []
+    create = graph_file._create
+
+    def on_the_cpu(path, source, options, providers, *others):  # type: ignore[no-untyped-def]
+        opened.append(tuple(providers))
+        return create(path, source, options, (graph_file.CPU,), *others)
+
+    monkeypatch.setattr(ort, "get_available_providers", lambda: [*graph_file.PROVIDERS["cuda"]])
+    monkeypatch.setattr(graph_file, "_create", on_the_cpu)
+    report = revalidate(ValidationRequest(bundle, provider="cuda", drift_steps=2), QUIET)
+    assert report.candidate == "ONNX Runtime on CUDA, fp32"
+    assert report.passed
+    assert PARTS_ON_CPU in report.not_compared
+    # Two ways and the drift on CUDA, and each part on the CPU.
+    assert opened.count(graph_file.PROVIDERS["cuda"]) == 3
+    assert set(opened) == set(graph_file.PROVIDERS.values())
