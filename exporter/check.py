@@ -337,7 +337,8 @@ def _notes(
         if stage.memory_bytes > memory:
             found.append(
                 f"{name} needs about {stage.memory_bytes / 1e9:.3g} GB of memory, this machine has"
-                f" {memory / 1e9:.3g} GB" + (": use --no-validate" if stage.stage == "validate" else "")
+                f" {memory / 1e9:.3g} GB"
+                + (f": {estimates.WITHOUT_WHOLE_STEPS}" if stage.stage == "validate" else "")
             )
         if stage.disk_bytes > free:
             found.append(f"{name} writes {stage.disk_bytes / 1e9:.3g} GB, {free / 1e9:.3g} GB are free here")

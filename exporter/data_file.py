@@ -24,6 +24,7 @@ from nemotrt.exporter import weights
 from nemotrt.exporter.artifacts import WeightSource
 from nemotrt.exporter.environment import num_cores
 from nemotrt.exporter.errors import CheckpointError, UsageError
+from nemotrt.exporter.runtime import uncached
 from nemotrt.exporter.tensor_files import StoredTensor
 
 ALIGNMENT = 4096
@@ -206,26 +207,25 @@ def _transfer(piece: _Piece, target: int) -> int:
     placed, tensor = piece.placed, piece.tensor
     if tensor is None:
         found = torch.cat(list(weights.values(placed.source, placed.shape, placed.dtype)))
-        return os.pwrite(target, found.view(torch.uint8).numpy().data, piece.begin)
+        return _write(target, found, piece.begin)
     with tensor.path.open("rb", buffering=0) as file:
         begin, length = tensor.offset + piece.start, piece.stop - piece.start
         if is_hole(file.fileno(), begin, begin + length):
             return 0
         stored = _buffer.view[:length]
-        if os.preadv(file.fileno(), [stored], begin) != length:
+        if uncached.read_into(stored, file.fileno(), begin) != length:
             raise CheckpointError(f"{tensor.path} ended while {tensor.name} was read")
     found = weights.converted(tensor, stored, placed.source.transform, placed.dtype, _buffer.room)
     if placed.linked is not None:
         return 0
-    return _write_all(target, found.view(torch.uint8).numpy().data, piece.begin)
+    return _write(target, found, piece.begin)
 
 
-def _write_all(target: int, data: memoryview, offset: int) -> int:
-    written = 0
+def _write(target: int, found: torch.Tensor, offset: int) -> int:
+    data = found.view(torch.uint8).numpy().data
     with _writing:
-        while written < len(data):
-            written += os.pwrite(target, data[written:], offset + written)
-    return written
+        uncached.write(data, target, offset)
+    return len(data)
 
 
 def num_real(placed: Iterable[Placed]) -> int:

@@ -58,6 +58,15 @@ def num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def give_back_memory() -> None:
+    """Have the C library give the pages that it keeps for later allocations back to the system, where it can.
+
+    glibc kept 0.8 GB of what comparing a model of 321 M parameters had freed.
+    """
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+        trim(0)
+
+
 def hide_unusable_amx() -> None:
     """Keep PyTorch's oneDNN from AMX where the processor announces it and has no tile palette.
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -43,6 +43,9 @@ EXPERT_COPIES = 2
 PART_ROWS = 159
 """Rows of logits that the head alone gives."""
 
+CALIBRATION_TOKENS = 3000
+"""Of the built-in text."""
+
 ENGINE_MEMORY = 200_000_000
 """Of TensorRT-RTX 1.7, beside the engine that it builds in memory; the graph's weights are mapped."""
 ENGINE_FILES = 15_000_000
@@ -55,21 +58,26 @@ TRACE_MEMORY, LOWER_MEMORY = 275_000_000, 15_000_000
 GRAPH_FILE, GRAPH_LAYER = 35_000, 8_000
 """Bytes of the graph without weights: the ops' bodies, and each layer's nodes."""
 
-IMPORT_SECONDS = 1.4
+LOAD_SECONDS, TENSOR_SECONDS = 0.035, 11e-6
+"""CPU seconds of reading a checkpoint's headers, and for each of its tensors."""
+QUANTISE_MEMORY = 250_000_000
+"""Of PyTorch, and a layer's activations."""
+QUANTISE_BASE, CALIBRATE_SECONDS, QUANTISE_SECONDS = 2.0, 20e-12, 5e-9
+"""CPU seconds of PyTorch's start, for each token and parameter that it passes, and for each parameter."""
+IMPORT_SECONDS = 1.25
 """CPU seconds in which PyTorch and ONNX are loaded, in the trace."""
 KIND_SECONDS = 0.07
 """And for each kind of layer that is traced."""
-TENSOR_SECONDS = 11e-6
-"""CPU seconds a tensor of the checkpoint."""
-LAYER_SECONDS = 0.005
-"""CPU seconds for a layer's nodes."""
-READ_SECONDS, WRITE_SECONDS, CAST_SECONDS = 0.25e-9, 1.2e-9, 0.2e-9
-"""CPU seconds a byte of weights: read and judged; written, half of it into memory that was used just before and twice
-into memory that the machine has to find; and converted to another dtype before."""
+LOWER_SECONDS, LAYER_SECONDS = 0.04, 0.005
+"""CPU seconds of the graph's bodies, and of each layer's nodes."""
+READ_SECONDS, WRITE_SECONDS, CAST_SECONDS = 0.15e-9, 0.35e-9, 0.16e-9
+"""CPU seconds a byte of weights: read and judged; written; and written of those that change their dtype."""
 PIECE_BYTES, PIECE_SECONDS = 4 << 20, 80e-6
 """What is read and written at once, and CPU seconds for each, a hole too."""
-HASH_SECONDS = 0.65e-9
-"""CPU seconds a byte."""
+BUNDLE_SECONDS, HASH_SECONDS = 0.15, 0.56e-9
+"""CPU seconds of the report's pages, and for each byte that is hashed."""
+BUNDLE_MEMORY = 60_000_000
+"""What stays of a validation."""
 VALIDATE_SECONDS = {"fp32": 0.13e-6, "fp16": 0.21e-6, "bf16": 0.21e-6, "fp8": 0.21e-6}
 """CPU seconds a parameter, and VALIDATE_BASE for the steps themselves: of a model of experts in FP32 and BF16; what
 other models take was not measured."""
@@ -80,6 +88,11 @@ WORKER_MEMORY = 200_000_000
 """Of a process that compiles kernels, one a core."""
 ENGINE_BASE_SECONDS, ENGINE_SECONDS = 2.0, 2.5e-9
 """CPU seconds of TensorRT-RTX's builder, and for each byte of weights."""
+
+WITHOUT_WHOLE_STEPS = (
+    "--no-validate builds without it; then nemo-export validate --layers-alone takes a layer at a time"
+)
+"""What to do where a validation does not fit."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +105,18 @@ class StageEstimate:
     cpu_seconds: float
     runtime: str = ""
     """The only runtime whose builds have it; empty where all have."""
+
+
+@dataclass(frozen=True)
+class Quantising:
+    """What making an FP8 checkpoint depends on, which a build begins with where its own is none."""
+
+    active_parameters: int
+    """Of the layers, those that a token passes."""
+    largest_bytes: int
+    """Of the part that is in memory at once."""
+    hidden_size: int
+    written_bytes: int
 
 
 @dataclass(frozen=True)
@@ -112,6 +137,7 @@ class Work:
     """Of them, those that are stored in another dtype."""
     bundle_bytes: int
     """Of the files with weights in the bundle, the linked ones as a whole."""
+    quantising: Quantising | None
     engines: Mapping[str, int]
     """Runtimes whose engines can be built → SMs for which kernels are to be compiled before that."""
 
@@ -135,7 +161,9 @@ def work(
         weights.wanted(config, sources, getattr(torch, COMPUTE_DTYPES[precision])), link=link
     )
     own = [one for one in placed if one.linked is None]
-    cast = [one for one in own if any(getattr(torch, t.dtype) != one.dtype for t in one.source.tensors)]
+    changed = [one for one in own if any(getattr(torch, t.dtype) != one.dtype for t in one.source.tensors)]
+    quantised = [one for one in changed if one.dtype.itemsize == BYTES["fp8"]]
+    cast = [one for one in changed if one not in quantised]
     linked = {one.linked for one in placed if one.linked is not None}
     count = data_file.num_real if is_stored else _length
     return Work(
@@ -149,8 +177,42 @@ def work(
         written_bytes=count(own) + data_file.end_of(own) - _length(own),
         cast_bytes=count(cast),
         bundle_bytes=data_file.end_of(placed) + sum(path.stat().st_size for path in linked if is_stored),
+        quantising=_quantising(config, sources, _length(quantised)) if quantised else None,
         engines=engines,
     )
+
+
+def _quantising(config: ModelConfig, sources: Mapping[str, WeightSource], quantised: int) -> Quantising:
+    """Of a model of which so many weights are quantised; stacks of experts and embeddings stay as they are stored."""
+    used = config.num_experts_per_tok / max(1, config.n_routed_experts)
+    active, stored = 0.0, 0
+    parts: dict[str, int] = {}
+    for name, source in sources.items():
+        count, place = num_parameters(source.tensors), _place(name)
+        length = sum(tensor.length for tensor in source.tensors)
+        stored += length
+        if place != "head":
+            is_as_stored = _is_expert(name) or place == "embeddings"
+            parts[place] = parts.get(place, 0) + (length if is_as_stored else 4 * count)
+        if place.startswith("layers."):
+            active += count * (used if _is_expert(name) else 1)
+    width = stored / num_parameters(tensor for source in sources.values() for tensor in source.tensors)
+    return Quantising(
+        active_parameters=int(active),
+        largest_bytes=max(parts.values()),
+        hidden_size=config.hidden_size,
+        written_bytes=stored - int((width - 1) * quantised),
+    )
+
+
+def _place(name: str) -> str:
+    """The part that a parameter belongs to: `layers.7`, `embeddings` or `head`."""
+    found = re.match(r"backbone\.(layers\.\d+|embeddings)\.", name)
+    return found[1] if found else "head"
+
+
+def _is_expert(name: str) -> bool:
+    return name.endswith((".experts.up", ".experts.down"))
 
 
 def _length(placed: Iterable[Placed]) -> int:
@@ -183,10 +245,8 @@ def check_part_memory(model: LoadedModel, precision: str) -> None:
     """Raise UsageError when comparing the largest part with PyTorch, alone, needs more memory than there is."""
     parts: dict[str, int] = {}
     for name, weight in model.weights.items():
-        place = re.sub(r"^backbone\.(layers\.\d+|embeddings).*", r"\1", name)
-        place = place if place != name else "head"
-        is_expert = name.endswith((".experts.up", ".experts.down"))
-        per_parameter = EXPERT_COPIES * BYTES[precision] if is_expert else PART_BYTES[precision]
+        place = _place(name)
+        per_parameter = EXPERT_COPIES * BYTES[precision] if _is_expert(name) else PART_BYTES[precision]
         parts[place] = parts.get(place, 0) + per_parameter * num_parameters(weight.tensors)
     parts["head"] += LOGITS_COPIES * PART_ROWS * model.config.vocab_size * 8
     largest = max(parts, key=lambda place: parts[place])
@@ -235,19 +295,24 @@ def stages(work: Work) -> tuple[StageEstimate, ...]:
     """Each stage of a build, in order."""
     tensors = TENSOR_MEMORY * work.num_tensors
     lower = tensors + TRACE_MEMORY + LOWER_MEMORY
-    bundle = max(lower, BASE_MEMORY)  # what a validation has loaded stays
+    bundle = lower + BUNDLE_MEMORY
     num_layers, kinds = len(work.layers), len(set(work.layers))
     written = work.written_bytes + GRAPH_FILE + GRAPH_LAYER * num_layers
     streamed = (
-        PIECE_SECONDS * work.graph_bytes / PIECE_BYTES
+        PIECE_SECONDS * (work.num_tensors + work.graph_bytes / PIECE_BYTES)
         + READ_SECONDS * work.read_bytes
         + WRITE_SECONDS * work.written_bytes
         + CAST_SECONDS * work.cast_bytes
     )
+    bundles = [
+        ("", work.bundle_bytes),
+        *((runtime, work.bundle_bytes + work.graph_bytes) for runtime in work.engines),
+    ]
     return (
-        StageEstimate("load", LOAD_MEMORY + tensors, 0, TENSOR_SECONDS * work.num_tensors),
+        StageEstimate("load", LOAD_MEMORY + tensors, 0, LOAD_SECONDS + TENSOR_SECONDS * work.num_tensors),
+        *_quantise_stage(work.quantising, work.parameters),
         StageEstimate("trace", tensors // 2 + TRACE_MEMORY, 0, IMPORT_SECONDS + KIND_SECONDS * kinds),
-        StageEstimate("lower", lower, written, LAYER_SECONDS * num_layers + streamed),
+        StageEstimate("lower", lower, written, LOWER_SECONDS + LAYER_SECONDS * num_layers + streamed),
         *(
             stage
             for runtime, sms in work.engines.items()
@@ -259,12 +324,22 @@ def stages(work: Work) -> tuple[StageEstimate, ...]:
             0,
             VALIDATE_BASE + VALIDATE_SECONDS[work.precision] * work.parameters,
         ),
-        StageEstimate("bundle", bundle, 0, HASH_SECONDS * work.bundle_bytes),
         *(
-            StageEstimate("bundle", bundle, 0, HASH_SECONDS * (work.bundle_bytes + work.graph_bytes), runtime)
-            for runtime in work.engines
+            StageEstimate("bundle", bundle, 0, BUNDLE_SECONDS + HASH_SECONDS * hashed, runtime)
+            for runtime, hashed in bundles
         ),
     )
+
+
+def _quantise_stage(work: Quantising | None, parameters: int) -> Iterator[StageEstimate]:
+    if work:
+        memory = QUANTISE_MEMORY + work.largest_bytes + 4 * CALIBRATION_TOKENS * work.hidden_size
+        seconds = (
+            QUANTISE_BASE
+            + CALIBRATE_SECONDS * CALIBRATION_TOKENS * work.active_parameters
+            + QUANTISE_SECONDS * parameters
+        )
+        yield StageEstimate("quantize", memory, work.written_bytes, seconds)
 
 
 def _engine_stages(work: Work, runtime: str, num_sms: int, memory: int) -> tuple[StageEstimate, ...]:

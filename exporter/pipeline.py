@@ -59,8 +59,7 @@ def build(config: BuildConfig, console: Console) -> dict[str, Any]:
         _check_quantisation(config, model)
         if config.validate:
             copies = estimates.num_references(config.precision, model.config.layers)
-            hint = "--no-validate builds without it, and the manifest says so"
-            estimates.check_memory(model, hint=hint, copies=copies)
+            estimates.check_memory(model, hint=estimates.WITHOUT_WHOLE_STEPS, copies=copies)
         key = digest(_identity(config, model))
         with Workspace.open(config.output, force=config.force) as workspace:
             try:
@@ -331,6 +330,7 @@ def _validated(
         total = num_steps(config.precision, len(model.config.layers))
         with console.stage("validate", "ONNX Runtime against PyTorch", total=total) as advance:
             report = validate(model, config, graph.path, advance=advance)
+        environment.give_back_memory()
         passed = sum(gate.passed for gate in report.gates)
         console.say(f"{'':<9} {passed} of {len(report.gates)} gates passed")
         return report_file.as_json(report)

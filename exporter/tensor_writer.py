@@ -34,10 +34,13 @@ class Entry:
 def write_shards(folder: Path, entries: Sequence[Entry]) -> None:
     """The entries in model.safetensors, or in several files and their index."""
     shards: list[list[Entry]] = [[]]
+    filled = 0
     for entry in entries:
-        if shards[-1] and sum(other.length for other in shards[-1]) + entry.length > SHARD_BYTES:
+        if shards[-1] and filled + entry.length > SHARD_BYTES:
             shards.append([])
+            filled = 0
         shards[-1].append(entry)
+        filled += entry.length
     if len(shards) == 1:
         write_file(folder / SINGLE, shards[0])
         return

@@ -7,21 +7,17 @@ import torch
 from torch import Tensor, nn
 
 from nemotrt.model.recipe import EXPERTS, Recipe
-
-FP8 = torch.float8_e4m3fn
-FP8_MAX = 448.0
-
-
-def quantised(values: Tensor, scale: Tensor) -> Tensor:
-    """values / scale in E4M3, saturated; a NaN stays one."""
-    return (values.float() / scale).clamp(-FP8_MAX, FP8_MAX).to(FP8)
+from nemotrt.plugins.e4m3 import FP8, quantised
 
 
 @torch.library.custom_op("nemo::fp8_linear", mutates_args=())
 def fp8_linear(
     x: Tensor, weight: Tensor, weight_scale: Tensor, input_scale: Tensor, bias: Tensor | None
 ) -> Tensor:
-    """[T, I] → [T, O]: the product of E4M3 values summed in FP32, scaled, and rounded once, to x's dtype."""
+    """[T, I] → [T, O]: the product of E4M3 values summed in FP32, scaled, and rounded once, to x's dtype.
+
+    The weight may hold its E4M3 values in FP32.
+    """
     product_TO = quantised(x, input_scale).float() @ weight.float().T * (weight_scale * input_scale)
     return (product_TO if bias is None else product_TO + bias.float()).to(x.dtype)
 
@@ -61,3 +57,10 @@ def quantise(network: nn.Module, recipe: Recipe) -> None:
         else:
             assert isinstance(module, nn.Linear), name
             network.set_submodule(name, Fp8Linear(module, per_channel=name in recipe.per_channel))
+
+
+def widen(network: nn.Module) -> None:
+    """Hold the linears' weights in FP32, their values as they are: they are not cast in each step then."""
+    for module in network.modules():
+        if isinstance(module, Fp8Linear):
+            module.weight = nn.Parameter(module.weight.float(), requires_grad=False)

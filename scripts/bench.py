@@ -27,8 +27,11 @@ import torch
 from make_random_checkpoint import write_checkpoint
 
 from nemotrt.exporter import data_file, weights
+from nemotrt.exporter.config import BuildConfig
 from nemotrt.exporter.runtime.session import Session
 from nemotrt.exporter.stages.load import load
+from nemotrt.exporter.stages.lower import Streaming, lower
+from nemotrt.exporter.stages.trace import trace
 from nemotrt.exporter.workspace import sync
 from nemotrt.plugins import onnx_op
 from nemotrt.plugins.selective_scan import SPEC as SCAN
@@ -147,6 +150,21 @@ def dense() -> None:
         copied = _copy_seconds(Path(folder) / "checkpoint", Path(folder) / "copy")
         figures = build(Path(folder) / "checkpoint", Path(folder) / "bundle")
         report({"model": "1.27 B dense, bf16", "copy_of_the_checkpoint_seconds": copied, **figures})
+
+
+@main.command()
+@click.argument("checkpoint", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--layers", default="", help="As build's.")
+def graph(checkpoint: Path, layers: str) -> None:
+    """Load, trace and lower CHECKPOINT, the bytes of its weights left out: how cost grows with depth."""
+    data_file.write = lambda *_, **__: 0
+    config = BuildConfig(checkpoint, Path(), precision="fp8" if load(checkpoint).config.recipe else "bf16")
+    started = time.perf_counter()
+    with tempfile.TemporaryDirectory(dir=checkpoint.parent) as folder:
+        model = load(checkpoint, layers)
+        lowered = lower(model, trace(model, config), Path(folder) / "model.onnx", Streaming(link=True))
+    seconds = time.perf_counter() - started
+    report({"layers": len(model.config.layers), "nodes": lowered.nodes, "seconds": seconds})
 
 
 @main.command()

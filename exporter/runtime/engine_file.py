@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from typing import Any
 from nemotrt.exporter.errors import BundleError
 from nemotrt.exporter.runtime.backends import BACKENDS, Backend, backend, load_module
 from nemotrt.exporter.runtime.cuda import Gpu
-from nemotrt.exporter.runtime.manifest import Manifest, Profile
+from nemotrt.exporter.runtime.manifest import Manifest, Profile, file_hash
 
 REBUILD = "build the bundle again on this machine, or with this machine's TensorRT"
 
@@ -106,12 +105,7 @@ def create_context(opened: OpenEngine) -> Any:
 def _check_hash(bundle: Path, manifest: Manifest, name: str) -> None:
     file = next(file for file in manifest.files if file.path == name)
     path = bundle / name
-    try:
-        with path.open("rb") as content:
-            found = hashlib.file_digest(content, "sha256").hexdigest()
-    except OSError as error:
-        raise BundleError(f"{path} cannot be read: {error.strerror}") from error
-    if found != file.sha256:
+    if file_hash(path) != file.sha256:
         raise BundleError(f"{path} was changed after it was built", hint="copy or build the bundle again")
 
 

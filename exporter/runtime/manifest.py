@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from nemotrt.exporter.errors import BundleError
+from nemotrt.exporter.runtime import uncached
 from nemotrt.exporter.runtime.strict_json import decode, encode, read_object
 
 SCHEMA_VERSION = 1
@@ -232,7 +233,7 @@ def describe_files(bundle: Path, roles: Mapping[str, str]) -> tuple[BundleFile, 
 
 def describe_file(bundle: Path, path: str, role: str) -> BundleFile:
     """One file of the folder, hashed."""
-    return BundleFile(path, (bundle / path).stat().st_size, _sha256(bundle / path), role)
+    return BundleFile(path, (bundle / path).stat().st_size, file_hash(bundle / path), role)
 
 
 def write(bundle: Path, manifest: Manifest) -> Manifest:
@@ -303,7 +304,7 @@ def examine(bundle: Path, manifest: Manifest, *, deep: bool) -> Findings:
     changed = [
         file.path
         for file in present
-        if found[file.path] != file.size or (deep and _sha256(bundle / file.path) != file.sha256)
+        if found[file.path] != file.size or (deep and file_hash(bundle / file.path) != file.sha256)
     ]
     return Findings(
         added=tuple(sorted(set(found) - set(listed))),
@@ -361,9 +362,9 @@ def _listing(folder: Path) -> list[os.DirEntry[str]]:
         raise BundleError(f"{folder} cannot be read: {error.strerror}") from error
 
 
-def _sha256(path: Path) -> str:
+def file_hash(path: Path) -> str:
+    """A file's SHA-256; raises BundleError where it cannot be read."""
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return uncached.sha256(path)
     except OSError as error:
         raise BundleError(f"{path} cannot be read: {error.strerror}") from error

@@ -19,8 +19,8 @@ from nemotrt.exporter.calibration_text import Sequences
 from nemotrt.exporter.tensor_files import StoredTensor, open_checkpoint, read_json, read_pieces
 from nemotrt.exporter.tensor_writer import Entry, write_shards
 from nemotrt.model.checkpoint import Transform
-from nemotrt.model.fp8 import FP8_MAX, quantised
 from nemotrt.model.recipe import EXPERTS, Recipe, quantisable
+from nemotrt.plugins.e4m3 import FP8_MAX, quantised
 
 
 def quantize(

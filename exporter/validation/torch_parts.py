@@ -27,12 +27,12 @@ from nemotrt.exporter.validation.graph_cuts import Cut
 from nemotrt.exporter.validation.router_tap import RouterTap
 from nemotrt.exporter.validation.routing import RouterLogits
 from nemotrt.model.block import Block
-from nemotrt.model.fp8 import FP8
 from nemotrt.model.hybrid import NemotronH
 from nemotrt.model.pools import PoolSpec
 from nemotrt.model.recipe import EXPERTS
 from nemotrt.model.step import Step
 from nemotrt.plugins import torch_op
+from nemotrt.plugins.e4m3 import FP8
 from nemotrt.plugins.spec import OpSpec, ops
 
 OPS = {torch_op.overload(spec): spec for spec in ops()}

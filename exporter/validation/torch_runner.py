@@ -16,6 +16,7 @@ from nemotrt.exporter.validation.router_tap import RouterTap
 from nemotrt.exporter.validation.routing import RouterLogits
 from nemotrt.exporter.validation.runners import Array
 from nemotrt.exporter.validation.torch_parts import num_threads, pool_dtype, threads, torch_step
+from nemotrt.model.fp8 import widen
 from nemotrt.model.hybrid import NemotronH
 from nemotrt.model.pools import PoolSpec
 
@@ -34,6 +35,7 @@ class TorchRunner:
             for name, parameter in self._network.state_dict().items()
         }
         self._network.load_state_dict(state, assign=True)
+        widen(self._network)
         self.tap = RouterTap(self._network)
         moe = [index for index, kind in model.config.numbered_layers.items() if kind == "moe"]
         self.choosing = self.tap.choosing(moe)

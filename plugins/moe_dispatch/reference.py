@@ -6,7 +6,7 @@ Legend: T tokens, L expert input size, R routed experts, E experts here, I inner
 import torch
 from torch import Tensor
 
-FP8_MAX = 448.0
+from nemotrt.plugins.e4m3 import FP8, quantised, widened
 
 
 def reference(
@@ -43,17 +43,17 @@ def reference(
         norm_topk_prob=norm_topk_prob,
         routed_scaling_factor=routed_scaling_factor,
     )
-    is_fp8 = up.dtype == torch.float8_e4m3fn
+    is_fp8 = up.dtype == FP8
     parts_TkL = torch.zeros(*chosen_Tk.shape, x.shape[1], dtype=compute, device=x.device)
     for e in range(up.shape[0]):
         t, k = torch.where(chosen_Tk == first_expert + e)
         if not len(t):
             continue
         rows = _quantised(x[t], input_scale) if is_fp8 else x[t]
-        hidden = (rows.to(compute) @ up[e].to(compute).T) * up_scale[e]
+        hidden = (rows.to(compute) @ _wide(up[e], compute).T) * up_scale[e]
         hidden = torch.relu(hidden).square().to(x.dtype)
         hidden = _quantised(hidden, hidden_scale) if is_fp8 else hidden
-        parts_TkL[t, k] = (hidden.to(compute) @ down[e].to(compute).T) * down_scale[e]
+        parts_TkL[t, k] = (hidden.to(compute) @ _wide(down[e], compute).T) * down_scale[e]
     y_TL = torch.zeros(x.shape, dtype=compute, device=x.device)
     for rank in range(top_k):
         y_TL += weights_Tk[:, rank, None].to(compute) * parts_TkL[:, rank]
@@ -95,5 +95,8 @@ def _top(values: Tensor, count: int) -> Tensor:
 
 
 def _quantised(values: Tensor, scale: Tensor) -> Tensor:
-    scaled = (values.float() / scale).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
-    return scaled.float() * scale
+    return quantised(values, scale).float() * scale
+
+
+def _wide(weight: Tensor, compute: torch.dtype) -> Tensor:
+    return (widened(weight) if weight.dtype == FP8 else weight).to(compute)

@@ -8,7 +8,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-FP8_MAX = 448.0
+from nemotrt.plugins.e4m3 import FP8, quantised
 
 
 def reference(
@@ -31,7 +31,7 @@ def reference(
     cache holds k / k_scale and v / v_scale; any other cache ignores the scales.
     """
     compute = torch.promote_types(q.dtype, torch.float32)
-    if kv_cache.dtype != torch.float8_e4m3fn:
+    if kv_cache.dtype != FP8:
         k_scale, v_scale = torch.ones_like(k_scale), torch.ones_like(v_scale)
     page_size, per_kv = kv_cache.shape[3], q.shape[1] // k.shape[1]
     o = torch.zeros_like(q)
@@ -58,6 +58,4 @@ def reference(
 
 
 def _stored(values: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    if dtype == torch.float8_e4m3fn:
-        values = (values.float() / scale).clamp(-FP8_MAX, FP8_MAX)
-    return values.to(dtype)
+    return quantised(values, scale) if dtype == FP8 else values.to(dtype)

@@ -20,6 +20,7 @@ import bad_goldens
 import fake_gpu
 import numpy as np
 import pytest
+import torch
 from bad_checkpoints import Case
 from bad_places import FLAGS, PLACES, SPELLINGS
 from click.testing import CliRunner, Result
@@ -230,16 +231,16 @@ def test_a_disk_that_another_program_fills(
     """In the middle of the weights: refused, exit 2: `No space left on device`; what was written is removed."""
     small_checkpoint()
     place = mounted(1 << 20)
-    write = data_file._write_all
+    write = data_file._write
     written: list[int] = []
 
-    def fill_and_write(target: int, data: memoryview, offset: int) -> int:
+    def fill_and_write(target: int, found: torch.Tensor, offset: int) -> int:
         written.append(offset)
         if len(written) > 5 and not (place / "other").exists():
             (place / "other").write_bytes(bytes(shutil.disk_usage(place).free))
-        return write(target, data, offset)
+        return write(target, found, offset)
 
-    monkeypatch.setattr(data_file, "_write_all", fill_and_write)
+    monkeypatch.setattr(data_file, "_write", fill_and_write)
     refused(run(*BUILD, place / "out"), "No space left on device", 2)
     assert len(written) > 5
     assert os.listdir(place) == ["other"]

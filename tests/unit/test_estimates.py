@@ -18,8 +18,12 @@ from nemotrt.exporter.console import Console
 from nemotrt.exporter.data_file import data_path
 from nemotrt.exporter.engines import plugin_library
 from nemotrt.exporter.estimates import StageEstimate
+from nemotrt.exporter.quantization import Quantization, quantize_checkpoint
+from nemotrt.exporter.tensor_files import SINGLE
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "estimates.py"
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "scripts" / "estimates.py"
+EXAMPLE = ROOT / "examples" / "tiny"
 WIDER = {"hidden_size": 256, "vocab_size": 2048}
 """Weights that take more place than the graph's nodes."""
 
@@ -84,8 +88,19 @@ def test_memory_of_a_build(checkpoint: Path, tmp_path: Path) -> None:
     ]
     took = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
     stages = estimated(checkpoint)
-    for name in ("load", "trace", "lower"):  # a bundle's is of a build that has validated
+    for name in ("load", "trace", "lower", "bundle"):
         assert stages[name].memory_bytes == pytest.approx(took[name]["memory_bytes"], rel=0.25), name
+
+
+def test_quantising_is_a_stage_of_its_own(tmp_path: Path) -> None:
+    stages = estimated(EXAMPLE, "fp8")
+    assert list(stages) == ["load", "quantize", "trace", "lower", "validate", "bundle"]
+    assert "quantize" not in estimated(EXAMPLE, "fp16")
+    wanted = Quantization(None, "conservative", (), "auto")
+    quantize_checkpoint(EXAMPLE, tmp_path / "fp8", wanted, Console(quiet=True))
+    written = (tmp_path / "fp8" / SINGLE).stat().st_size
+    assert stages["quantize"].disk_bytes == pytest.approx(written, rel=0.05)
+    assert "quantize" not in estimated(tmp_path / "fp8", "fp8")
 
 
 def test_kernels_that_are_linked_already_take_nothing(

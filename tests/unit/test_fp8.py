@@ -32,6 +32,7 @@ from nemotrt.exporter.validation.revalidation import revalidate
 from nemotrt.exporter.validation.validation_request import ValidationRequest
 from nemotrt.model.config import ModelConfig
 from nemotrt.model.fp8 import fp8_linear
+from nemotrt.plugins.e4m3 import widened
 
 TINY = Path(__file__).resolve().parents[2] / "examples" / "tiny"
 IN_PROJ = "backbone.layers.0.mixer.in_proj"
@@ -379,3 +380,10 @@ def test_check_refuses_fp8_on_a_gpu_without_it(tmp_path: Path) -> None:
     subject = of_folder(small(tmp_path / "fp8"))
     with pytest.raises(UsageError, match="SM 86 has no FP8 tensor cores"):
         check(subject, "", tmp_path, runtime="tensorrt-rtx", sms=(86,))
+
+
+def test_a_weight_is_widened_exactly() -> None:
+    every = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
+    finite = every[~every.float().isnan()]
+    assert len(finite) == 254
+    assert bits(widened(finite)) == bits(finite.float())

@@ -24,7 +24,7 @@ from nemotrt.exporter.stages.quantize import quantize
 from nemotrt.exporter.validation import text_quality
 from nemotrt.exporter.validation.revalidation import revalidate
 from nemotrt.exporter.validation.validation_request import ValidationRequest
-from nemotrt.model.fp8 import FP8_MAX
+from nemotrt.plugins.e4m3 import FP8_MAX
 
 TINY = Path(__file__).resolve().parents[2] / "examples" / "tiny"
 TEXT = (np.arange(90) % 96,)
