@@ -43,8 +43,8 @@ EXPERT_COPIES = 2
 PART_ROWS = 159
 """Rows of logits that the head alone gives."""
 
-CALIBRATION_TOKENS = 3000
-"""Of the built-in text."""
+CALIBRATION_TOKENS, STEP_TOKENS = 3000, 1024
+"""Of the built-in text, and those that pass a layer at once."""
 
 ENGINE_MEMORY = 200_000_000
 """Of TensorRT-RTX 1.7, beside the engine that it builds in memory; the graph's weights are mapped."""
@@ -58,35 +58,35 @@ TRACE_MEMORY, LOWER_MEMORY = 275_000_000, 15_000_000
 GRAPH_FILE, GRAPH_LAYER = 35_000, 8_000
 """Bytes of the graph without weights: the ops' bodies, and each layer's nodes."""
 
-LOAD_SECONDS, TENSOR_SECONDS = 0.035, 11e-6
+LOAD_SECONDS, TENSOR_SECONDS = 0.05, 10e-6
 """CPU seconds of reading a checkpoint's headers, and for each of its tensors."""
-QUANTISE_MEMORY = 250_000_000
-"""Of PyTorch, and a layer's activations."""
-QUANTISE_BASE, CALIBRATE_SECONDS, QUANTISE_SECONDS = 2.0, 20e-12, 5e-9
-"""CPU seconds of PyTorch's start, for each token and parameter that it passes, and for each parameter."""
+QUANTISE_MEMORY, ACTIVATIONS = 190_000_000, 22
+"""Of PyTorch; and what a layer computes with, in rows of the hidden size in FP32 for each token of a step."""
+QUANTISE_BASE, EXPERT_SECONDS, CALIBRATE_SECONDS, QUANTISE_SECONDS = 1.4, 0.013, 36e-12, 6.5e-9
+"""CPU seconds of PyTorch's start, for each expert, for each token and parameter that it passes, and for each
+parameter."""
 IMPORT_SECONDS = 1.25
 """CPU seconds in which PyTorch and ONNX are loaded, in the trace."""
 KIND_SECONDS = 0.07
 """And for each kind of layer that is traced."""
 LOWER_SECONDS, LAYER_SECONDS = 0.04, 0.005
 """CPU seconds of the graph's bodies, and of each layer's nodes."""
-READ_SECONDS, WRITE_SECONDS, CAST_SECONDS = 0.15e-9, 0.35e-9, 0.16e-9
+READ_SECONDS, WRITE_SECONDS, CAST_SECONDS = 0.18e-9, 0.31e-9, 0.16e-9
 """CPU seconds a byte of weights: read and judged; written; and written of those that change their dtype."""
 PIECE_BYTES, PIECE_SECONDS = 4 << 20, 80e-6
 """What is read and written at once, and CPU seconds for each, a hole too."""
-BUNDLE_SECONDS, HASH_SECONDS = 0.15, 0.56e-9
+BUNDLE_SECONDS, HASH_SECONDS = 0.15, 0.62e-9
 """CPU seconds of the report's pages, and for each byte that is hashed."""
-BUNDLE_MEMORY = 60_000_000
+BUNDLE_MEMORY = 70_000_000
 """What stays of a validation."""
 VALIDATE_SECONDS = {"fp32": 0.13e-6, "fp16": 0.21e-6, "bf16": 0.21e-6, "fp8": 0.21e-6}
-"""CPU seconds a parameter, and VALIDATE_BASE for the steps themselves: of a model of experts in FP32 and BF16; what
-other models take was not measured."""
+"""CPU seconds a parameter, and VALIDATE_BASE for the steps themselves: of a dense model and one of experts."""
 VALIDATE_BASE = 6.0
-KERNELS, KERNEL_SECONDS, LINK_SECONDS = 48, 0.6, 9.0
+KERNELS, KERNEL_SECONDS, LINK_SECONDS = 48, 0.27, 5.0
 """Kernels of one SM and dtype, CPU seconds for each that is not in the cache, and those of linking them."""
 WORKER_MEMORY = 200_000_000
 """Of a process that compiles kernels, one a core."""
-ENGINE_BASE_SECONDS, ENGINE_SECONDS = 2.0, 2.5e-9
+ENGINE_BASE_SECONDS, ENGINE_SECONDS = 1.4, 4.6e-9
 """CPU seconds of TensorRT-RTX's builder, and for each byte of weights."""
 
 WITHOUT_WHOLE_STEPS = (
@@ -113,9 +113,10 @@ class Quantising:
 
     active_parameters: int
     """Of the layers, those that a token passes."""
-    largest_bytes: int
-    """Of the part that is in memory at once."""
-    hidden_size: int
+    num_experts: int
+    """Of all layers."""
+    memory_bytes: int
+    """Of the largest part that is in memory at once, with what it computes with."""
     written_bytes: int
 
 
@@ -124,6 +125,8 @@ class Work:
     """What the cost of a build depends on; bytes are those of weights."""
 
     num_tensors: int
+    num_built: int
+    """Tensors that the graph is built from: with the scales of those that are quantised before."""
     layers: tuple[str, ...]
     parameters: int
     vocab_size: int
@@ -168,6 +171,7 @@ def work(
     count = data_file.num_real if is_stored else _length
     return Work(
         num_tensors=num_tensors,
+        num_built=num_tensors + 2 * sum(len(one.source.tensors) for one in quantised),
         layers=config.layers,
         parameters=num_parameters(tensor for source in sources.values() for tensor in source.tensors),
         vocab_size=config.vocab_size,
@@ -185,6 +189,7 @@ def work(
 def _quantising(config: ModelConfig, sources: Mapping[str, WeightSource], quantised: int) -> Quantising:
     """Of a model of which so many weights are quantised; stacks of experts and embeddings stay as they are stored."""
     used = config.num_experts_per_tok / max(1, config.n_routed_experts)
+    activations = 4 * config.hidden_size * ACTIVATIONS * STEP_TOKENS
     active, stored = 0.0, 0
     parts: dict[str, int] = {}
     for name, source in sources.items():
@@ -193,14 +198,15 @@ def _quantising(config: ModelConfig, sources: Mapping[str, WeightSource], quanti
         stored += length
         if place != "head":
             is_as_stored = _is_expert(name) or place == "embeddings"
-            parts[place] = parts.get(place, 0) + (length if is_as_stored else 4 * count)
+            parts.setdefault(place, 0 if place == "embeddings" else activations)
+            parts[place] += length if is_as_stored else 4 * count
         if place.startswith("layers."):
             active += count * (used if _is_expert(name) else 1)
     width = stored / num_parameters(tensor for source in sources.values() for tensor in source.tensors)
     return Quantising(
         active_parameters=int(active),
-        largest_bytes=max(parts.values()),
-        hidden_size=config.hidden_size,
+        num_experts=config.layers.count("moe") * config.n_routed_experts,
+        memory_bytes=max(parts.values()) + 4 * config.hidden_size * CALIBRATION_TOKENS,
         written_bytes=stored - int((width - 1) * quantised),
     )
 
@@ -293,13 +299,13 @@ def check_engine_memory(weight_bytes: int) -> None:
 
 def stages(work: Work) -> tuple[StageEstimate, ...]:
     """Each stage of a build, in order."""
-    tensors = TENSOR_MEMORY * work.num_tensors
+    read, tensors = TENSOR_MEMORY * work.num_tensors, TENSOR_MEMORY * work.num_built
     lower = tensors + TRACE_MEMORY + LOWER_MEMORY
     bundle = lower + BUNDLE_MEMORY
     num_layers, kinds = len(work.layers), len(set(work.layers))
     written = work.written_bytes + GRAPH_FILE + GRAPH_LAYER * num_layers
     streamed = (
-        PIECE_SECONDS * (work.num_tensors + work.graph_bytes / PIECE_BYTES)
+        PIECE_SECONDS * (work.num_built + work.graph_bytes / PIECE_BYTES)
         + READ_SECONDS * work.read_bytes
         + WRITE_SECONDS * work.written_bytes
         + CAST_SECONDS * work.cast_bytes
@@ -309,7 +315,7 @@ def stages(work: Work) -> tuple[StageEstimate, ...]:
         *((runtime, work.bundle_bytes + work.graph_bytes) for runtime in work.engines),
     ]
     return (
-        StageEstimate("load", LOAD_MEMORY + tensors, 0, LOAD_SECONDS + TENSOR_SECONDS * work.num_tensors),
+        StageEstimate("load", LOAD_MEMORY + read, 0, LOAD_SECONDS + TENSOR_SECONDS * work.num_tensors),
         *_quantise_stage(work.quantising, work.parameters),
         StageEstimate("trace", tensors // 2 + TRACE_MEMORY, 0, IMPORT_SECONDS + KIND_SECONDS * kinds),
         StageEstimate("lower", lower, written, LOWER_SECONDS + LAYER_SECONDS * num_layers + streamed),
@@ -333,13 +339,13 @@ def stages(work: Work) -> tuple[StageEstimate, ...]:
 
 def _quantise_stage(work: Quantising | None, parameters: int) -> Iterator[StageEstimate]:
     if work:
-        memory = QUANTISE_MEMORY + work.largest_bytes + 4 * CALIBRATION_TOKENS * work.hidden_size
         seconds = (
             QUANTISE_BASE
+            + EXPERT_SECONDS * work.num_experts
             + CALIBRATE_SECONDS * CALIBRATION_TOKENS * work.active_parameters
             + QUANTISE_SECONDS * parameters
         )
-        yield StageEstimate("quantize", memory, work.written_bytes, seconds)
+        yield StageEstimate("quantize", QUANTISE_MEMORY + work.memory_bytes, work.written_bytes, seconds)
 
 
 def _engine_stages(work: Work, runtime: str, num_sms: int, memory: int) -> tuple[StageEstimate, ...]:

@@ -171,6 +171,7 @@ def _quantised(
         folder.mkdir()
         wanted = Quantization(config.calibration, config.preset, config.exclude, config.kv_dtype)
         calibrated(model, wanted, folder, console, per_output=True)
+        environment.give_back_memory()
         return {}
 
     _once("quantize", key, workspace, console, run)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -29,6 +30,9 @@ from nemotrt.exporter.pipeline import build
 
 PERIOD = 0.02
 """Seconds between two looks at memory."""
+
+ANONYMOUS = re.compile(r"^RssAnon:\s+(\d+) kB", re.MULTILINE)
+"""Of a process's status: see proc_pid_status(5)."""
 
 OPTIONS = {"ignore_unknown_options": True}
 
@@ -83,7 +87,10 @@ def _anonymous() -> int:
         folder = Path("/proc") / str(processes.pop())
         with suppress(OSError):  # it may have ended
             status = (folder / "status").read_text()
-            total += 1024 * int(status.partition("RssAnon:")[2].split()[0])
+            if anonymous := ANONYMOUS.search(
+                status
+            ):  # of a process that has ended and is not waited for: none
+                total += 1024 * int(anonymous[1])
             for children in folder.glob("task/*/children"):
                 processes += map(int, children.read_text().split())
     return total
