@@ -71,10 +71,10 @@ KIND_SECONDS = 0.07
 """And for each kind of layer that is traced."""
 LOWER_SECONDS, LAYER_SECONDS = 0.04, 0.005
 """CPU seconds of the graph's bodies, and of each layer's nodes."""
-READ_SECONDS, WRITE_SECONDS, CAST_SECONDS = 0.18e-9, 0.31e-9, 0.16e-9
+READ_SECONDS, WRITE_SECONDS, CAST_SECONDS = 0.19e-9, 0.31e-9, 0.16e-9
 """CPU seconds a byte of weights: read and judged; written; and written of those that change their dtype."""
-PIECE_BYTES, PIECE_SECONDS = 4 << 20, 80e-6
-"""What is read and written at once, and CPU seconds for each, a hole too."""
+PIECE_BYTES, PIECE_SECONDS = 4 << 20, 45e-6
+"""What is read and written at once, and CPU seconds for each and for each tensor, a hole too."""
 BUNDLE_SECONDS, HASH_SECONDS = 0.15, 0.62e-9
 """CPU seconds of the report's pages, and for each byte that is hashed."""
 BUNDLE_MEMORY = 70_000_000
