@@ -166,7 +166,7 @@ def work(
     own = [one for one in placed if one.linked is None]
     changed = [one for one in own if any(getattr(torch, t.dtype) != one.dtype for t in one.source.tensors)]
     quantised = [one for one in changed if one.dtype.itemsize == BYTES["fp8"]]
-    cast = [one for one in changed if one not in quantised]
+    cast = [one for one in changed if one.dtype.itemsize != BYTES["fp8"]]
     linked = {one.linked for one in placed if one.linked is not None}
     count = data_file.num_real if is_stored else _length
     return Work(
@@ -181,34 +181,39 @@ def work(
         written_bytes=count(own) + data_file.end_of(own) - _length(own),
         cast_bytes=count(cast),
         bundle_bytes=data_file.end_of(placed) + sum(path.stat().st_size for path in linked if is_stored),
-        quantising=_quantising(config, sources, _length(quantised)) if quantised else None,
+        quantising=_quantising(config, sources, quantised) if quantised else None,
         engines=engines,
     )
 
 
-def _quantising(config: ModelConfig, sources: Mapping[str, WeightSource], quantised: int) -> Quantising:
-    """Of a model of which so many weights are quantised; stacks of experts and embeddings stay as they are stored."""
+def _quantising(
+    config: ModelConfig, sources: Mapping[str, WeightSource], quantised: Iterable[Placed]
+) -> Quantising:
+    """Of a model whose `quantised` weights become FP8; stacks of experts and embeddings are held as they are stored."""
     used = config.num_experts_per_tok / max(1, config.n_routed_experts)
     activations = 4 * config.hidden_size * ACTIVATIONS * STEP_TOKENS
-    active, stored = 0.0, 0
+    active, written = 0.0, 0
     parts: dict[str, int] = {}
     for name, source in sources.items():
-        count, place = num_parameters(source.tensors), _place(name)
-        length = sum(tensor.length for tensor in source.tensors)
-        stored += length
+        count, place, length = num_parameters(source.tensors), _place(name), _stored_length(source)
+        written += length
         if place != "head":
             is_as_stored = _is_expert(name) or place == "embeddings"
             parts.setdefault(place, 0 if place == "embeddings" else activations)
             parts[place] += length if is_as_stored else 4 * count
         if place.startswith("layers."):
             active += count * (used if _is_expert(name) else 1)
-    width = stored / num_parameters(tensor for source in sources.values() for tensor in source.tensors)
+    written -= sum(_stored_length(one.source) - one.length for one in quantised)
     return Quantising(
         active_parameters=int(active),
         num_experts=config.layers.count("moe") * config.n_routed_experts,
         memory_bytes=max(parts.values()) + 4 * config.hidden_size * CALIBRATION_TOKENS,
-        written_bytes=stored - int((width - 1) * quantised),
+        written_bytes=written,
     )
+
+
+def _stored_length(source: WeightSource) -> int:
+    return sum(tensor.length for tensor in source.tensors)
 
 
 def _place(name: str) -> str:

@@ -171,7 +171,6 @@ def _quantised(
         folder.mkdir()
         wanted = Quantization(config.calibration, config.preset, config.exclude, config.kv_dtype)
         calibrated(model, wanted, folder, console, per_output=True)
-        environment.give_back_memory()
         return {}
 
     _once("quantize", key, workspace, console, run)
@@ -241,6 +240,7 @@ def _once(
         return dict(kept["result"])
     before = len(console.log)
     result = run()
+    environment.give_back_memory()  # the next stage is another, and needs its own
     workspace.record(stage, key, {"result": result, "log": console.log[before:]})
     return result
 
@@ -331,7 +331,6 @@ def _validated(
         total = num_steps(config.precision, len(model.config.layers))
         with console.stage("validate", "ONNX Runtime against PyTorch", total=total) as advance:
             report = validate(model, config, graph.path, advance=advance)
-        environment.give_back_memory()
         passed = sum(gate.passed for gate in report.gates)
         console.say(f"{'':<9} {passed} of {len(report.gates)} gates passed")
         return report_file.as_json(report)

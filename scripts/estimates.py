@@ -32,7 +32,7 @@ PERIOD = 0.02
 """Seconds between two looks at memory."""
 
 ANONYMOUS = re.compile(r"^RssAnon:\s+(\d+) kB", re.MULTILINE)
-"""Of a process's status: see proc_pid_status(5)."""
+"""Of a process's status (proc_pid_status(5)); that of one which has ended and is not waited for has none."""
 
 OPTIONS = {"ignore_unknown_options": True}
 
@@ -87,9 +87,7 @@ def _anonymous() -> int:
         folder = Path("/proc") / str(processes.pop())
         with suppress(OSError):  # it may have ended
             status = (folder / "status").read_text()
-            if anonymous := ANONYMOUS.search(
-                status
-            ):  # of a process that has ended and is not waited for: none
+            if anonymous := ANONYMOUS.search(status):
                 total += 1024 * int(anonymous[1])
             for children in folder.glob("task/*/children"):
                 processes += map(int, children.read_text().split())
