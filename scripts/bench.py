@@ -26,8 +26,9 @@ import onnx_ir as ir
 import torch
 from make_random_checkpoint import write_checkpoint
 
-from nemotrt.exporter import data_file, weights
+from nemotrt.exporter.checkpoint import weights
 from nemotrt.exporter.config import BuildConfig
+from nemotrt.exporter.lowering import external_data
 from nemotrt.exporter.runtime.session import Session
 from nemotrt.exporter.stages.load import load
 from nemotrt.exporter.stages.lower import Streaming, lower
@@ -157,7 +158,7 @@ def dense() -> None:
 @click.option("--layers", default="", help="As build's.")
 def graph(checkpoint: Path, layers: str) -> None:
     """Load, trace and lower CHECKPOINT, the bytes of its weights left out: how cost grows with depth."""
-    data_file.write = _made_a_hole
+    external_data.write = _made_a_hole
     config = BuildConfig(checkpoint, Path(), precision="fp8" if load(checkpoint).config.recipe else "bf16")
     started = time.perf_counter()
     with tempfile.TemporaryDirectory(dir=checkpoint.parent) as folder:
@@ -167,10 +168,10 @@ def graph(checkpoint: Path, layers: str) -> None:
     report({"layers": len(model.config.layers), "nodes": lowered.nodes, "seconds": seconds})
 
 
-def _made_a_hole(path: Path, placed: tuple[data_file.Placed, ...], **_: Any) -> int:
-    """As data_file.write, of no byte."""
+def _made_a_hole(path: Path, placed: tuple[external_data.Placed, ...], **_: Any) -> int:
+    """As external_data.write, of no byte."""
     with path.open("wb") as file:
-        file.truncate(data_file.end_of(placed))
+        file.truncate(external_data.end_of(placed))
     return 0
 
 
@@ -196,7 +197,7 @@ def writing(checkpoint: Path, repeats: int) -> None:
         calls: dict[str, Callable[[], int]] = {"cp": partial(_copied, checkpoint, Path(folder) / "copy")}
         model = load(checkpoint)
         for dtype in (torch.bfloat16, torch.float16):
-            placed = data_file.lay_out(weights.wanted(model.config, model.weights, dtype), link=False)
+            placed = external_data.lay_out(weights.wanted(model.config, model.weights, dtype), link=False)
             calls[str(dtype)] = partial(_written, placed, Path(folder) / "data")
         for call in calls.values():
             call()  # of memory that a machine has not used for a while the first pages cost the most
@@ -226,9 +227,9 @@ def _copied(source: Path, target: Path) -> int:
     return size
 
 
-def _written(placed: tuple[data_file.Placed, ...], target: Path) -> int:
+def _written(placed: tuple[external_data.Placed, ...], target: Path) -> int:
     """Real bytes of weights in one data file, on the disk, and then removed."""
-    written = data_file.write(target, placed, advance=lambda _: None, keep=lambda _: None)
+    written = external_data.write(target, placed, advance=lambda _: None, keep=lambda _: None)
     sync(target)
     target.unlink()
     return written

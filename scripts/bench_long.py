@@ -25,7 +25,7 @@ from nemotrt.exporter.runtime.session import Session
 from nemotrt.exporter.runtime.step import StepInputs
 from nemotrt.exporter.stages.load import load
 from nemotrt.exporter.validation import metrics
-from nemotrt.exporter.validation.torch_runner import TorchRunner
+from nemotrt.exporter.validation.runners.torch import TorchRunner
 
 EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "tiny"
 NO_ATTENTION = "0,1,3,4,5,6,8,9"

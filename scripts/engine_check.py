@@ -23,11 +23,13 @@ import numpy as np
 from rich.console import Console as RichConsole
 from rich.table import Table
 
-from nemotrt.exporter import environment, pipeline
+from nemotrt.exporter import environment
 from nemotrt.exporter.config import PRECISIONS, RUNTIMES, BuildConfig
 from nemotrt.exporter.console import Console
 from nemotrt.exporter.engines.targets import Target, settle
 from nemotrt.exporter.errors import CompileError, ExportError, UsageError
+from nemotrt.exporter.pipelines import build as pipeline
+from nemotrt.exporter.pipelines.validate import revalidate
 from nemotrt.exporter.runtime import manifest as manifests
 from nemotrt.exporter.runtime.backends import BACKENDS
 from nemotrt.exporter.runtime.cuda import CudaError, Gpu, find_gpu
@@ -35,8 +37,7 @@ from nemotrt.exporter.runtime.engine_file import engine_profile
 from nemotrt.exporter.runtime.engine_session import EngineSession
 from nemotrt.exporter.runtime.manifest import Profile
 from nemotrt.exporter.runtime.step import pages_of
-from nemotrt.exporter.validation.revalidation import revalidate
-from nemotrt.exporter.validation.validation_request import ValidationRequest
+from nemotrt.exporter.validation.request import ValidationRequest
 
 EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "tiny"
 WARM_UP, TIMED = 5, 30
@@ -95,7 +96,7 @@ def compare(checkpoint: Path, bundle: Path) -> tuple[str, Any]:
     failed = [gate for gate in report.gates if not gate.passed]
     said = f"{report.candidate}: {len(report.gates) - len(failed)} of {len(report.gates)} gates passed"
     if failed:
-        raise CompileError(f"{said}; the first that failed: {pipeline.describe(failed[0])}")
+        raise CompileError(f"{said}; the first that failed: {build.describe(failed[0])}")
     return said, dataclasses.asdict(report)
 
 

@@ -26,7 +26,7 @@ import click
 from nemotrt.exporter.config import BuildConfig
 from nemotrt.exporter.console import Console
 from nemotrt.exporter.errors import ValidationError
-from nemotrt.exporter.pipeline import build
+from nemotrt.exporter.pipelines.build import build
 
 PERIOD = 0.02
 """Seconds between two looks at memory."""

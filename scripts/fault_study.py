@@ -23,18 +23,20 @@ sys.path.insert(0, str(ROOT / "tests"))
 from checkpoints import write_checkpoint  # noqa: E402  (tests/ is no package)
 from faults import FAULTS, broken  # noqa: E402
 
-from nemotrt.exporter import drift, opwise  # noqa: E402
-from nemotrt.exporter.artifacts import LoadedModel, ValidationReport  # noqa: E402
+from nemotrt.exporter.checkpoint.loaded_model import LoadedModel  # noqa: E402
 from nemotrt.exporter.config import BuildConfig  # noqa: E402
-from nemotrt.exporter.stages import validate as stage  # noqa: E402
+from nemotrt.exporter.report.gate_summary import strain  # noqa: E402
+from nemotrt.exporter.report.model import ValidationReport  # noqa: E402
 from nemotrt.exporter.stages.load import load  # noqa: E402
 from nemotrt.exporter.stages.lower import lower  # noqa: E402
 from nemotrt.exporter.stages.trace import trace  # noqa: E402
-from nemotrt.exporter.stages.validate import validate  # noqa: E402
+from nemotrt.exporter.validation import drift  # noqa: E402
+from nemotrt.exporter.validation import validate as stage  # noqa: E402
 from nemotrt.exporter.validation.comparison import Extent, Recording  # noqa: E402
-from nemotrt.exporter.validation.gate_summary import strain  # noqa: E402
 from nemotrt.exporter.validation.gates import ALONE, COSINE  # noqa: E402
-from nemotrt.exporter.validation.torch_reference import record  # noqa: E402
+from nemotrt.exporter.validation.parts import opwise  # noqa: E402
+from nemotrt.exporter.validation.references.pytorch import record  # noqa: E402
+from nemotrt.exporter.validation.validate import validate  # noqa: E402
 
 PAGE = ROOT / "docs" / "validation.md"
 BEGIN, END = "<!-- written by scripts/fault_study.py -->", "<!-- end of what was written -->"

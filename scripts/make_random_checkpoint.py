@@ -12,7 +12,7 @@ import click
 import torch
 from safetensors.torch import save_file
 
-from nemotrt.exporter.layer_selection import chosen_layers
+from nemotrt.exporter.checkpoint.layer_selection import chosen_layers
 from nemotrt.model.checkpoint import Transform, tensor_sources
 from nemotrt.model.config import ModelConfig
 

@@ -11,10 +11,10 @@ import click
 from rich.console import CONSOLE_SVG_FORMAT
 from rich.console import Console as RichConsole
 
-from nemotrt.exporter import tables
+from nemotrt.exporter.commands import tables
 from nemotrt.exporter.console import Console
-from nemotrt.exporter.validation.revalidation import revalidate
-from nemotrt.exporter.validation.validation_request import ValidationRequest
+from nemotrt.exporter.pipelines.validate import revalidate
+from nemotrt.exporter.validation.request import ValidationRequest
 
 PICTURE = Path(__file__).resolve().parents[1] / "docs" / "report.svg"
 FORMAT = re.sub(r"@font-face \{\{.*?\}\}\s*", "", CONSOLE_SVG_FORMAT, flags=re.DOTALL)

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from nemotrt.exporter import environment
-from nemotrt.exporter.calibration_text import sequences
+from nemotrt.exporter.quantization.text import sequences
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLE = ROOT / "examples" / "tiny"

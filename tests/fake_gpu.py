@@ -19,7 +19,7 @@ import numpy as np
 import onnxruntime as ort
 
 from nemotrt.exporter.config import BuildConfig
-from nemotrt.exporter.engines.engine_profiles import engine_profiles, max_rows
+from nemotrt.exporter.engines.shape_profiles import engine_profiles, max_rows
 from nemotrt.exporter.runtime import manifest as manifests
 
 Shape = tuple[int, ...]

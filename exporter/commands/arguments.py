@@ -56,7 +56,7 @@ class EvaluationText(ExistingPath):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """The file's path."""
         if value == "default":
-            from nemotrt.exporter.calibration_text import evaluation_text
+            from nemotrt.exporter.quantization.text import evaluation_text
 
             return evaluation_text()
         return super().convert(value, param, ctx)

@@ -69,10 +69,10 @@ def build(
     console: Console, /, checkpoint: Path, output: Path, as_json: bool, no_validate: bool, **options: Any
 ) -> None:
     """Build a bundle from CHECKPOINT: the graph, its proof against PyTorch, and a manifest."""
-    from nemotrt.exporter import pipeline
+    from nemotrt.exporter.pipelines import build
 
     given = options | {"precision": options["precision"] or ""}
     config = BuildConfig(checkpoint=checkpoint, output=output, validate=not no_validate, **given)
-    result = pipeline.build(config, console)
+    result = build.build(config, console)
     if as_json:
         click.echo(json.dumps(result, indent=2))

@@ -62,7 +62,7 @@ def check(
 
     Reads the configuration and the tensors' headers; exits with 3 if a build would refuse them.
     """
-    from nemotrt.exporter import check as checks
+    from nemotrt.exporter.pipelines import check as checks
 
     if checkpoint is not None and config_file is None and tensors_file is None:
         with console.stage("read", f"{checkpoint.resolve().name}, headers"):
@@ -89,7 +89,7 @@ def check(
     if as_json:
         click.echo(json.dumps(dataclasses.asdict(found), indent=2))
     else:
-        from nemotrt.exporter import tables
+        from nemotrt.exporter.commands import tables
 
         tables.show(tables.check(found))
     if found.problems:

@@ -14,7 +14,7 @@ from nemotrt.exporter.commands.arguments import BUNDLE, command
 from nemotrt.exporter.console import Console
 
 if TYPE_CHECKING:
-    from nemotrt.exporter.runtime.generate import TextEvent
+    from nemotrt.exporter.generation.generate import TextEvent
 
 
 @command("generate tiny.bundle --prompt 'The for statement' --max-new-tokens 40")
@@ -47,10 +47,10 @@ def generate(
     as_json: bool,
 ) -> None:
     """Go on from each prompt with BUNDLE in ONNX Runtime, and print the text as it comes."""
-    from nemotrt.exporter.layer_selection import partial_model
-    from nemotrt.exporter.runtime import generate as generation
+    from nemotrt.exporter.checkpoint.layer_selection import partial_model
+    from nemotrt.exporter.generation import generate as generation
+    from nemotrt.exporter.generation.sampling import SamplingConfig
     from nemotrt.exporter.runtime import manifest as manifests
-    from nemotrt.exporter.runtime.sampling import SamplingConfig
 
     config = generation.GenerateConfig(
         max_new_tokens=max_new_tokens,

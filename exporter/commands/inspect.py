@@ -17,12 +17,12 @@ from nemotrt.exporter.commands.arguments import JSON, ExistingPath, command
 @JSON
 def inspect(path: Path, layer: int | None, as_json: bool) -> None:
     """Show what PATH holds: a checkpoint's folder, an ONNX file, or a bundle. No weight is read."""
-    from nemotrt.exporter import inspection
+    from nemotrt.exporter.pipelines import inspect
 
-    found = inspection.inspect(path, layer)
+    found = inspect.inspect(path, layer)
     if as_json:
         click.echo(json.dumps(dataclasses.asdict(found), indent=2))
         return
-    from nemotrt.exporter import tables
+    from nemotrt.exporter.commands import tables
 
     tables.show(tables.inspection(found))

@@ -46,7 +46,7 @@ def quantize(
     as_json: bool,
 ) -> None:
     """Quantise CHECKPOINT to FP8 with static scales: a checkpoint in ModelOpt's layout, to build from or to serve."""
-    from nemotrt.exporter.quantization import Quantization, quantize_checkpoint
+    from nemotrt.exporter.pipelines.quantize import Quantization, quantize_checkpoint
 
     wanted = Quantization(calibration, preset, exclude, kv_dtype)
     made = quantize_checkpoint(checkpoint, output, wanted, console)

@@ -13,7 +13,7 @@ from nemotrt.exporter.console import Console
 from nemotrt.exporter.errors import NotFiniteError, ValidationError
 
 if TYPE_CHECKING:
-    from nemotrt.exporter.artifacts import ValidationReport
+    from nemotrt.exporter.report.model import ValidationReport
 
 OUTPUT_FILE = click.Path(dir_okay=False, writable=True, path_type=Path)
 
@@ -78,31 +78,31 @@ def validate(
     console: Console, /, html: Path | None, junit: Path | None, as_json: bool, **options: Any
 ) -> None:
     """Compare BUNDLE with PyTorch, a golden or another bundle; exits with 6 if a gate fails, 8 on NaN."""
-    from nemotrt.exporter.validation.revalidation import revalidate
-    from nemotrt.exporter.validation.validation_request import ValidationRequest
+    from nemotrt.exporter.pipelines.validate import revalidate
+    from nemotrt.exporter.validation.request import ValidationRequest
 
     request = ValidationRequest(**options)
     report = revalidate(request, console)
     if html:
         _write_page(html, request.bundle, report, console.seconds)
     if junit:
-        from nemotrt.exporter.validation.junit import junit as as_junit
+        from nemotrt.exporter.report.junit import junit as as_junit
 
         junit.write_text(as_junit(report, request.bundle.name), encoding="utf-8")
     if as_json:
-        from nemotrt.exporter.validation import report_file
+        from nemotrt.exporter.report import json_file
 
-        click.echo(report_file.text(report), nl=False)
+        click.echo(json_file.text(report), nl=False)
     else:
-        from nemotrt.exporter import tables
+        from nemotrt.exporter.commands import tables
 
         tables.show(tables.report(report))
     _judge(report, can_bisect=not (request.bisect or request.golden or request.against))
 
 
 def _write_page(page: Path, bundle: Path, report: ValidationReport, seconds: dict[str, float]) -> None:
+    from nemotrt.exporter.report.html import Bundle, report_html
     from nemotrt.exporter.runtime import manifest
-    from nemotrt.exporter.validation.report_html import Bundle, report_html
 
     described = Bundle.of(bundle, manifest.read(bundle))
     text = report_html(report, name=bundle.resolve().name, bundle=described, seconds=seconds)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from nemotrt.exporter import environment
-from nemotrt.exporter.engines.engine_builder import EngineRequest, EngineResult
+from nemotrt.exporter.engines.builder import EngineRequest, EngineResult
 from nemotrt.exporter.errors import CompileError
 from nemotrt.exporter.runtime.backends import Backend, library_path
 from nemotrt.plugins.kernel_store import cache_folder
@@ -25,7 +25,7 @@ from nemotrt.plugins.kernel_store import cache_folder
 STALLED_AFTER = 3600.0
 """Seconds without progress after which a build is given up: no step of one takes minutes."""
 
-PROGRAM = (sys.executable, "-P", "-m", "nemotrt.exporter.engines.engine_builder")
+PROGRAM = (sys.executable, "-P", "-m", "nemotrt.exporter.engines.builder")
 
 Advance = Callable[[int], None]
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nemotrt.exporter.engines.engine_profiles import EngineProfile
+from nemotrt.exporter.engines.shape_profiles import EngineProfile
 from nemotrt.exporter.errors import CompileError
 from nemotrt.exporter.runtime.graph_file import read_proto
 from nemotrt.plugins.library import PluginError, PluginLibrary

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from nemotrt.exporter.errors import BundleError, UsageError
+from nemotrt.exporter.runtime.fp32_emulation import fp32_twin, needs_twin
 from nemotrt.exporter.runtime.interruptible import Interruptible
 from nemotrt.exporter.runtime.step import StepInputs
-from nemotrt.exporter.runtime.twin import fp32_twin, needs_twin
 
 if TYPE_CHECKING:
     import onnxruntime as ort

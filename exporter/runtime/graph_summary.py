@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,10 @@ KIND_OF_OP = {
     "NemoMoeDispatch": "moe",
 }
 """The op that tells a layer's kind in a graph; a layer with none of them is an MLP."""
+
+
+PLACE = re.compile(r"(layers\.\d+|embeddings|head)\.")
+"""Where a node stands in the model, as its name begins."""
 
 
 def describe_graph(path: Path) -> GraphSummary:

@@ -12,13 +12,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nemotrt.exporter import environment
-from nemotrt.exporter.artifacts import CompiledEngine, LoadedModel, LoweredGraph, ValidationReport
+from nemotrt.exporter.artifacts import CompiledEngine, LoweredGraph
+from nemotrt.exporter.checkpoint.loaded_model import LoadedModel
 from nemotrt.exporter.config import BuildConfig
-from nemotrt.exporter.data_file import data_path
+from nemotrt.exporter.lowering.external_data import data_path
+from nemotrt.exporter.report import json_file
+from nemotrt.exporter.report.html import Bundle, report_html
+from nemotrt.exporter.report.model import ValidationReport
 from nemotrt.exporter.runtime import manifest
 from nemotrt.exporter.runtime.graph_summary import describe_graph
-from nemotrt.exporter.validation import report_file
-from nemotrt.exporter.validation.report_html import Bundle, report_html
 from nemotrt.plugins.spec import DOMAIN
 
 LOG = "logs/build.log"
@@ -56,8 +58,8 @@ def bundle(
         shutil.copyfile(model.folder / name, folder / name)
         roles[name] = ROLES.get(name, "tokenizer")
     if report is not None:
-        (folder / report_file.NAME).write_text(report_file.text(report), encoding="utf-8")
-        roles[report_file.NAME] = "report"
+        (folder / json_file.NAME).write_text(json_file.text(report), encoding="utf-8")
+        roles[json_file.NAME] = "report"
     roles[LOG] = "log"
     (folder / LOG).parent.mkdir(exist_ok=True)
     (folder / LOG).write_text("".join(f"{line.rstrip()}\n" for line in log), encoding="utf-8")
@@ -71,8 +73,8 @@ def bundle(
     if report is not None:
         name = f"{described.source.name}, {config.precision}"
         page = report_html(report, name=name, bundle=Bundle.of(folder, described))
-        (folder / report_file.PAGE).write_text(page, encoding="utf-8")
-        listed = manifest.describe_file(folder, report_file.PAGE, "report")
+        (folder / json_file.PAGE).write_text(page, encoding="utf-8")
+        listed = manifest.describe_file(folder, json_file.PAGE, "report")
         files = sorted((*described.files, listed), key=lambda file: file.path)
         described = dataclasses.replace(described, files=tuple(files))
     return manifest.write(folder, described)

@@ -10,11 +10,11 @@ from pathlib import Path
 from nemotrt.exporter import environment
 from nemotrt.exporter.artifacts import CompiledEngine, LoweredGraph
 from nemotrt.exporter.config import BuildConfig
+from nemotrt.exporter.engines.builder import EngineRequest, EngineResult
 from nemotrt.exporter.engines.builder_process import run_builder
-from nemotrt.exporter.engines.engine_builder import EngineRequest, EngineResult
-from nemotrt.exporter.engines.engine_profiles import EngineProfile, engine_profiles, max_rows
 from nemotrt.exporter.engines.plugin_library import plugin_library
 from nemotrt.exporter.engines.plugin_nodes import PluginNode, check_kernels, plugin_nodes
+from nemotrt.exporter.engines.shape_profiles import EngineProfile, engine_profiles, max_rows
 from nemotrt.exporter.engines.targets import Target
 from nemotrt.exporter.errors import CompileError
 from nemotrt.exporter.runtime.backends import Backend, backend

@@ -2,66 +2,17 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
-from nemotrt.exporter.artifacts import LoadedModel, WeightSource
-from nemotrt.exporter.errors import BundleError, CheckpointError
-from nemotrt.exporter.layer_selection import only_layers
-from nemotrt.exporter.modelopt import HF_QUANT_CONFIG, SUPPORTED, with_recipe
-from nemotrt.exporter.runtime.tokenizer import CHAT_TEMPLATE, TOKENIZER, Tokenizer
-from nemotrt.exporter.tensor_files import StoredTensor, file_inside, open_checkpoint, read_json
-from nemotrt.model.checkpoint import Source, TensorError, find, is_mtp, tensor_sources
-from nemotrt.model.config import ConfigError, ModelConfig
-
-FLOATING = ("float64", "float32", "float16", "bfloat16")
-"""Dtypes that a weight may be stored in."""
-
-FP8 = "float8_e4m3fn"
-QUANTISED = {
-    FP8: "FP8",
-    "float8_e5m2": "FP8 (E5M2)",
-    "float8_e8m0fnu": "MXFP8",
-    "uint8": "packed 4-bit values",
-}
-"""A dtype that only quantised weights have → what it is called."""
-
-FOREIGN = {
-    ".weight_scale_2": "NVFP4",
-    ".qweight": "INT4 (AWQ or GPTQ)",
-    ".weight_scale_inv": "block-scaled FP8",
-    ".weight_packed": "packed 4-bit values",
-    ".pre_quant_scale": "INT4 (AWQ)",
-}
-"""How a tensor's name ends that only a quantisation has which is not supported → that quantisation."""
-
-SCALES = ("weight_scale", "input_scale", "k_scale", "v_scale")
-"""Last parts of the names that quantisation adds to a checkpoint."""
-
-SIDE_FILES = (
-    "config.json",
-    HF_QUANT_CONFIG,
-    "generation_config.json",
-    TOKENIZER,
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    CHAT_TEMPLATE,
-    "LICENSE",
-    "NOTICE",
+from nemotrt.exporter.checkpoint.layer_selection import only_layers
+from nemotrt.exporter.checkpoint.loaded_model import LoadedModel
+from nemotrt.exporter.checkpoint.quant_config import with_recipe
+from nemotrt.exporter.checkpoint.safetensors_reader import (
+    open_checkpoint,
 )
-"""Files of the checkpoint that go into the bundle as they are, where present."""
-
-
-@dataclass(frozen=True)
-class Survey:
-    """What a table of stored tensors gives a configuration, and all that stands in the way of an export."""
-
-    weights: dict[str, WeightSource]
-    """By parameter; those that are missing or misshapen left out."""
-    not_exported: tuple[str, ...]
-    problems: tuple[CheckpointError, ...]
+from nemotrt.exporter.checkpoint.side_files import check_side_files, read_config, side_files
+from nemotrt.exporter.checkpoint.tensor_matching import match
+from nemotrt.exporter.errors import CheckpointError
 
 
 def load(checkpoint: Path, layers: str = "") -> LoadedModel:
@@ -84,148 +35,5 @@ def load(checkpoint: Path, layers: str = "") -> LoadedModel:
         config=config,
         weights=survey.weights,
         not_exported=survey.not_exported,
-        side_files=_side_files(checkpoint),
+        side_files=side_files(checkpoint),
     )
-
-
-def _side_files(checkpoint: Path) -> tuple[str, ...]:
-    """Those that are there; a link that leads nowhere is, too, and is refused later."""
-    paths = {name: checkpoint / name for name in SIDE_FILES}
-    return tuple(name for name, path in paths.items() if path.is_file() or path.is_symlink())
-
-
-def read_config(checkpoint: Path) -> ModelConfig:
-    """The configuration of a checkpoint folder; raises CheckpointError that names the field."""
-    if not checkpoint.is_dir():
-        raise CheckpointError(f"{checkpoint} is not a folder", hint="name the folder that holds config.json")
-    if not os.path.lexists(checkpoint / "config.json"):
-        raise CheckpointError(
-            f"{checkpoint} has no config.json", hint="name a checkpoint folder in the Hugging Face layout"
-        )
-    return parse_config(file_inside(checkpoint, "config.json"))
-
-
-def parse_config(path: Path) -> ModelConfig:
-    """The configuration in a file; raises CheckpointError that names the field."""
-    try:
-        config = ModelConfig.from_dict(read_json(path))
-    except ConfigError as error:
-        raise CheckpointError(f"{path}: {error}") from error
-    outside = [token for token in config.eos_token_id if token >= config.vocab_size]
-    if outside:
-        raise CheckpointError(
-            f"{path}: eos_token_id {outside[0]} is outside the vocabulary of {config.vocab_size} tokens"
-        )
-    return config
-
-
-def check_side_files(checkpoint: Path, config: ModelConfig) -> None:
-    """Raise CheckpointError when the tokenizer or another file that goes into the bundle is broken.
-
-    A checkpoint without a tokenizer is whole: its bundle then takes token ids, and no text.
-    """
-    for name in _side_files(checkpoint):
-        path = file_inside(checkpoint, name)
-        if path.suffix == ".json":
-            read_json(path)
-    if TOKENIZER not in _side_files(checkpoint):
-        return
-    try:
-        tokenizer = Tokenizer(checkpoint)
-    except BundleError as error:
-        raise CheckpointError(str(error), hint="copy the file from the model's repository again") from error
-    if tokenizer.vocab_size > config.vocab_size:
-        raise CheckpointError(
-            f"{checkpoint / TOKENIZER} has {tokenizer.vocab_size} tokens, config.json {config.vocab_size}",
-            hint="the tokenizer is another model's",
-        )
-
-
-def match(config: ModelConfig, stored: Mapping[str, StoredTensor]) -> Survey:
-    """Each parameter's stored tensors, and every problem: missing, misshapen, extra, not as the recipe says."""
-    if foreign := _foreign(config, stored):
-        return Survey({}, (), (foreign,))
-    shapes = {name: tensor.shape for name, tensor in stored.items()}
-    problems: list[CheckpointError] = []
-    weights: dict[str, WeightSource] = {}
-    used: set[str] = set()
-    for parameter, source in tensor_sources(config).items():
-        try:
-            weights[parameter] = _find(config, parameter, source, stored, shapes)
-            used.update(tensor.name for tensor in weights[parameter].tensors)
-        except CheckpointError as error:
-            problems.append(error)
-            names = {name for names in (*source.names, source.stacked) for name in names}
-            used.update(stored[name].name for name in names & stored.keys())
-    unused = [name for name in sorted(stored) if stored[name].name not in used]
-    problems += [_extra(name) for name in unused if not is_mtp(name)]
-    return Survey(weights, tuple(name for name in unused if is_mtp(name)), tuple(problems))
-
-
-def _foreign(config: ModelConfig, stored: Mapping[str, StoredTensor]) -> CheckpointError | None:
-    """The one problem of a checkpoint that is quantised as nothing here is, or quantised and not described."""
-    for sign, scheme in FOREIGN.items():
-        if found := sorted(name for name in stored if name.endswith(sign)):
-            return CheckpointError(f"the checkpoint is quantised as {scheme} ({found[0]})", hint=SUPPORTED)
-    quantised = sorted(name for name, tensor in stored.items() if tensor.dtype in QUANTISED)
-    own = [name for name in quantised if stored[name].dtype != FP8]
-    if own:
-        # Powers of two, in a type of their own or as bare bytes.
-        is_mx = own[0].endswith(".weight_scale")
-        what = "MXFP8" if is_mx else QUANTISED[stored[own[0]].dtype]
-        return CheckpointError(f"the checkpoint is quantised as {what} ({own[0]})", hint=SUPPORTED)
-    if quantised and not config.recipe:
-        return CheckpointError(
-            f"{quantised[0]} is FP8, but neither config.json nor {HF_QUANT_CONFIG} describes a quantisation",
-            hint=f"copy the {HF_QUANT_CONFIG} of the model's repository into the folder",
-        )
-    if config.recipe and not quantised:
-        return CheckpointError(
-            "the checkpoint says that it is quantised, but no stored tensor is",
-            hint="the configuration and the weights are of different checkpoints",
-        )
-    return None
-
-
-def _extra(name: str) -> CheckpointError:
-    if name.endswith(SCALES):
-        return CheckpointError(
-            f"{name} is in the checkpoint, which says that this is not quantised",
-            hint="the description of the quantisation and the weights are of different checkpoints",
-        )
-    return CheckpointError(
-        f"{name} is in the checkpoint, but not in the model that config.json describes",
-        hint="the configuration and the weights are of different models",
-    )
-
-
-def _find(
-    config: ModelConfig,
-    parameter: str,
-    source: Source,
-    stored: Mapping[str, StoredTensor],
-    shapes: Mapping[str, tuple[int, ...]],
-) -> WeightSource:
-    """The stored tensors of one parameter, in the order in which they are stacked."""
-    try:
-        tensors = tuple(stored[name] for name in find(source, shapes))
-    except TensorError as error:
-        raise CheckpointError(
-            str(error), hint="the configuration and the weights do not belong together"
-        ) from error
-    # in_proj.weight, and experts.up: its scales' names have a last part of their own.
-    module, _, own = parameter.rpartition(".")
-    is_fp8 = module in config.recipe.modules and own in ("weight", "up", "down")
-    for tensor in tensors:
-        if is_fp8 != (tensor.dtype == FP8):
-            wanted = "is FP8 by the checkpoint's description" if is_fp8 else "is not quantised by it"
-            raise CheckpointError(
-                f"{tensor.name} is stored as {tensor.dtype}, and {wanted}",
-                hint="the description of the quantisation and the weights are of different checkpoints",
-            )
-        if not is_fp8 and tensor.dtype not in FLOATING:
-            raise CheckpointError(
-                f"{tensor.name} is stored as {tensor.dtype}, which is no weight format that this tool reads",
-                hint="use the BF16, FP16 or FP32 checkpoint",
-            )
-    return WeightSource(parameter, tensors, source.transform)

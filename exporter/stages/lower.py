@@ -18,11 +18,12 @@ import onnx_ir as ir
 import torch
 from torch.export.graph_signature import InputKind
 
-from nemotrt.exporter import data_file
-from nemotrt.exporter.artifacts import LoadedModel, LoweredGraph, TracedModel, TracedPart
-from nemotrt.exporter.aten_to_onnx import DTYPES, Constants, Translator
-from nemotrt.exporter.data_file import Placed
+from nemotrt.exporter.artifacts import LoweredGraph, TracedModel, TracedPart
+from nemotrt.exporter.checkpoint.loaded_model import LoadedModel
 from nemotrt.exporter.errors import LowerError
+from nemotrt.exporter.lowering import external_data
+from nemotrt.exporter.lowering.aten_to_onnx import DTYPES, Constants, Translator
+from nemotrt.exporter.lowering.external_data import Placed
 from nemotrt.model.pools import PoolSpec
 from nemotrt.plugins import onnx_op
 from nemotrt.plugins.spec import DOMAIN, VERSION, OpSpec
@@ -83,7 +84,7 @@ def lower(
     shards = {one.linked for one in placed if one.linked is not None}
     _check(path, model, counts, {shard.name for shard in shards})
     for shard in sorted(shards):
-        data_file.link(shard, path.parent)
+        external_data.link(shard, path.parent)
     return LoweredGraph(
         path=path,
         nodes=len(graph.graph),
@@ -215,9 +216,9 @@ def _stream(
         assert value.shape is not None
         shape = tuple(int(size) for size in value.shape.numpy())
         wanted.append((model.weights[name], shape, torch_dtypes[value.dtype]))
-    placed = data_file.lay_out(wanted, link=streaming.link)
-    target = data_file.data_path(path)
-    written = data_file.write(
+    placed = external_data.lay_out(wanted, link=streaming.link)
+    target = external_data.data_path(path)
+    written = external_data.write(
         target, placed, done=streaming.done, advance=streaming.advance, keep=streaming.keep
     )
     for (name, value), one in zip(parameters.items(), placed, strict=True):
@@ -268,7 +269,7 @@ def _data_in_one_file(path: Path, graph: onnx.ModelProto, linked: set[str]) -> I
     for tensor in stand_in.graph.initializer:
         for entry in tensor.external_data:
             if entry.key == "location" and entry.value in linked:
-                entry.value = data_file.data_path(path).name
+                entry.value = external_data.data_path(path).name
     checked = path.with_name(f".{path.name}.checked")
     try:
         checked.write_bytes(stand_in.SerializeToString())

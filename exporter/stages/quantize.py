@@ -12,12 +12,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from nemotrt.exporter import modelopt, weights
-from nemotrt.exporter.artifacts import LoadedModel, QuantizedCheckpoint
-from nemotrt.exporter.calibration import Ranges, calibrate
-from nemotrt.exporter.calibration_text import Sequences
-from nemotrt.exporter.tensor_files import StoredTensor, open_checkpoint, read_json, read_pieces
-from nemotrt.exporter.tensor_writer import Entry, write_shards
+from nemotrt.exporter.artifacts import QuantizedCheckpoint
+from nemotrt.exporter.checkpoint import quant_config, weights
+from nemotrt.exporter.checkpoint.loaded_model import LoadedModel
+from nemotrt.exporter.checkpoint.safetensors_reader import (
+    StoredTensor,
+    open_checkpoint,
+    read_json,
+    read_pieces,
+)
+from nemotrt.exporter.checkpoint.safetensors_writer import Entry, write_shards
+from nemotrt.exporter.quantization.calibration import Ranges, calibrate
+from nemotrt.exporter.quantization.text import Sequences
 from nemotrt.model.checkpoint import Transform
 from nemotrt.model.recipe import EXPERTS, Recipe, quantisable
 from nemotrt.plugins.e4m3 import FP8_MAX, quantised
@@ -37,12 +43,16 @@ def quantize(
     """
     ranges = calibrate(model, recipe, text, advance)
     write_shards(folder, list(_entries(model, recipe, ranges)))
-    described, hf_quant_config = modelopt.described(recipe, model.config, has_mtp=bool(model.not_exported))
+    described, hf_quant_config = quant_config.described(
+        recipe, model.config, has_mtp=bool(model.not_exported)
+    )
     for name in model.side_files:
         shutil.copyfile(model.folder / name, folder / name)
     raw = read_json(model.folder / "config.json") | {"quantization_config": described}
     (folder / "config.json").write_text(json.dumps(raw, indent=2), encoding="utf-8")
-    (folder / modelopt.HF_QUANT_CONFIG).write_text(json.dumps(hf_quant_config, indent=2), encoding="utf-8")
+    (folder / quant_config.HF_QUANT_CONFIG).write_text(
+        json.dumps(hf_quant_config, indent=2), encoding="utf-8"
+    )
     return QuantizedCheckpoint(
         folder=folder,
         num_modules=len(recipe.modules),

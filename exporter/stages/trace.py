@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from nemotrt.exporter.artifacts import LoadedModel, TracedModel, TracedPart
+from nemotrt.exporter.artifacts import TracedModel, TracedPart
+from nemotrt.exporter.checkpoint.loaded_model import LoadedModel
 from nemotrt.exporter.config import COMPUTE_DTYPES, BuildConfig
 from nemotrt.model.hybrid import NemotronH
 from nemotrt.model.pools import PoolSpec

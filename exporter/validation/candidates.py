@@ -10,10 +10,10 @@ from nemotrt.exporter.runtime.engine_file import engine_profile
 from nemotrt.exporter.runtime.graph_file import PROVIDERS
 from nemotrt.exporter.runtime.manifest import Manifest
 from nemotrt.exporter.validation.comparison import WATCHED, Candidate
-from nemotrt.exporter.validation.led_graph import LedGraphRunner
-from nemotrt.exporter.validation.runners import EngineRunner, GraphRunner
+from nemotrt.exporter.validation.request import ValidationRequest
+from nemotrt.exporter.validation.runners.base import EngineRunner, GraphRunner
+from nemotrt.exporter.validation.runners.forced_routing import LedGraphRunner
 from nemotrt.exporter.validation.scenarios import NUM_SLOTS
-from nemotrt.exporter.validation.validation_request import ValidationRequest
 
 ENGINE = "TensorRT engine: not executed"
 UNSEEN_ROUTERS = "routers: an engine does not show by what it chooses experts, so near ties are not excused"

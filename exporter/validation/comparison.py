@@ -10,12 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from nemotrt.exporter.artifacts import Gate, ValidationReport
+from nemotrt.exporter.report.model import Gate, ValidationReport
 from nemotrt.exporter.runtime.graph_file import read_proto
 from nemotrt.exporter.runtime.step import StepInputs
 from nemotrt.exporter.validation import gates as judged
@@ -23,7 +22,7 @@ from nemotrt.exporter.validation.gates import Compared, Measured, Noise, Observa
 from nemotrt.exporter.validation.graph_dtypes import WantedDtypes, dtype_gates
 from nemotrt.exporter.validation.observations import next_token, router_agreement
 from nemotrt.exporter.validation.routing import Choosing, RouterLogits, num_rerouted
-from nemotrt.exporter.validation.runners import CandidateRunner, LedRunner, Runner
+from nemotrt.exporter.validation.runners.base import CandidateRunner, LedRunner, PoolShape, Runner
 from nemotrt.exporter.validation.scenarios import NUM_SLOTS, Scenario, num_pages, scenarios
 
 Advance = Callable[[int], None]
@@ -31,22 +30,6 @@ Advance = Callable[[int], None]
 
 NUM_LEVELS = 9
 """Values that a pool holds at first: quarters from −1 to 1, exact in every dtype."""
-
-
-class PoolShape(Protocol):
-    """A pool as the model or a graph describes it."""
-
-    @property
-    def name(self) -> str:
-        """The kind and the layer's index: `ssm_state.7`."""
-
-    @property
-    def row_shape(self) -> tuple[int, ...]:
-        """Of a slot or a page."""
-
-    @property
-    def is_paged(self) -> bool:
-        """Whether rows are pages."""
 
 
 @dataclass(frozen=True)

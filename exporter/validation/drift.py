@@ -18,18 +18,24 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from nemotrt.exporter import weights
-from nemotrt.exporter.artifacts import Drift, Gate, LoadedModel, StateDrift
+from nemotrt.exporter.checkpoint import weights
+from nemotrt.exporter.checkpoint.loaded_model import LoadedModel
 from nemotrt.exporter.config import COMPUTE_DTYPES, BuildConfig
+from nemotrt.exporter.report.gate_summary import strain
+from nemotrt.exporter.report.limits import FLOOR_FACTOR, FP32_RELATIVE_L2
+from nemotrt.exporter.report.model import Drift, Gate, StateDrift
 from nemotrt.exporter.runtime.step import StepInputs, pages_of
 from nemotrt.exporter.validation import metrics
-from nemotrt.exporter.validation.gate_summary import strain
-from nemotrt.exporter.validation.gates import FLOOR_FACTOR, FP32_RELATIVE_L2
 from nemotrt.exporter.validation.routing import RouterLogits
-from nemotrt.exporter.validation.runners import CandidateRunner, Recurrence
+from nemotrt.exporter.validation.runners.base import CandidateRunner, Recurrence
+from nemotrt.exporter.validation.runners.torch import (
+    TorchRunner,
+    num_threads,
+    pool_dtype,
+    threads,
+    torch_step,
+)
 from nemotrt.exporter.validation.scenarios import NUM_SLOTS
-from nemotrt.exporter.validation.torch_parts import num_threads, pool_dtype, threads, torch_step
-from nemotrt.exporter.validation.torch_runner import TorchRunner
 from nemotrt.model.pools import PoolSpec
 from nemotrt.plugins.selective_scan.reference import reference as scan
 

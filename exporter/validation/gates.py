@@ -14,16 +14,14 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from nemotrt.exporter.artifacts import Gate
 from nemotrt.exporter.errors import ValidationError
+from nemotrt.exporter.report.limits import FLOOR_FACTOR, FP32_RELATIVE_L2
+from nemotrt.exporter.report.model import Gate
 from nemotrt.exporter.validation import metrics, routing
 from nemotrt.exporter.validation.routing import RouterLogits
 
 Array = NDArray[np.float64]
 
-FP32_RELATIVE_L2 = 1e-4
-FLOOR_FACTOR = 3.0
-"""The worst of ten prompt batches was 2.45 times the median of the floor, so three."""
 
 ALONE = "each layer alone"
 """The scenario in which every part runs on inputs that are the same to the bit."""

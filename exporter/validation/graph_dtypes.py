@@ -10,8 +10,9 @@ from collections.abc import Mapping
 from itertools import chain
 from typing import TYPE_CHECKING
 
-from nemotrt.exporter.artifacts import Gate, LoadedModel
+from nemotrt.exporter.checkpoint.loaded_model import LoadedModel
 from nemotrt.exporter.config import COMPUTE_DTYPES, BuildConfig
+from nemotrt.exporter.report.model import Gate
 from nemotrt.exporter.runtime.graph_file import NEXT
 from nemotrt.plugins.spec import DOMAIN, ops
 

@@ -10,7 +10,7 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from nemotrt.exporter.artifacts import NextToken, RouterAgreement, TextPlace
+from nemotrt.exporter.report.model import NextToken, RouterAgreement, TextPlace
 from nemotrt.exporter.validation import metrics, routing
 from nemotrt.exporter.validation.gates import Array, Compared, Measured, Observation
 from nemotrt.exporter.validation.routing import Choosing

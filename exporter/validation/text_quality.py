@@ -15,15 +15,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from nemotrt.exporter.artifacts import Gate, LayerCost, LoadedModel, TextFigure, TextReport
-from nemotrt.exporter.calibration_text import SEQUENCE, Sequences
+from nemotrt.exporter.checkpoint.loaded_model import LoadedModel
 from nemotrt.exporter.config import COMPUTE_DTYPES, BuildConfig
+from nemotrt.exporter.quantization.text import SEQUENCE, Sequences
+from nemotrt.exporter.report.limits import FLOOR_FACTOR
+from nemotrt.exporter.report.model import Gate, LayerCost, TextFigure, TextReport
 from nemotrt.exporter.runtime.step import StepInputs, pages_of
 from nemotrt.exporter.validation import metrics
-from nemotrt.exporter.validation.gates import FLOOR_FACTOR
 from nemotrt.exporter.validation.routing import num_rerouted
-from nemotrt.exporter.validation.runners import Array, GraphRunner
-from nemotrt.exporter.validation.torch_runner import TorchRunner
+from nemotrt.exporter.validation.runners.base import Array, GraphRunner
+from nemotrt.exporter.validation.runners.torch import TorchRunner
 
 MEAN_KL, OTHER_TOP, PERPLEXITY_RATIO = 0.02, 0.03, 1.01
 """Limits of what quantisation may cost: nats a token, the share of tokens whose best differs, growth of perplexity."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nemotrt.exporter.runtime import manifest as manifests
-from nemotrt.exporter.validation import golden as goldens
+from nemotrt.exporter.validation.references import golden as goldens
 
 Damage = Callable[[Path, Path], None]
 """To a golden, beside the bundle that it is of."""

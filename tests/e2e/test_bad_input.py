@@ -26,9 +26,9 @@ from bad_places import FLAGS, PLACES, SPELLINGS
 from click.testing import CliRunner, Result
 from faults import Graph, broken
 
-from nemotrt.exporter import data_file
 from nemotrt.exporter.cli import program
 from nemotrt.exporter.config import BuildConfig
+from nemotrt.exporter.lowering import external_data
 from nemotrt.exporter.runtime import cuda
 from nemotrt.exporter.runtime import manifest as manifests
 from nemotrt.exporter.workspace import Workspace
@@ -231,7 +231,7 @@ def test_a_disk_that_another_program_fills(
     """In the middle of the weights: refused, exit 2: `No space left on device`; what was written is removed."""
     small_checkpoint()
     place = mounted(1 << 20)
-    write = data_file._write
+    write = external_data._write
     written: list[int] = []
 
     def fill_and_write(target: int, found: torch.Tensor, offset: int) -> int:
@@ -240,7 +240,7 @@ def test_a_disk_that_another_program_fills(
             (place / "other").write_bytes(bytes(shutil.disk_usage(place).free))
         return write(target, found, offset)
 
-    monkeypatch.setattr(data_file, "_write", fill_and_write)
+    monkeypatch.setattr(external_data, "_write", fill_and_write)
     refused(run(*BUILD, place / "out"), "No space left on device", 2)
     assert len(written) > 5
     assert os.listdir(place) == ["other"]

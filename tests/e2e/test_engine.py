@@ -19,13 +19,13 @@ from checkpoints import write_checkpoint
 from host_library import library
 from safetensors.torch import load_file
 
-from nemotrt.exporter import pipeline
 from nemotrt.exporter.artifacts import LoweredGraph
 from nemotrt.exporter.config import BuildConfig
 from nemotrt.exporter.console import Console
 from nemotrt.exporter.engines.plugin_nodes import plugin_nodes
 from nemotrt.exporter.engines.targets import Target
 from nemotrt.exporter.errors import BundleError, CompileError
+from nemotrt.exporter.pipelines import build
 from nemotrt.exporter.runtime import manifest as manifests
 from nemotrt.exporter.stages import compile as stage
 
@@ -72,7 +72,7 @@ def built(checkpoint: Path, output: Path, **options: object) -> tuple[manifests.
         "validate": False,
     } | options
     console = Console(quiet=True)
-    pipeline.build(BuildConfig(checkpoint, output, **options), console)  # type: ignore[arg-type]
+    build.build(BuildConfig(checkpoint, output, **options), console)  # type: ignore[arg-type]
     return manifests.read(output), console.log
 
 

@@ -17,10 +17,10 @@ from nemotrt.exporter.runtime.graph_file import read_proto
 from nemotrt.exporter.stages.load import load
 from nemotrt.exporter.stages.lower import lower
 from nemotrt.exporter.stages.trace import trace
-from nemotrt.exporter.stages.validate import extent
-from nemotrt.exporter.validation.engine_parts import part_request, sizes
-from nemotrt.exporter.validation.graph_cuts import cuts
-from nemotrt.exporter.validation.layerwise import mixed_steps
+from nemotrt.exporter.validation.parts.engine_parts import part_request, sizes
+from nemotrt.exporter.validation.parts.layerwise import mixed_steps
+from nemotrt.exporter.validation.parts.subgraphs import cuts
+from nemotrt.exporter.validation.validate import extent
 
 pytestmark = [
     pytest.mark.tensorrt,

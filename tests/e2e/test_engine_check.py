@@ -13,16 +13,16 @@ from checkpoints import write_checkpoint
 from click.testing import CliRunner
 from fake_gpu import VERSION, FakeCuda, FakeEngine, add_engine, engine_of, fake_module
 
-from nemotrt.exporter import pipeline
 from nemotrt.exporter.config import BuildConfig
 from nemotrt.exporter.console import Console
 from nemotrt.exporter.engines.targets import Target
 from nemotrt.exporter.errors import CompileError
+from nemotrt.exporter.pipelines import build
+from nemotrt.exporter.pipelines.validate import revalidate
 from nemotrt.exporter.runtime import cuda as cuda_module
 from nemotrt.exporter.runtime import engine_file
 from nemotrt.exporter.validation import candidates
-from nemotrt.exporter.validation.revalidation import revalidate
-from nemotrt.exporter.validation.validation_request import ValidationRequest
+from nemotrt.exporter.validation.request import ValidationRequest
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -53,7 +53,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
         runtime="onnx",
         validate=False,
     )
-    pipeline.build(config, Console(quiet=True))
+    build.build(config, Console(quiet=True))
     add_engine(config.output, config)
     return SimpleNamespace(checkpoint=checkpoint, bundle=config.output, config=config)
 

@@ -12,9 +12,9 @@ from checkpoints import write_checkpoint
 from click.testing import CliRunner, Result
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from nemotrt.exporter import pipeline
 from nemotrt.exporter.cli import program
 from nemotrt.exporter.config import BuildConfig
+from nemotrt.exporter.pipelines import build
 from nemotrt.exporter.runtime import manifest as manifests
 from nemotrt.exporter.stages.load import load
 from nemotrt.exporter.workspace import digest
@@ -87,7 +87,7 @@ def test_it_writes_text_and_says_what_that_is_worth(bundle: Path) -> None:
 def test_a_build_of_other_layers_takes_nothing_from_an_interrupted_one(whole: Path) -> None:
     def key(layers: str) -> str:
         config = BuildConfig(whole, whole.parent / "x", layers=layers)
-        return digest(pipeline._identity(config, load(whole, layers)))
+        return digest(build._identity(config, load(whole, layers)))
 
     assert len({key(""), key("0:2"), key("0:3")}) == 3
 

@@ -16,12 +16,12 @@ from pathlib import Path
 import onnxruntime  # noqa: F401
 import rich.progress  # noqa: F401
 
-import nemotrt.exporter.pipeline
+import nemotrt.exporter.pipelines.build
 import nemotrt.exporter.stages.bundle
 import nemotrt.exporter.stages.load
 import nemotrt.exporter.stages.lower
 import nemotrt.exporter.stages.trace
-import nemotrt.exporter.stages.validate  # noqa: F401
+import nemotrt.exporter.validation.validate  # noqa: F401
 from nemotrt.exporter.cli import main
 
 

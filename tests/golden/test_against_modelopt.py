@@ -14,9 +14,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from nemotrt.exporter.calibration_text import sequences
 from nemotrt.exporter.config import PRESETS
-from nemotrt.exporter.presets import recipe_of
+from nemotrt.exporter.quantization.presets import recipe_of
+from nemotrt.exporter.quantization.text import sequences
 from nemotrt.exporter.stages.load import load
 from nemotrt.exporter.stages.quantize import quantize
 from nemotrt.model.recipe import EXPERTS

@@ -6,15 +6,15 @@ import dataclasses
 from types import NoneType
 from typing import Any, get_args, get_type_hints
 
-from nemotrt.exporter.artifacts import ValidationReport
+from nemotrt.exporter.report import json_file
+from nemotrt.exporter.report.model import ValidationReport
 from nemotrt.exporter.runtime import manifest
-from nemotrt.exporter.validation import report_file
 
 
 def report_schema_text() -> str:
     """Every field of report.json, as `schema_text`; a number that is not finite is null."""
     lines = [
-        f"schema_version {report_file.SCHEMA_VERSION}",
+        f"schema_version {json_file.SCHEMA_VERSION}",
         "",
         "  passed: bool",
         *_fields(ValidationReport, "  "),

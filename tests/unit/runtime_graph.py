@@ -13,7 +13,7 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
-from nemotrt.exporter.runtime.scheduler import Limits
+from nemotrt.exporter.generation.scheduler import Limits
 from nemotrt.exporter.runtime.session import Session
 from nemotrt.plugins import onnx_op
 from nemotrt.plugins.spec import DOMAIN, VERSION, OpSpec, ops

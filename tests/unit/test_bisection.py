@@ -32,14 +32,15 @@ from faults import (
     zeroed_expert,
 )
 
-from nemotrt.exporter.artifacts import Bisection, LoadedModel
+from nemotrt.exporter.checkpoint.loaded_model import LoadedModel
 from nemotrt.exporter.config import BuildConfig
-from nemotrt.exporter.runtime.part_session import PartSession
+from nemotrt.exporter.report.model import Bisection
 from nemotrt.exporter.stages.load import load
 from nemotrt.exporter.stages.lower import lower
 from nemotrt.exporter.stages.trace import trace
-from nemotrt.exporter.stages.validate import extent
-from nemotrt.exporter.validation.bisection import bisect
+from nemotrt.exporter.validation.parts.bisection import bisect
+from nemotrt.exporter.validation.runners.onnx_part import PartSession
+from nemotrt.exporter.validation.validate import extent
 
 Built = tuple[LoadedModel, BuildConfig, Path]
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from nemotrt.exporter.engines import builder_process
+from nemotrt.exporter.engines.builder import EngineRequest, EngineResult, Progress
 from nemotrt.exporter.engines.builder_process import run_builder
-from nemotrt.exporter.engines.engine_builder import EngineRequest, EngineResult, Progress
 from nemotrt.exporter.errors import CompileError
 from nemotrt.exporter.runtime.backends import Backend, backend, library_path
 

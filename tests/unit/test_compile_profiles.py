@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nemotrt.exporter.config import BuildConfig
-from nemotrt.exporter.engines.engine_profiles import Bounds, check_holds_one, engine_profiles, max_rows
+from nemotrt.exporter.engines.shape_profiles import Bounds, check_holds_one, engine_profiles, max_rows
 from nemotrt.exporter.errors import CompileError
 
 

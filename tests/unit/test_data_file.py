@@ -12,16 +12,18 @@ import torch
 from checkpoints import write_checkpoint
 from safetensors.torch import save_file
 
-from nemotrt.exporter import data_file, pipeline, weights
-from nemotrt.exporter.artifacts import WeightSource
+from nemotrt.exporter.checkpoint import weights
+from nemotrt.exporter.checkpoint.loaded_model import WeightSource
+from nemotrt.exporter.checkpoint.safetensors_reader import StoredTensor, read_header
 from nemotrt.exporter.config import BuildConfig
 from nemotrt.exporter.console import Console
-from nemotrt.exporter.data_file import Placed, data_path, end_of, lay_out, link, num_real, write
 from nemotrt.exporter.errors import CheckpointError, UsageError
+from nemotrt.exporter.lowering import external_data
+from nemotrt.exporter.lowering.external_data import Placed, data_path, end_of, lay_out, link, num_real, write
+from nemotrt.exporter.pipelines import build
 from nemotrt.exporter.runtime import manifest
 from nemotrt.exporter.runtime.session import Session
 from nemotrt.exporter.stages.load import load
-from nemotrt.exporter.tensor_files import StoredTensor, read_header
 from nemotrt.model.checkpoint import Transform
 
 
@@ -74,7 +76,7 @@ def test_every_value_is_in_its_place(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(weights, "PIECE_BYTES", piece)
-    monkeypatch.setattr(data_file, "_buffer", data_file._Buffer())
+    monkeypatch.setattr(external_data, "_buffer", external_data._Buffer())
     placed = laid_out(sources, dtype)
     run(tmp_path / "data", placed)
     expected = [
@@ -84,14 +86,14 @@ def test_every_value_is_in_its_place(
     ]
     for one, wanted in zip(placed, expected, strict=True):
         assert torch.equal(values(tmp_path / "data", one), wanted)
-        assert one.offset % data_file.ALIGNMENT == 0
-    assert (tmp_path / "data").stat().st_size == data_file.end_of(placed)
+        assert one.offset % external_data.ALIGNMENT == 0
+    assert (tmp_path / "data").stat().st_size == external_data.end_of(placed)
 
 
-reach = data_file._Kept.reached
+reach = external_data._Kept.reached
 
 
-def reach_slowly(self: data_file._Kept, passed: int, written: int) -> None:
+def reach_slowly(self: external_data._Kept, passed: int, written: int) -> None:
     """As when the disk is faster than the writing."""
     if self._syncing is not None:
         self._syncing.result()
@@ -102,9 +104,9 @@ def test_it_goes_on_from_what_was_kept(
     tmp_path: Path, sources: tuple[WeightSource, WeightSource, WeightSource], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(weights, "PIECE_BYTES", 512)
-    monkeypatch.setattr(data_file, "_buffer", data_file._Buffer())
-    monkeypatch.setattr(data_file, "KEPT_BYTES", 1024)
-    monkeypatch.setattr(data_file._Kept, "reached", reach_slowly)
+    monkeypatch.setattr(external_data, "_buffer", external_data._Buffer())
+    monkeypatch.setattr(external_data, "KEPT_BYTES", 1024)
+    monkeypatch.setattr(external_data._Kept, "reached", reach_slowly)
     placed = laid_out(sources, torch.bfloat16)
     kept = run(tmp_path / "whole", placed)
     assert kept == sorted(kept)
@@ -156,7 +158,7 @@ def test_a_linked_parameter_is_judged_and_not_written(
     run(tmp_path / "data", placed)
     assert (
         (tmp_path / "data").stat().st_size
-        == data_file.end_of(placed)
+        == external_data.end_of(placed)
         < 2 * 3 * 1001 * 2 + 3 * 1003 * 2 + 8192
     )
     tensor = sources[0].tensors[0]
@@ -195,7 +197,7 @@ def test_a_link_that_cannot_be_is_one_line(tmp_path: Path, monkeypatch: pytest.M
         raise OSError(18, "Invalid cross-device link")
 
     monkeypatch.setattr(os, "link", refuse)
-    monkeypatch.setattr(data_file.fcntl, "ioctl", refuse)
+    monkeypatch.setattr(external_data.fcntl, "ioctl", refuse)
     with pytest.raises(UsageError, match="Invalid cross-device link") as caught:
         link(tmp_path / "shard", tmp_path / "bundle")
     assert "--weights copy" in caught.value.hint
@@ -204,7 +206,7 @@ def test_a_link_that_cannot_be_is_one_line(tmp_path: Path, monkeypatch: pytest.M
 
 def built(checkpoint: Path, output: Path, **options: str) -> Path:
     config = BuildConfig(checkpoint=checkpoint, output=output, runtime="onnx", validate=False, **options)  # type: ignore[arg-type]
-    pipeline.build(config, Console(quiet=True))
+    build.build(config, Console(quiet=True))
     return output
 
 
@@ -228,28 +230,28 @@ def test_a_build_that_is_killed_in_its_weights_goes_on(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = data_path(built(checkpoint, tmp_path / "whole") / "model.onnx").read_bytes()
-    monkeypatch.setattr(data_file, "KEPT_BYTES", 4096)
+    monkeypatch.setattr(external_data, "KEPT_BYTES", 4096)
 
     reached: list[int] = []
 
-    def reach_and_stop(self: data_file._Kept, passed: int, written: int) -> None:
+    def reach_and_stop(self: external_data._Kept, passed: int, written: int) -> None:
         reached.append(passed)
         reach_slowly(self, passed, written)
         if len(reached) == 20:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(data_file._Kept, "reached", reach_and_stop)
+    monkeypatch.setattr(external_data._Kept, "reached", reach_and_stop)
     with pytest.raises(KeyboardInterrupt):
         built(checkpoint, tmp_path / "out")
-    monkeypatch.setattr(data_file._Kept, "reached", reach)
+    monkeypatch.setattr(external_data._Kept, "reached", reach)
     done: list[int] = []
-    genuine_write = data_file.write
+    genuine_write = external_data.write
 
     def note(*arguments: object, **options: int) -> int:
         done.append(options["done"])
         return genuine_write(*arguments, **options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(data_file, "write", note)
+    monkeypatch.setattr(external_data, "write", note)
     assert data_path(built(checkpoint, tmp_path / "out") / "model.onnx").read_bytes() == expected
     assert done[0] > 0
 

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from faults import Graph, broken, half_state
 
-from nemotrt.exporter.artifacts import Drift, Gate, LoadedModel, StateDrift
+from nemotrt.exporter.checkpoint.loaded_model import LoadedModel
 from nemotrt.exporter.config import BuildConfig
+from nemotrt.exporter.report.model import Drift, Gate, StateDrift
 from nemotrt.exporter.runtime.strict_json import decode, encode
 from nemotrt.exporter.stages.load import load
 from nemotrt.exporter.stages.lower import lower

@@ -11,29 +11,29 @@ import pytest
 from fake_gpu import ENGINE, LIBRARY, VERSION, FakeCuda, FakeEngine, add_engine, fake_module
 from faults import broken, dropped_skip, swapped_kv_heads
 
-from nemotrt.exporter import pipeline
-from nemotrt.exporter.artifacts import Gate, ValidationReport
 from nemotrt.exporter.config import BuildConfig
 from nemotrt.exporter.console import Console
-from nemotrt.exporter.engines.engine_builder import EngineRequest, EngineResult
+from nemotrt.exporter.engines.builder import EngineRequest, EngineResult
 from nemotrt.exporter.errors import BundleError, UsageError
+from nemotrt.exporter.pipelines import build, validate
+from nemotrt.exporter.report.model import Gate, ValidationReport
 from nemotrt.exporter.runtime import cuda as cuda_module
 from nemotrt.exporter.runtime import engine_file
 from nemotrt.exporter.runtime import manifest as manifests
 from nemotrt.exporter.stages.load import load
-from nemotrt.exporter.stages.validate import extent
-from nemotrt.exporter.validation import engine_parts, revalidation
-from nemotrt.exporter.validation.bisection import bisect
-from nemotrt.exporter.validation.engine_parts import EngineParts
-from nemotrt.exporter.validation.layerwise import mixed_steps
-from nemotrt.exporter.validation.validation_request import ValidationRequest
+from nemotrt.exporter.validation.parts import engine_parts
+from nemotrt.exporter.validation.parts.bisection import bisect
+from nemotrt.exporter.validation.parts.engine_parts import EngineParts
+from nemotrt.exporter.validation.parts.layerwise import mixed_steps
+from nemotrt.exporter.validation.request import ValidationRequest
+from nemotrt.exporter.validation.validate import extent
 
 
 @pytest.fixture(scope="module")
 def built(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, BuildConfig]:
     output = tmp_path_factory.mktemp("parts") / "bundle"
     config = BuildConfig(checkpoint, output, precision="fp32", runtime="onnx", validate=False)
-    pipeline.build(config, Console(quiet=True))
+    build.build(config, Console(quiet=True))
     add_engine(output, config)
     return output, config
 
@@ -104,9 +104,9 @@ def test_validate_bisects_the_engine_that_it_judges(
     built: tuple[Path, BuildConfig], requests: list[EngineRequest]
 ) -> None:
     request = ValidationRequest(built[0], built[1].checkpoint, engine=True, bisect=True)
-    subject = revalidation.subject_of(built[0], built[1].checkpoint, None)
+    subject = validate.subject_of(built[0], built[1].checkpoint, None)
     report = ValidationReport("engine", "PyTorch", "", {}, (Gate("s", "o", "m", 0.0, 1.0),), {}, ())
-    found = revalidation._bisected(report, request, subject, Console(quiet=True))
+    found = validate._bisected(report, request, subject, Console(quiet=True))
     assert found.bisect
     assert "Fake RTX" in found.bisect.runs_as
     assert found.passed

@@ -14,10 +14,10 @@ from runtime_graph import VOCAB, int32, one_sequence, open_session
 
 from nemotrt.exporter.config import BuildConfig
 from nemotrt.exporter.errors import BundleError, UsageError
+from nemotrt.exporter.generation.generate import GenerateConfig, generate
 from nemotrt.exporter.runtime import cuda as cuda_module
 from nemotrt.exporter.runtime import engine_file
 from nemotrt.exporter.runtime.engine_session import EngineSession
-from nemotrt.exporter.runtime.generate import GenerateConfig, generate
 
 CONFIG = BuildConfig(
     Path("checkpoint"), Path("bundle"), max_tokens=16, max_sequences=3, max_context=64, page_size=4

@@ -11,15 +11,15 @@ from typing import Any
 import pytest
 from checkpoints import CONFIG, write_checkpoint
 
-from nemotrt.exporter import check as checks
-from nemotrt.exporter import estimates, pipeline
+from nemotrt.exporter.checkpoint.safetensors_reader import SINGLE
 from nemotrt.exporter.config import BuildConfig
 from nemotrt.exporter.console import Console
-from nemotrt.exporter.data_file import data_path
 from nemotrt.exporter.engines import plugin_library
-from nemotrt.exporter.estimates import StageEstimate
-from nemotrt.exporter.quantization import Quantization, quantize_checkpoint
-from nemotrt.exporter.tensor_files import SINGLE
+from nemotrt.exporter.lowering.external_data import data_path
+from nemotrt.exporter.pipelines import build, estimates
+from nemotrt.exporter.pipelines import check as checks
+from nemotrt.exporter.pipelines.estimates import StageEstimate
+from nemotrt.exporter.pipelines.quantize import Quantization, quantize_checkpoint
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "scripts" / "estimates.py"
@@ -40,7 +40,7 @@ def test_what_is_written(tmp_path: Path, precision: str, how: str) -> None:
     config = BuildConfig(
         checkpoint, tmp_path / "out", precision=precision, runtime="onnx", weights=how, validate=False
     )
-    pipeline.build(config, Console(quiet=True))
+    build.build(config, Console(quiet=True))
     graph = tmp_path / "out" / "model.onnx"
     written = graph.stat().st_size + data_path(graph).stat().st_size
     stage = estimated(checkpoint, precision, link=how == "link")["lower"]

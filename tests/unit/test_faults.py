@@ -10,14 +10,16 @@ from typing import NamedTuple
 import pytest
 from faults import FAULTS, Fault, broken
 
-from nemotrt.exporter.artifacts import Gate, LoadedModel
+from nemotrt.exporter.checkpoint.loaded_model import LoadedModel
 from nemotrt.exporter.config import BuildConfig
-from nemotrt.exporter.stages import validate as stage
+from nemotrt.exporter.report.model import Gate
 from nemotrt.exporter.stages.load import load
 from nemotrt.exporter.stages.lower import lower
 from nemotrt.exporter.stages.trace import trace
-from nemotrt.exporter.stages.validate import validate
-from nemotrt.exporter.validation import drift, gates, graph_dtypes, opwise
+from nemotrt.exporter.validation import drift, gates, graph_dtypes
+from nemotrt.exporter.validation import validate as stage
+from nemotrt.exporter.validation.parts import opwise
+from nemotrt.exporter.validation.validate import validate
 
 STATE_IN_FP16, PAGE_MIX_UP = "recurrent state in FP16", "a page mix-up"
 DECODE_STEPS, DRIFT_STEPS = 4, 10

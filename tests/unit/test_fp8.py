@@ -19,17 +19,17 @@ from fp8_checkpoints import NANO_BF16, description, lowered, nano, small, super_
 from onnx import TensorProto
 from safetensors.torch import load_file, save_file
 
-from nemotrt.exporter import pipeline
-from nemotrt.exporter.check import check, of_folder
+from nemotrt.exporter.checkpoint.quant_config import describe, pattern_matcher
 from nemotrt.exporter.config import BuildConfig
 from nemotrt.exporter.console import Console
 from nemotrt.exporter.errors import CheckpointError, UsageError
-from nemotrt.exporter.modelopt import describe, pattern_matcher
-from nemotrt.exporter.runtime.twin import fp32_twin
+from nemotrt.exporter.pipelines import build
+from nemotrt.exporter.pipelines.check import check, of_folder
+from nemotrt.exporter.pipelines.validate import revalidate
+from nemotrt.exporter.runtime.fp32_emulation import fp32_twin
 from nemotrt.exporter.stages.load import load
-from nemotrt.exporter.stages.validate import validate
-from nemotrt.exporter.validation.revalidation import revalidate
-from nemotrt.exporter.validation.validation_request import ValidationRequest
+from nemotrt.exporter.validation.request import ValidationRequest
+from nemotrt.exporter.validation.validate import validate
 from nemotrt.model.config import ModelConfig
 from nemotrt.model.fp8 import fp8_linear
 from nemotrt.plugins.e4m3 import widened
@@ -331,12 +331,12 @@ def test_an_fp8_checkpoint_is_not_dequantised(tmp_path: Path) -> None:
         checkpoint=small(tmp_path / "fp8"), output=tmp_path / "b", precision="bf16", runtime="onnx"
     )
     with pytest.raises(UsageError, match="the checkpoint is FP8: --precision bf16"):
-        pipeline.build(config, Console(quiet=True))
+        build.build(config, Console(quiet=True))
     config = BuildConfig(
         checkpoint=tmp_path / "fp8", output=tmp_path / "b", exclude=("*.in_proj",), runtime="onnx"
     )
     with pytest.raises(UsageError, match="--exclude has no effect: the checkpoint is FP8 already"):
-        pipeline.build(config, Console(quiet=True))
+        build.build(config, Console(quiet=True))
 
 
 UNSCALED = "stores no scales for it: 1 is taken"
@@ -348,7 +348,7 @@ def test_a_cache_without_scales_is_said_everywhere(tmp_path: Path) -> None:
     console = Console(quiet=True)
     # The first four kinds of Nano's layers would take longer than they tell: layers 5 and 6 have attention and experts.
     config = BuildConfig(checkpoint=checkpoint, output=tmp_path / "b", runtime="onnx", layers="5:7")
-    result = pipeline.build(config, console)
+    result = build.build(config, console)
     assert [line for line in console.log if UNSCALED in line]
     assert [what for what in result["validation"]["not_compared"] if UNSCALED in what]
 
@@ -357,7 +357,7 @@ def test_a_published_checkpoint_can_have_a_bf16_cache(tmp_path: Path) -> None:
     checkpoint, console = nano(tmp_path / "nano"), Console(quiet=True)
     bundle = tmp_path / "b"
     config = BuildConfig(checkpoint=checkpoint, output=bundle, runtime="onnx", layers="5:7", kv_dtype="bf16")
-    pipeline.build(config, console)
+    build.build(config, console)
     assert not [line for line in console.log if UNSCALED in line]
     graph = onnx.load(bundle / "model.onnx", load_external_data=False)
     types = {value.name: value.type.tensor_type.elem_type for value in graph.graph.input}
@@ -366,7 +366,7 @@ def test_a_published_checkpoint_can_have_a_bf16_cache(tmp_path: Path) -> None:
     assert report.passed
     assert not [what for what in report.not_compared if UNSCALED in what]
     with pytest.raises(UsageError, match="--kv-dtype has no effect"):
-        pipeline.build(dataclasses.replace(config, kv_dtype="fp8", output=tmp_path / "c"), console)
+        build.build(dataclasses.replace(config, kv_dtype="fp8", output=tmp_path / "c"), console)
 
 
 def test_check_knows_an_fp8_checkpoint(tmp_path: Path) -> None:

@@ -13,24 +13,25 @@ import pytest
 from checkpoints import write_checkpoint
 from faults import Graph, broken
 
-from nemotrt.exporter import pipeline
-from nemotrt.exporter.artifacts import ValidationReport
 from nemotrt.exporter.config import BuildConfig
 from nemotrt.exporter.console import Console
 from nemotrt.exporter.errors import BundleError, NotFiniteError
+from nemotrt.exporter.pipelines import build
+from nemotrt.exporter.pipelines.opened_bundle import subject_of
+from nemotrt.exporter.pipelines.validate import revalidate
+from nemotrt.exporter.report.model import ValidationReport
 from nemotrt.exporter.runtime import manifest as manifests
-from nemotrt.exporter.stages import validate as stage
-from nemotrt.exporter.stages.validate import judge
 from nemotrt.exporter.validation import gates, routing
-from nemotrt.exporter.validation import golden as goldens
+from nemotrt.exporter.validation import validate as stage
 from nemotrt.exporter.validation.candidates import graph_candidate
 from nemotrt.exporter.validation.comparison import Leader, Recording, compare
-from nemotrt.exporter.validation.led_graph import LedGraphRunner
-from nemotrt.exporter.validation.revalidation import revalidate, subject_of
+from nemotrt.exporter.validation.references import golden as goldens
+from nemotrt.exporter.validation.request import ValidationRequest
 from nemotrt.exporter.validation.routing import Choosing
-from nemotrt.exporter.validation.runners import GraphRunner
+from nemotrt.exporter.validation.runners.base import GraphRunner
+from nemotrt.exporter.validation.runners.forced_routing import LedGraphRunner
 from nemotrt.exporter.validation.scenarios import NUM_SLOTS
-from nemotrt.exporter.validation.validation_request import ValidationRequest
+from nemotrt.exporter.validation.validate import judge
 
 QUIET = Console(quiet=True)
 
@@ -41,7 +42,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     folder = tmp_path_factory.mktemp("golden")
     checkpoint = write_checkpoint(folder / "checkpoint")
     config = BuildConfig(checkpoint, folder / "bundle", "bf16", runtime="onnx", validate=False)
-    pipeline.build(config, QUIET)
+    build.build(config, QUIET)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stage, "DECODE", 6)
         subject = subject_of(config.output, checkpoint, None)
@@ -252,7 +253,7 @@ def test_two_bundles_of_a_model_agree_at_another_precision(
 ) -> None:
     monkeypatch.setattr(stage, "DECODE", 6)
     other = tmp_path / "fp32"
-    pipeline.build(BuildConfig(made.checkpoint, other, "fp32", runtime="onnx", validate=False), QUIET)
+    build.build(BuildConfig(made.checkpoint, other, "fp32", runtime="onnx", validate=False), QUIET)
     for one, reference in ((made.bundle, other), (other, made.bundle), (other, other)):
         report = revalidate(ValidationRequest(one, against=reference), QUIET)
         assert report.passed, [gate for gate in report.gates if not gate.passed]
@@ -269,7 +270,7 @@ def test_another_bundle_s_wrong_weight_is_found(
     """Which of the two is wrong, no comparison of two says."""
     monkeypatch.setattr(stage, "DECODE", 6)
     other = tmp_path / "other"
-    pipeline.build(BuildConfig(made.checkpoint, other, "bf16", runtime="onnx", validate=False), QUIET)
+    build.build(BuildConfig(made.checkpoint, other, "bf16", runtime="onnx", validate=False), QUIET)
     graph = other / "model.onnx"
     broken(graph, lambda found: found.weight("mixer.down_proj.weight").__imul__(1.5))
     roles = {file.path: file.role for file in made.manifest.files}

@@ -9,7 +9,7 @@ import onnx
 import pytest
 from onnx import ModelProto, TensorProto, helper
 
-from nemotrt.exporter.artifacts import LoadedModel
+from nemotrt.exporter.checkpoint.loaded_model import LoadedModel
 from nemotrt.exporter.config import BuildConfig
 from nemotrt.exporter.stages.load import load
 from nemotrt.exporter.stages.lower import lower

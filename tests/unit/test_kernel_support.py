@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
+from nemotrt.exporter.checkpoint.side_files import read_config
 from nemotrt.exporter.cli import program
 from nemotrt.exporter.config import COMPUTE_DTYPES, BuildConfig
 from nemotrt.exporter.engines import targets
 from nemotrt.exporter.engines.kernel_support import check_supported, op_calls
 from nemotrt.exporter.errors import CompileError
 from nemotrt.exporter.runtime import backends
-from nemotrt.exporter.stages.load import read_config
 from nemotrt.model.config import ModelConfig
 from nemotrt.model.pools import pool_specs
 from nemotrt.plugins.spec import ops

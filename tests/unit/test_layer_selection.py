@@ -8,11 +8,11 @@ import pytest
 from checkpoints import CONFIG, random_tensors, write_checkpoint
 from safetensors.torch import save_file
 
-from nemotrt.exporter.check import check, of_folder
+from nemotrt.exporter.checkpoint.layer_selection import chosen_layers
+from nemotrt.exporter.checkpoint.safetensors_reader import SINGLE
 from nemotrt.exporter.errors import CheckpointError, UsageError
-from nemotrt.exporter.layer_selection import chosen_layers
+from nemotrt.exporter.pipelines.check import check, of_folder
 from nemotrt.exporter.stages.load import load
-from nemotrt.exporter.tensor_files import SINGLE
 from nemotrt.model.config import ModelConfig
 
 LAYERS = ModelConfig.from_dict(CONFIG).layers  # ME*-ME

@@ -13,15 +13,15 @@ from checkpoints import write_checkpoint
 from click.testing import CliRunner, Result
 from faults import broken, zeroed_expert
 
-from nemotrt.exporter import estimates
-from nemotrt.exporter.artifacts import LoadedModel
+from nemotrt.exporter.checkpoint.loaded_model import LoadedModel
 from nemotrt.exporter.cli import program
+from nemotrt.exporter.pipelines import estimates
+from nemotrt.exporter.pipelines.opened_bundle import subject_of
 from nemotrt.exporter.stages.load import load
-from nemotrt.exporter.stages.validate import extent
-from nemotrt.exporter.validation.bisection import bisect
-from nemotrt.exporter.validation.layerwise import compare_parts
-from nemotrt.exporter.validation.revalidation import subject_of
-from nemotrt.exporter.validation.torch_parts import PartModules
+from nemotrt.exporter.validation.parts.bisection import bisect
+from nemotrt.exporter.validation.parts.layerwise import compare_parts
+from nemotrt.exporter.validation.parts.torch_parts import PartModules
+from nemotrt.exporter.validation.validate import extent
 
 
 def run(*arguments: object) -> Result:

@@ -12,9 +12,11 @@ from checkpoints import CONFIG, random_tensors, write_checkpoint
 from runtime_bundle import write_tokenizer
 from safetensors.torch import save_file
 
+from nemotrt.exporter.checkpoint.safetensors_reader import SINGLE, StoredTensor, open_checkpoint
+from nemotrt.exporter.checkpoint.side_files import read_config
+from nemotrt.exporter.checkpoint.tensor_matching import match
 from nemotrt.exporter.errors import CheckpointError
-from nemotrt.exporter.stages.load import load, match, read_config
-from nemotrt.exporter.tensor_files import SINGLE, StoredTensor, open_checkpoint
+from nemotrt.exporter.stages.load import load
 from nemotrt.model.checkpoint import tensor_sources
 from nemotrt.model.config import ModelConfig
 

@@ -14,10 +14,10 @@ from checkpoints import CONFIG, random_tensors, write_checkpoint
 from torch import Tensor, nn
 from torch.export import Dim
 
-from nemotrt.exporter.artifacts import LoadedModel
-from nemotrt.exporter.aten_to_onnx import Constants, Translator
+from nemotrt.exporter.checkpoint.loaded_model import LoadedModel
 from nemotrt.exporter.config import BuildConfig
 from nemotrt.exporter.errors import LowerError
+from nemotrt.exporter.lowering.aten_to_onnx import Constants, Translator
 from nemotrt.exporter.stages.load import load
 from nemotrt.exporter.stages.lower import lower
 from nemotrt.exporter.stages.trace import trace

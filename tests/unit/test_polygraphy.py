@@ -12,17 +12,22 @@ import torch
 from faults import broken
 from polygraphy.comparator import Comparator, IterationResult, RunResults, SimpleCompareFunc
 
-from nemotrt.exporter import pipeline
 from nemotrt.exporter.config import BuildConfig
 from nemotrt.exporter.console import Console
 from nemotrt.exporter.errors import ValidationError
+from nemotrt.exporter.pipelines import build
 from nemotrt.exporter.runtime import manifest as manifests
 from nemotrt.exporter.runtime.graph_file import pools_of
 from nemotrt.exporter.stages.load import load
 from nemotrt.exporter.validation.comparison import Extent, noise_of, prompt_of
-from nemotrt.exporter.validation.polygraphy_runners import RelativeL2, StepRunner, feed_dicts, graph_runner
+from nemotrt.exporter.validation.runners.polygraphy import (
+    RelativeL2,
+    StepRunner,
+    feed_dicts,
+    graph_runner,
+)
+from nemotrt.exporter.validation.runners.torch import TorchRunner
 from nemotrt.exporter.validation.scenarios import scenarios
-from nemotrt.exporter.validation.torch_runner import TorchRunner
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -34,7 +39,7 @@ def example(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     config = BuildConfig(
         ROOT / "examples" / "tiny", folder / "bundle", "fp32", validate=False, runtime="onnx"
     )
-    pipeline.build(config, Console(quiet=True))
+    build.build(config, Console(quiet=True))
     model = load(config.checkpoint)
     pools = model.pools(config)
     extent = Extent(90, 4, 0, model.config.vocab_size, config.page_size)

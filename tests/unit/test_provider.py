@@ -8,14 +8,14 @@ import onnxruntime as ort
 import pytest
 from checkpoints import write_checkpoint
 
-from nemotrt.exporter import pipeline
 from nemotrt.exporter.config import BuildConfig
 from nemotrt.exporter.console import Console
 from nemotrt.exporter.errors import UsageError
+from nemotrt.exporter.pipelines import build
+from nemotrt.exporter.pipelines.validate import revalidate
 from nemotrt.exporter.runtime import graph_file
 from nemotrt.exporter.validation.candidates import PARTS_ON_CPU
-from nemotrt.exporter.validation.revalidation import revalidate
-from nemotrt.exporter.validation.validation_request import ValidationRequest
+from nemotrt.exporter.validation.request import ValidationRequest
 
 QUIET = Console(quiet=True)
 
@@ -25,7 +25,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("provider")
     checkpoint = write_checkpoint(folder / "checkpoint")
     config = BuildConfig(checkpoint, folder / "bundle", "fp32", runtime="onnx", validate=False)
-    pipeline.build(config, QUIET)
+    build.build(config, QUIET)
     return folder / "bundle"
 
 

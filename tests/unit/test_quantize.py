@@ -12,18 +12,17 @@ from checkpoints import write_checkpoint
 from fp8_checkpoints import NANO, NANO_BF16, lowered, parsed, small
 from safetensors.torch import load_file, save_file
 
-from nemotrt.exporter import pipeline
-from nemotrt.exporter.calibration_text import sequences
-from nemotrt.exporter.check import check, of_folder
 from nemotrt.exporter.config import PRESETS, BuildConfig
 from nemotrt.exporter.console import Console
 from nemotrt.exporter.errors import UsageError
-from nemotrt.exporter.presets import exclusions, recipe_of
+from nemotrt.exporter.pipelines.check import check, of_folder
+from nemotrt.exporter.pipelines.validate import revalidate
+from nemotrt.exporter.quantization.presets import exclusions, recipe_of
+from nemotrt.exporter.quantization.text import sequences
 from nemotrt.exporter.stages.load import load
 from nemotrt.exporter.stages.quantize import quantize
 from nemotrt.exporter.validation import text_quality
-from nemotrt.exporter.validation.revalidation import revalidate
-from nemotrt.exporter.validation.validation_request import ValidationRequest
+from nemotrt.exporter.validation.request import ValidationRequest
 from nemotrt.plugins.e4m3 import FP8_MAX
 
 TINY = Path(__file__).resolve().parents[2] / "examples" / "tiny"
@@ -178,7 +177,7 @@ def test_the_dearest_layer_is_found(tmp_path: Path) -> None:
 def test_text_needs_what_was_quantised(tmp_path: Path) -> None:
     bundle = tmp_path / "bundle"
     build = BuildConfig(checkpoint=small(tmp_path / "fp8"), output=bundle, runtime="onnx", validate=False)
-    pipeline.build(build, Console(quiet=True))
+    build.build(build, Console(quiet=True))
     text = tmp_path / "text.txt"
     text.write_text("words " * 300)
     with pytest.raises(UsageError, match="give it with --base"):

@@ -14,7 +14,11 @@ import numpy as np
 import pytest
 from browser import Browser
 
-from nemotrt.exporter.artifacts import (
+from nemotrt.exporter.errors import BundleError
+from nemotrt.exporter.report import json_file
+from nemotrt.exporter.report.html import Bundle, report_html
+from nemotrt.exporter.report.junit import junit
+from nemotrt.exporter.report.model import (
     Bisection,
     Drift,
     Gate,
@@ -30,12 +34,8 @@ from nemotrt.exporter.artifacts import (
     TextReport,
     ValidationReport,
 )
-from nemotrt.exporter.errors import BundleError
+from nemotrt.exporter.report.precision_map import PlacePrecision
 from nemotrt.exporter.runtime import manifest
-from nemotrt.exporter.validation import report_file
-from nemotrt.exporter.validation.junit import junit
-from nemotrt.exporter.validation.precision_map import PlacePrecision
-from nemotrt.exporter.validation.report_html import Bundle, report_html
 
 KINDS = ("mamba", "moe", "attention", "mlp")
 
@@ -166,12 +166,12 @@ def test_a_page_says_what_was_measured() -> None:
 
 
 def test_a_report_is_read_as_it_was_written(tmp_path: Path) -> None:
-    path = tmp_path / report_file.NAME
+    path = tmp_path / json_file.NAME
     nan = Gate("decode", "logits", "mean KL", float("nan"), 1.0)
     report = replace(made_up(), gates=(*made_up().gates, nan))
-    path.write_text(report_file.text(report))
+    path.write_text(json_file.text(report))
     json.loads(path.read_text(), parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
-    found = report_file.read(path)
+    found = json_file.read(path)
     assert np.isnan(found.gates[-1].value)
     assert replace(found, gates=()) == replace(report, gates=())
     assert found.gates[:-1] == report.gates[:-1]
@@ -190,10 +190,10 @@ def test_a_report_is_read_as_it_was_written(tmp_path: Path) -> None:
 def test_a_report_of_another_schema_is_refused(
     tmp_path: Path, change: dict[str, Any], says: str, hint: str
 ) -> None:
-    path = tmp_path / report_file.NAME
-    path.write_text(json.dumps(report_file.as_json(made_up()) | change))
+    path = tmp_path / json_file.NAME
+    path.write_text(json.dumps(json_file.as_json(made_up()) | change))
     with pytest.raises(BundleError, match=says) as refused:
-        report_file.read(path)
+        json_file.read(path)
     assert refused.value.hint == hint
 
 

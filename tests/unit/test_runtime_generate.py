@@ -14,12 +14,12 @@ from runtime_bundle import write_bundle
 from runtime_graph import DTYPES, VOCAB, limits_of, one_sequence, open_session, write_graph
 
 from nemotrt.exporter.errors import BundleError, UsageError
+from nemotrt.exporter.generation.generate import GenerateConfig, TextEvent, generate, generate_tokens
+from nemotrt.exporter.generation.sampling import SamplingConfig
+from nemotrt.exporter.generation.scheduler import Request
+from nemotrt.exporter.generation.tokenizer import Tokenizer
 from nemotrt.exporter.runtime import manifest as manifests
-from nemotrt.exporter.runtime.generate import GenerateConfig, TextEvent, generate, generate_tokens
-from nemotrt.exporter.runtime.sampling import SamplingConfig
-from nemotrt.exporter.runtime.scheduler import Request
 from nemotrt.exporter.runtime.session import Session
-from nemotrt.exporter.runtime.tokenizer import Tokenizer
 
 GREEDY = SamplingConfig()
 PROMPTS = ["the cat", "日本", "mat, naïve café sat on the 🙂", "x", "on the mat on the mat"]
@@ -181,7 +181,7 @@ for module in pkgutil.iter_modules(runtime.__path__):
     import_module(f"{runtime.__name__}.{module.name}")
 heavy = {"onnx", "onnx_ir", "onnxruntime", "tokenizers", "jinja2"} & set(sys.modules)
 assert not heavy, f"loaded by importing alone: {heavy}"
-from nemotrt.exporter.runtime.generate import GenerateConfig, generate
+from nemotrt.exporter.generation.generate import GenerateConfig, generate
 events = list(generate(Path(sys.argv[1]), ["the cat"], GenerateConfig(max_new_tokens=3, chat=True)))
 assert events
 """

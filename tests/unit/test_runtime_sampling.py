@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from nemotrt.exporter.errors import UsageError
-from nemotrt.exporter.runtime.sampling import Sampler, SamplingConfig, candidates
+from nemotrt.exporter.generation.sampling import Sampler, SamplingConfig, candidates
 
 # Few distinct values, so that ties are common.
 LOGITS = hnp.arrays(np.float32, st.integers(1, 30), elements=st.integers(-6, 6).map(float))

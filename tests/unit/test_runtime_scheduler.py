@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nemotrt.exporter.errors import UsageError
-from nemotrt.exporter.runtime.scheduler import Limits, PlannedStep, Request, Scheduler
+from nemotrt.exporter.generation.scheduler import Limits, PlannedStep, Request, Scheduler
 from nemotrt.exporter.runtime.step import check_step, pages_of
 
 ROOMY = Limits(max_tokens=16, max_sequences=4, max_context=64, page_size=4, num_slots=5, num_pages=99)

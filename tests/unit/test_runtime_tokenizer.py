@@ -13,7 +13,7 @@ from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import decoders, models
 
 from nemotrt.exporter.errors import BundleError, UsageError
-from nemotrt.exporter.runtime.tokenizer import TextStream, Tokenizer
+from nemotrt.exporter.generation.tokenizer import TextStream, Tokenizer
 
 MESSAGES = [{"role": "user", "content": "hi"}]
 

@@ -14,7 +14,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from nemotrt.exporter.errors import BundleError
-from nemotrt.exporter.runtime.twin import HALVES, STORED, fp32_twin, needs_twin
+from nemotrt.exporter.runtime.fp32_emulation import HALVES, STORED, fp32_twin, needs_twin
 from nemotrt.plugins import onnx_op
 from nemotrt.plugins.spec import DOMAIN, VERSION, OpSpec, ops
 

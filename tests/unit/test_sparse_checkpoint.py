@@ -12,7 +12,7 @@ from checkpoints import CONFIG
 
 from nemotrt.exporter.config import BuildConfig
 from nemotrt.exporter.console import Console
-from nemotrt.exporter.pipeline import build
+from nemotrt.exporter.pipelines.build import build
 from nemotrt.exporter.stages.load import load
 from nemotrt.model.checkpoint import tensor_sources
 from nemotrt.model.config import ModelConfig

@@ -16,8 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from nemotrt.exporter.errors import CheckpointError
-from nemotrt.exporter.tensor_files import (
+from nemotrt.exporter.checkpoint.safetensors_reader import (
     INDEX,
     SINGLE,
     StoredTensor,
@@ -26,6 +25,7 @@ from nemotrt.exporter.tensor_files import (
     read_json,
     read_pieces,
 )
+from nemotrt.exporter.errors import CheckpointError
 
 TENSORS = {
     "b.bf16": torch.arange(12, dtype=torch.bfloat16).reshape(3, 4),

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from faults import Graph, broken
 
-from nemotrt.exporter.artifacts import LoadedModel, TextFigure, TextReport
-from nemotrt.exporter.calibration_text import BUILT_IN, EVALUATION, evaluation_text, sequences
+from nemotrt.exporter.checkpoint.loaded_model import LoadedModel
 from nemotrt.exporter.config import BuildConfig
+from nemotrt.exporter.quantization.text import BUILT_IN, EVALUATION, evaluation_text, sequences
+from nemotrt.exporter.report.model import TextFigure, TextReport
 from nemotrt.exporter.stages.load import load
 from nemotrt.exporter.stages.lower import lower
 from nemotrt.exporter.stages.trace import trace

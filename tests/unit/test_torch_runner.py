@@ -10,7 +10,7 @@ import torch
 
 from nemotrt.exporter.config import BuildConfig
 from nemotrt.exporter.stages.load import load
-from nemotrt.exporter.validation.torch_runner import TorchRunner
+from nemotrt.exporter.validation.runners.torch import TorchRunner
 
 
 def test_its_weights_go_with_it(checkpoint: Path) -> None:

@@ -13,19 +13,21 @@ import pytest
 import torch
 from faults import broken
 
-from nemotrt.exporter.artifacts import Gate, LoadedModel, ValidationReport
+from nemotrt.exporter.checkpoint.loaded_model import LoadedModel
 from nemotrt.exporter.config import BuildConfig
-from nemotrt.exporter.stages import validate as stage
+from nemotrt.exporter.report.model import Gate, ValidationReport
 from nemotrt.exporter.stages.load import load
 from nemotrt.exporter.stages.lower import lower
 from nemotrt.exporter.stages.trace import trace
-from nemotrt.exporter.stages.validate import judge, validate
-from nemotrt.exporter.validation import gates, metrics, opwise
+from nemotrt.exporter.validation import gates, metrics
+from nemotrt.exporter.validation import validate as stage
 from nemotrt.exporter.validation.comparison import Candidate
 from nemotrt.exporter.validation.gates import Compared, Observation
+from nemotrt.exporter.validation.parts import opwise
 from nemotrt.exporter.validation.routing import Choosing
-from nemotrt.exporter.validation.runners import Recurrence
-from nemotrt.exporter.validation.torch_runner import TorchRunner
+from nemotrt.exporter.validation.runners.base import Recurrence
+from nemotrt.exporter.validation.runners.torch import TorchRunner
+from nemotrt.exporter.validation.validate import judge, validate
 from nemotrt.model.moe import Router
 from nemotrt.model.pools import PoolSpec
 from nemotrt.plugins.moe_dispatch.reference import route

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from nemotrt.exporter import weights
+from nemotrt.exporter.checkpoint import weights
+from nemotrt.exporter.checkpoint.safetensors_reader import StoredTensor
 from nemotrt.exporter.errors import CheckpointError
-from nemotrt.exporter.tensor_files import StoredTensor
 from nemotrt.model.checkpoint import Transform
 
 HALVES = (torch.float16, torch.bfloat16)

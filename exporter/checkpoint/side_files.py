@@ -1,0 +1,78 @@
+"""Everything in a checkpoint folder but its weights: config.json, the tokenizer, the license."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from nemotrt.exporter.checkpoint.quant_config import HF_QUANT_CONFIG
+from nemotrt.exporter.checkpoint.safetensors_reader import file_inside, read_json
+from nemotrt.exporter.errors import BundleError, CheckpointError
+from nemotrt.exporter.generation.tokenizer import CHAT_TEMPLATE, TOKENIZER, Tokenizer
+from nemotrt.model.config import ConfigError, ModelConfig
+
+SIDE_FILES = (
+    "config.json",
+    HF_QUANT_CONFIG,
+    "generation_config.json",
+    TOKENIZER,
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    CHAT_TEMPLATE,
+    "LICENSE",
+    "NOTICE",
+)
+"""Files of the checkpoint that go into the bundle as they are, where present."""
+
+
+def side_files(checkpoint: Path) -> tuple[str, ...]:
+    """Those that are there; a link that leads nowhere is, too, and is refused later."""
+    paths = {name: checkpoint / name for name in SIDE_FILES}
+    return tuple(name for name, path in paths.items() if path.is_file() or path.is_symlink())
+
+
+def read_config(checkpoint: Path) -> ModelConfig:
+    """The configuration of a checkpoint folder; raises CheckpointError that names the field."""
+    if not checkpoint.is_dir():
+        raise CheckpointError(f"{checkpoint} is not a folder", hint="name the folder that holds config.json")
+    if not os.path.lexists(checkpoint / "config.json"):
+        raise CheckpointError(
+            f"{checkpoint} has no config.json", hint="name a checkpoint folder in the Hugging Face layout"
+        )
+    return parse_config(file_inside(checkpoint, "config.json"))
+
+
+def parse_config(path: Path) -> ModelConfig:
+    """The configuration in a file; raises CheckpointError that names the field."""
+    try:
+        config = ModelConfig.from_dict(read_json(path))
+    except ConfigError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    outside = [token for token in config.eos_token_id if token >= config.vocab_size]
+    if outside:
+        raise CheckpointError(
+            f"{path}: eos_token_id {outside[0]} is outside the vocabulary of {config.vocab_size} tokens"
+        )
+    return config
+
+
+def check_side_files(checkpoint: Path, config: ModelConfig) -> None:
+    """Raise CheckpointError when the tokenizer or another file that goes into the bundle is broken.
+
+    A checkpoint without a tokenizer is whole: its bundle then takes token ids, and no text.
+    """
+    for name in side_files(checkpoint):
+        path = file_inside(checkpoint, name)
+        if path.suffix == ".json":
+            read_json(path)
+    if TOKENIZER not in side_files(checkpoint):
+        return
+    try:
+        tokenizer = Tokenizer(checkpoint)
+    except BundleError as error:
+        raise CheckpointError(str(error), hint="copy the file from the model's repository again") from error
+    if tokenizer.vocab_size > config.vocab_size:
+        raise CheckpointError(
+            f"{checkpoint / TOKENIZER} has {tokenizer.vocab_size} tokens, config.json {config.vocab_size}",
+            hint="the tokenizer is another model's",
+        )

@@ -1,0 +1,1 @@
+"""Text from a bundle: tokenizer, scheduler, sampling. No PyTorch here."""

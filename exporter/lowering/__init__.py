@@ -1,0 +1,1 @@
+"""From a traced PyTorch graph to ONNX nodes, and from checkpoint tensors to external data."""

@@ -1,0 +1,146 @@
+"""Another bundle as the reference: the same model, as another exporter or at another precision built it.
+
+Both differ from PyTorch in FP32, the reference rightly by three times the floor of its own precision, so two questions
+stay apart: whether either is right is what PyTorch or a golden says, and whether they agree is what is judged here. The
+limits are those of the coarser precision of the two: three times what PyTorch loses at it, on the weights of the finer
+bundle (the reference's where they are the same), so that a difference of weights is never part of the floor.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from nemotrt.exporter.config import BuildConfig
+from nemotrt.exporter.console import Console
+from nemotrt.exporter.errors import UsageError
+from nemotrt.exporter.pipelines import estimates
+from nemotrt.exporter.pipelines.opened_bundle import Subject, subject_of
+from nemotrt.exporter.report.model import ValidationReport
+from nemotrt.exporter.validation.candidates import candidate_of
+from nemotrt.exporter.validation.comparison import (
+    Advance,
+    Candidate,
+    Extent,
+    Leader,
+    Recording,
+    compare,
+    greedy,
+    noise_of,
+    observe,
+    prompt_of,
+)
+from nemotrt.exporter.validation.graph_dtypes import wanted_dtypes
+from nemotrt.exporter.validation.references.golden import identity_of
+from nemotrt.exporter.validation.request import ValidationRequest
+from nemotrt.exporter.validation.scenarios import scenarios
+
+FINEST_FIRST = ("fp32", "fp16", "bf16", "fp8")
+
+NOT_PYTORCH = "PyTorch: the reference is another bundle; whether that is right, its own report says"
+ALONE = "each layer and each op alone, and state drift: two bundles are compared in whole steps"
+
+SAME = {
+    "config_sha256": "is of another model: their config.json differ",
+    "page_size": "has pages of {theirs} tokens, {bundle} of {ours}",
+    "layers": "has layers {theirs}, {bundle} {ours}",
+}
+"""What two bundles must have in common → what is said where they do not."""
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """Two bundles of one model."""
+
+    bundle: Subject
+    other: Subject
+
+    @property
+    def finer(self) -> Subject:
+        """The one whose precision is finer; the other bundle where it is the same."""
+        ranks = [FINEST_FIRST.index(one.config.precision) for one in (self.bundle, self.other)]
+        return self.bundle if ranks[0] < ranks[1] else self.other
+
+    @property
+    def coarsest(self) -> BuildConfig:
+        """The configuration with the coarser precision of the two, and the coarser state."""
+        coarser = self.other if self.finer is self.bundle else self.bundle
+        states = [one.config.state_dtype for one in (self.bundle, self.other)]
+        return replace(coarser.config, state_dtype=max(states, key=FINEST_FIRST.index))
+
+
+def judge_against(request: ValidationRequest, other: Path, console: Console) -> ValidationReport:
+    """The report of a bundle beside another one, each through its engine or its graph.
+
+    Raises UsageError where the two are not of one model, or cannot be compared by any floor.
+    """
+    with console.stage("load", f"{request.bundle}, {other}"):
+        pair = _Pair(subject_of(request.bundle, None, None), subject_of(other, None, None))
+        _check(pair, request.bundle, other)
+        candidate, reference = (
+            candidate_of(folder, subject.manifest, request)
+            for folder, subject in ((request.bundle, pair.bundle), (other, pair.other))
+        )
+    estimates.check_memory(pair.finer.model, hint="use a machine with more")
+    from nemotrt.exporter.validation.validate import extent as extent_of
+
+    extent = extent_of(pair.other.model, pair.other.config, request.seed or 0)
+    num_runners = 3 if pair.coarsest.precision == "fp32" else 5
+    total = 1 + extent.decode + num_runners * extent.num_steps
+    title = f"{candidate.title} against {other.name}"
+    with console.stage("validate", title, total=total) as advance:
+        recording = _record(pair, other.resolve().name, reference, extent, advance)
+        return compare(recording, candidate, Leader(recording, candidate).beside, advance)
+
+
+def _check(pair: _Pair, bundle: Path, other: Path) -> None:
+    ours, theirs = identity_of(pair.bundle.manifest), identity_of(pair.other.manifest)
+    for field, what in SAME.items():
+        one, another = getattr(ours, field), getattr(theirs, field)
+        if one != another:
+            said = [
+                ", ".join(map(str, v)) if isinstance(v, tuple) and v else v or "all" for v in (one, another)
+            ]
+            raise UsageError(
+                f"{other} {what.format(bundle=bundle, ours=said[0], theirs=said[1])}",
+                hint="compare bundles of one checkpoint, built with the same --page-size and --layers",
+            )
+    if pair.bundle.model.config.recipe != pair.other.model.config.recipe:
+        raise UsageError(
+            f"{bundle} and {other} are not quantised alike: what lies between them is what quantisation costs",
+            hint="that is measured on text: nemo-export validate BUNDLE --eval FILE --base CHECKPOINT",
+        )
+
+
+def _record(pair: _Pair, name: str, reference: Candidate, extent: Extent, advance: Advance) -> Recording:
+    """What the other bundle shows on its own greedy continuation."""
+    noise = noise_of(pair.other.model.pools(pair.other.config), extent)
+    runner = reference.open(extent.num_pages, reference.ways[1])
+    continuation = greedy(runner, extent, noise, advance)
+    plan = scenarios(prompt_of(extent), continuation, extent.page_size)
+    seen = observe(runner, plan, noise, advance)
+    own = Recording(
+        reference=f"{name}, {reference.title}, {runner.runs_as}",
+        floor="",
+        extent=extent,
+        plan=plan,
+        noise=noise,
+        seen=seen,
+        choosing=(),
+        floors={},
+        dtypes=wanted_dtypes(pair.bundle.model, pair.bundle.config),
+        not_compared=(NOT_PYTORCH, ALONE),
+    )
+    del runner
+    from nemotrt.exporter.validation.references.pytorch import choosing_of, record_plan
+
+    if pair.coarsest.precision == "fp32":
+        return replace(own, choosing=choosing_of(pair.other.model))
+    floor = record_plan(own, pair.finer.model, pair.coarsest, advance)
+    weights = pair.finer.manifest.model.precision
+    return replace(
+        own,
+        choosing=floor.choosing,
+        floors=floor.floors,
+        floor=f"{floor.floor} against FP32, on the {weights} bundle's weights",
+    )

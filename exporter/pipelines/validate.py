@@ -1,0 +1,177 @@
+"""A bundle judged again: by PyTorch with its checkpoint or its own weights, by a golden, or by another bundle."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from nemotrt.exporter.config import DRIFT_STEPS
+from nemotrt.exporter.console import Console
+from nemotrt.exporter.errors import UsageError
+from nemotrt.exporter.pipelines import estimates
+from nemotrt.exporter.pipelines.opened_bundle import Subject, subject_of
+from nemotrt.exporter.quantization.text import MOST, Sequences, sequences
+from nemotrt.exporter.report.model import ValidationReport
+from nemotrt.exporter.runtime import manifest as manifests
+from nemotrt.exporter.validation.candidates import candidate_of
+from nemotrt.exporter.validation.comparison import Candidate, Leader, Recording, compare
+from nemotrt.exporter.validation.references import golden as goldens
+from nemotrt.exporter.validation.request import ValidationRequest
+from nemotrt.exporter.validation.runners.onnx_part import PartSession
+
+OWN_WEIGHTS = "the checkpoint: PyTorch ran with the bundle's own weights"
+
+
+def revalidate(request: ValidationRequest, console: Console) -> ValidationReport:
+    """The report of every gate, as a build makes it; it says what was not compared.
+
+    With a text it says what quantisation costs on it, against `base`, or against the checkpoint if that is what was
+    quantised. Raises BundleError on a bundle that is not whole, UsageError on another bundle's checkpoint or golden.
+    """
+    if request.golden:
+        return _by_golden(request, request.golden, console)
+    if request.against:
+        from nemotrt.exporter.pipelines.compare_bundles import judge_against
+
+        return judge_against(request, request.against, console)
+    return _by_pytorch(request, console)
+
+
+def _by_golden(request: ValidationRequest, golden: Path, console: Console) -> ValidationReport:
+    bundle = request.bundle
+    with console.stage("load", f"{bundle}, {golden.name}"):
+        manifest = manifests.verify(bundle, deep=False)
+        candidate = candidate_of(bundle, manifest, request)
+        recording = goldens.read(golden, bundle, manifest)
+    total = 2 * recording.extent.num_steps
+    with console.stage("validate", f"{candidate.title} against {golden.name}", total=total) as advance:
+        return compare(recording, candidate, Leader(recording, candidate).beside, advance)
+
+
+def _by_pytorch(request: ValidationRequest, console: Console) -> ValidationReport:
+    bundle, checkpoint, text = request.bundle, request.checkpoint, request.text
+    if request.save_golden:
+        goldens.check_place(request.save_golden, bundle)
+    with console.stage("load", str(checkpoint or bundle)):
+        subject = subject_of(bundle, checkpoint, request.base)
+        candidate = candidate_of(bundle, subject.manifest, request)
+    _check_base(subject, text, request.base)
+    tokens = _tokens(subject, bundle, text) if text else ()
+    report = (
+        _of_layers(request, subject, console)
+        if request.layers_alone
+        else _of_steps(request, subject, candidate, console)
+    )
+    if request.bisect:
+        report = _bisected(report, request, subject, console)
+    report = dataclasses.replace(report, not_compared=(*report.not_compared, *_unproved(subject, bundle)))
+    return _with_text(report, subject, tokens, text.name, console) if text else report
+
+
+def _unproved(subject: Subject, bundle: Path) -> tuple[str, ...]:
+    return (OWN_WEIGHTS,) if subject.model.folder == bundle else ()
+
+
+def _of_steps(
+    request: ValidationRequest, subject: Subject, candidate: Candidate, console: Console
+) -> ValidationReport:
+    model, config, golden = subject.model, subject.config, request.save_golden
+    copies = estimates.num_references(config.precision, model.config.layers)
+    hint = "--layers-alone compares with one layer in memory at a time"
+    estimates.check_memory(model, hint=hint, copies=copies)
+    from nemotrt.exporter.validation.validate import judge, num_steps
+
+    def keep(recording: Recording) -> None:
+        if golden:
+            left_out = (*recording.not_compared, *_unproved(subject, request.bundle))
+            whole = dataclasses.replace(recording, not_compared=left_out)
+            goldens.save(golden, whole, goldens.identity_of(subject.manifest))
+            console.say(f"{'golden':<9} {golden}, {golden.stat().st_size / 1e6:.1f} MB")
+
+    drift_steps = DRIFT_STEPS if request.drift_steps is None else request.drift_steps
+    total = num_steps(config.precision, len(model.config.layers), drift_steps)
+    with console.stage("validate", f"{candidate.title} against PyTorch", total=total) as advance:
+        return judge(
+            model,
+            config,
+            candidate,
+            seed=request.seed or 0,
+            drift_steps=drift_steps,
+            advance=advance,
+            recorded=keep,
+        )
+
+
+def _of_layers(request: ValidationRequest, subject: Subject, console: Console) -> ValidationReport:
+    model, config = subject.model, subject.config
+    estimates.check_part_memory(model, config.precision)
+    from nemotrt.exporter.validation.validate import num_parts, validate_parts
+
+    total = num_parts(len(model.config.layers))
+    with console.stage("validate", "each layer alone, ONNX Runtime against PyTorch", total=total) as advance:
+        return validate_parts(model, config, subject.graph, seed=request.seed or 0, advance=advance)
+
+
+def _bisected(
+    report: ValidationReport, request: ValidationRequest, subject: Subject, console: Console
+) -> ValidationReport:
+    from nemotrt.exporter.validation.parts import bisection
+    from nemotrt.exporter.validation.parts.engine_parts import EngineParts
+    from nemotrt.exporter.validation.parts.layerwise import mixed_steps
+    from nemotrt.exporter.validation.validate import extent
+
+    model, config = subject.model, subject.config
+    driven = extent(model, config, request.seed or 0)
+    open_part: bisection.OpenPart = PartSession
+    if request.engine:
+        open_part = EngineParts(request.bundle, subject.manifest, mixed_steps(driven), driven).open
+    total = bisection.num_steps(len(model.config.layers))
+    with console.stage("bisect", "every value inside each layer", total=total) as advance:
+        found = bisection.bisect(model, config, subject.graph, driven, open_part=open_part, advance=advance)
+    return dataclasses.replace(report, bisect=found)
+
+
+def _check_base(subject: Subject, text: Path | None, base: Path | None) -> None:
+    is_quantised = bool(subject.model.config.recipe)
+    if base and not is_quantised:
+        raise UsageError("--base is what a bundle was quantised from, and this one is not quantised")
+    if base and not text:
+        raise UsageError("--base has no effect without --eval: there is no text to measure on")
+    if text and is_quantised and not subject.base:
+        raise UsageError(
+            "--eval measures against the model before it was quantised, which is not known: give it with --base,"
+            " or with --checkpoint if the build quantised it"
+        )
+
+
+def _tokens(subject: Subject, bundle: Path, text: Path) -> Sequences:
+    """Read, and refused, before anything is compared."""
+    from nemotrt.exporter.validation.text_quality import num_copies
+
+    tokens = sequences(bundle, text, subject.model.config.bos_token_id)
+    hint = "--eval runs the model more than once side by side; leave it out"
+    estimates.check_memory(subject.model, hint=hint, copies=num_copies(subject.base))
+    return tokens
+
+
+def _with_text(
+    report: ValidationReport, subject: Subject, tokens: Sequences, name: str, console: Console
+) -> ValidationReport:
+    from nemotrt.exporter.validation import text_quality
+    from nemotrt.exporter.validation.validate import NO_COST, NO_TEXT
+
+    model, base, total = subject.model, subject.base, sum(map(len, tokens))
+    runs = text_quality.num_runs(model, base, tokens)
+    with console.stage("text", f"{total:,} tokens of {name}", total=runs) as advance:
+        measured = text_quality.measure(
+            model, base, subject.config, subject.graph, tokens, name, advance=advance
+        )
+    left_out = [entry for entry in report.not_compared if entry not in (NO_TEXT, NO_COST)]
+    if total >= MOST:
+        left_out.append(f"{name} beyond its first {MOST:,} tokens")
+    return dataclasses.replace(
+        report,
+        gates=(*report.gates, *text_quality.gates(measured)),
+        not_compared=tuple(left_out),
+        text=measured,
+    )

@@ -1,0 +1,192 @@
+"""A validation's report as one HTML file that loads nothing: verdict first, then plots and tables."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from nemotrt.exporter.generation.tokenizer import TOKENIZER, Tokenizer
+from nemotrt.exporter.report import plots
+from nemotrt.exporter.report.gate_summary import strain, summary
+from nemotrt.exporter.report.model import Drift, ValidationReport
+from nemotrt.exporter.report.precision_map import PlacePrecision, precision_map
+from nemotrt.exporter.report.units import digits, size
+from nemotrt.exporter.runtime.graph_file import read_proto
+from nemotrt.exporter.runtime.manifest import Manifest, PoolPair
+
+POOL_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3fn": 1}
+SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """What a page says of the bundle beside its report; tokens are shown as ids where there is no tokenizer."""
+
+    manifest: Manifest
+    places: Sequence[PlacePrecision]
+    tokenizer: Tokenizer | None
+
+    @classmethod
+    def of(cls, folder: Path, manifest: Manifest) -> Bundle:
+        """Read from a bundle's folder; raises BundleError on a graph that is none."""
+        graphs = manifest.of_role("graph")
+        places = precision_map(read_proto(folder / graphs[0])) if graphs else []
+        return cls(manifest, places, Tokenizer(folder) if (folder / TOKENIZER).is_file() else None)
+
+
+def report_html(
+    report: ValidationReport,
+    *,
+    name: str,
+    bundle: Bundle | None = None,
+    seconds: Mapping[str, float] | None = None,
+) -> str:
+    """The page; `seconds` are what each stage took."""
+    from jinja2 import Environment, StrictUndefined
+
+    source = files("nemotrt.exporter.report").joinpath("report.html").read_text(encoding="utf-8")
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {
+        "number": digits,
+        "size": size,
+        "power": lambda exponent: f"10{str(exponent).translate(SUPERSCRIPT)}",
+        "text": _text(bundle.tokenizer if bundle else None),
+    }
+    return environment.from_string(source).render(
+        name=name,
+        report=report,
+        bundle=bundle,
+        seconds=seconds or {},
+        failed=sorted((gate for gate in report.gates if not gate.passed), key=strain, reverse=True),
+        tiles=_tiles(report),
+        rows=summary(report.gates),
+        layers=plots.layer_plot(report.layers) if report.layers else None,
+        kinds=list(dict.fromkeys(layer.kind for layer in report.layers)),
+        positions=[(found, plots.kl_plot(found)) for found in report.next_token],
+        drift=_drift(report.drift) if report.drift else None,
+        costs=plots.cost_plot(report.text.layers) if report.text and report.text.layers else None,
+        precision=_precision(bundle.places) if bundle and bundle.places else None,
+        state=_state(bundle.manifest.graph.pools) if bundle else None,
+    )
+
+
+def _text(tokenizer: Tokenizer | None) -> Callable[[Sequence[int]], str]:
+    return lambda tokens: tokenizer.decode(tokens) if tokenizer else " ".join(map(str, tokens))
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One figure at the top of the page."""
+
+    title: str
+    figure: str
+    detail: str
+    is_bad: bool = False
+
+
+def _tiles(report: ValidationReport) -> list[Tile]:
+    """What a reader wants to know first, as far as it was measured."""
+    held = sum(gate.passed for gate in report.gates)
+    tiles = [Tile("Gates that hold", f"{held}", f"of {len(report.gates)}", held < len(report.gates))]
+    limited = [gate for gate in report.gates if gate.limit > 0]
+    if limited:
+        worst = max(limited, key=strain)
+        used = min(100 * strain(worst), 999.0)
+        where = f"{worst.metric} of {worst.output}, {worst.scenario}"
+        tiles.append(Tile("Nearest to its limit", f"{used:.0f} %", where, not worst.passed))
+    decoded = next((found for found in report.next_token if found.scenario == "decode"), None)
+    if decoded:
+        detail = f"± {digits(decoded.mean_error)} nats a token, decoding"
+        tiles.append(Tile("Mean KL", digits(decoded.mean), detail))
+        same = f"± {100 * decoded.same_top_error:.1f}, of {len(decoded.kl)} tokens"
+        tiles.append(Tile("Same best token", f"{100 * decoded.same_top:.4g} %", same))
+    if report.drift:
+        shares = [max(plots.of_limit(state.error, state.floor)) for state in report.drift.states]
+        detail = f"of its limit at worst, {report.drift.steps[-1]:,} steps"
+        tiles.append(Tile("State drift", f"{100 * max(shares):.0f} %", detail, max(shares) > 1))
+    if report.routers:
+        rerouted, tokens = (sum(getattr(r, f) for r in report.routers) for f in ("rerouted", "tokens"))
+        tiles.append(Tile("Other experts chosen", f"{rerouted}", f"times of {tokens:,}, near ties"))
+    return tiles
+
+
+@dataclass(frozen=True)
+class DriftRow:
+    """One recurrent state at the last step, and at its worst."""
+
+    pool: str
+    error: float
+    floor: float | None
+    worst: float
+    """Of its limit, in percent."""
+    at: int
+    alone: float | None
+    alone_worst: float | None
+
+
+def _drift(drift: Drift) -> dict[str, Any]:
+    rows = []
+    for state in drift.states:
+        shares = plots.of_limit(state.error, state.floor)
+        at = max(range(len(shares)), key=shares.__getitem__)
+        alone = plots.of_limit(state.alone, state.alone_floor)
+        rows.append(
+            DriftRow(
+                state.pool,
+                state.error[-1],
+                state.floor[-1] if state.floor else None,
+                100 * shares[at],
+                drift.steps[at],
+                state.alone[-1] if alone else None,
+                100 * max(alone) if alone else None,
+            )
+        )
+    return {"plot": plots.drift_plot(drift), "rows": rows, "steps": drift.steps[-1]}
+
+
+@dataclass
+class KindPrecision:
+    """All layers of one kind, or the embeddings or the head."""
+
+    kind: str
+    places: int = 0
+    bytes: int = 0
+    bytes_by_dtype: dict[str, int] = field(default_factory=dict)
+    dtypes: dict[str, dict[str, int]] = field(default_factory=dict)
+    """What a layer has → a dtype → how many layers have it in that."""
+
+    def add(self, place: PlacePrecision) -> None:
+        """Count one more."""
+        self.places += 1
+        for dtype, num_bytes in place.bytes_by_dtype.items():
+            self.bytes += num_bytes
+            self.bytes_by_dtype[dtype] = self.bytes_by_dtype.get(dtype, 0) + num_bytes
+        for what, dtype in place.dtypes.items():
+            counts = self.dtypes.setdefault(what, {})
+            counts[dtype] = counts.get(dtype, 0) + 1
+
+
+def _precision(places: Sequence[PlacePrecision]) -> dict[str, Any]:
+    kinds: dict[str, KindPrecision] = {}
+    for place in places:
+        kinds.setdefault(place.kind, KindPrecision(place.kind)).add(place)
+    used = sorted({dtype for place in places for dtype in place.dtypes.values()}, key="fp8bf16fp16fp32".find)
+    return {"plot": plots.precision_plot(places), "kinds": list(kinds.values()), "dtypes": used}
+
+
+def _state(pools: Sequence[PoolPair]) -> dict[str, int]:
+    """Bytes of one sequence's recurrent state, and of one token in the KV cache."""
+    found = {"sequence": 0, "token": 0}
+    for pool in pools:
+        row = math.prod(pool.row_shape) * POOL_BYTES[pool.dtype]
+        if pool.input.startswith("kv_cache."):
+            found["token"] += row // pool.row_shape[2]
+        else:
+            found["sequence"] += row
+    return found

@@ -1,0 +1,1 @@
+"""One layer, one op or one value alone, so that an error stays where it was made."""

@@ -1,0 +1,285 @@
+"""Bisect: the first layer, in it the first op, and of that the tensor, that departs from PyTorch.
+
+Each part of the graph runs alone on the reference's own inputs with every value inside it as an output. PyTorch's
+counterparts come from the program that the part was lowered from, run operator by operator on the real weights: in
+FP32, and at the graph's precision for the floor.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from nemotrt.exporter.artifacts import TracedPart
+from nemotrt.exporter.checkpoint import weights
+from nemotrt.exporter.checkpoint.loaded_model import LoadedModel
+from nemotrt.exporter.config import COMPUTE_DTYPES, BuildConfig
+from nemotrt.exporter.report.model import Bisection, Suspect
+from nemotrt.exporter.runtime.step import StepInputs
+from nemotrt.exporter.stages.lower import value_names
+from nemotrt.exporter.stages.trace import trace
+from nemotrt.exporter.validation.comparison import Extent
+from nemotrt.exporter.validation.graph_dtypes import ELEMENT_TYPES
+from nemotrt.exporter.validation.parts.layerwise import part_noise, trials
+from nemotrt.exporter.validation.parts.part_trial import (
+    FLOAT,
+    Beside,
+    PartRun,
+    PartRunner,
+    PartTrial,
+    error,
+    limit,
+)
+from nemotrt.exporter.validation.parts.subgraphs import Cut
+from nemotrt.exporter.validation.parts.torch_parts import PartModules, TracedTorchPart
+from nemotrt.exporter.validation.runners.onnx_part import PartSession
+from nemotrt.model.pools import PoolSpec
+
+if TYPE_CHECKING:
+    from onnx import ModelProto, NodeProto, TensorProto
+
+OpenPart = Callable[["ModelProto", Path], PartRunner]
+"""From a part of a graph, and the graph beside which its weights lie."""
+
+STORED = {number: getattr(torch, name) for name, number in ELEMENT_TYPES.items()}
+"""onnx.TensorProto's numbers of weight types."""
+
+
+def bisect(
+    model: LoadedModel,
+    config: BuildConfig,
+    graph: Path,
+    extent: Extent,
+    *,
+    open_part: OpenPart = PartSession,
+    advance: Callable[[int], None] = lambda _: None,
+) -> Bisection:
+    """Where the graph departs over the steps of a mixed batch, part by part; `advance` hears of `num_steps`.
+
+    `open_part` runs a part on the weights beside the graph: ONNX Runtime, or an engine that is built of it.
+    """
+    programs = _programs(model, config)
+    pools, modules = model.pools(config), PartModules(model)
+    advance(1)
+    runs_as: list[str] = []
+    changed: list[str] = []
+
+    def trial(cut: Cut) -> PartTrial:
+        program = programs[cut.place]
+        inside = {name for node in cut.model.graph.node for name in node.output}
+        names = [name for name in dict.fromkeys(program.names.values()) if name in inside]
+        runner = _Marked(cut, names, changed, lambda part: open_part(part, graph))
+        runs_as.append(runner.runs_as)
+        reference, floor = program.parts(modules, cut, pools)
+        return PartTrial(cut, runner, reference, floor, part_noise(cut, pools, extent), names)
+
+    kinds = {f"layers.{index}": kind for index, kind in model.config.numbered_layers.items()}
+    departing: list[Suspect] = []
+    nearest: Suspect | None = None
+    num_values = num_unmatched = 0
+    for cut, done, _ in trials(config, graph, trial, extent):
+        found = list(_suspects(cut, done, kinds.get(cut.place, cut.place)))
+        num_values += len(found)
+        num_unmatched += sum(len(node.output) for node in cut.model.graph.node) - len(found)
+        departing += _first_departing(cut, done, found, model, graph)
+        nearest = max(
+            (suspect for suspect in (nearest, *found) if suspect and not suspect.departs),
+            key=lambda suspect: suspect.strain,
+            default=None,
+        )
+        del done
+        advance(1)
+    return Bisection(
+        runs_as=max(runs_as, key=runs_as.count),
+        num_values=num_values,
+        num_unmatched=num_unmatched,
+        departing=tuple(departing),
+        nearest=nearest,
+        marking_changed=tuple(dict.fromkeys(changed)),
+    )
+
+
+def num_steps(num_layers: int) -> int:
+    """What `bisect` tells its `advance` of: tracing, and every part."""
+    return 1 + num_layers + 2
+
+
+@dataclasses.dataclass(frozen=True)
+class _Program:
+    """A part as it was traced in FP32 and at the graph's precision, if that is another."""
+
+    wide: TracedPart
+    half: TracedPart | None
+    dtype: torch.dtype
+    names: dict[str, str]
+    """The programs' nodes → the graph's values."""
+
+    def parts(
+        self, modules: PartModules, cut: Cut, pools: Sequence[PoolSpec]
+    ) -> tuple[TracedTorchPart, TracedTorchPart | None]:
+        """PyTorch's part in FP32, and at the graph's precision if that is another."""
+
+        def part(traced: TracedPart, dtype: torch.dtype) -> TracedTorchPart:
+            return TracedTorchPart(modules, cut, pools, dtype, traced.program, self.names)
+
+        return part(self.wide, torch.float32), part(self.half, self.dtype) if self.half else None
+
+
+def _programs(model: LoadedModel, config: BuildConfig) -> dict[str, _Program]:
+    """By the parts' places."""
+    dtype = getattr(torch, COMPUTE_DTYPES[config.precision])
+    own = trace(model, config)
+    is_wide = dtype == torch.float32
+    wide = own if is_wide else trace(model, dataclasses.replace(config, precision="fp32", state_dtype="fp32"))
+    found = {}
+    for part, other, names in zip(own.parts, wide.parts, value_names(own), strict=True):
+        if [node.name for node in part.program.graph.nodes] != [n.name for n in other.program.graph.nodes]:
+            raise AssertionError(f"{part.prefix} is traced to other operators in FP32 than in {dtype}")
+        found[part.prefix] = _Program(other, None if is_wide else part, dtype, names)
+    return found
+
+
+class _Marked:
+    """A part with inner values as outputs, beside the same part without: the bits that both give must be the same."""
+
+    def __init__(
+        self,
+        cut: Cut,
+        names: Sequence[str],
+        changed: list[str],
+        open_part: Callable[[ModelProto], PartRunner],
+    ) -> None:
+        """The part's place is added to `changed` whenever they are not."""
+        routers = [cut.router_logits] if cut.router_logits else []
+        self._place, self._changed = cut.place, changed
+        self._marked = open_part(cut.showing(dict.fromkeys([*routers, *names])))
+        self._plain = open_part(cut.model)
+        self.runs_as = self._marked.runs_as
+
+    def run(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        """Every output, of the part with marks."""
+        shown = self._marked.run(feeds)
+        for name, values in self._plain.run(feeds).items():
+            if not np.array_equal(values, shown[name], equal_nan=True):
+                self._changed.append(self._place)
+        return shown
+
+
+def _suspects(cut: Cut, done: PartRun, kind: str) -> Iterator[Suspect]:
+    """Every value that was compared, in the order in which nodes make them."""
+    for node in cut.model.graph.node:
+        for name in node.output:
+            if name in done.shown:
+                yield _suspect(cut, node, name, kind, done.shown[name], done.floor.get(name))
+
+
+def _suspect(cut: Cut, node: NodeProto, name: str, kind: str, shown: Beside, floor: Beside | None) -> Suspect:
+    tensor = cut.types[name].type.tensor_type
+    base = error(floor) if floor else None
+    found = error(shown)
+    step, index, ours, reference = shown.worst()
+    return Suspect(
+        place=cut.place,
+        kind=kind,
+        node=node.name,
+        op=node.op_type,
+        tensor=name,
+        shape=tuple(size.dim_param or str(size.dim_value) for size in tensor.shape.dim),
+        error=_finite(found),
+        floor=base if base is None else _finite(base),
+        limit=limit(base, is_fp32=_is_fp32(cut, name)),
+        step=step,
+        index=index,
+        candidate=_finite(ours),
+        reference=_finite(reference),
+        reads=(),
+    )
+
+
+def _first_departing(
+    cut: Cut, done: PartRun, found: Sequence[Suspect], model: LoadedModel, graph: Path
+) -> list[Suspect]:
+    """The value of the earliest step, and of the earliest node, that departs; none where none does."""
+    beyond = [suspect for suspect in found if suspect.departs]
+    if not beyond:
+        return []
+    # What a state lost in one step shows in all that follow.
+    first = min(beyond, key=lambda suspect: _first_step(suspect, done, cut))
+    return [_explained(first, cut, found, done.shown[first.tensor].shapes, model, graph)]
+
+
+def _first_step(suspect: Suspect, done: PartRun, cut: Cut) -> int:
+    """After how many steps the value is beyond its limit."""
+    shown, floor = done.shown[suspect.tensor], done.floor.get(suspect.tensor)
+    is_fp32 = _is_fp32(cut, suspect.tensor)
+    for count in range(1, len(shown.steps)):
+        base = error(floor.after(count)) if floor else None
+        if error(shown.after(count)) > limit(base, is_fp32=is_fp32):
+            return count
+    return len(shown.steps)
+
+
+def _is_fp32(cut: Cut, name: str) -> bool:
+    return cut.types[name].type.tensor_type.elem_type == FLOAT
+
+
+def _finite(value: float) -> float | None:
+    return value if np.isfinite(value) else None
+
+
+def _explained(
+    suspect: Suspect,
+    cut: Cut,
+    found: Sequence[Suspect],
+    shapes: tuple[tuple[int, ...], tuple[int, ...]] | None,
+    model: LoadedModel,
+    graph: Path,
+) -> Suspect:
+    """With what is known of each input of the value's node: the node, or one of these, is wrong."""
+    node = next(node for node in cut.model.graph.node if node.name == suspect.node)
+    known = {other.tensor: other for other in found}
+    reads = [f"shape {list(shapes[0])}, PyTorch's is {list(shapes[1])}"] if shapes else []
+    for name in dict.fromkeys(filter(None, node.input)):
+        if name in cut.weights:
+            said = _weight(cut.weights[name], model, graph.parent)
+        elif name in known:
+            said = f"agrees, {known[name].error:.3g} of {known[name].limit:.3g}"
+        elif name in cut.pools:
+            said = "the state, the same as PyTorch's at first"
+        elif name == cut.flow_in or name in StepInputs.names():
+            said = "given, the same as PyTorch's"
+        else:
+            said = "not compared: PyTorch has no such value"
+        reads.append(f"{name}: {said}")
+    return dataclasses.replace(suspect, reads=tuple(reads))
+
+
+def _weight(tensor: TensorProto, model: LoadedModel, folder: Path) -> str:
+    """Whether a weight holds the checkpoint's values."""
+    source = model.weights.get(tensor.name)
+    place = {entry.key: entry.value for entry in tensor.external_data}
+    if source is None or not place:
+        return "a constant of the graph"
+    path, offset = folder / place["location"], int(place["offset"])
+    if any(stored.path == path and stored.offset == offset for stored in source.tensors):
+        return "the bundle's own weight, which PyTorch took too: --checkpoint compares it"
+    dtype = STORED[tensor.data_type]
+    stored = np.memmap(path, np.uint8, "r", offset, int(place["length"]))
+    position = differing = 0
+    for piece in weights.values(source, tuple(tensor.dims), dtype):
+        wanted = piece.view(torch.uint8).numpy()
+        is_other = stored[position : position + len(wanted)] != wanted
+        differing += int(is_other.reshape(-1, dtype.itemsize).any(1).sum())
+        position += len(wanted)
+    total = position // dtype.itemsize
+    return (
+        f"DIFFERS from the checkpoint in {differing:,} of {total:,} values"
+        if differing
+        else "the checkpoint's"
+    )

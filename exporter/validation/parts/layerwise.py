@@ -1,0 +1,128 @@
+"""Each part of the graph alone, on the reference's own inputs: an error stays on the layer that made it.
+
+One part is in memory at a time, in PyTorch (FP32, and at the graph's precision for the floor) and in ONNX Runtime,
+with the activations of the steps: a model that fits no machine as a whole is still compared layer by layer.
+
+Legend: T tokens, D hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from nemotrt.exporter.checkpoint.loaded_model import LoadedModel
+from nemotrt.exporter.config import COMPUTE_DTYPES, BuildConfig
+from nemotrt.exporter.report.model import Gate, LayerError, OpError
+from nemotrt.exporter.runtime.graph_file import read_proto
+from nemotrt.exporter.runtime.step import StepInputs
+from nemotrt.exporter.validation import gates as judged
+from nemotrt.exporter.validation import metrics
+from nemotrt.exporter.validation.comparison import Extent, noise_of, prompt_of
+from nemotrt.exporter.validation.gates import Noise
+from nemotrt.exporter.validation.parts import opwise
+from nemotrt.exporter.validation.parts.part_trial import Compared, PartRun, PartTrial
+from nemotrt.exporter.validation.parts.subgraphs import Cut, cuts
+from nemotrt.exporter.validation.parts.torch_parts import PartModules, TorchPart
+from nemotrt.exporter.validation.runners.onnx_part import PartSession
+from nemotrt.exporter.validation.scenarios import MIXED, scenarios
+from nemotrt.model.pools import PoolSpec
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What the parts alone showed: gates, each layer's error, and each op's."""
+
+    gates: tuple[Gate, ...] = ()
+    layers: tuple[LayerError, ...] = ()
+    ops: tuple[OpError, ...] = ()
+    runs_as: str = ""
+    """How ONNX Runtime ran the graph, in words."""
+
+
+MakeTrial = Callable[[Cut], PartTrial]
+
+
+def compare_parts(
+    model: LoadedModel,
+    config: BuildConfig,
+    graph: Path,
+    extent: Extent,
+    *,
+    advance: Callable[[int], None] = lambda _: None,
+) -> Parts:
+    """Every part alone over the steps of a mixed batch, and in it every op alone; `advance` hears of parts."""
+    dtype = getattr(torch, COMPUTE_DTYPES[config.precision])
+    pools, modules = model.pools(config), PartModules(model)
+
+    runs_as: list[str] = []
+
+    def trial(cut: Cut) -> PartTrial:
+        shown = cut.showing([cut.router_logits] if cut.router_logits else [])
+        reference = TorchPart(modules, cut, pools, torch.float32)
+        session = PartSession(shown, graph)
+        runs_as.append(session.runs_as)
+        floor = TorchPart(modules, cut, pools, dtype) if dtype != torch.float32 else None
+        noise = part_noise(cut, pools, extent)
+        return PartTrial(cut, session, reference, floor, noise, cut.edges)
+
+    kinds = {f"layers.{index}": kind for index, kind in model.config.numbered_layers.items()}
+    gates: list[Gate] = []
+    layers: list[LayerError] = []
+    ops: list[OpError] = []
+    for cut, done, counts in trials(config, graph, trial, extent):
+        shown, floor = _labelled(cut, done.shown), _labelled(cut, done.floor) or None
+        gates += judged.layer_gates(cut.place, shown, floor)
+        if cut.mixed:
+            base = metrics.relative_l2(*floor["adds"]) if floor else None
+            layers.append(LayerError(cut.place, kinds[cut.place], metrics.relative_l2(*shown["adds"]), base))
+        op_gates, errors = opwise.compare_ops(cut, graph, done.calls, counts)
+        gates += op_gates
+        ops += errors
+        del done
+        advance(1)
+    return Parts(tuple(gates), tuple(layers), tuple(ops), max(runs_as, key=runs_as.count))
+
+
+def mixed_steps(extent: Extent) -> tuple[StepInputs, ...]:
+    """The steps that every part runs alone: the mixed batch, on random tokens."""
+    tokens = prompt_of(replace(extent, prompt=extent.prompt + extent.decode))
+    plan = scenarios(tokens[: extent.prompt], tokens[extent.prompt :], extent.page_size)
+    return next(scenario.steps for scenario in plan if scenario.name == MIXED)
+
+
+def part_noise(cut: Cut, pools: Sequence[PoolSpec], extent: Extent) -> Noise:
+    """What a part's pools hold at first."""
+    return noise_of([pool for pool in pools if pool.name in cut.pools], extent)
+
+
+def trials(
+    config: BuildConfig, graph: Path, trial: MakeTrial, extent: Extent
+) -> Iterator[tuple[Cut, PartRun, list[int]]]:
+    """What every part gave, and how many tokens each had; what flows in is what the reference gave before it."""
+    steps = mixed_steps(extent)
+    counts = [int(inputs.query_start[-1]) for inputs in steps]
+    dtype = getattr(torch, COMPUTE_DTYPES[config.precision])
+    flows: list[Tensor] = [torch.from_numpy(inputs.input_ids) for inputs in steps]
+    for cut in cuts(read_proto(graph)):
+        running = trial(cut)
+        # What flows is rounded, so that all three start from the same bits.
+        flows = [
+            running.step(flow if flow.dtype == torch.int64 else flow.to(dtype), inputs)
+            for flow, inputs in zip(flows, steps, strict=True)
+        ]
+        found = running.found
+        # Neither its weights nor its ops' are to be in memory beside those of what comes next.
+        del running
+        yield cut, found, counts
+        del found
+
+
+def _labelled(cut: Cut, compared: Compared) -> dict[str, judged.Pair]:
+    """By what a value is to its part: nothing for what flows on, `adds`, or a pool's name."""
+    labels = {cut.flow_out: "", cut.mixed: "adds"}
+    return {labels.get(name, name.removeprefix("next.")): beside.pair for name, beside in compared.items()}

@@ -1,0 +1,1 @@
+"""What a candidate is compared with: PyTorch, or a reference file."""

@@ -1,0 +1,169 @@
+"""Validate: the graph against PyTorch on identical tokens and carried state, judged by gates that can fail.
+
+How the two are driven and judged stands in `comparison.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+from nemotrt.exporter.checkpoint.layer_selection import partial_model
+from nemotrt.exporter.checkpoint.loaded_model import LoadedModel
+from nemotrt.exporter.checkpoint.quant_config import cache_notes
+from nemotrt.exporter.config import BUILD_DRIFT_STEPS, COMPUTE_DTYPES, DRIFT_STEPS, BuildConfig
+from nemotrt.exporter.report.model import Drift, ValidationReport
+from nemotrt.exporter.runtime.graph_file import read_proto
+from nemotrt.exporter.validation import drift
+from nemotrt.exporter.validation.candidates import ENGINE, graph_candidate
+from nemotrt.exporter.validation.comparison import WATCHED, Candidate, Extent, Recording, compare
+from nemotrt.exporter.validation.graph_dtypes import dtype_gates, wanted_dtypes
+from nemotrt.exporter.validation.parts.layerwise import compare_parts
+from nemotrt.exporter.validation.references.pytorch import Follower, record
+
+PROMPT, DECODE = 96, 64
+"""Tokens of the prompt, and tokens decoded after it."""
+
+NO_TEXT = "text: none was given (nemo-export validate --eval FILE, or default)"
+NO_COST = "what quantisation costs: no text was given (nemo-export validate --eval FILE)"
+
+
+def validate(
+    model: LoadedModel,
+    config: BuildConfig,
+    graph: Path,
+    *,
+    seed: int = 0,
+    drift_steps: int = BUILD_DRIFT_STEPS,
+    advance: Callable[[int], None] = lambda _: None,
+) -> ValidationReport:
+    """The report of every gate on the graph in ONNX Runtime; as `judge`."""
+    candidate = graph_candidate(graph)
+    return judge(model, config, candidate, seed=seed, drift_steps=drift_steps, advance=advance)
+
+
+def judge(
+    model: LoadedModel,
+    config: BuildConfig,
+    candidate: Candidate,
+    *,
+    seed: int = 0,
+    drift_steps: int = BUILD_DRIFT_STEPS,
+    advance: Callable[[int], None] = lambda _: None,
+    recorded: Callable[[Recording], None] = lambda _: None,
+) -> ValidationReport:
+    """The report of every gate; raises ValidationError when an output that should be compared is missing.
+
+    `drift_steps` may be none. `advance` hears of the steps that were run, `num_steps` in all; `recorded` of the
+    reference, before the candidate is run.
+    """
+    recording = record(model, config, extent(model, config, seed), _left_out(model, config), advance)
+    recorded(recording)
+    beside = Follower(model, model.pools(config), recording).beside
+    report = compare(recording, candidate, beside, advance)
+    drifted = _drift(model, config, candidate, drift_steps, seed, advance)
+    report = dataclasses.replace(
+        report,
+        gates=(*report.gates, *(drift.gates(drifted) if drifted else ())),
+        drift=drifted,
+        not_compared=(*report.not_compared, *_not_drifted(drift_steps, drifted)),
+    )
+    if not candidate.graph:
+        return report
+    parts = compare_parts(model, config, candidate.graph, recording.extent, advance=advance)
+    return dataclasses.replace(
+        report, gates=(*report.gates, *parts.gates), layers=parts.layers, ops=parts.ops
+    )
+
+
+PARTS_ALONE = (
+    "the whole model: its layers were run one at a time (--layers-alone), its logits were not compared"
+)
+
+
+def validate_parts(
+    model: LoadedModel,
+    config: BuildConfig,
+    graph: Path,
+    *,
+    seed: int = 0,
+    advance: Callable[[int], None] = lambda _: None,
+) -> ValidationReport:
+    """The report of each part and each op alone, with no more of the model in memory, and of the graph's dtypes.
+
+    `advance` hears of parts.
+    """
+    driven, dtype = extent(model, config, seed), COMPUTE_DTYPES[config.precision]
+    parts = compare_parts(model, config, graph, driven, advance=advance)
+    return ValidationReport(
+        candidate=f"ONNX Runtime, one part at a time, {parts.runs_as}",
+        reference="PyTorch, FP32",
+        floor="" if dtype == "float32" else f"PyTorch, {dtype}",
+        tokens={"prompt": driven.prompt, "decode": driven.decode, "seed": seed},
+        gates=(*dtype_gates(read_proto(graph), wanted_dtypes(model, config)), *parts.gates),
+        rerouted={},
+        not_compared=(PARTS_ALONE, ENGINE, *_left_out(model, config)),
+        layers=parts.layers,
+        ops=parts.ops,
+        is_whole=False,
+    )
+
+
+def num_parts(num_layers: int) -> int:
+    """Parts of a model: its layers, the embeddings and the head."""
+    return num_layers + 2
+
+
+def extent(model: LoadedModel, config: BuildConfig, seed: int) -> Extent:
+    """How much a validation drives."""
+    return Extent(PROMPT, DECODE, seed, model.config.vocab_size, config.page_size)
+
+
+def _left_out(model: LoadedModel, config: BuildConfig) -> tuple[str, ...]:
+    chosen = model.config.chosen_layers
+    return (
+        *(f"{name}: not exported" for name in model.not_exported),
+        *((f"the whole model: {partial_model(chosen)}",) if chosen else ()),
+        NO_COST if model.config.recipe else NO_TEXT,
+        *(f"range of keys and values: {note}" for note in cache_notes(model.config, config.kv_dtype)),
+    )
+
+
+def _drift(
+    model: LoadedModel,
+    config: BuildConfig,
+    candidate: Candidate,
+    num_steps: int,
+    seed: int,
+    advance: Callable[[int], None],
+) -> Drift | None:
+    """Over as many steps as a sequence may have tokens, and `num_steps` at most; None of a model without a state."""
+    steps = min(num_steps, config.max_context)
+    if not steps or "mamba" not in model.config.layers:
+        return None
+    return drift.measure(
+        model,
+        config,
+        lambda pages: candidate.open(pages, WATCHED),
+        num_steps=steps,
+        seed=seed,
+        advance=advance,
+    )
+
+
+def _not_drifted(num_steps: int, found: Drift | None) -> tuple[str, ...]:
+    if found is None:
+        return ("state drift: no decode steps were asked for",) if not num_steps else ()
+    shown = [state for state in found.states if state.alone]
+    return (
+        *((f"state drift beyond {found.steps[-1]} decode steps",) if found.steps[-1] < DRIFT_STEPS else ()),
+        *(("each recurrence alone: its inputs are not seen",) if not shown else ()),
+    )
+
+
+def num_steps(precision: str, num_layers: int, drift_steps: int = BUILD_DRIFT_STEPS) -> int:
+    """Steps of a validation: the greedy continuation's, the scenarios' for each runner, each part alone, and drift."""
+    num_runners = 3 if precision == "fp32" else 4
+    whole = 1 + DECODE + num_runners * Extent(PROMPT, DECODE, 0, 1, PROMPT).num_steps
+    return whole + num_parts(num_layers) + drift.num_runs(precision, drift_steps)
