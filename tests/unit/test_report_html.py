@@ -12,7 +12,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
-from browser import Browser
+from browser import open_page
 
 from nemotrt.exporter.errors import BundleError
 from nemotrt.exporter.report import json_file
@@ -234,29 +234,28 @@ def test_a_browser_shows_it(tmp_path: Path, width: int, dark: bool) -> None:
     path = tmp_path / "report.html"
     page = report_html(made_up(88, 400), name="large.bundle", bundle=bundle(88))
     path.write_text(page, encoding="utf-8")
-    with Browser(tmp_path / "profile") as browser:
-        browser.show(path, width=width, dark=dark)
-        assert browser.errors() == []
-        assert browser.requests() == [path.as_uri()]
-        assert browser.run("document.documentElement.scrollWidth") <= width
-        assert browser.run("document.querySelectorAll('#layers rect').length") == 88
-        assert browser.run("document.querySelector('#layers').getBoundingClientRect().width") > 0.7 * min(
-            width, 900
-        )
-        assert browser.run("document.querySelectorAll('svg.kl polyline.curve').length") == 2
-        assert browser.run("document.querySelectorAll('#drift-plot polyline').length") == 132
-        assert browser.run("document.querySelectorAll('#map rect').length") == 88 * 7
-        assert browser.run("document.querySelectorAll('#ops tbody tr').length") == 88 * 2
-        assert not browser.run("document.querySelector('#ops').checkVisibility()")
-        assert browser.run("document.querySelectorAll('#costs rect').length") == 88
-        background = browser.run("getComputedStyle(document.body).backgroundColor")
+    with open_page(path, width=width, dark=dark) as (shown, errors, requests):
+        assert errors == []
+        assert requests == [path.as_uri()]
+        assert shown.evaluate("document.documentElement.scrollWidth") <= width
+        layers = shown.locator("#layers")
+        assert layers.locator("rect").count() == 88
+        assert layers.evaluate("svg => svg.getBoundingClientRect().width") > 0.7 * min(width, 900)
+        assert shown.locator("svg.kl polyline.curve").count() == 2
+        assert shown.locator("#drift-plot polyline").count() == 132
+        assert shown.locator("#map rect").count() == 88 * 7
+        assert shown.locator("#ops tbody tr").count() == 88 * 2
+        assert shown.locator("#ops").is_hidden()
+        assert shown.locator("#costs rect").count() == 88
+        background = shown.evaluate("getComputedStyle(document.body).backgroundColor")
         assert (sum(map(int, re.findall(r"\d+", background)[:3])) < 200) == dark
-        cells = "[...document.querySelectorAll('#routers tbody tr')].map(row => +row.cells[2].innerText)"
-        browser.run("document.querySelectorAll('#routers th button')[2].click()")
-        assert browser.run(cells) == sorted(browser.run(cells))
-        costs = "[...document.querySelectorAll('#ranked tbody tr')].map(row => +row.cells[2].dataset.v)"
-        browser.run("document.querySelectorAll('#ranked th button')[2].click()")
-        assert browser.run(costs) == sorted(browser.run(costs))
-        browser.picture(tmp_path / "page.png")
+        for table, column in (
+            ("#routers", "row => +row.cells[2].innerText"),
+            ("#ranked", "row => +row.cells[2].dataset.v"),
+        ):
+            shown.evaluate(f"document.querySelectorAll('{table} th button')[2].click()")
+            cells = shown.locator(f"{table} tbody tr").evaluate_all(f"rows => rows.map({column})")
+            assert cells == sorted(cells)
+        shown.screenshot(path=tmp_path / "page.png", full_page=True)
         assert (tmp_path / "page.png").stat().st_size > 20_000
-        assert browser.errors() == []
+        assert errors == []
