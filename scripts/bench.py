@@ -30,6 +30,7 @@ from nemotrt.exporter.checkpoint import weights
 from nemotrt.exporter.config import BuildConfig
 from nemotrt.exporter.lowering import external_data
 from nemotrt.exporter.runtime.session import Session
+from nemotrt.exporter.runtime.step import StepInputs
 from nemotrt.exporter.stages.load import load
 from nemotrt.exporter.stages.lower import Streaming, lower
 from nemotrt.exporter.stages.trace import trace
@@ -121,7 +122,7 @@ def in_turns(calls: dict[str, Callable[[], Any]], repeats: int) -> dict[str, flo
 def one_sequence(session: Session, tokens: int, context: int) -> Callable[[], Any]:
     """A step of so many tokens of one sequence in slot 1, its pages in order."""
     pages = -(-(tokens + context) // session.page_size)
-    arguments = (
+    step = StepInputs(
         np.ones(tokens, dtype=np.int64),
         np.asarray([0, tokens], dtype=np.int32),
         np.asarray([context], dtype=np.int32),
@@ -129,7 +130,7 @@ def one_sequence(session: Session, tokens: int, context: int) -> Callable[[], An
         np.arange(1, pages + 1, dtype=np.int32)[None],
         np.asarray([tokens - 1], dtype=np.int32),
     )
-    return lambda: session.step(*arguments)
+    return lambda: session.step(step)
 
 
 @click.group()

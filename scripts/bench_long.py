@@ -87,11 +87,11 @@ def _prompt(graph: Path, tokens: int, piece: int) -> dict[str, Any]:
     """Seconds and resident memory after each quarter of the prompt."""
     session = _session(graph, tokens)
     steps = _pieces(tokens, piece, PAGE)
-    session.step(**vars(steps[0]))
+    session.step(steps[0])
     times, found = [], {}
     for count, step in enumerate(steps, start=1):
         started = time.perf_counter()
-        session.step(**vars(step))
+        session.step(step)
         times.append(time.perf_counter() - started)
         if 4 * count % len(steps) == 0:
             quarter = times[-len(steps) // 4 :]
@@ -116,7 +116,7 @@ def _against_torch(graph: Path, tokens: int, piece: int) -> dict[str, float]:
     session, reference = _session(graph, tokens), TorchRunner(model, pools, torch.float32)
     reference.reset({spec.name: session.pool(spec.name) for spec in pools})
     logits = [
-        metrics.relative_l2(session.step(**vars(step)).astype(np.float64), reference.step(step))
+        metrics.relative_l2(session.step(step).astype(np.float64), reference.step(step))
         for step in _pieces(tokens, piece, PAGE)
     ]
     held = {

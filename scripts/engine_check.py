@@ -36,7 +36,7 @@ from nemotrt.exporter.runtime.cuda import CudaError, Gpu, find_gpu
 from nemotrt.exporter.runtime.engine_file import engine_profile
 from nemotrt.exporter.runtime.engine_session import EngineSession
 from nemotrt.exporter.runtime.manifest import Profile
-from nemotrt.exporter.runtime.step import pages_of
+from nemotrt.exporter.runtime.step import StepInputs, pages_of
 from nemotrt.exporter.validation.request import ValidationRequest
 
 EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "tiny"
@@ -100,10 +100,10 @@ def compare(checkpoint: Path, bundle: Path) -> tuple[str, Any]:
     return said, dataclasses.asdict(report)
 
 
-def decode_arguments(profile: Profile, sequences: int, context: int) -> tuple[Any, ...]:
-    """A token of each of so many sequences, each with its own slot and pages."""
+def decode_step(profile: Profile, sequences: int, context: int) -> StepInputs:
+    """A step of one token for each sequence; every sequence has `context` tokens, its own slot and its own pages."""
     pages = pages_of(context + 1, profile.page_size)
-    return (
+    return StepInputs(
         np.zeros(sequences, dtype=np.int64),
         np.arange(sequences + 1, dtype=np.int32),
         np.full(sequences, context, dtype=np.int32),
@@ -113,10 +113,10 @@ def decode_arguments(profile: Profile, sequences: int, context: int) -> tuple[An
     )
 
 
-def prompt_arguments(profile: Profile) -> tuple[Any, ...]:
-    """One fresh sequence that takes all tokens of a step."""
+def prompt_step(profile: Profile) -> StepInputs:
+    """A step whose tokens all belong to one fresh sequence."""
     tokens = min(profile.max_tokens, profile.max_context)
-    return (
+    return StepInputs(
         np.zeros(tokens, dtype=np.int64),
         np.asarray([0, tokens], dtype=np.int32),
         np.zeros(1, dtype=np.int32),
@@ -131,11 +131,9 @@ def speed(bundle: Path) -> tuple[str, Any]:
     profile = engine_profile(bundle, manifests.read(bundle))
     context = min(1024, profile.max_context - 1)
     steps = {
-        "decode, 1 sequence": decode_arguments(profile, 1, context),
-        f"decode, {profile.max_sequences} sequences": decode_arguments(
-            profile, profile.max_sequences, context
-        ),
-        f"prompt of {min(profile.max_tokens, profile.max_context)} tokens": prompt_arguments(profile),
+        "decode, 1 sequence": decode_step(profile, 1, context),
+        f"decode, {profile.max_sequences} sequences": decode_step(profile, profile.max_sequences, context),
+        f"prompt of {min(profile.max_tokens, profile.max_context)} tokens": prompt_step(profile),
     }
     found = {}
     for capture in (True, False):
@@ -145,23 +143,23 @@ def speed(bundle: Path) -> tuple[str, Any]:
             num_pages=1 + profile.max_sequences * pages_of(profile.max_context, profile.page_size),
             capture=capture,
         )
-        for name, arguments in steps.items():
+        for name, step in steps.items():
             if name.startswith("prompt") and not capture:
                 continue  # never captured
             title = (
                 name if name.startswith("prompt") else f"{name}, {'captured' if capture else 'uncaptured'}"
             )
-            found[title] = median_milliseconds(session, arguments)
+            found[title] = median_milliseconds(session, step)
         del session
     return "; ".join(f"{name}: {ms:.2f} ms" for name, ms in found.items()), found
 
 
-def median_milliseconds(session: EngineSession, arguments: tuple[Any, ...]) -> float:
-    """Of TIMED steps, each waited for."""
+def median_milliseconds(session: EngineSession, inputs: StepInputs) -> float:
+    """The median over TIMED repetitions of a step, after WARM_UP untimed ones."""
     times = []
     for i in range(WARM_UP + TIMED):
         started = time.perf_counter()
-        session.step(*arguments)
+        session.step(inputs)
         if i >= WARM_UP:
             times.append(1e3 * (time.perf_counter() - started))
     return statistics.median(times)

@@ -19,7 +19,7 @@ from nemotrt.exporter.runtime.engine_file import engine_profile
 from nemotrt.exporter.runtime.engine_session import EngineSession
 from nemotrt.exporter.runtime.manifest import Manifest, Profile
 from nemotrt.exporter.runtime.session import Session
-from nemotrt.exporter.runtime.step import pages_of
+from nemotrt.exporter.runtime.step import StepInputs, pages_of
 
 RUNTIME = "onnx"
 """The runtime of the profile that runs anywhere."""
@@ -51,15 +51,7 @@ class GenerateConfig:
 class Steps(Protocol):
     """What runs steps: a session of either runtime."""
 
-    def step(
-        self,
-        input_ids: NDArray[np.int64],
-        query_start: NDArray[np.int32],
-        context_len: NDArray[np.int32],
-        slot: NDArray[np.int32],
-        page_table: NDArray[np.int32],
-        logits_row: NDArray[np.int32],
-    ) -> NDArray[np.float32]:
+    def step(self, inputs: StepInputs) -> NDArray[np.float32]:
         """The logits [R, V] of one step."""
 
 
@@ -157,15 +149,7 @@ def generate_tokens(
 
 def _chosen(session: Steps, step: PlannedStep, samplers: dict[int, Sampler]) -> dict[int, int]:
     """A request that wants logits → its next token."""
-    inputs = step.inputs
-    logits_RV = session.step(
-        inputs.input_ids,
-        inputs.query_start,
-        inputs.context_len,
-        inputs.slot,
-        inputs.page_table,
-        inputs.logits_row,
-    )
+    logits_RV = session.step(step.inputs)
     tokens = {}
     for number, logits_V in zip(step.wanting, logits_RV, strict=True):
         if not np.isfinite(logits_V).all():

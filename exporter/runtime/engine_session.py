@@ -96,22 +96,13 @@ class EngineSession:
         """Tokens a page, 0 in a graph without a KV cache."""
         return next((pool.row_shape[2] for pool in self.pools.values() if pool.is_paged), 0)
 
-    def step(
-        self,
-        input_ids: NDArray[np.int64],
-        query_start: NDArray[np.int32],
-        context_len: NDArray[np.int32],
-        slot: NDArray[np.int32],
-        page_table: NDArray[np.int32],
-        logits_row: NDArray[np.int32],
-    ) -> NDArray[np.float32]:
-        """The logits [R, V] of one step, its inputs as `StepInputs` describes them; the pools move on.
+    def step(self, inputs: StepInputs) -> NDArray[np.float32]:
+        """The logits [R, V] of one step; the pools are updated.
 
         Raises UsageError that names the input that breaks the contract, or the size that the engine was not
         built for; the pools are then as before. Raises BundleError when TensorRT or a kernel fails; the pools
         are then lost: make a new session.
         """
-        inputs = StepInputs(input_ids, query_start, context_len, slot, page_table, logits_row)
         check_step(
             inputs,
             vocab_size=self.vocab_size,
@@ -119,6 +110,7 @@ class EngineSession:
             num_pages=self.num_pages,
             page_size=self.page_size,
         )
+        num_rows = len(inputs.logits_row)
         # An engine takes one of each at least: a step that wants no logits has a row of them that is not read.
         sizes = StepSizes.of(inputs).at_least(self._limits[0][0])
         index = self._choose(sizes)
@@ -129,7 +121,7 @@ class EngineSession:
                 self._run_decode(inputs)
             else:
                 self._run(self._whole[index], inputs)
-            logits_RV = np.empty((len(logits_row), self.vocab_size), dtype=np.float32)
+            logits_RV = np.empty((num_rows, self.vocab_size), dtype=np.float32)
             self._device.read(self._buffers[LOGITS], logits_RV)
         except CudaError as error:
             raise BundleError(f"a step failed on the GPU: {error}; {because(self._opened.log)}") from error

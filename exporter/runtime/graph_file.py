@@ -18,7 +18,7 @@ import numpy as np
 from nemotrt.exporter.errors import BundleError, UsageError
 from nemotrt.exporter.runtime.fp32_emulation import fp32_twin, needs_twin
 from nemotrt.exporter.runtime.interruptible import Interruptible
-from nemotrt.exporter.runtime.step import StepInputs
+from nemotrt.plugins.contract import STEP_INPUTS
 
 if TYPE_CHECKING:
     import onnxruntime as ort
@@ -208,7 +208,7 @@ def read_pools(session: ort.InferenceSession, shown: Sequence[str] = ()) -> dict
                     f"the pool {value.name} has shape {value.shape}; only its first axis may vary, S or K"
                 )
             pools[value.name] = Pool(value.name, DTYPES[value.type], tuple(row_shape), rows == PAGE_AXIS)
-        elif value.name not in StepInputs.names():
+        elif value.name not in STEP_INPUTS:
             raise BundleError(f"the graph's input {value.name} is not known, and no output replaces it")
     unpaired = sorted(outputs - {LOGITS} - {NEXT + name for name in pools})
     if unpaired:

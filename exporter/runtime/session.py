@@ -89,21 +89,12 @@ class Session:
         """Tokens a page, 0 in a graph without a KV cache."""
         return next((pool.row_shape[2] for pool in self.pools.values() if pool.is_paged), 0)
 
-    def step(
-        self,
-        input_ids: NDArray[np.int64],
-        query_start: NDArray[np.int32],
-        context_len: NDArray[np.int32],
-        slot: NDArray[np.int32],
-        page_table: NDArray[np.int32],
-        logits_row: NDArray[np.int32],
-    ) -> NDArray[np.float32]:
-        """The logits [R, V] of one step, its inputs as `StepInputs` describes them; the pools move on.
+    def step(self, inputs: StepInputs) -> NDArray[np.float32]:
+        """The logits [R, V] of one step; the pools are updated.
 
         Raises UsageError that names the input that breaks the contract; the pools are then as before.
         Interrupted (Ctrl-C), it stops between two operators and the pools are lost: make a new session.
         """
-        inputs = StepInputs(input_ids, query_start, context_len, slot, page_table, logits_row)
         check_step(
             inputs,
             vocab_size=self.vocab_size,
@@ -114,7 +105,7 @@ class Session:
         feeds = {name: np.ascontiguousarray(getattr(inputs, name)) for name in self._inputs}
         if self._binding is None:
             return self._step_unbound(feeds)
-        return self._step_bound(self._binding, feeds, len(logits_row))
+        return self._step_bound(self._binding, feeds, len(inputs.logits_row))
 
     def pool(self, name: str) -> NDArray[Any]:
         """A copy of a pool's values, scratch row first."""

@@ -5,13 +5,14 @@ Legend: T tokens in this step, B sequences in this step, M pages of one sequence
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from nemotrt.exporter.errors import UsageError
+from nemotrt.plugins.contract import STEP_INPUTS
 
 
 @dataclass(frozen=True)
@@ -31,13 +32,9 @@ class StepInputs:
     logits_row: NDArray[np.int32]
     """[R]: which tokens want logits."""
 
-    @classmethod
-    def names(cls) -> tuple[str, ...]:
-        """The inputs' names in the contract's order."""
-        return tuple(field.name for field in fields(cls))
-
-
-RANKS = {"input_ids": 1, "query_start": 1, "context_len": 1, "slot": 1, "page_table": 2, "logits_row": 1}
+    def as_dict(self) -> dict[str, NDArray[Any]]:
+        """The arrays by name, in the contract's order."""
+        return {name: getattr(self, name) for name in STEP_INPUTS}
 
 
 def pages_of(num_tokens: int, page_size: int) -> int:
@@ -59,13 +56,11 @@ def check_step(
 
 
 def _check_arrays(inputs: StepInputs) -> None:
-    for name, rank in RANKS.items():
+    for name, (dtype, axes) in STEP_INPUTS.items():
         array = getattr(inputs, name)
-        dtype = np.int64 if name == "input_ids" else np.int32
-        if array.dtype != dtype or array.ndim != rank:
+        if array.dtype != dtype or array.ndim != len(axes):
             raise UsageError(
-                f"{name} is {array.dtype} of rank {array.ndim},"
-                f" where the graph takes {dtype.__name__} of rank {rank}"
+                f"{name} is {array.dtype} of rank {array.ndim}, but the graph takes {dtype} of rank {len(axes)}"
             )
     num_sequences = len(inputs.context_len)
     if not len(inputs.input_ids) or not num_sequences:

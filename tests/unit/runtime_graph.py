@@ -15,7 +15,9 @@ import onnx_ir as ir
 
 from nemotrt.exporter.generation.scheduler import Limits
 from nemotrt.exporter.runtime.session import Session
+from nemotrt.exporter.runtime.step import StepInputs
 from nemotrt.plugins import onnx_op
+from nemotrt.plugins.contract import STEP_INPUTS
 from nemotrt.plugins.spec import DOMAIN, VERSION, OpSpec, ops
 
 HIDDEN, VOCAB, PAGE = 16, 300, 4
@@ -30,14 +32,6 @@ DTYPES = {
     "bfloat16": (ir.DataType.BFLOAT16, ml_dtypes.bfloat16),
 }
 SPECS = {spec.label: spec for spec in ops()}
-STEP = {
-    "input_ids": (ir.DataType.INT64, ["T"]),
-    "query_start": (ir.DataType.INT32, ["B+1"]),
-    "context_len": (ir.DataType.INT32, ["B"]),
-    "slot": (ir.DataType.INT32, ["B"]),
-    "page_table": (ir.DataType.INT32, ["B", "M"]),
-    "logits_row": (ir.DataType.INT32, ["R"]),
-}
 
 
 @dataclass
@@ -48,7 +42,9 @@ class GraphWriter:
     op: onnx_op.Operators = field(default_factory=onnx_op.Operators)
 
     def __post_init__(self) -> None:
-        self.step = {name: ir.val(name, dtype, axes) for name, (dtype, axes) in STEP.items()}
+        self.step = {
+            name: ir.val(name, ir.DataType(dtype.onnx), axes) for name, (dtype, axes) in STEP_INPUTS.items()
+        }
         self.weights: list[ir.Value] = []
         self.pools: dict[str, tuple[ir.Value, ir.Value]] = {}
         self.functions: dict[str, ir.Function] = {}
@@ -203,9 +199,9 @@ def int32(*values: int) -> np.ndarray:
 
 def one_sequence(
     tokens: Sequence[int], *, context: int = 0, slot: int = 1, pages: Sequence[int] = (1, 2, 3)
-) -> tuple[np.ndarray, ...]:
-    """The arguments of Session.step for one sequence that wants its last token's logits."""
-    return (
+) -> StepInputs:
+    """A step of one sequence that wants its last token's logits."""
+    return StepInputs(
         np.asarray(tokens, dtype=np.int64),
         int32(0, len(tokens)),
         int32(context),

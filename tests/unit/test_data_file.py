@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import write_checkpoint
+from runtime_graph import one_sequence
 from safetensors.torch import save_file
 
 from nemotrt.exporter.checkpoint import weights
@@ -220,9 +221,8 @@ def test_a_linked_bundle_is_whole_and_computes_the_same(checkpoint: Path, tmp_pa
         data_path(linked / "model.onnx").stat().st_size < data_path(copied / "model.onnx").stat().st_size / 2
     )
     manifest.verify(linked, deep=True)
-    step = [np.asarray(a) for a in (range(5), [0, 5], [0], [1], [[1]], [4])]
-    step = [step[0].astype(np.int64), *(a.astype(np.int32) for a in step[1:])]
-    logits = [Session(at / "model.onnx", num_slots=2, num_pages=2).step(*step) for at in (copied, linked)]
+    step = one_sequence(range(5), pages=(1,))
+    logits = [Session(at / "model.onnx", num_slots=2, num_pages=2).step(step) for at in (copied, linked)]
     np.testing.assert_array_equal(*logits)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from nemotrt.exporter.generation.generate import GenerateConfig, generate
 from nemotrt.exporter.runtime import cuda as cuda_module
 from nemotrt.exporter.runtime import engine_file
 from nemotrt.exporter.runtime.engine_session import EngineSession
+from nemotrt.exporter.runtime.step import StepInputs
 
 CONFIG = BuildConfig(
     Path("checkpoint"), Path("bundle"), max_tokens=16, max_sequences=3, max_context=64, page_size=4
@@ -62,11 +64,11 @@ def session(bundle: Path, trt: Any) -> EngineSession:
     return EngineSession(bundle, num_slots=SLOTS, num_pages=PAGES)
 
 
-def decode_step(*slots: int, context: int = 6) -> tuple[np.ndarray, ...]:
+def decode_step(*slots: int, context: int = 6) -> StepInputs:
     """A token of each of these slots, and a row of logits for each."""
     count = len(slots)
     table = np.asarray([[3 * slot + i for i in range(1, 4)] for slot in slots], dtype=np.int32)
-    return (
+    return StepInputs(
         np.arange(5, 5 + count, dtype=np.int64),
         np.arange(count + 1, dtype=np.int32),
         np.full(count, context, dtype=np.int32),
@@ -78,7 +80,7 @@ def decode_step(*slots: int, context: int = 6) -> tuple[np.ndarray, ...]:
 
 STEPS = {
     "a prompt": one_sequence([3, 1, 4, 1, 5], pages=(4, 5, 6)),
-    "a mixture": (
+    "a mixture": StepInputs(
         np.arange(9, dtype=np.int64),
         int32(0, 6, 6, 7),
         int32(0, 0, 5),
@@ -86,11 +88,13 @@ STEPS = {
         np.asarray([[10, 11], [0, 0], [4, 5]], dtype=np.int32),
         int32(5, 6),
     ),
-    "a piece of a prompt, of which no logits are wanted": (*one_sequence([2, 7, 1], slot=2)[:5], int32()),
+    "a piece of a prompt, of which no logits are wanted": replace(
+        one_sequence([2, 7, 1], slot=2), logits_row=int32()
+    ),
     "two decode": decode_step(1, 3),
     "two decode again": decode_step(3, 1, context=7),
     "two decode from a graph": decode_step(1, 3, context=8),
-    "an empty one among them": (
+    "an empty one among them": StepInputs(
         np.asarray([9], dtype=np.int64),
         int32(0, 0, 1),
         int32(0, 9),
@@ -114,7 +118,7 @@ def test_every_kind_of_step_is_what_onnx_runtime_makes_of_it(
         reference.set_pool(name, values)
         session.set_pool(name, values)
     for name, step in STEPS.items():
-        np.testing.assert_allclose(session.step(*step), reference.step(*step), atol=2e-5, err_msg=name)
+        np.testing.assert_allclose(session.step(step), reference.step(step), atol=2e-5, err_msg=name)
         for pool in reference.pool_names:
             np.testing.assert_allclose(
                 session.pool(pool)[1:], reference.pool(pool)[1:], atol=2e-5, err_msg=f"{name}, {pool}"
@@ -129,14 +133,14 @@ def test_every_kind_of_step_is_what_onnx_runtime_makes_of_it(
 def test_without_capture_nothing_is_captured(bundle: Path, trt: Any, cuda: FakeCuda) -> None:
     session = EngineSession(bundle, num_slots=SLOTS, num_pages=PAGES, capture=False)
     for _ in range(3):
-        session.step(*decode_step(1, 3))
+        session.step(decode_step(1, 3))
     assert not cuda.graphs
 
 
 def test_steps_come_from_any_thread(session: EngineSession) -> None:
     with ThreadPoolExecutor(1) as pool:
         for step in (STEPS["a prompt"], decode_step(1, 3), decode_step(1, 3)):
-            assert pool.submit(session.step, *step).result().shape[1] == VOCAB
+            assert pool.submit(session.step, step).result().shape[1] == VOCAB
         for name in session.pool_names:
             pool.submit(session.set_pool, name, pool.submit(session.pool, name).result()).result()
 
@@ -152,7 +156,7 @@ def test_shapes_that_tensorrt_cannot_infer_are_an_error_in_words(
 ) -> None:
     engine.failing_shapes = True
     with pytest.raises(BundleError, match="the engine refuses the step"):
-        session.step(*STEPS["a prompt"])
+        session.step(STEPS["a prompt"])
 
 
 def test_generation_is_onnx_runtime_s(bundle: Path, trt: Any) -> None:
@@ -175,7 +179,7 @@ def test_pools_start_at_zero(session: EngineSession) -> None:
 
 def test_contexts_share_their_scratch(session: EngineSession, engine: FakeEngine) -> None:
     for slots in ((1,), (1, 3), (1, 2, 3)):
-        session.step(*decode_step(*slots))
+        session.step(decode_step(*slots))
     assert len(engine.contexts) == 3 + 3
     assert len({context.scratch for context in engine.contexts}) == 1
 
@@ -186,14 +190,14 @@ def test_it_says_on_what_it_runs(session: EngineSession) -> None:
 
 def test_a_step_over_the_engine_is_named(session: EngineSession) -> None:
     with pytest.raises(UsageError, match="a step of 17 tokens, 1 sequences, 5 pages each and 1 rows"):
-        session.step(*one_sequence(range(17), pages=(1, 2, 3, 4, 5)))
+        session.step(one_sequence(range(17), pages=(1, 2, 3, 4, 5)))
 
 
 def test_a_broken_step_leaves_the_pools(session: EngineSession) -> None:
-    session.step(*STEPS["a prompt"])
+    session.step(STEPS["a prompt"])
     before = {name: session.pool(name) for name in session.pool_names}
     with pytest.raises(UsageError, match="slot 0 is scratch"):
-        session.step(*one_sequence([1], slot=0))
+        session.step(one_sequence([1], slot=0))
     assert all((session.pool(name) == before[name]).all() for name in before)
 
 
@@ -214,7 +218,7 @@ def test_a_gpu_that_is_too_small_is_named(bundle: Path, trt: Any, cuda: FakeCuda
 def test_a_failing_kernel_is_an_error(session: EngineSession, cuda: FakeCuda) -> None:
     cuda.failing = "cuStreamSynchronize"
     with pytest.raises(BundleError, match="a step failed on the GPU: cuStreamSynchronize"):
-        session.step(*STEPS["a prompt"])
+        session.step(STEPS["a prompt"])
 
 
 def test_another_gpu_is_refused(bundle: Path, trt: Any, cuda: FakeCuda) -> None:

@@ -49,7 +49,7 @@ def test_a_long_sequence_in_pieces(checkpoint: Path, tmp_path: Path) -> None:
     where = {name: session._value(name).data_ptr() for name in session.pool_names}
     for done in range(0, TOKENS, PIECE):
         inputs = piece(tokens, done, pages)
-        found, expected = session.step(**vars(inputs)), reference.step(inputs)
+        found, expected = session.step(inputs), reference.step(inputs)
         assert metrics.relative_l2(found.astype(np.float64), expected) < FP32_RELATIVE_L2, done
     assert where == {name: session._value(name).data_ptr() for name in session.pool_names}
     for name, values in reference.pools().items():

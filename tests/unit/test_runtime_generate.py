@@ -76,11 +76,11 @@ def test_scarce_pages_make_requests_wait_and_change_nothing(session: Session) ->
 
 def test_greedy_is_the_largest_logit_step_by_step(session: Session) -> None:
     prompt = [3, 1, 4, 1, 5]
-    logits_RV = session.step(*one_sequence(prompt))
+    logits_RV = session.step(one_sequence(prompt))
     expected = []
     for context in range(5, 9):
         expected.append(int(logits_RV[0].argmax()))
-        logits_RV = session.step(*one_sequence(expected[-1:], context=context))
+        logits_RV = session.step(one_sequence(expected[-1:], context=context))
     assert tokens_of(session, [Request(0, tuple(prompt), 4)])[0] == expected
 
 

@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +18,7 @@ from runtime_graph import DTYPES, VOCAB, int32, one_sequence, open_session, writ
 from nemotrt.exporter.errors import BundleError, UsageError
 from nemotrt.exporter.runtime.interruptible import Interruptible
 from nemotrt.exporter.runtime.session import Session
-
-Arguments = tuple[np.ndarray, ...]
+from nemotrt.exporter.runtime.step import StepInputs
 
 
 @pytest.fixture(scope="module")
@@ -38,9 +38,9 @@ def fill(session: Session, seed: int) -> None:
         session.set_pool(name, generator.integers(-4, 5, session.pool(name).shape) / 4)
 
 
-def mixed_step() -> Arguments:
+def mixed_step() -> StepInputs:
     """A fresh prompt, an empty sequence, a token of an old sequence, and two tokens of padding."""
-    return (
+    return StepInputs(
         np.arange(9, dtype=np.int64),
         int32(0, 6, 6, 7),
         int32(0, 0, 5),
@@ -59,7 +59,7 @@ def test_bound_and_unbound_pools_agree_to_the_bit(graphs: dict[str, Path], dtype
         fill(one, seed=1)
     before = {name: bound.pool(name) for name in bound.pool_names}
     for step in steps:
-        np.testing.assert_array_equal(bound.step(*step), unbound.step(*step))
+        np.testing.assert_array_equal(bound.step(step), unbound.step(step))
         for name in bound.pool_names:
             np.testing.assert_array_equal(bound.pool(name), unbound.pool(name))
     assert all((bound.pool(name) != before[name]).any() for name in bound.pool_names)
@@ -69,7 +69,7 @@ def test_rows_that_no_sequence_owns_keep_their_bits(graphs: dict[str, Path]) -> 
     session = open_session(graphs["float32"])
     fill(session, seed=2)
     before = {name: session.pool(name) for name in session.pool_names}
-    session.step(*mixed_step())
+    session.step(mixed_step())
     for name, pool in session.pools.items():
         owned = {0, 2, 4, 5, 7} if pool.is_paged else {0, 1, 3}
         changed = (session.pool(name) != before[name]).reshape(len(before[name]), -1).any(1)
@@ -81,30 +81,30 @@ def test_a_fresh_sequence_ignores_what_its_slot_held(graphs: dict[str, Path]) ->
     clean, used = open_session(graphs["float32"]), open_session(graphs["float32"])
     fill(used, seed=3)
     for session in (clean, used):
-        session.step(*one_sequence([5, 6, 7]))
+        session.step(one_sequence([5, 6, 7]))
     tokens, step = [9, 8, 7, 6, 5], one_sequence([4], context=5)
-    np.testing.assert_array_equal(clean.step(*one_sequence(tokens)), used.step(*one_sequence(tokens)))
-    np.testing.assert_array_equal(clean.step(*step), used.step(*step))
+    np.testing.assert_array_equal(clean.step(one_sequence(tokens)), used.step(one_sequence(tokens)))
+    np.testing.assert_array_equal(clean.step(step), used.step(step))
 
 
 def test_pieces_of_a_prompt_give_what_the_whole_gives(graphs: dict[str, Path]) -> None:
     session = open_session(graphs["float32"])
     tokens = list(range(11))
-    whole = session.step(*one_sequence(tokens))
+    whole = session.step(one_sequence(tokens))
     for start, end in ((0, 1), (1, 6), (6, 11)):
-        pieces = session.step(*one_sequence(tokens[start:end], context=start))
+        pieces = session.step(one_sequence(tokens[start:end], context=start))
     np.testing.assert_allclose(pieces, whole, rtol=1e-4, atol=1e-5)
 
 
 def test_a_step_may_want_no_logits(session: Session) -> None:
-    assert session.step(*one_sequence([1, 2])[:5], int32()).shape == (0, VOCAB)
+    assert session.step(replace(one_sequence([1, 2]), logits_row=int32())).shape == (0, VOCAB)
 
 
 def test_a_graph_without_some_inputs_takes_the_same_step(tmp_path: Path) -> None:
     for pattern, page_size in (("M", 0), ("*", 4), ("E", 0)):
         session = open_session(write_graph(tmp_path / str(ord(pattern)), pattern=pattern))
         assert session.page_size == page_size
-        assert session.step(*one_sequence([1, 2])).shape == (1, VOCAB)
+        assert session.step(one_sequence([1, 2])).shape == (1, VOCAB)
 
 
 def test_the_session_says_how_it_runs(graphs: dict[str, Path]) -> None:
@@ -112,9 +112,8 @@ def test_the_session_says_how_it_runs(graphs: dict[str, Path]) -> None:
     assert said == ["fp32", "fp16 as an FP32 twin", "bf16 as an FP32 twin"]
 
 
-def changed(**changes: np.ndarray) -> Arguments:
-    names = ("input_ids", "query_start", "context_len", "slot", "page_table", "logits_row")
-    return tuple((dict(zip(names, mixed_step(), strict=True)) | changes).values())
+def changed(**arrays: np.ndarray) -> StepInputs:
+    return replace(mixed_step(), **arrays)
 
 
 BAD_STEPS = {
@@ -146,11 +145,11 @@ BAD_STEPS = {
 
 @pytest.mark.parametrize(("step", "message"), BAD_STEPS.values(), ids=BAD_STEPS)
 def test_a_step_that_breaks_the_contract_is_refused_and_changes_nothing(
-    session: Session, step: Arguments, message: str
+    session: Session, step: StepInputs, message: str
 ) -> None:
     before = {name: session.pool(name) for name in session.pool_names}
     with pytest.raises(UsageError, match=message):
-        session.step(*step)
+        session.step(step)
     for name, values in before.items():
         np.testing.assert_array_equal(session.pool(name), values)
 

@@ -21,7 +21,6 @@ from nemotrt.exporter.checkpoint import weights
 from nemotrt.exporter.checkpoint.loaded_model import LoadedModel
 from nemotrt.exporter.config import COMPUTE_DTYPES, BuildConfig
 from nemotrt.exporter.report.model import Bisection, Suspect
-from nemotrt.exporter.runtime.step import StepInputs
 from nemotrt.exporter.stages.lower import value_names
 from nemotrt.exporter.stages.trace import trace
 from nemotrt.exporter.validation.comparison import Extent
@@ -40,6 +39,7 @@ from nemotrt.exporter.validation.parts.subgraphs import Cut
 from nemotrt.exporter.validation.parts.torch_parts import PartModules, TracedTorchPart
 from nemotrt.exporter.validation.runners.onnx_part import PartSession
 from nemotrt.model.pools import PoolSpec
+from nemotrt.plugins.contract import STEP_INPUTS
 
 if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto, TensorProto
@@ -252,7 +252,7 @@ def _explained(
             said = f"agrees, {known[name].error:.3g} of {known[name].limit:.3g}"
         elif name in cut.pools:
             said = "the state, the same as PyTorch's at first"
-        elif name == cut.flow_in or name in StepInputs.names():
+        elif name == cut.flow_in or name in STEP_INPUTS:
             said = "given, the same as PyTorch's"
         else:
             said = "not compared: PyTorch has no such value"

@@ -149,7 +149,7 @@ class PartTrial:
 
 def feeds(cut: Cut, flow: Tensor, inputs: StepInputs) -> dict[str, NDArray[Any]]:
     """All inputs of a part but its pools."""
-    fields = {name: getattr(inputs, name) for name in StepInputs.names()}
+    fields = inputs.as_dict()
     return fields if cut.flow_in in fields else fields | {cut.flow_in: flow.float().numpy()}
 
 

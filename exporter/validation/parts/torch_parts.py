@@ -32,6 +32,7 @@ from nemotrt.model.hybrid import NemotronH
 from nemotrt.model.pools import PoolSpec
 from nemotrt.model.recipe import EXPERTS
 from nemotrt.plugins import torch_op
+from nemotrt.plugins.contract import STEP_INPUTS
 from nemotrt.plugins.spec import OpSpec, ops
 
 OPS = {torch_op.overload(spec): spec for spec in ops()}
@@ -195,7 +196,7 @@ class TracedTorchPart(TorchPart):
                 continue
             # PyTorch flattens `step.slot` to `step_slot`.
             name = spec.arg.name.removeprefix("step_")
-            is_step = name in StepInputs.names()
+            is_step = name in STEP_INPUTS
             yield torch.from_numpy(getattr(inputs, name)) if is_step else next(sources)
 
 

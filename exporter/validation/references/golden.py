@@ -38,6 +38,7 @@ from nemotrt.exporter.validation.gates import Array, Measured, Noise, Observatio
 from nemotrt.exporter.validation.graph_dtypes import WantedDtypes
 from nemotrt.exporter.validation.routing import Choosing, RouterLogits
 from nemotrt.exporter.validation.scenarios import Scenario
+from nemotrt.plugins.contract import STEP_INPUTS
 
 SCHEMA_VERSION = 1
 HEADER, DIGEST = "golden", "sha256"
@@ -215,8 +216,8 @@ def _tensors(recording: Recording) -> Iterator[tuple[str, NDArray[Any]]]:
     for scenario in recording.plan:
         name, seen = scenario.name, recording.seen[scenario.name]
         for number, inputs in enumerate(scenario.steps):
-            for field in StepInputs.names():
-                yield f"input/{name}/{number}/{field}", getattr(inputs, field)
+            for field, array in inputs.as_dict().items():
+                yield f"input/{name}/{number}/{field}", array
         yield f"logits/{name}", seen.logits_RV.astype(np.float32)
         for layer in range(len(recording.choosing)):
             yield f"router/{layer}/{name}", np.concatenate([step[layer] for step in seen.routers])
@@ -331,7 +332,7 @@ def _scenario(name: str, num_steps: int, values: dict[str, NDArray[Any]]) -> Sce
     return Scenario(
         name,
         tuple(
-            StepInputs(**{field: values[f"input/{name}/{number}/{field}"] for field in StepInputs.names()})
+            StepInputs(**{field: values[f"input/{name}/{number}/{field}"] for field in STEP_INPUTS})
             for number in range(num_steps)
         ),
     )

@@ -94,14 +94,7 @@ class SessionRunner:
 
     def step(self, inputs: StepInputs) -> Array:
         """The logits [R, V] of one step."""
-        return self._session.step(
-            inputs.input_ids,
-            inputs.query_start,
-            inputs.context_len,
-            inputs.slot,
-            inputs.page_table,
-            inputs.logits_row,
-        ).astype(np.float64)
+        return self._session.step(inputs).astype(np.float64)
 
     def router_logits(self) -> RouterLogits:
         """Nothing: what runs in production does not show them."""

@@ -76,14 +76,13 @@ class LedGraphRunner:
 
     def step_as_told(self, inputs: StepInputs, told: RouterLogits) -> Array:
         """As `step`, by these router logits of the step's first tokens; by the graph's own where they are NaN."""
-        fields = {name: getattr(inputs, name) for name in StepInputs.names()}
         padded = {}
         for number, size in enumerate(self._num_experts):
             padded_TE = np.full((len(inputs.input_ids), size), np.nan, dtype=np.float32)
             if told:
                 padded_TE[: len(told[number])] = told[number]
             padded[f"{TOLD}{number}"] = padded_TE
-        self._shown = self._session.run(fields | padded | self._pools)
+        self._shown = self._session.run(inputs.as_dict() | padded | self._pools)
         self._pools = {name: self._shown[f"{NEXT}{name}"] for name in self._pools}
         return self._shown[LOGITS].astype(np.float64)
 

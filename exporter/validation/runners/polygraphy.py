@@ -23,11 +23,12 @@ from nemotrt.exporter.errors import ValidationError
 from nemotrt.exporter.report.limits import FP32_RELATIVE_L2
 from nemotrt.exporter.runtime.graph_file import LOGITS, NEXT, pools_of
 from nemotrt.exporter.runtime.manifest import Manifest
-from nemotrt.exporter.runtime.step import RANKS, StepInputs
+from nemotrt.exporter.runtime.step import StepInputs
 from nemotrt.exporter.validation import metrics
 from nemotrt.exporter.validation.gates import Noise
 from nemotrt.exporter.validation.runners.base import EngineRunner, GraphRunner, PoolShape, Runner
 from nemotrt.exporter.validation.scenarios import NUM_SLOTS, Scenario
+from nemotrt.plugins.contract import STEP_INPUTS
 
 FeedDict = dict[str, NDArray[Any]]
 
@@ -52,8 +53,8 @@ class StepRunner(BaseRunner):  # type: ignore[misc]
     def get_input_metadata_impl(self) -> TensorMetadata:
         """The contract's inputs and pools; None is an axis of any length."""
         metadata = TensorMetadata()
-        for name, rank in RANKS.items():
-            metadata.add(name, np.int64 if name == "input_ids" else np.int32, (None,) * rank)
+        for name, (dtype, axes) in STEP_INPUTS.items():
+            metadata.add(name, dtype.numpy, (None,) * len(axes))
         for name, row_shape in self._pools.items():
             metadata.add(name, np.float32, (None, *row_shape))
         return metadata
@@ -62,7 +63,7 @@ class StepRunner(BaseRunner):  # type: ignore[misc]
         """The logits and the next pools of one step."""
         assert self._runner is not None, "Polygraphy activates a runner first"
         self._runner.reset({name: feed_dict[name] for name in self._pools})
-        inputs = StepInputs(**{name: feed_dict[name] for name in StepInputs.names()})
+        inputs = StepInputs(**{name: feed_dict[name] for name in STEP_INPUTS})
         started = time.perf_counter()
         logits = self._runner.step(inputs)
         self.inference_time = time.perf_counter() - started
@@ -99,7 +100,7 @@ def feed_dicts(leader: Runner, scenario: Scenario, noise: Noise) -> Iterator[Fee
     leader.reset(noise)
     for inputs in scenario.steps:
         state = {name: values.astype(np.float32) for name, values in leader.pools().items()}
-        yield {name: getattr(inputs, name) for name in StepInputs.names()} | state
+        yield inputs.as_dict() | state
         leader.step(inputs)
 
 
