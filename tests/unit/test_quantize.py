@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from nemotrt.exporter.config import PRESETS, BuildConfig
 from nemotrt.exporter.console import Console
 from nemotrt.exporter.errors import UsageError
+from nemotrt.exporter.pipelines import build
 from nemotrt.exporter.pipelines.check import check, of_folder
 from nemotrt.exporter.pipelines.validate import revalidate
 from nemotrt.exporter.quantization.presets import exclusions, recipe_of
@@ -176,8 +177,8 @@ def test_the_dearest_layer_is_found(tmp_path: Path) -> None:
 
 def test_text_needs_what_was_quantised(tmp_path: Path) -> None:
     bundle = tmp_path / "bundle"
-    build = BuildConfig(checkpoint=small(tmp_path / "fp8"), output=bundle, runtime="onnx", validate=False)
-    build.build(build, Console(quiet=True))
+    config = BuildConfig(checkpoint=small(tmp_path / "fp8"), output=bundle, runtime="onnx", validate=False)
+    build.build(config, Console(quiet=True))
     text = tmp_path / "text.txt"
     text.write_text("words " * 300)
     with pytest.raises(UsageError, match="give it with --base"):
