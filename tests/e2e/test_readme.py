@@ -25,7 +25,7 @@ NOT_RUN = {
     "make test": "runs this test",
     "make setup": "sets up an environment from PyPI",
     "make lint types imports": "runs beside the tests",
-    "pip install 'nemo-export[cpu]'": "the package that scripts/check_packages.py builds and tries",
+    "pip install 'nemo-export[build,cpu]'": "the package that scripts/check_packages.py builds and tries",
     "nemo-export build examples/tiny --output rtx.bundle": "compiles for minutes; test_engine.py builds engines",
 }
 """A command of a console block → why no test runs it here."""
