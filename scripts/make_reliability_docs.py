@@ -27,12 +27,11 @@ import test_interrupts  # noqa: E402
 HEAD = """\
 <!-- Written by scripts/make_reliability_docs.py from the tests' own tables: change a case, then `make snapshots`. -->
 
-# What it refuses and survives
+# Reliability
 
-{total} cases, each of them a test (`pytest tests/e2e/test_bad_input.py tests/e2e/test_interrupts.py`). *Refused* is one
-line that begins with `error:`, at most one line of advice, the exit code shown, and no traceback; afterwards every file
-of the user's is as it was, to the byte, and nothing else is there. What is survived ends with a bundle that `verify`
-finds whole. In a line, `…` stands for any text and `N` for any number.
+{total} cases, each of them a test (`pytest tests/e2e/test_bad_input.py tests/e2e/test_interrupts.py`).
+*Refused* means: one line that begins with `error:`, at most one line of advice, the exit code shown, and no traceback. All of the
+user's files are unchanged afterwards, and no other file exists. In an error message, `…` stands for any text and `N` for any number.
 """
 
 Refusal = tuple[str, int]
@@ -42,29 +41,27 @@ REFUSALS: Mapping[Callable[..., None], Mapping[str, Refusal]] = {
     test_bad_input.test_a_bad_checkpoint: {
         name: (case.says, case.code) for name, case in bad_checkpoints.ALL.items()
     },
-    test_bad_input.test_a_bad_quantisation: {
+    test_bad_input.test_a_bad_quantization: {
         name: (case.says, case.code) for name, case in bad_fp8.ALL.items()
     },
-    test_bad_input.test_a_flag_that_cannot_be_meant: {
-        name: (says, 2) for name, (_, says) in bad_places.FLAGS.items()
-    },
-    test_bad_input.test_a_place_where_nothing_can_be_written: {
+    test_bad_input.test_invalid_flags: {name: (says, 2) for name, (_, says) in bad_places.FLAGS.items()},
+    test_bad_input.test_an_unusable_output_path: {
         name: (says, 2) for name, (_, _, says) in bad_places.PLACES.items()
     },
     test_bad_input.test_a_bad_bundle: {name: (says, 7) for name, (_, says) in bad_bundles.ALL.items()},
-    test_bad_input.test_a_text_to_judge_on: {
+    test_bad_input.test_an_invalid_evaluation_text: {
         name: (says, 2) for name, (_, _, says) in bad_bundles.EVALS.items()
     },
-    test_bad_input.test_a_bad_golden: {
+    test_bad_input.test_a_bad_reference_file: {
         name: (says, code) for name, (_, says, code) in bad_goldens.ALL.items()
     },
-    test_bad_input.test_a_place_for_a_golden: {
+    test_bad_input.test_an_unusable_path_for_a_reference_file: {
         name: (says, 2) for name, (_, says) in bad_goldens.PLACES.items()
     },
     test_bad_input.test_bundles_that_cannot_be_compared: {
         name: (says, 2) for name, (_, says) in bad_goldens.AGAINST.items()
     },
-    test_bad_input.test_a_prompt_that_cannot_be_answered: {
+    test_bad_input.test_an_invalid_prompt: {
         name: (says, 2) for name, (_, says) in bad_bundles.PROMPTS.items()
     },
 }
@@ -81,7 +78,7 @@ def page() -> str:
             sections.append(_section(test, ids))
         else:
             singles.append(f"| {_words(test.__name__)} | {_sentence(test)} |\n")
-    alone = "## And\n\n| tried | what happens |\n|---|---|\n" + "".join(singles)
+    alone = "## Other cases\n\n| case | result |\n|---|---|\n" + "".join(singles)
     return "\n".join([HEAD.format(total=total), *sections, alone])
 
 
@@ -107,9 +104,9 @@ def _section(test: Callable[..., None], ids: list[str]) -> str:
     title = f"## {_words(test.__name__).capitalize()} ({len(ids)})\n\n{_sentence(test)}\n\n"
     refusals = REFUSALS.get(test)
     if refusals is None:
-        return title + "| tried |\n|---|\n" + "".join(f"| {_words(case)} |\n" for case in ids)
+        return title + "| case |\n|---|\n" + "".join(f"| {_words(case)} |\n" for case in ids)
     rows = [f"| {_words(case)} | {refusals[case][1]} | `{_readable(refusals[case][0])}` |\n" for case in ids]
-    return title + "| tried | exit | the line says |\n|---|---|---|\n" + "".join(rows)
+    return title + "| case | exit | error message |\n|---|---|---|\n" + "".join(rows)
 
 
 def _words(name: str) -> str:

@@ -81,13 +81,13 @@ def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("name", bad_checkpoints.ALL)
 def test_a_bad_checkpoint(tmp_path: Path, name: str) -> None:
-    """Refused by `build`, before the output or anything beside it is there."""
+    """`build` refuses it before it writes anything."""
     _refused_by_a_build(tmp_path, bad_checkpoints.ALL[name])
 
 
 @pytest.mark.parametrize("name", bad_fp8.ALL)
-def test_a_bad_quantisation(tmp_path: Path, name: str) -> None:
-    """Quantised as nothing that is taken, FP8 with bad scales, or to be calibrated on no text: refused by `build`."""
+def test_a_bad_quantization(tmp_path: Path, name: str) -> None:
+    """`build` refuses unsupported quantization, FP8 with invalid scales, and unusable calibration text."""
     _refused_by_a_build(tmp_path, bad_fp8.ALL[name])
 
 
@@ -111,7 +111,7 @@ def small_checkpoint() -> None:
 
 
 @pytest.mark.parametrize("name", FLAGS)
-def test_a_flag_that_cannot_be_meant(tmp_path: Path, name: str) -> None:
+def test_invalid_flags(tmp_path: Path, name: str) -> None:
     """Refused before anything is read."""
     arguments, says = FLAGS[name]
     small_checkpoint()
@@ -121,8 +121,8 @@ def test_a_flag_that_cannot_be_meant(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", PLACES)
-def test_a_place_where_nothing_can_be_written(tmp_path: Path, name: str) -> None:
-    """Refused by `build`; what stands there is as it was."""
+def test_an_unusable_output_path(tmp_path: Path, name: str) -> None:
+    """`build` refuses it and leaves existing files unchanged."""
     prepare, output, says = PLACES[name]
     small_checkpoint()
     prepare(tmp_path)
@@ -132,7 +132,7 @@ def test_a_place_where_nothing_can_be_written(tmp_path: Path, name: str) -> None
 
 
 def test_two_builds_into_one_output(tmp_path: Path) -> None:
-    """Refused, exit 2: `another build is writing …`; the other one goes on."""
+    """The second build is refused with exit 2: `another build is writing …`; the first continues."""
     small_checkpoint()
     with Workspace.open(tmp_path / "out", force=False) as other:
         (other.folder / "model.onnx").write_text("the other build's")
@@ -161,7 +161,7 @@ def nobody(bundle: Path) -> Iterator[Path]:
 
 
 def test_a_read_only_folder(nobody: Path) -> None:
-    """Refused, exit 2: `Permission denied`."""
+    """Refused with exit 2: `Permission denied`."""
     bad_checkpoints.write(bad_checkpoints.GOOD, nobody / "checkpoint")
     (nobody / "here").mkdir(mode=0o555)
     result = run("build", nobody / "checkpoint", *ONNX, "--output", nobody / "here" / "out")
@@ -169,8 +169,8 @@ def test_a_read_only_folder(nobody: Path) -> None:
     assert os.listdir(nobody / "here") == []
 
 
-def test_a_checkpoint_that_may_not_be_read(nobody: Path) -> None:
-    """Refused, exit 2: `Permission denied`, with the file."""
+def test_a_checkpoint_without_read_permission(nobody: Path) -> None:
+    """Refused with exit 2: `Permission denied`, and the file's name."""
     bad_checkpoints.write(bad_checkpoints.GOOD, nobody / "checkpoint")
     (nobody / "checkpoint" / "model.safetensors").chmod(0)
     result = run("build", nobody / "checkpoint", *ONNX, "--output", nobody / "out")
@@ -179,7 +179,7 @@ def test_a_checkpoint_that_may_not_be_read(nobody: Path) -> None:
 
 
 def test_a_disk_that_fills_up_while_weights_are_written(tmp_path: Path) -> None:
-    """Refused, exit 2; what was written is removed."""
+    """Refused with exit 2; what was written is removed."""
     small_checkpoint()
     before = contents(tmp_path)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -209,16 +209,16 @@ def mounted(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
     subprocess.run(["umount", str(place)], capture_output=True, check=False)
 
 
-def test_a_disk_that_is_too_small_from_the_start(mounted: Callable[[int], Path]) -> None:
-    """Refused, exit 2, before a weight is written: what is free, and what is needed."""
+def test_a_disk_that_is_too_small(mounted: Callable[[int], Path]) -> None:
+    """Refused with exit 2 before any weight is written; the error states the free and the required space."""
     small_checkpoint()
     place = mounted(8192)
     refused(run(*BUILD, place / "out"), "GB free, the bundle needs .* GB", 2)
     assert os.listdir(place) == []
 
 
-def test_a_full_disk(mounted: Callable[[int], Path]) -> None:
-    """Large enough for the weights, too small for what lies around them: refused, exit 2: `No space left on device`."""
+def test_a_disk_with_room_for_the_weights_only(mounted: Callable[[int], Path]) -> None:
+    """Refused with exit 2: `No space left on device`."""
     small_checkpoint()
     place = mounted(45_056)
     refused(run(*BUILD, place / "out"), "No space left on device", 2)
@@ -228,7 +228,7 @@ def test_a_full_disk(mounted: Callable[[int], Path]) -> None:
 def test_a_disk_that_another_program_fills(
     mounted: Callable[[int], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In the middle of the weights: refused, exit 2: `No space left on device`; what was written is removed."""
+    """Refused with exit 2 while weights are written: `No space left on device`; what was written is removed."""
     small_checkpoint()
     place = mounted(1 << 20)
     write = external_data._write
@@ -248,7 +248,7 @@ def test_a_disk_that_another_program_fills(
 
 @pytest.mark.parametrize("name", bad_bundles.ALL)
 def test_a_bad_bundle(tmp_path: Path, bundle: Path, name: str) -> None:
-    """Named by `verify`; refused by `generate` and `validate` too, but for what only hashes show."""
+    """`verify` names the problem; `generate` and `validate` refuse the bundle too, unless only hashes reveal it."""
     damage, says = bad_bundles.ALL[name]
     shutil.copytree(bundle, tmp_path / "bundle")
     damage(tmp_path / "bundle")
@@ -263,16 +263,16 @@ def test_a_bad_bundle(tmp_path: Path, bundle: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "empty.onnx"])
-def test_a_file_that_is_no_graph(tmp_path: Path, name: str) -> None:
-    """Refused by `inspect`, exit 7: `is not a readable ONNX file`, or `it has no node`."""
+def test_a_file_that_is_not_a_graph(tmp_path: Path, name: str) -> None:
+    """`inspect` refuses it with exit 7: `is not a readable ONNX file`, or `it has no node`."""
     small_checkpoint()
     (tmp_path / "checkpoint" / "empty.onnx").touch()
     refused(run("inspect", f"checkpoint/{name}"), f"{name} is not (a readable|an) ONNX file: ", 7)
 
 
 @pytest.mark.parametrize("name", bad_bundles.PROMPTS)
-def test_a_prompt_that_cannot_be_answered(tmp_path: Path, bundle: Path, name: str) -> None:
-    """Refused by `generate` before a token is printed."""
+def test_an_invalid_prompt(tmp_path: Path, bundle: Path, name: str) -> None:
+    """`generate` refuses it before it prints a token."""
     options, says = bad_bundles.PROMPTS[name]
     result = run("generate", bundle, *options)
     refused(result, says, 2)
@@ -280,8 +280,8 @@ def test_a_prompt_that_cannot_be_answered(tmp_path: Path, bundle: Path, name: st
 
 
 @pytest.mark.parametrize("name", bad_bundles.EVALS)
-def test_a_text_to_judge_on(tmp_path: Path, bundle: Path, name: str) -> None:
-    """Refused by `validate --eval` before anything is compared."""
+def test_an_invalid_evaluation_text(tmp_path: Path, bundle: Path, name: str) -> None:
+    """`validate --eval` refuses it before it compares anything."""
     file, content, says = bad_bundles.EVALS[name]
     (tmp_path / file).write_bytes(content)
     result = run("validate", bundle, "--eval", file)
@@ -289,16 +289,16 @@ def test_a_text_to_judge_on(tmp_path: Path, bundle: Path, name: str) -> None:
     assert "validate  " not in result.stderr
 
 
-def test_a_text_without_a_tokenizer(tmp_path: Path) -> None:
-    """Refused by `validate --eval`, exit 2: `has no tokenizer.json, and text cannot be read without it`."""
+def test_an_evaluation_text_without_a_tokenizer(tmp_path: Path) -> None:
+    """`validate --eval` refuses it with exit 2: `has no tokenizer.json, and text cannot be read without it`."""
     small_checkpoint()
     assert run(*BUILD, "out").exit_code == 0
     refused(run("validate", "out", "--eval", "default"), "has no tokenizer.json, and text cannot be read", 2)
 
 
 @pytest.mark.parametrize("name", bad_goldens.ALL)
-def test_a_bad_golden(tmp_path: Path, bundle: Path, golden: Path, name: str) -> None:
-    """Refused by `validate --golden` before anything is compared."""
+def test_a_bad_reference_file(tmp_path: Path, bundle: Path, golden: Path, name: str) -> None:
+    """`validate --golden` refuses it before it compares anything."""
     damage, says, code = bad_goldens.ALL[name]
     shutil.copyfile(golden, tmp_path / "model.golden")
     damage(tmp_path / "model.golden", bundle)
@@ -310,8 +310,8 @@ def test_a_bad_golden(tmp_path: Path, bundle: Path, golden: Path, name: str) -> 
 
 
 @pytest.mark.parametrize("name", bad_goldens.PLACES)
-def test_a_place_for_a_golden(tmp_path: Path, bundle: Path, name: str) -> None:
-    """Refused by `validate --save-golden` before anything is compared."""
+def test_an_unusable_path_for_a_reference_file(tmp_path: Path, bundle: Path, name: str) -> None:
+    """`validate --save-golden` refuses it before it compares anything."""
     shutil.copytree(bundle, tmp_path / "bundle")
     shutil.copytree(bundle.parent / "checkpoint", tmp_path / "checkpoint")
     place, says = bad_goldens.PLACES[name]
@@ -322,7 +322,7 @@ def test_a_place_for_a_golden(tmp_path: Path, bundle: Path, name: str) -> None:
 
 @pytest.mark.parametrize("name", bad_goldens.AGAINST)
 def test_bundles_that_cannot_be_compared(tmp_path: Path, bundle: Path, name: str) -> None:
-    """Refused by `validate --against` before anything is compared."""
+    """`validate --against` refuses them before it compares anything."""
     change, says = bad_goldens.AGAINST[name]
     shutil.copytree(bundle, tmp_path / "bundle")
     shutil.copytree(bundle, tmp_path / "other")
@@ -334,7 +334,7 @@ def test_bundles_that_cannot_be_compared(tmp_path: Path, bundle: Path, name: str
 
 @pytest.mark.parametrize("reference", ["golden", "checkpoint", "against"])
 def test_a_bundle_that_computes_nan(tmp_path: Path, bundle: Path, golden: Path, reference: str) -> None:
-    """Refused by `validate`, exit 8: `values are not finite`; never a pass, and told from a failed gate (exit 6)."""
+    """`validate` exits with 8: `values are not finite`. It never passes. A failed gate exits with 6."""
     shutil.copytree(bundle, tmp_path / "bundle")
     broken(tmp_path / "bundle" / "model.onnx", one_nan)
     restore = manifests.read(bundle)
@@ -350,10 +350,10 @@ def one_nan(graph: Graph) -> None:
     graph.weight("lm_head.weight")[5, 7] = np.nan
 
 
-def test_an_engine_where_there_is_no_gpu(
+def test_an_engine_without_a_gpu(
     tmp_path: Path, bundle: Path, golden: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Refused by `validate --engine`, exit 2: `an engine runs on a GPU only`."""
+    """`validate --engine` refuses it with exit 2: `an engine runs on a GPU only`."""
     shutil.copytree(bundle, tmp_path / "bundle")
     fake_gpu.add_engine(tmp_path / "bundle", BuildConfig(bundle, bundle))
 
@@ -364,13 +364,13 @@ def test_an_engine_where_there_is_no_gpu(
     refused(run("validate", "bundle", "--engine", "--golden", golden), "an engine runs on a GPU only", 2)
 
 
-def test_an_engine_of_a_bundle_that_has_none(bundle: Path) -> None:
-    """Refused by `validate --engine`, exit 7: `has no TensorRT engine`."""
+def test_a_bundle_without_an_engine(bundle: Path) -> None:
+    """`validate --engine` refuses it with exit 7: `has no TensorRT engine`."""
     refused(run("validate", bundle, "--engine"), "has no TensorRT engine", 7)
 
 
-def test_survived_force_replaces_a_bundle(tmp_path: Path, bundle: Path) -> None:
-    """`--force` replaces a bundle, a damaged one too, and leaves nothing of it."""
+def test_force_replaces_a_bundle(tmp_path: Path, bundle: Path) -> None:
+    """`--force` replaces a bundle, even a damaged one, completely."""
     shutil.copytree(bundle, tmp_path / "out")
     (tmp_path / "out" / "model.onnx").unlink()
     small_checkpoint()
@@ -380,8 +380,8 @@ def test_survived_force_replaces_a_bundle(tmp_path: Path, bundle: Path) -> None:
 
 
 @pytest.mark.parametrize("output", SPELLINGS.values(), ids=SPELLINGS)
-def test_survived_output(tmp_path: Path, output: str) -> None:
-    """Built, and whole: a name is only a name."""
+def test_unusual_output_paths(tmp_path: Path, output: str) -> None:
+    """The build succeeds and the bundle is complete."""
     small_checkpoint()
     before = contents(tmp_path / "checkpoint")
     assert run(*BUILD, output).exit_code == 0
@@ -390,8 +390,8 @@ def test_survived_output(tmp_path: Path, output: str) -> None:
     assert {name: after[name] for name in before} == before
 
 
-def test_survived_a_checkpoint_without_a_tokenizer(tmp_path: Path) -> None:
-    """Built and whole: the bundle takes token ids; `generate` refuses text, exit 7: `has no tokenizer.json`."""
+def test_a_checkpoint_without_a_tokenizer(tmp_path: Path) -> None:
+    """The build succeeds. `generate` refuses text for this bundle with exit 7: `has no tokenizer.json`."""
     small_checkpoint()
     assert "there is no tokenizer.json" in run("check", "checkpoint").output
     assert run(*BUILD, "out").exit_code == 0

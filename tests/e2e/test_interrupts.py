@@ -136,8 +136,8 @@ def hashes(folder: Path) -> dict[str, str]:
 
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("name", ["SIGINT", "SIGKILL"])
-def test_a_build_is_stopped(zygote: Zygote, subject: Path, tmp_path: Path, name: str, stage: str) -> None:
-    """No output, the checkpoint untouched; the same command then goes on after the last stage that ended."""
+def test_a_stopped_build(zygote: Zygote, subject: Path, tmp_path: Path, name: str, stage: str) -> None:
+    """No output, checkpoint unchanged. The same command continues after the last completed stage."""
     number = signal.Signals[name]
     place = tmp_path / "here"
     place.mkdir()
@@ -172,10 +172,8 @@ def test_a_build_is_stopped(zygote: Zygote, subject: Path, tmp_path: Path, name:
     assert hashes(subject) == before
 
 
-def test_a_resumed_build_is_the_build_that_was_not_stopped(
-    zygote: Zygote, subject: Path, tmp_path: Path
-) -> None:
-    """Its manifest, and so every file, is the same to the byte."""
+def test_a_resumed_build_equals_an_uninterrupted_one(zygote: Zygote, subject: Path, tmp_path: Path) -> None:
+    """The manifest, and so every file, is identical."""
 
     def manifest(output: Path) -> bytes:
         return (output / "manifest.json").read_bytes()
@@ -202,8 +200,8 @@ sys.exit(main())
 """
 
 
-def test_the_program_itself_is_interrupted(subject: Path, tmp_path: Path) -> None:
-    """Exit 130, `interrupted`, no traceback, nothing left."""
+def test_an_interrupted_process(subject: Path, tmp_path: Path) -> None:
+    """Exit 130, `interrupted`, no traceback, no files left."""
     options = ["-v", "build", subject, "--output", tmp_path / "out", "--runtime", "onnx"]
     command = [sys.executable, "-c", PROGRAM, *options]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
@@ -226,8 +224,8 @@ with interrupts.answered():
 """
 
 
-def test_a_native_call_that_does_not_end_is_left_within_a_second() -> None:
-    """Ctrl-C ends the process all the same."""
+def test_ctrl_c_during_a_native_call_that_does_not_return() -> None:
+    """The process ends within a second."""
     process = subprocess.Popen(
         [sys.executable, "-c", NATIVE], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
