@@ -30,8 +30,9 @@ HEAD = """\
 # Reliability
 
 {total} cases, each of them a test (`pytest tests/e2e/test_bad_input.py tests/e2e/test_interrupts.py`).
-*Refused* means: one line that begins with `error:`, at most one line of advice, the exit code shown, and no traceback. All of the
-user's files are unchanged afterwards, and no other file exists. In an error message, `…` stands for any text and `N` for any number.
+*Refused* means: one line that begins with `error:`, at most one line of advice, the exit code shown, and no traceback.
+All of the user's files are unchanged afterwards, and no other file exists. In an error message, `…` stands for any text
+and `N` for any number.
 """
 
 Refusal = tuple[str, int]
