@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
-    from nemotrt.model.pools import PoolSpec
+    from nemotrt.plugins.contract import PoolSpec
 
 
 @dataclass(frozen=True)

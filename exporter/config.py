@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nemotrt.exporter.errors import UsageError
+from nemotrt.plugins.contract import DType
 
 PRECISIONS = ("fp32", "fp16", "bf16", "fp8")
 """Precisions of activations and weights; fp8 has BF16 wherever no FP8 is."""
@@ -17,10 +18,15 @@ WEIGHTS = ("copy", "link")
 """Into the bundle's own data file, or left in the checkpoint's files, which the bundle links."""
 
 PRESETS = ("conservative", "published")
-"""What is left unquantised where FP8 is made here: `presets.py` says which modules."""
+"""What is left unquantized where FP8 is made here: `presets.py` says which modules."""
 
-PRECISION_OF_DTYPE = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
-COMPUTE_DTYPES = {precision: dtype for dtype, precision in PRECISION_OF_DTYPE.items()} | {"fp8": "bfloat16"}
+COMPUTE_DTYPES = {
+    "fp32": DType.FLOAT32,
+    "fp16": DType.FLOAT16,
+    "bf16": DType.BFLOAT16,
+    "fp8": DType.BFLOAT16,
+}
+PRECISION_OF_DTYPE = {DType.FLOAT32: "fp32", DType.FLOAT16: "fp16", DType.BFLOAT16: "bf16"}
 
 
 DRIFT_STEPS, BUILD_DRIFT_STEPS = 1000, 100
@@ -56,11 +62,11 @@ class BuildConfig:
     calibration: Path | None = None
     """Text to calibrate FP8 on; none for the built-in text."""
     preset: str = PRESETS[0]
-    """One of PRESETS: what a model that is quantised here keeps unquantised."""
+    """One of PRESETS: what a model that is quantized here keeps unquantized."""
     exclude: tuple[str, ...] = ()
-    """Patterns of modules to leave unquantised, beside the preset's."""
+    """Patterns of modules to leave unquantized, beside the preset's."""
     kv_dtype: str = "auto"
-    """Of the KV cache: fp8, bf16, or auto: fp8 where the model is quantised here, else as the checkpoint says."""
+    """Of the KV cache: fp8, bf16, or auto: fp8 where the model is quantized here, else as the checkpoint says."""
     validate: bool = True
     force: bool = False
     keep_failed: bool = False

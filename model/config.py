@@ -17,11 +17,12 @@ from typing import Any
 
 from nemotrt.model.config_fields import ALIASES, FIXED, INERT, LAYER_NAMES, PATTERN, USED_BY
 from nemotrt.model.recipe import Recipe
+from nemotrt.plugins.contract import DType
 
 LAYER_KINDS = ("mamba", "attention", "mlp", "moe")
 """What a layer's mixer may be."""
 
-DTYPES = ("float32", "float16", "bfloat16")
+DTYPES = (DType.FLOAT32, DType.FLOAT16, DType.BFLOAT16)
 """What a checkpoint's weights may be meant as."""
 
 LARGEST = 3.4028234663852886e38
@@ -80,9 +81,9 @@ class ModelConfig:
 
     norm_eps: float = 1e-5
     tie_word_embeddings: bool = False
-    dtype: str = "float32"
+    dtype: DType = DType.FLOAT32
     """What the checkpoint says its weights are, from DTYPES; if nothing, FP32, which holds every other."""
-    ssm_state_dtype: str = "float32"
+    ssm_state_dtype: DType = DType.FLOAT32
     max_position_embeddings: int = 0
     """Tokens a sequence that the checkpoint was made for, 0 if it does not say; no result depends on it."""
     bos_token_id: int | None = None
@@ -130,8 +131,8 @@ class ModelConfig:
         """The same model with these of its weights in FP8."""
         return dataclasses.replace(self, recipe=recipe)
 
-    def unquantised(self) -> ModelConfig:
-        """The same model with nothing said of quantisation."""
+    def unquantized(self) -> ModelConfig:
+        """The same model with nothing said of quantization."""
         return dataclasses.replace(self, recipe=Recipe(), quantization=None)
 
     @classmethod
@@ -296,11 +297,11 @@ def _text(name: str, value: Any) -> str:
     return value
 
 
-def _dtype(name: str, value: Any) -> str:
+def _dtype(name: str, value: Any) -> DType:
     dtype = _text(name, value).removeprefix("torch.")
     if dtype not in DTYPES:
         raise ConfigError(f"{name} is {dtype}; it must be one of {', '.join(DTYPES)}")
-    return dtype
+    return DType(dtype)
 
 
 def _limits(name: str, value: Any) -> tuple[float, float]:
@@ -327,7 +328,7 @@ CONVERT: dict[str, Callable[[str, Any], Any]] = {
     "int": _whole,
     "int | None": _whole,
     "float": _number,
-    "str": _dtype,
+    "DType": _dtype,
     "tuple[float, float]": _limits,
     "tuple[int, ...]": _ids,
     "dict[str, Any] | None": _object,
@@ -350,7 +351,7 @@ def _contradictions(c: ModelConfig) -> list[tuple[bool, str]]:
             ),
             (c.conv_kernel < 2, f"conv_kernel is {c.conv_kernel}: a convolution of one tap keeps no state"),
             (
-                c.ssm_state_dtype == "bfloat16",
+                c.ssm_state_dtype == DType.BFLOAT16,
                 "mamba_ssm_cache_dtype is bfloat16; the recurrent state is float32 or float16",
             ),
         ]

@@ -1,4 +1,4 @@
-"""FP8 linears: a weight in E4M3 with FP32 scales, and inputs that are quantised on their way in.
+"""FP8 linears: a weight in E4M3 with FP32 scales, and inputs that are quantized on their way in.
 
 Legend: T tokens, I inputs, O outputs.
 """
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from nemotrt.model.recipe import EXPERTS, Recipe
-from nemotrt.plugins.e4m3 import FP8, quantised
+from nemotrt.plugins.e4m3 import FP8, quantized
 
 
 @torch.library.custom_op("nemo::fp8_linear", mutates_args=())
@@ -18,7 +18,7 @@ def fp8_linear(
 
     The weight may hold its E4M3 values in FP32.
     """
-    product_TO = quantised(x, input_scale).float() @ weight.float().T * (weight_scale * input_scale)
+    product_TO = quantized(x, input_scale).float() @ weight.float().T * (weight_scale * input_scale)
     return (product_TO if bias is None else product_TO + bias.float()).to(x.dtype)
 
 
@@ -46,7 +46,7 @@ class Fp8Linear(nn.Module):
         return y_TO
 
 
-def quantise(network: nn.Module, recipe: Recipe) -> None:
+def quantize(network: nn.Module, recipe: Recipe) -> None:
     """Put FP8 modules, to be filled, in the place of those of NemotronH that the recipe names."""
     for name in sorted(recipe.modules):
         module = network.get_submodule(name)

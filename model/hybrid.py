@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from nemotrt.model.block import Block
 from nemotrt.model.config import ModelConfig
-from nemotrt.model.fp8 import quantise
+from nemotrt.model.fp8 import quantize
 from nemotrt.model.norm import RMSNorm
 from nemotrt.model.pools import POOL_KINDS
 from nemotrt.model.step import Step
@@ -71,7 +71,7 @@ class NemotronH(nn.Module):
         )
         if config.tie_word_embeddings:
             self.lm_head.weight = self.backbone.embeddings.weight
-        quantise(self, config.recipe)
+        quantize(self, config.recipe)
         self.requires_grad_(False)
 
     def forward(

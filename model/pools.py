@@ -1,11 +1,12 @@
-"""The pools of recurrent and KV state that a model's caller owns."""
+"""The pools of recurrent state and KV cache that the model's caller owns."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from nemotrt.model.config import ModelConfig
+from nemotrt.plugins.contract import DType, PoolSpec
 
 if TYPE_CHECKING:
     import torch
@@ -17,64 +18,42 @@ POOL_KINDS: dict[str, tuple[str, ...]] = {
     "mlp": (),
     "moe": (),
 }
-"""A layer's kind → the pools it reads and replaces, in the order in which its mixer takes them."""
-
-
-@dataclass(frozen=True)
-class PoolSpec:
-    """One pool: a row a slot, or for `kv_cache` a row a page; row 0 is scratch."""
-
-    name: str
-    """The kind and the layer's index in the model: `ssm_state.7`."""
-    kind: str
-    layer: int
-    row_shape: tuple[int, ...]
-    dtype: str
-
-    @property
-    def is_paged(self) -> bool:
-        """Whether rows are pages, not slots."""
-        return self.kind == "kv_cache"
+"""The pools that a layer of each kind updates, in the order in which its mixer takes them."""
 
 
 def pool_specs(
     config: ModelConfig,
     *,
     page_size: int = 128,
-    dtype: str,
-    state_dtype: str,
-    kv_dtype: str,
+    dtype: DType,
+    state_dtype: DType = DType.FLOAT32,
+    kv_dtype: DType | None = None,
 ) -> tuple[PoolSpec, ...]:
     """Every pool of the model, in layer order.
 
-    `dtype` is the model's, `state_dtype` the recurrent state's, `kv_dtype` the KV cache's. Rows: conv_state
-    [channels, taps−1], ssm_state [heads, head_dim, state], kv_cache [2, kv_heads, page_size, head_dim].
+    `dtype` is the model's and `state_dtype` the recurrent state's. `kv_dtype` defaults to FP8 if the checkpoint
+    asks for an FP8 cache, else to `dtype`.
     """
+    if kv_dtype is None:
+        kv_dtype = DType.FLOAT8_E4M3 if config.recipe.kv_cache else dtype
     rows = {
-        "conv_state": (config.conv_channels, config.conv_kernel - 1),
-        "ssm_state": (config.mamba_num_heads, config.mamba_head_dim, config.ssm_state_size),
-        "kv_cache": (2, config.num_key_value_heads, page_size, config.head_dim),
+        "conv_state": (dtype, (config.conv_channels, config.conv_kernel - 1)),
+        "ssm_state": (state_dtype, (config.mamba_num_heads, config.mamba_head_dim, config.ssm_state_size)),
+        "kv_cache": (kv_dtype, (2, config.num_key_value_heads, page_size, config.head_dim)),
     }
-    dtypes = {"conv_state": dtype, "ssm_state": state_dtype, "kv_cache": kv_dtype}
     return tuple(
-        PoolSpec(f"{kind}.{i}", kind, i, rows[kind], dtypes[kind])
+        PoolSpec(f"{kind}.{i}", *rows[kind])
         for i, layer in config.numbered_layers.items()
         for kind in POOL_KINDS[layer]
     )
 
 
 def empty_pools(
-    specs: tuple[PoolSpec, ...], num_slots: int, num_pages: int, device: torch.device | str | None = None
+    specs: Iterable[PoolSpec], num_slots: int, num_pages: int, device: torch.device | str | None = None
 ) -> list[Tensor]:
-    """A zeroed pool for each spec, with rows for slots or pages, scratch included."""
+    """A zeroed tensor for each pool; the numbers of slots and pages include the scratch row."""
     import torch
 
     return [
-        torch.zeros(
-            num_pages if spec.is_paged else num_slots,
-            *spec.row_shape,
-            dtype=getattr(torch, spec.dtype),
-            device=device,
-        )
-        for spec in specs
+        torch.zeros(spec.shape(num_slots, num_pages), dtype=spec.dtype.torch, device=device) for spec in specs
     ]

@@ -45,7 +45,7 @@ class Recipe:
         return bool(self.modules) or self.kv_cache
 
 
-def quantisable(config: ModelConfig) -> Iterator[str]:
+def quantizable(config: ModelConfig) -> Iterator[str]:
     """Every module that can hold FP8 weights, in the model's order; the head, router and convolution cannot."""
     for i, kind in config.numbered_layers.items():
         latent = LATENT if kind == "moe" and config.moe_latent_size else ()

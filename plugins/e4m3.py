@@ -7,7 +7,7 @@ FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0
 
 
-def quantised(values: Tensor, scale: Tensor) -> Tensor:
+def quantized(values: Tensor, scale: Tensor) -> Tensor:
     """values / scale in E4M3, saturated; a NaN stays one."""
     return (values.float() / scale).clamp(-FP8_MAX, FP8_MAX).to(FP8)
 

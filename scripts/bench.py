@@ -179,7 +179,7 @@ def _made_a_hole(path: Path, placed: tuple[external_data.Placed, ...], **_: Any)
 @main.command()
 @click.option("--preset", default="published", show_default=True, help="What is left out of FP8.")
 def quantize(preset: str) -> None:
-    """Calibrate and quantise that model on the built-in text, by the example's tokenizer."""
+    """Calibrate and quantize that model on the built-in text, by the example's tokenizer."""
     with tempfile.TemporaryDirectory(dir=".") as folder:
         checkpoint = Path(folder) / "checkpoint"
         write_checkpoint(DENSE_1270M, checkpoint, dtype=torch.bfloat16)

@@ -35,13 +35,13 @@ Entry = tuple[str, list[int]]
 
 
 def every_tensor(
-    table: dict[str, Entry], num_experts: int, *, unquantised: bool
+    table: dict[str, Entry], num_experts: int, *, unquantized: bool
 ) -> Iterator[tuple[str, Entry]]:
-    """The table with each expert that its expert 0 stands for; unquantised, without scales, and BF16 for FP8."""
+    """The table with each expert that its expert 0 stands for; unquantized, without scales, and BF16 for FP8."""
     for name, (dtype, shape) in table.items():
-        if unquantised and SCALE.search(name):
+        if unquantized and SCALE.search(name):
             continue
-        entry = ("BF16" if unquantised and dtype == "F8_E4M3" else dtype, shape)
+        entry = ("BF16" if unquantized and dtype == "F8_E4M3" else dtype, shape)
         if ".experts.0." not in name:
             yield name, entry
         else:
@@ -121,7 +121,7 @@ def encoded(values: np.ndarray[Any, np.dtype[np.float32]], dtype: str) -> bytes:
 
 
 def description(table: dict[str, Entry]) -> dict[str, Any]:
-    """What ModelOpt says of a table's quantisation: FP8, but for the linears that have other weights."""
+    """What ModelOpt says of a table's quantization: FP8, but for the linears that have other weights."""
     linears = [name for name, (_, shape) in table.items() if name.endswith(".weight") and len(shape) == 2]
     ignored = [name.removesuffix(".weight") for name in linears if table[name][0] != "F8_E4M3"]
     found: dict[str, Any] = {"quant_method": "modelopt", "quant_algo": "FP8", "ignore": ignored}
@@ -135,16 +135,16 @@ def write_checkpoint(
     table: dict[str, Entry],
     output: Path,
     *,
-    unquantised: bool = False,
+    unquantized: bool = False,
     real: frozenset[int] = frozenset(),
     seed: int = 0,
 ) -> dict[str, int]:
     """A checkpoint folder at `output`, which must not exist; gives its bytes, and those that hold values."""
     output.mkdir(parents=True)
-    if not unquantised:
+    if not unquantized:
         raw = raw | {"quantization_config": description(table)}
     (output / "config.json").write_text(json.dumps(raw, indent=2))
-    cut = list(shards(list(every_tensor(table, raw["n_routed_experts"], unquantised=unquantised))))
+    cut = list(shards(list(every_tensor(table, raw["n_routed_experts"], unquantized=unquantized))))
     generator = np.random.default_rng(seed)
     weight_map: dict[str, str] = {}
     written = 0
@@ -162,17 +162,17 @@ def write_checkpoint(
 @click.argument("config", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.argument("tensor_table", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.argument("output", type=click.Path(exists=False, path_type=Path))
-@click.option("--unquantised", is_flag=True, help="BF16 where the table has FP8, and no scales.")
+@click.option("--unquantized", is_flag=True, help="BF16 where the table has FP8, and no scales.")
 @click.option("--real", default="", help="Layers whose tensors all hold random values, as 0,1,5.")
 @click.option("--seed", default=0, show_default=True)
-def main(config: Path, tensor_table: Path, output: Path, unquantised: bool, real: str, seed: int) -> None:
+def main(config: Path, tensor_table: Path, output: Path, unquantized: bool, real: str, seed: int) -> None:
     """Write the checkpoint of CONFIG (config.json) and TENSOR_TABLE ({name: [dtype, shape]}) to the folder OUTPUT.
 
     In the table, expert 0 stands for all experts.
     """
     layers = frozenset(int(layer) for layer in real.split(",") if layer)
     raw, table = json.loads(config.read_text()), json.loads(tensor_table.read_text())
-    found = write_checkpoint(raw, table, output, unquantised=unquantised, real=layers, seed=seed)
+    found = write_checkpoint(raw, table, output, unquantized=unquantized, real=layers, seed=seed)
     click.echo(json.dumps(found))
 
 

@@ -153,9 +153,9 @@ def scaled_product(
     rows: Tensor, weight: Tensor, scale: Tensor, input_scale: Tensor, _: Tensor, offsets: Tensor
 ) -> Tensor:
     """Each row, rounded to E4M3, times its expert's weight, with a scale a row and a scale a column."""
-    quantised = (rows.float() / input_scale).clamp(-448, 448).to(torch.float8_e4m3fn)
+    quantized = (rows.float() / input_scale).clamp(-448, 448).to(torch.float8_e4m3fn)
     return torch._scaled_grouped_mm(
-        *(quantised, weight, input_scale.expand(len(rows)).contiguous(), scale),
+        *(quantized, weight, input_scale.expand(len(rows)).contiguous(), scale),
         offs=offsets,
         out_dtype=torch.bfloat16,
         use_fast_accum=True,

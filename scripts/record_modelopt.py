@@ -34,7 +34,7 @@ PRESETS = {
 """Our name for a preset → ModelOpt's; of a model with latent experts, as the example, they are the same."""
 
 
-def quantised(preset: dict[str, Any], folder: Path) -> dict[str, torch.Tensor]:
+def quantized(preset: dict[str, Any], folder: Path) -> dict[str, torch.Tensor]:
     """The tensors of the checkpoint that ModelOpt exports."""
     model = AutoModelForCausalLM.from_pretrained(EXAMPLE, dtype=torch.float32).eval()
     for module in model.modules():
@@ -53,7 +53,7 @@ def quantised(preset: dict[str, Any], folder: Path) -> dict[str, torch.Tensor]:
 
 
 def record(tensors: dict[str, torch.Tensor]) -> dict[str, dict[str, Any]]:
-    """Each quantised module: its scales, and the hash of its weight's bytes."""
+    """Each quantized module: its scales, and the hash of its weight's bytes."""
     found = {}
     for name, tensor in sorted(tensors.items()):
         module = name.removesuffix(".weight")
@@ -70,7 +70,7 @@ def main() -> None:
     """Write the record."""
     environment.hide_unusable_amx()
     with tempfile.TemporaryDirectory() as folder:
-        made = {name: record(quantised(preset, Path(folder) / name)) for name, preset in PRESETS.items()}
+        made = {name: record(quantized(preset, Path(folder) / name)) for name, preset in PRESETS.items()}
     RECORD.write_text(
         json.dumps({"modelopt": version("nvidia-modelopt"), "presets": made}, indent=1) + "\n",
         encoding="utf-8",

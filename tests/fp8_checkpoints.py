@@ -33,7 +33,7 @@ NANO_BF16 = (4, 11, 18, 25, 32, 41)
 
 
 def description(excluded: list[str], *, kv_cache: bool = True) -> dict[str, Any]:
-    """What config.json says of the quantisation."""
+    """What config.json says of the quantization."""
     group = {"weights": FLOAT8, "input_activations": FLOAT8, "targets": ["Linear"]}
     found = {
         "quant_method": "modelopt",

@@ -9,7 +9,7 @@ from nemotrt.exporter.checkpoint.safetensors_reader import StoredTensor
 from nemotrt.exporter.config import COMPUTE_DTYPES, BuildConfig
 from nemotrt.model.checkpoint import Transform
 from nemotrt.model.config import ModelConfig
-from nemotrt.model.pools import PoolSpec
+from nemotrt.plugins.contract import PoolSpec
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class LoadedModel:
     not_exported: tuple[str, ...]
     side_files: tuple[str, ...]
     origin: LoadedModel | None = None
-    """What these weights were quantised from by this tool, where they were."""
+    """What these weights were quantized from by this tool, where they were."""
 
     def pools(self, config: BuildConfig) -> tuple[PoolSpec, ...]:
         """The pools of the graph that `config` asks for, in layer order."""
@@ -43,5 +43,5 @@ class LoadedModel:
             page_size=config.page_size,
             dtype=dtype,
             state_dtype=COMPUTE_DTYPES[config.state_dtype],
-            kv_dtype="float8_e4m3fn" if self.config.recipe.kv_cache and config.kv_dtype != "bf16" else dtype,
+            kv_dtype=dtype if config.kv_dtype == "bf16" else None,
         )

@@ -1,4 +1,4 @@
-"""What a checkpoint says of its quantisation, in the words of NVIDIA's ModelOpt: read strictly, and written.
+"""What a checkpoint says of its quantization, in the words of NVIDIA's ModelOpt: read strictly, and written.
 
 It stands in config.json as `quantization_config`, in hf_quant_config.json, or in both:
 https://github.com/NVIDIA/Model-Optimizer (modelopt/torch/export) writes both.
@@ -19,7 +19,7 @@ from nemotrt.exporter.checkpoint.safetensors_reader import StoredTensor, file_in
 from nemotrt.exporter.errors import CheckpointError
 from nemotrt.model.checkpoint import PREFIXES
 from nemotrt.model.config import ModelConfig
-from nemotrt.model.recipe import EXPERTS, Recipe, quantisable
+from nemotrt.model.recipe import EXPERTS, Recipe, quantizable
 
 HF_QUANT_CONFIG = "hf_quant_config.json"
 
@@ -53,7 +53,7 @@ class Description:
 def with_recipe(config: ModelConfig, stored: Mapping[str, StoredTensor], folder: Path) -> ModelConfig:
     """The configuration with the recipe that the checkpoint's own description gives; as it is if there is none.
 
-    Raises CheckpointError, by name, on any quantisation but FP8 and on a description that is not understood.
+    Raises CheckpointError, by name, on any quantization but FP8 and on a description that is not understood.
     """
     raws: dict[str, Any] = {}
     if config.quantization is not None:
@@ -63,7 +63,7 @@ def with_recipe(config: ModelConfig, stored: Mapping[str, StoredTensor], folder:
     recipes = {where: recipe(config, stored, describe(raw, where)) for where, raw in raws.items()}
     if len(set(recipes.values())) > 1:
         raise CheckpointError(
-            " and ".join(recipes) + " say different things of what is quantised",
+            " and ".join(recipes) + " say different things of what is quantized",
             hint="remove the one that is not the weights'",
         )
     return config.with_recipe(next(iter(recipes.values()), config.recipe))
@@ -72,14 +72,14 @@ def with_recipe(config: ModelConfig, stored: Mapping[str, StoredTensor], folder:
 def describe(raw: Any, where: str) -> Description:
     """A description as data; raises CheckpointError on what is not understood, or not FP8."""
     if not isinstance(raw, dict):
-        raise CheckpointError(f"{where} has no object that describes the quantisation")
+        raise CheckpointError(f"{where} has no object that describes the quantization")
     if (method := raw.get("quant_method", "modelopt")) != "modelopt":
         scheme = "block-scaled FP8" if raw.get("weight_block_size") else f"{method}"
-        raise CheckpointError(f"{where}: the checkpoint is quantised as {scheme}", hint=SUPPORTED)
+        raise CheckpointError(f"{where}: the checkpoint is quantized as {scheme}", hint=SUPPORTED)
     algorithm = raw.get("quant_algo")
     if algorithm not in (FP8, MIXED):
         raise CheckpointError(
-            f"{where}: the checkpoint is quantised as {algorithm or 'nothing that it names'}", hint=SUPPORTED
+            f"{where}: the checkpoint is quantized as {algorithm or 'nothing that it names'}", hint=SUPPORTED
         )
     if unknown := sorted(raw.keys() - KNOWN):
         raise CheckpointError(f"{where}: {unknown[0]} is not understood", hint=SUPPORTED)
@@ -101,7 +101,7 @@ def _check_float8(scheme: Any, what: str) -> None:
 
 def _kv_cache(raw: Mapping[str, Any], where: str) -> bool:
     if (algorithm := raw.get("kv_cache_quant_algo")) not in (None, FP8):
-        raise CheckpointError(f"{where}: the KV cache is quantised as {algorithm}", hint=SUPPORTED)
+        raise CheckpointError(f"{where}: the KV cache is quantized as {algorithm}", hint=SUPPORTED)
     if (scheme := raw.get("kv_cache_scheme")) is not None:
         _check_float8(scheme, f"{where}: the KV cache's values")
     return algorithm is not None or scheme is not None
@@ -114,7 +114,7 @@ def _listed(raw: Mapping[str, Any], where: str) -> frozenset[str]:
     for module, entry in layers.items():
         algorithm = entry.get("quant_algo") if isinstance(entry, dict) else entry
         if algorithm != FP8:
-            raise CheckpointError(f"{where}: {module} is quantised as {algorithm}", hint=SUPPORTED)
+            raise CheckpointError(f"{where}: {module} is quantized as {algorithm}", hint=SUPPORTED)
     return frozenset(_canonical(module) for module in layers)
 
 
@@ -135,22 +135,22 @@ def recipe(config: ModelConfig, stored: Mapping[str, StoredTensor], description:
     if description.listed is not None:
         listed = description.listed
 
-        def is_quantised(name: str) -> bool:
+        def is_quantized(name: str) -> bool:
             return name in listed
 
     else:
 
-        def is_quantised(name: str) -> bool:
+        def is_quantized(name: str) -> bool:
             return not is_excluded(name)
 
     modules = set()
-    for module in quantisable(config):
+    for module in quantizable(config):
         names = list(_stored_modules(config, module))
-        chosen = [name for name in names if is_quantised(name)]
+        chosen = [name for name in names if is_quantized(name)]
         if chosen and len(chosen) < len(names):
             other = next(name for name in names if name not in chosen)
             raise CheckpointError(
-                f"{description.where}: {chosen[0]} is quantised and {other} is not: a layer's experts must be alike"
+                f"{description.where}: {chosen[0]} is quantized and {other} is not: a layer's experts must be alike"
             )
         modules.update([module] if chosen else [])
     return _with_shapes(config, Recipe(frozenset(modules), kv_cache=description.kv_cache), stored)
@@ -176,7 +176,7 @@ def stored_recipe(config: ModelConfig, stored: Mapping[str, StoredTensor]) -> Re
     """What is FP8 by the stored tensors alone, for a table of them that nothing describes."""
     modules = {
         module
-        for module in quantisable(config)
+        for module in quantizable(config)
         if any(
             tensor.dtype == "float8_e4m3fn"
             for name in _stored_modules(config, module)
@@ -220,7 +220,7 @@ def cache_notes(config: ModelConfig, kv_dtype: str = "auto") -> tuple[str, ...]:
 def described(recipe: Recipe, config: ModelConfig, *, has_mtp: bool) -> tuple[dict[str, Any], dict[str, Any]]:
     """A recipe as ModelOpt writes it: `quantization_config` of config.json, and hf_quant_config.json.
 
-    What predicts further tokens (mtp.*) is not quantised, and a reader that takes it is told so.
+    What predicts further tokens (mtp.*) is not quantized, and a reader that takes it is told so.
     """
     excluded = [
         "lm_head",
@@ -228,7 +228,7 @@ def described(recipe: Recipe, config: ModelConfig, *, has_mtp: bool) -> tuple[di
         *(f"{name}.conv1d" for name in _mixers(config, "mamba")),
     ]
     excluded += [f"{name}.gate" for name in _mixers(config, "moe")]
-    excluded += [module for module in quantisable(config) if module not in recipe.modules]
+    excluded += [module for module in quantizable(config) if module not in recipe.modules]
     producer = {"name": "nemo-export", "version": version("nemo-export")}
     quantization = {
         "quant_algo": FP8,

@@ -19,13 +19,13 @@ FLOATING = ("float64", "float32", "float16", "bfloat16")
 FP8 = "float8_e4m3fn"
 
 
-QUANTISED = {
+QUANTIZED = {
     FP8: "FP8",
     "float8_e5m2": "FP8 (E5M2)",
     "float8_e8m0fnu": "MXFP8",
     "uint8": "packed 4-bit values",
 }
-"""A dtype that only quantised weights have → what it is called."""
+"""A dtype that only quantized weights have → what it is called."""
 
 
 FOREIGN = {
@@ -35,11 +35,11 @@ FOREIGN = {
     ".weight_packed": "packed 4-bit values",
     ".pre_quant_scale": "INT4 (AWQ)",
 }
-"""How a tensor's name ends that only a quantisation has which is not supported → that quantisation."""
+"""How a tensor's name ends that only a quantization has which is not supported → that quantization."""
 
 
 SCALES = ("weight_scale", "input_scale", "k_scale", "v_scale")
-"""Last parts of the names that quantisation adds to a checkpoint."""
+"""Last parts of the names that quantization adds to a checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -74,25 +74,25 @@ def match(config: ModelConfig, stored: Mapping[str, StoredTensor]) -> Survey:
 
 
 def _foreign(config: ModelConfig, stored: Mapping[str, StoredTensor]) -> CheckpointError | None:
-    """The one problem of a checkpoint that is quantised as nothing here is, or quantised and not described."""
+    """The one problem of a checkpoint that is quantized as nothing here is, or quantized and not described."""
     for sign, scheme in FOREIGN.items():
         if found := sorted(name for name in stored if name.endswith(sign)):
-            return CheckpointError(f"the checkpoint is quantised as {scheme} ({found[0]})", hint=SUPPORTED)
-    quantised = sorted(name for name, tensor in stored.items() if tensor.dtype in QUANTISED)
-    own = [name for name in quantised if stored[name].dtype != FP8]
+            return CheckpointError(f"the checkpoint is quantized as {scheme} ({found[0]})", hint=SUPPORTED)
+    quantized = sorted(name for name, tensor in stored.items() if tensor.dtype in QUANTIZED)
+    own = [name for name in quantized if stored[name].dtype != FP8]
     if own:
         # Powers of two, in a type of their own or as bare bytes.
         is_mx = own[0].endswith(".weight_scale")
-        what = "MXFP8" if is_mx else QUANTISED[stored[own[0]].dtype]
-        return CheckpointError(f"the checkpoint is quantised as {what} ({own[0]})", hint=SUPPORTED)
-    if quantised and not config.recipe:
+        what = "MXFP8" if is_mx else QUANTIZED[stored[own[0]].dtype]
+        return CheckpointError(f"the checkpoint is quantized as {what} ({own[0]})", hint=SUPPORTED)
+    if quantized and not config.recipe:
         return CheckpointError(
-            f"{quantised[0]} is FP8, but neither config.json nor {HF_QUANT_CONFIG} describes a quantisation",
+            f"{quantized[0]} is FP8, but neither config.json nor {HF_QUANT_CONFIG} describes a quantization",
             hint=f"copy the {HF_QUANT_CONFIG} of the model's repository into the folder",
         )
-    if config.recipe and not quantised:
+    if config.recipe and not quantized:
         return CheckpointError(
-            "the checkpoint says that it is quantised, but no stored tensor is",
+            "the checkpoint says that it is quantized, but no stored tensor is",
             hint="the configuration and the weights are of different checkpoints",
         )
     return None
@@ -101,8 +101,8 @@ def _foreign(config: ModelConfig, stored: Mapping[str, StoredTensor]) -> Checkpo
 def _extra(name: str) -> CheckpointError:
     if name.endswith(SCALES):
         return CheckpointError(
-            f"{name} is in the checkpoint, which says that this is not quantised",
-            hint="the description of the quantisation and the weights are of different checkpoints",
+            f"{name} is in the checkpoint, which says that this is not quantized",
+            hint="the description of the quantization and the weights are of different checkpoints",
         )
     return CheckpointError(
         f"{name} is in the checkpoint, but not in the model that config.json describes",
@@ -129,10 +129,10 @@ def _find(
     is_fp8 = module in config.recipe.modules and own in ("weight", "up", "down")
     for tensor in tensors:
         if is_fp8 != (tensor.dtype == FP8):
-            wanted = "is FP8 by the checkpoint's description" if is_fp8 else "is not quantised by it"
+            wanted = "is FP8 by the checkpoint's description" if is_fp8 else "is not quantized by it"
             raise CheckpointError(
                 f"{tensor.name} is stored as {tensor.dtype}, and {wanted}",
-                hint="the description of the quantisation and the weights are of different checkpoints",
+                hint="the description of the quantization and the weights are of different checkpoints",
             )
         if not is_fp8 and tensor.dtype not in FLOATING:
             raise CheckpointError(

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from nemotrt.exporter.checkpoint.loaded_model import WeightSource
 from nemotrt.exporter.checkpoint.safetensors_reader import StoredTensor, read_pieces
-from nemotrt.exporter.config import PRECISION_OF_DTYPE
 from nemotrt.exporter.errors import CheckpointError
 from nemotrt.model.checkpoint import Transform
 from nemotrt.model.config import ModelConfig
 from nemotrt.model.hybrid import NemotronH
+from nemotrt.plugins.contract import DType
 
 Wanted = tuple[WeightSource, tuple[int, ...], torch.dtype]
 """Where a parameter's values come from, and in what shape and dtype the graph has it."""
@@ -86,14 +86,14 @@ def converted(
     if transform in (Transform.SCALE, Transform.LARGEST) and not (stored > 0).all():
         raise CheckpointError(
             f"{tensor.name} is {stored.min().item():g}; a scale is above 0",
-            hint="quantise the model again: nothing was calibrated there",
+            hint="quantize the model again: nothing was calibrated there",
         )
     wanted = stored
     if transform is Transform.NEG_EXP:
         wanted = -torch.exp(stored.float())
         largest = _largest_bits(wanted)
     if largest >= first_overflow(wanted.dtype, dtype):
-        name = PRECISION_OF_DTYPE[str(dtype).removeprefix("torch.")].upper()
+        name = DType.from_torch(dtype).label
         raise CheckpointError(
             f"{tensor.name} holds {stored.abs().max().item():g}, too large for {name}",
             hint="use --precision bf16 or fp32",

@@ -164,12 +164,12 @@ EXCLUDE = click.option(
     "--exclude",
     multiple=True,
     metavar="PATTERN",
-    help="Leave these modules unquantised too, as '*.layers.4.mixer'; more than once for more.",
+    help="Leave these modules unquantized too, as '*.layers.4.mixer'; more than once for more.",
 )
 KV_DTYPE = click.option(
     "--kv-dtype",
     type=click.Choice(["auto", "fp8", "bf16"]),
     default="auto",
     show_default=True,
-    help="Of the KV cache; auto is fp8 where the model is quantised here, else what its FP8 checkpoint says.",
+    help="Of the KV cache; auto is fp8 where the model is quantized here, else what its FP8 checkpoint says.",
 )

@@ -45,7 +45,7 @@ def quantize(
     kv_dtype: str,
     as_json: bool,
 ) -> None:
-    """Quantise CHECKPOINT to FP8 with static scales: a checkpoint in ModelOpt's layout, to build from or to serve."""
+    """Quantize CHECKPOINT to FP8 with static scales: a checkpoint in ModelOpt's layout, to build from or to serve."""
     from nemotrt.exporter.pipelines.quantize import Quantization, quantize_checkpoint
 
     wanted = Quantization(calibration, preset, exclude, kv_dtype)

@@ -293,7 +293,7 @@ def report(found: ValidationReport) -> list[RenderableType]:
 
 
 def _text(found: TextReport) -> list[RenderableType]:
-    """What was built on text, what quantisation costs, and which layers it costs most in."""
+    """What was built on text, what quantization costs, and which layers it costs most in."""
     title = f"{found.num_tokens:,} tokens of {found.text}" + (f", before: {found.base}" if found.base else "")
     figures = _table(title, "mean KL", "same best token", "perplexity ratio")
     for figure in found.figures:
@@ -305,11 +305,11 @@ def _text(found: TextReport) -> list[RenderableType]:
         )
     if not found.layers:
         return ["", figures]
-    layers = _table("layer", "kind", "mean KL, this layer alone quantised", right=("layer",))
+    layers = _table("layer", "kind", "mean KL, this layer alone quantized", right=("layer",))
     for cost in found.layers[:MAX_LAYERS]:
         kind = Text(cost.kind, COLOURS.get(cost.kind, ""))
         layers.add_row(str(cost.layer), kind, f"{cost.mean_kl:.2e} ± {cost.mean_kl_error:.0e}")
-    advice = "--exclude '*.layers.N.mixer' leaves layer N unquantised"
+    advice = "--exclude '*.layers.N.mixer' leaves layer N unquantized"
     return ["", figures, "", layers, Text(advice, "dim")]
 
 

@@ -53,7 +53,7 @@ OUTPUT_FILE = click.Path(dir_okay=False, writable=True, path_type=Path)
 @click.option(
     "--base",
     type=FOLDER,
-    help="With --eval: the model before it was quantised. Default: the checkpoint, if the build quantised it.",
+    help="With --eval: the model before it was quantized. Default: the checkpoint, if the build quantized it.",
 )
 @click.option(
     "--layers-alone",

@@ -9,7 +9,7 @@ from nemotrt.exporter.config import COMPUTE_DTYPES, BuildConfig
 from nemotrt.exporter.errors import CompileError
 from nemotrt.exporter.runtime.step import pages_of
 from nemotrt.model.config import ModelConfig
-from nemotrt.model.pools import PoolSpec
+from nemotrt.plugins.contract import DType, PoolSpec
 from nemotrt.plugins.spec import ops
 
 
@@ -21,7 +21,7 @@ class OpCall:
     """The kind of layer."""
     op: str
     sizes: dict[str, int]
-    dtypes: dict[str, str]
+    dtypes: dict[str, DType]
 
 
 def op_calls(model: ModelConfig, config: BuildConfig, pools: Sequence[PoolSpec]) -> Iterator[OpCall]:
@@ -50,7 +50,7 @@ def op_calls(model: ModelConfig, config: BuildConfig, pools: Sequence[PoolSpec])
         widths = {"L": model.expert_size, "I": model.moe_intermediate_size}
         groups = {"num_groups": model.n_group, "topk_group": model.topk_group}
         routing = groups | {"top_k": model.num_experts_per_tok}
-        weight = "float8_e4m3fn" if config.precision == "fp8" else X
+        weight = DType.FLOAT8_E4M3 if config.precision == "fp8" else X
         yield OpCall("moe", "moe_dispatch", step | experts | widths | routing, {"X": X, "W": weight})
 
 

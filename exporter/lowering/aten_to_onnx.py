@@ -175,15 +175,15 @@ def _fp8_linear(
     bias: ir.Value | None,
 ) -> ir.Value:
     # What TensorRT makes one FP8 product of: nothing between Q, DQ and Gemm, scales in FP32 as they are stored,
-    # and a weight that is stored FP8 and only dequantised.
+    # and a weight that is stored FP8 and only dequantized.
     dtype = DTYPES[node.meta["val"].dtype]
 
-    def dequantised(values: ir.Value, scale: ir.Value) -> ir.Value:
+    def dequantized(values: ir.Value, scale: ir.Value) -> ir.Value:
         axis = {"axis": 0} if scale.shape else {}
         return op.DequantizeLinear(values, scale, output_dtype=dtype, **axis)  # type: ignore[no-any-return]
 
     rounded = op.QuantizeLinear(x, input_scale, output_dtype=ir.DataType.FLOAT8E4M3FN)
-    product = (dequantised(rounded, input_scale), dequantised(weight, weight_scale))
+    product = (dequantized(rounded, input_scale), dequantized(weight, weight_scale))
     return op.Gemm(*product, *([] if bias is None else [bias]), transB=1)  # type: ignore[no-any-return]
 
 

@@ -25,7 +25,7 @@ from nemotrt.exporter.report.model import Gate, ValidationReport
 from nemotrt.exporter.workspace import Workspace, check_output, digest
 
 GRAPH = "model.onnx"
-QUANTISED = "quantised"
+QUANTIZED = "quantized"
 MAX_GATES_SAID = 10
 
 DISK_HINTS = {
@@ -59,7 +59,7 @@ def build(config: BuildConfig, console: Console) -> dict[str, Any]:
         for note in cache_notes(model.config, config.kv_dtype):
             console.say(f"{'':<9} {note}")
         config, target = _resolved(config, model, console)
-        _check_quantisation(config, model)
+        _check_quantization(config, model)
         if config.validate:
             copies = estimates.num_references(config.precision, model.config.layers)
             estimates.check_memory(model, hint=estimates.WITHOUT_WHOLE_STEPS, copies=copies)
@@ -92,7 +92,7 @@ def _build(
 ) -> dict[str, Any]:
     from nemotrt.exporter.stages.bundle import bundle
 
-    model = _quantised(config, model, key, workspace, console)
+    model = _quantized(config, model, key, workspace, console)
     graph = _lowered(config, model, key, workspace, console)
     engine = _compiled(config, target, graph, key, workspace, console)
     report = _validated(config, model, graph, key, workspace, console)
@@ -136,12 +136,12 @@ def _resolved(config: BuildConfig, model: LoadedModel, console: Console) -> tupl
     return dataclasses.replace(config, precision=precision, runtime=target.runtime, sms=target.sms), target
 
 
-def _check_quantisation(config: BuildConfig, model: LoadedModel) -> None:
-    """Refuse a precision that would undo the checkpoint's quantisation, and options of one that is not made here."""
+def _check_quantization(config: BuildConfig, model: LoadedModel) -> None:
+    """Refuse a precision that would undo the checkpoint's quantization, and options of one that is not made here."""
     if model.config.recipe and config.precision != "fp8":
         raise UsageError(
             f"the checkpoint is FP8: --precision {config.precision} would need its weights as they were before",
-            hint="use --precision fp8, or the checkpoint that it was quantised from",
+            hint="use --precision fp8, or the checkpoint that it was quantized from",
         )
     given = {
         "--calibration": config.calibration is not None,
@@ -152,13 +152,13 @@ def _check_quantisation(config: BuildConfig, model: LoadedModel) -> None:
     }
     name = next((name for name, is_given in given.items() if is_given), "")
     if name and (model.config.recipe or config.precision != "fp8"):
-        why = "the checkpoint is FP8 already" if model.config.recipe else "nothing is quantised"
+        why = "the checkpoint is FP8 already" if model.config.recipe else "nothing is quantized"
         raise UsageError(
             f"{name} has no effect: {why}", hint="it goes with --precision fp8 and other weights"
         )
 
 
-def _quantised(
+def _quantized(
     config: BuildConfig, model: LoadedModel, key: str, workspace: Workspace, console: Console
 ) -> LoadedModel:
     """The model as it is, or its weights in FP8 in the workspace where the precision asks for that."""
@@ -167,7 +167,7 @@ def _quantised(
     from nemotrt.exporter.pipelines.quantize import Quantization, calibrated
     from nemotrt.exporter.stages.load import load
 
-    folder = workspace.folder / QUANTISED
+    folder = workspace.folder / QUANTIZED
 
     def run() -> dict[str, Any]:
         shutil.rmtree(folder, ignore_errors=True)

@@ -225,7 +225,7 @@ def _problems_around(
 
 
 def _as_built(config: ModelConfig, precision: str) -> tuple[ModelConfig, list[ExportError]]:
-    """The configuration with what a build quantises by its flags' defaults, and why it would quantise nothing."""
+    """The configuration with what a build quantizes by its flags' defaults, and why it would quantize nothing."""
     if precision != "fp8" or config.recipe:
         return config, []
     try:
@@ -299,7 +299,7 @@ def _dtypes_by_kind(
                 found[kind][dtype].append(own if is_norm else own.removeprefix("mixer."))
         if not name.startswith("backbone.layers."):
             found["beside"][dtype].append(name.removeprefix("backbone."))
-    pools = state_of(dataclasses.replace(config, dtype=COMPUTE_DTYPES[precision]), "float32")
+    pools = state_of(dataclasses.replace(config, dtype=COMPUTE_DTYPES[precision]), COMPUTE_DTYPES["fp32"])
     for pool in pools:
         pool_kind, number = pool.input.split(".")
         layer = config.numbered_layers[int(number)]

@@ -107,7 +107,7 @@ def _check(pair: _Pair, bundle: Path, other: Path) -> None:
             )
     if pair.bundle.model.config.recipe != pair.other.model.config.recipe:
         raise UsageError(
-            f"{bundle} and {other} are not quantised alike: what lies between them is what quantisation costs",
+            f"{bundle} and {other} are not quantized alike: what lies between them is what quantization costs",
             hint="that is measured on text: nemo-export validate BUNDLE --eval FILE --base CHECKPOINT",
         )
 

@@ -60,9 +60,9 @@ GRAPH_FILE, GRAPH_LAYER = 35_000, 8_000
 
 LOAD_SECONDS, TENSOR_SECONDS = 0.05, 10e-6
 """CPU seconds of reading a checkpoint's headers, and for each of its tensors."""
-QUANTISE_MEMORY, ACTIVATIONS = 190_000_000, 22
+QUANTIZE_MEMORY, ACTIVATIONS = 190_000_000, 22
 """Of PyTorch; and what a layer computes with, in rows of the hidden size in FP32 for each token of a step."""
-QUANTISE_BASE, EXPERT_SECONDS, CALIBRATE_SECONDS, QUANTISE_SECONDS = 1.4, 0.013, 36e-12, 6.5e-9
+QUANTIZE_BASE, EXPERT_SECONDS, CALIBRATE_SECONDS, QUANTIZE_SECONDS = 1.4, 0.013, 36e-12, 6.5e-9
 """CPU seconds of PyTorch's start, for each expert, for each token and parameter that it passes, and for each
 parameter."""
 IMPORT_SECONDS = 1.25
@@ -108,7 +108,7 @@ class StageEstimate:
 
 
 @dataclass(frozen=True)
-class Quantising:
+class Quantizing:
     """What making an FP8 checkpoint depends on, which a build begins with where its own is none."""
 
     active_parameters: int
@@ -126,7 +126,7 @@ class Work:
 
     num_tensors: int
     num_built: int
-    """Tensors that the graph is built from: with the scales of those that are quantised before."""
+    """Tensors that the graph is built from: with the scales of those that are quantized before."""
     layers: tuple[str, ...]
     parameters: int
     vocab_size: int
@@ -140,7 +140,7 @@ class Work:
     """Of them, those that are stored in another dtype."""
     bundle_bytes: int
     """Of the files with weights in the bundle, the linked ones as a whole."""
-    quantising: Quantising | None
+    quantizing: Quantizing | None
     engines: Mapping[str, int]
     """Runtimes whose engines can be built → SMs for which kernels are to be compiled before that."""
 
@@ -166,13 +166,13 @@ def work(
     )
     own = [one for one in placed if one.linked is None]
     changed = [one for one in own if any(getattr(torch, t.dtype) != one.dtype for t in one.source.tensors)]
-    quantised = [one for one in changed if one.dtype.itemsize == BYTES["fp8"]]
+    quantized = [one for one in changed if one.dtype.itemsize == BYTES["fp8"]]
     cast = [one for one in changed if one.dtype.itemsize != BYTES["fp8"]]
     linked = {one.linked for one in placed if one.linked is not None}
     count = external_data.num_real if is_stored else _length
     return Work(
         num_tensors=num_tensors,
-        num_built=num_tensors + 2 * sum(len(one.source.tensors) for one in quantised),
+        num_built=num_tensors + 2 * sum(len(one.source.tensors) for one in quantized),
         layers=config.layers,
         parameters=num_parameters(tensor for source in sources.values() for tensor in source.tensors),
         vocab_size=config.vocab_size,
@@ -182,15 +182,15 @@ def work(
         written_bytes=count(own) + external_data.end_of(own) - _length(own),
         cast_bytes=count(cast),
         bundle_bytes=external_data.end_of(placed) + sum(path.stat().st_size for path in linked if is_stored),
-        quantising=_quantising(config, sources, quantised) if quantised else None,
+        quantizing=_quantizing(config, sources, quantized) if quantized else None,
         engines=engines,
     )
 
 
-def _quantising(
-    config: ModelConfig, sources: Mapping[str, WeightSource], quantised: Iterable[Placed]
-) -> Quantising:
-    """Of a model whose `quantised` weights become FP8; stacks of experts and embeddings are held as they are stored."""
+def _quantizing(
+    config: ModelConfig, sources: Mapping[str, WeightSource], quantized: Iterable[Placed]
+) -> Quantizing:
+    """Of a model whose `quantized` weights become FP8; stacks of experts and embeddings are held as they are stored."""
     used = config.num_experts_per_tok / max(1, config.n_routed_experts)
     activations = 4 * config.hidden_size * ACTIVATIONS * STEP_TOKENS
     active, written = 0.0, 0
@@ -204,8 +204,8 @@ def _quantising(
             parts[place] += length if is_as_stored else 4 * count
         if place.startswith("layers."):
             active += count * (used if _is_expert(name) else 1)
-    written -= sum(_stored_length(one.source) - one.length for one in quantised)
-    return Quantising(
+    written -= sum(_stored_length(one.source) - one.length for one in quantized)
+    return Quantizing(
         active_parameters=int(active),
         num_experts=config.layers.count("moe") * config.n_routed_experts,
         memory_bytes=max(parts.values()) + 4 * config.hidden_size * CALIBRATION_TOKENS,
@@ -322,7 +322,7 @@ def stages(work: Work) -> tuple[StageEstimate, ...]:
     ]
     return (
         StageEstimate("load", LOAD_MEMORY + read, 0, LOAD_SECONDS + TENSOR_SECONDS * work.num_tensors),
-        *_quantise_stage(work.quantising, work.parameters),
+        *_quantize_stage(work.quantizing, work.parameters),
         StageEstimate("trace", tensors // 2 + TRACE_MEMORY, 0, IMPORT_SECONDS + KIND_SECONDS * kinds),
         StageEstimate("lower", lower, written, LOWER_SECONDS + LAYER_SECONDS * num_layers + streamed),
         *(
@@ -343,15 +343,15 @@ def stages(work: Work) -> tuple[StageEstimate, ...]:
     )
 
 
-def _quantise_stage(work: Quantising | None, parameters: int) -> Iterator[StageEstimate]:
+def _quantize_stage(work: Quantizing | None, parameters: int) -> Iterator[StageEstimate]:
     if work:
         seconds = (
-            QUANTISE_BASE
+            QUANTIZE_BASE
             + EXPERT_SECONDS * work.num_experts
             + CALIBRATE_SECONDS * CALIBRATION_TOKENS * work.active_parameters
-            + QUANTISE_SECONDS * parameters
+            + QUANTIZE_SECONDS * parameters
         )
-        yield StageEstimate("quantize", QUANTISE_MEMORY + work.memory_bytes, work.written_bytes, seconds)
+        yield StageEstimate("quantize", QUANTIZE_MEMORY + work.memory_bytes, work.written_bytes, seconds)
 
 
 def _engine_stages(work: Work, runtime: str, num_sms: int, memory: int) -> tuple[StageEstimate, ...]:

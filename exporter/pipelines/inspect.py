@@ -19,7 +19,8 @@ from nemotrt.exporter.runtime.graph_summary import KIND_OF_OP
 from nemotrt.exporter.runtime.manifest import GraphSummary, Manifest, PoolPair
 from nemotrt.model.checkpoint import is_mtp
 from nemotrt.model.config import ModelConfig
-from nemotrt.model.pools import PoolSpec, pool_specs
+from nemotrt.model.pools import pool_specs
+from nemotrt.plugins.contract import DType, PoolSpec
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -140,20 +141,14 @@ def _checkpoint(folder: Path, layer: int | None) -> Inspection:
     )
 
 
-def state_of(config: ModelConfig, state_dtype: str) -> list[PoolPair]:
+def state_of(config: ModelConfig, state_dtype: DType) -> list[PoolPair]:
     """The pools of a model whose KV cache has its own dtype, one token a page."""
-    specs = pool_specs(
-        config,
-        page_size=1,
-        dtype=config.dtype,
-        state_dtype=state_dtype,
-        kv_dtype="float8_e4m3fn" if config.recipe.kv_cache else config.dtype,
-    )
+    specs = pool_specs(config, page_size=1, dtype=config.dtype, state_dtype=state_dtype)
     return [_pair(spec) for spec in specs]
 
 
 def _pair(spec: PoolSpec) -> PoolPair:
-    return PoolPair(spec.name, "", "K" if spec.is_paged else "S", spec.dtype, spec.row_shape)
+    return PoolPair(spec.name, "", spec.axis, spec.dtype, spec.row_shape)
 
 
 def _graph(path: Path, layer: int | None, what: str, file: Path, manifest: Manifest | None) -> Inspection:

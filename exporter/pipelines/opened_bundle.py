@@ -19,18 +19,19 @@ from nemotrt.exporter.stages.load import load
 from nemotrt.exporter.validation.candidates import graph_of
 from nemotrt.exporter.validation.graph_dtypes import ELEMENT_TYPES
 from nemotrt.model.checkpoint import Transform, tensor_sources
+from nemotrt.plugins.contract import DType
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A bundle as it is judged again: the model that its graph must be, and what that was quantised from."""
+    """A bundle as it is judged again: the model that its graph must be, and what that was quantized from."""
 
     manifest: Manifest
     config: BuildConfig
     graph: Path
     model: LoadedModel
     base: LoadedModel | None
-    """None where the bundle is not quantised, or what it was quantised from is not known."""
+    """None where the bundle is not quantized, or what it was quantized from is not known."""
 
 
 def subject_of(bundle: Path, checkpoint: Path | None, base: Path | None) -> Subject:
@@ -38,13 +39,13 @@ def subject_of(bundle: Path, checkpoint: Path | None, base: Path | None) -> Subj
     manifest = manifests.verify(bundle, deep=False)
     config = _config(bundle, manifest, checkpoint or bundle)
     source = _from(checkpoint, manifest) if checkpoint else None
-    # A build that quantised kept its FP8 weights in the bundle alone.
-    was_quantised = config.precision == "fp8" and source is not None and not source.config.recipe
-    model = _from_bundle(bundle, manifest) if source is None or was_quantised else source
-    before = load(base, _choice(manifest)) if base else source if was_quantised else None
+    # A build that quantized kept its FP8 weights in the bundle alone.
+    was_quantized = config.precision == "fp8" and source is not None and not source.config.recipe
+    model = _from_bundle(bundle, manifest) if source is None or was_quantized else source
+    before = load(base, _choice(manifest)) if base else source if was_quantized else None
     if before and before.config.recipe:
-        raise UsageError(f"{base} is quantised itself", hint="--base is what the bundle was quantised from")
-    if before and before.config.unquantised() != model.config.unquantised():
+        raise UsageError(f"{base} is quantized itself", hint="--base is what the bundle was quantized from")
+    if before and before.config.unquantized() != model.config.unquantized():
         raise UsageError(
             f"{before.folder} is another model than the bundle's", hint="their config.json differ"
         )
@@ -66,7 +67,7 @@ def _config(bundle: Path, manifest: Manifest, checkpoint: Path) -> BuildConfig:
         max_sequences=profile.max_sequences,
         max_context=profile.max_context,
         page_size=profile.page_size,
-        state_dtype=PRECISION_OF_DTYPE[state.pop()] if state else "fp32",
+        state_dtype=PRECISION_OF_DTYPE[DType(state.pop())] if state else "fp32",
         kv_dtype="bf16" if cache == {"bfloat16"} else "auto",
     )
 

@@ -1,4 +1,4 @@
-"""A checkpoint quantised to FP8, with what a person should know of it said: for `quantize` and for a build."""
+"""A checkpoint quantized to FP8, with what a person should know of it said: for `quantize` and for a build."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MAX_EXPERTS_SAID = 4
 
 @dataclass(frozen=True)
 class Quantization:
-    """What is asked of a quantisation."""
+    """What is asked of a quantization."""
 
     text: Path | None
     """To calibrate on; none for the built-in text."""
@@ -54,7 +54,7 @@ def calibrated(
     kept = ", ".join(f"{number} of {kind} layers" for kind, number in kinds.items())
     console.say(f"{'':<9} {made.num_modules} modules in FP8{cache}; left as they are: {kept or 'none'}")
     if kinds["mamba"] and wanted.preset == "conservative":
-        console.say(f"{'':<9} --preset published quantises Mamba layers too: smaller, faster, less exact")
+        console.say(f"{'':<9} --preset published quantizes Mamba layers too: smaller, faster, less exact")
     if count == MOST:
         console.say(f"{'':<9} only the first {MOST:,} tokens of the text were taken")
     if starved := made.starved_experts:

@@ -65,7 +65,6 @@ def engine_target(config: ModelConfig, runtime: str, sms: tuple[int, ...], preci
         page_size=build.page_size,
         dtype=COMPUTE_DTYPES[precision],
         state_dtype=COMPUTE_DTYPES[build.state_dtype],
-        kv_dtype="float8_e4m3fn" if config.recipe.kv_cache else COMPUTE_DTYPES[precision],
     )
     check_supported(config, build, pools, target.sms)
     return target

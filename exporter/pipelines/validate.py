@@ -25,8 +25,8 @@ OWN_WEIGHTS = "the checkpoint: PyTorch ran with the bundle's own weights"
 def revalidate(request: ValidationRequest, console: Console) -> ValidationReport:
     """The report of every gate, as a build makes it; it says what was not compared.
 
-    With a text it says what quantisation costs on it, against `base`, or against the checkpoint if that is what was
-    quantised. Raises BundleError on a bundle that is not whole, UsageError on another bundle's checkpoint or golden.
+    With a text it says what quantization costs on it, against `base`, or against the checkpoint if that is what was
+    quantized. Raises BundleError on a bundle that is not whole, UsageError on another bundle's checkpoint or golden.
     """
     if request.golden:
         return _by_golden(request, request.golden, console)
@@ -132,15 +132,15 @@ def _bisected(
 
 
 def _check_base(subject: Subject, text: Path | None, base: Path | None) -> None:
-    is_quantised = bool(subject.model.config.recipe)
-    if base and not is_quantised:
-        raise UsageError("--base is what a bundle was quantised from, and this one is not quantised")
+    is_quantized = bool(subject.model.config.recipe)
+    if base and not is_quantized:
+        raise UsageError("--base is what a bundle was quantized from, and this one is not quantized")
     if base and not text:
         raise UsageError("--base has no effect without --eval: there is no text to measure on")
-    if text and is_quantised and not subject.base:
+    if text and is_quantized and not subject.base:
         raise UsageError(
-            "--eval measures against the model before it was quantised, which is not known: give it with --base,"
-            " or with --checkpoint if the build quantised it"
+            "--eval measures against the model before it was quantized, which is not known: give it with --base,"
+            " or with --checkpoint if the build quantized it"
         )
 
 

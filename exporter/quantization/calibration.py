@@ -21,6 +21,7 @@ from nemotrt.model.moe import MoE
 from nemotrt.model.pools import empty_pools, pool_specs
 from nemotrt.model.recipe import EXPERTS, Recipe
 from nemotrt.model.step import Step
+from nemotrt.plugins.contract import DType
 from nemotrt.plugins.moe_dispatch.reference import route
 
 STEP_TOKENS = 1024
@@ -39,7 +40,7 @@ LEAST_TOKENS = 16
 
 @dataclass
 class Ranges:
-    """The largest magnitude of each quantised input, by the name of the module as checkpoints have it."""
+    """The largest magnitude of each quantized input, by the name of the module as checkpoints have it."""
 
     inputs: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     caches: dict[str, float] = field(default_factory=lambda: defaultdict(float))
@@ -78,9 +79,7 @@ def _pass(
     watch.attach(block)
     specs = tuple(
         spec
-        for spec in pool_specs(
-            model.config, page_size=PAGE, dtype="float32", state_dtype="float32", kv_dtype="float32"
-        )
+        for spec in pool_specs(model.config, page_size=PAGE, dtype=DType.FLOAT32, kv_dtype=DType.FLOAT32)
         if spec.layer == index
     )
     for i, (group, step) in enumerate(steps):
@@ -144,7 +143,7 @@ class _Watch:
         """Experts of the layer → tokens that they saw."""
 
     def attach(self, block: Block) -> None:
-        """Watch the layer's quantised modules."""
+        """Watch the layer's quantized modules."""
         for name, module in block.named_modules():
             full = f"{self._layer}.{name}"
             if isinstance(module, nn.Linear) and full in self._recipe.modules:

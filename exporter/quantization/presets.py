@@ -1,4 +1,4 @@
-"""What is quantised where FP8 is made here: NVIDIA's own choices for the family, and what a user leaves out beside."""
+"""What is quantized where FP8 is made here: NVIDIA's own choices for the family, and what a user leaves out beside."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from nemotrt.exporter.checkpoint.quant_config import pattern_matcher
 from nemotrt.exporter.errors import UsageError
 from nemotrt.model.config import ModelConfig
-from nemotrt.model.recipe import EXPERTS, Recipe, quantisable
+from nemotrt.model.recipe import EXPERTS, Recipe, quantizable
 
 ATTENTION_AND_LATENT = ("*.q_proj", "*.k_proj", "*.v_proj", "*.o_proj", "*_latent_proj")
 """What NVIDIA leaves in BF16 in every FP8 checkpoint of the family, beside the head, routers and convolutions."""
@@ -35,25 +35,25 @@ def exclusions(config: ModelConfig, preset: str) -> tuple[str, ...]:
 def recipe_of(
     config: ModelConfig, preset: str, exclude: Sequence[str], *, kv_cache: bool, per_output: bool = False
 ) -> Recipe:
-    """What is quantised: all that can be but for the preset's exclusions and `exclude`.
+    """What is quantized: all that can be but for the preset's exclusions and `exclude`.
 
     With `per_output` experts have a scale for each output of a weight, which their op takes at no cost; a linear has
     one in all, which TensorRT scales by within its product. Raises UsageError on a dead pattern.
     """
-    names = list(quantisable(config))
+    names = list(quantizable(config))
     for pattern in exclude:
         if not any(map(pattern_matcher([pattern]), names)):
             raise UsageError(
-                f"--exclude {pattern} fits no module that can be quantised",
+                f"--exclude {pattern} fits no module that can be quantized",
                 hint=f"they are named like {names[0]}" if names else "the model has none",
             )
     is_excluded = pattern_matcher((*exclusions(config, preset), *exclude))
     kept = frozenset(name for name in names if not is_excluded(name))
     if not kept:
         raise UsageError(
-            "everything is excluded from quantisation",
+            "everything is excluded from quantization",
             hint=(
-                "use --preset published, which quantises Mamba layers, or "
+                "use --preset published, which quantizes Mamba layers, or "
                 if preset != "published"
                 else "use "
             )

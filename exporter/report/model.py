@@ -27,9 +27,9 @@ class TextFigure:
     """How far one model is from another on text; each value has its standard error."""
 
     name: str
-    """`conversion`: what was built, against the reference quantised alike; `floor`: PyTorch in its precision, so too.
+    """`conversion`: what was built, against the reference quantized alike; `floor`: PyTorch in its precision, so too.
 
-    `quantisation`: the reference as quantised, against what it was before; `total`: what was built, so too.
+    `quantization`: the reference as quantized, against what it was before; `total`: what was built, so too.
     """
     mean_kl: float
     """Nats a token."""
@@ -43,7 +43,7 @@ class TextFigure:
 
 @dataclass(frozen=True)
 class LayerCost:
-    """What quantising one layer alone costs on text, in nats a token, and the standard error."""
+    """What quantizing one layer alone costs on text, in nats a token, and the standard error."""
 
     layer: int
     kind: str
@@ -53,12 +53,12 @@ class LayerCost:
 
 @dataclass(frozen=True)
 class TextReport:
-    """What was built on a text, and what quantisation costs; layers in order of their cost, the dearest first."""
+    """What was built on a text, and what quantization costs; layers in order of their cost, the dearest first."""
 
     text: str
     num_tokens: int
     base: str
-    """The checkpoint that was quantised; empty where none was."""
+    """The checkpoint that was quantized; empty where none was."""
     figures: tuple[TextFigure, ...]
     layers: tuple[LayerCost, ...]
 

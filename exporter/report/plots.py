@@ -93,7 +93,7 @@ def layer_plot(layers: Sequence[LayerError]) -> dict[str, Any]:
 
 
 def cost_plot(costs: Sequence[LayerCost]) -> dict[str, Any]:
-    """A bar for each quantised layer in the model's order, and how sure its height is."""
+    """A bar for each quantized layer in the model's order, and how sure its height is."""
     ordered = sorted(costs, key=lambda cost: cost.layer)
     axis = LogAxis.of([v for cost in ordered for v in (cost.mean_kl, cost.mean_kl + cost.mean_kl_error)])
     width, bars = _bars(axis, [cost.mean_kl for cost in ordered], [str(cost.layer) for cost in ordered])

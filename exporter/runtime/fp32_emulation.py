@@ -14,7 +14,7 @@ Pools follow from this: rows of `conv_state` and `kv_cache` are copies (Gather, 
 that were rounded where they were computed, so the twin's FP32 pools hold the values of the half pools, with
 no cast around them.
 
-FP8 (E4M3) is a half type here too, which that provider only casts, quantises and dequantises. What a QuantizeLinear
+FP8 (E4M3) is a half type here too, which that provider only casts, quantizes and dequantizes. What a QuantizeLinear
 makes stays FP8; what a DequantizeLinear makes is not rounded: TensorRT makes it, the product and its scales one
 operator. Other weights in FP8 are cast to FP16, which holds their values, as a whole.
 
@@ -237,7 +237,7 @@ class _Scope:
         return half
 
     def _scale(self, node: NodeProto) -> None:
-        """Quantise from FP32, or dequantise to FP32, with a scale in FP32."""
+        """Quantize from FP32, or dequantize to FP32, with a scale in FP32."""
         for i, name in enumerate(node.input):
             if self.is_half(name) and self.dtypes[name] != FP8:
                 node.input[i] = self.wide(name)

@@ -121,7 +121,7 @@ def open_model(
     options.enable_mem_pattern = False
     # Weights stay in the mapped file: packed copies of 1.3 GB took 0.55 s to make, and a step gained 4% at most.
     options.add_session_config_entry("session.disable_prepacking", "1")
-    # Else an FP8 weight is dequantised in every step, and not once: 0.52 s for 0.12 s of a decode of 0.4 B of them.
+    # Else an FP8 weight is dequantized in every step, and not once: 0.52 s for 0.12 s of a decode of 0.4 B of them.
     options.add_session_config_entry("session.disable_quant_qdq", "1")
     runs_as = _precision(model)
     if tuple(providers) == (CPU,) and needs_twin(model):

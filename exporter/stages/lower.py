@@ -15,7 +15,6 @@ from typing import Any
 
 import onnx
 import onnx_ir as ir
-import torch
 from torch.export.graph_signature import InputKind
 
 from nemotrt.exporter.artifacts import LoweredGraph, TracedModel, TracedPart
@@ -24,8 +23,8 @@ from nemotrt.exporter.errors import LowerError
 from nemotrt.exporter.lowering import external_data
 from nemotrt.exporter.lowering.aten_to_onnx import DTYPES, Constants, Translator
 from nemotrt.exporter.lowering.external_data import Placed
-from nemotrt.model.pools import PoolSpec
 from nemotrt.plugins import onnx_op
+from nemotrt.plugins.contract import PoolSpec
 from nemotrt.plugins.spec import DOMAIN, VERSION, OpSpec
 
 IR_VERSION = 10
@@ -190,8 +189,7 @@ def _symbols(sizes: Sequence[Any], value: ir.Value) -> dict[str, str]:
 
 
 def _pool_value(pool: PoolSpec, name: str) -> ir.Value:
-    axis = "K" if pool.is_paged else "S"
-    return ir.val(name, DTYPES[getattr(torch, pool.dtype)], [axis, *pool.row_shape])
+    return ir.val(name, ir.DataType(pool.dtype.onnx), [pool.axis, *pool.row_shape])
 
 
 def _leftover(model: LoadedModel, placed: Mapping[str, ir.Value]) -> list[str]:

@@ -25,8 +25,8 @@ from nemotrt.exporter.checkpoint.safetensors_writer import Entry, write_shards
 from nemotrt.exporter.quantization.calibration import Ranges, calibrate
 from nemotrt.exporter.quantization.text import Sequences
 from nemotrt.model.checkpoint import Transform
-from nemotrt.model.recipe import EXPERTS, Recipe, quantisable
-from nemotrt.plugins.e4m3 import FP8_MAX, quantised
+from nemotrt.model.recipe import EXPERTS, Recipe, quantizable
+from nemotrt.plugins.e4m3 import FP8_MAX, quantized
 
 
 def quantize(
@@ -56,7 +56,7 @@ def quantize(
     return QuantizedCheckpoint(
         folder=folder,
         num_modules=len(recipe.modules),
-        left_out=tuple(name for name in quantisable(model.config) if name not in recipe.modules),
+        left_out=tuple(name for name in quantizable(model.config) if name not in recipe.modules),
         kv_cache=recipe.kv_cache,
         num_tokens=sum(map(len, text)),
         starved_experts=tuple(ranges.starved),
@@ -111,7 +111,7 @@ def _weights(model: LoadedModel, recipe: Recipe) -> Iterator[_Weight]:
 
 
 def _entries(model: LoadedModel, recipe: Recipe, ranges: Ranges) -> Iterator[Entry]:
-    """Every tensor of the new checkpoint: what is not quantised as it is stored, byte for byte."""
+    """Every tensor of the new checkpoint: what is not quantized as it is stored, byte for byte."""
     by_tensor: dict[str, list[_Weight]] = {}
     for weight in _weights(model, recipe):
         by_tensor.setdefault(weight.tensor.name, []).append(weight)
@@ -119,19 +119,19 @@ def _entries(model: LoadedModel, recipe: Recipe, ranges: Ranges) -> Iterator[Ent
     for name, tensor in open_checkpoint(model.folder).items():
         if name in by_tensor:
             for weight in by_tensor[name]:
-                yield from _quantised(weight, ranges.inputs[weight.module])
+                yield from _quantized(weight, ranges.inputs[weight.module])
         elif name in kept or name in model.not_exported:
             yield Entry(name, tensor.dtype, tensor.shape, partial(read_pieces, tensor, weights.PIECE_BYTES))
     for name, largest in ranges.caches.items():
         yield _scale(name, torch.tensor(largest / FP8_MAX))
 
 
-def _quantised(weight: _Weight, largest_input: float) -> Iterator[Entry]:
+def _quantized(weight: _Weight, largest_input: float) -> Iterator[Entry]:
     scale = _weight_scale(weight)
 
     def values() -> Iterator[bytes]:
         for piece in weight.pieces():
-            yield quantised(piece, scale).view(torch.uint8).numpy().tobytes()
+            yield quantized(piece, scale).view(torch.uint8).numpy().tobytes()
 
     yield Entry(f"{weight.module}.weight", "float8_e4m3fn", weight.shape, values)
     yield _scale(f"{weight.module}.weight_scale", scale.squeeze(-1))

@@ -17,8 +17,8 @@ from nemotrt.exporter.artifacts import TracedModel, TracedPart
 from nemotrt.exporter.checkpoint.loaded_model import LoadedModel
 from nemotrt.exporter.config import COMPUTE_DTYPES, BuildConfig
 from nemotrt.model.hybrid import NemotronH
-from nemotrt.model.pools import PoolSpec
 from nemotrt.model.step import Step
+from nemotrt.plugins.contract import PoolSpec
 
 # Sizes to trace with: distinct, and above 1, which PyTorch would take for a constant.
 TOKENS, SEQUENCES, SLOTS, PAGES, TABLE, ROWS = 11, 3, 5, 7, 2, 4
@@ -69,8 +69,7 @@ def _step() -> Step:
 
 
 def _pool(pool: PoolSpec) -> Tensor:
-    rows = PAGES if pool.is_paged else SLOTS
-    return torch.zeros(rows, *pool.row_shape, dtype=getattr(torch, pool.dtype), device="meta")
+    return torch.zeros(pool.shape(SLOTS, PAGES), dtype=pool.dtype.torch, device="meta")
 
 
 def _export(module: nn.Module, arguments: Sequence[Any]) -> ExportedProgram:

@@ -36,7 +36,7 @@ from nemotrt.exporter.validation.runners.torch import (
     torch_step,
 )
 from nemotrt.exporter.validation.scenarios import NUM_SLOTS
-from nemotrt.model.pools import PoolSpec
+from nemotrt.plugins.contract import PoolSpec
 from nemotrt.plugins.selective_scan.reference import reference as scan
 
 SEQUENCES = 2

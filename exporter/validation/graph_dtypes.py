@@ -36,7 +36,9 @@ def wanted_dtypes(model: LoadedModel, config: BuildConfig) -> WantedDtypes:
 
     network = NemotronH(model.config, dtype=getattr(torch, COMPUTE_DTYPES[config.precision]), device="meta")
     weights = {name: str(value.dtype).removeprefix("torch.") for name, value in network.named_parameters()}
-    pools = {prefix + pool.name: pool.dtype for pool in model.pools(config) for prefix in ("", NEXT)}
+    pools: dict[str, str] = {
+        prefix + pool.name: pool.dtype for pool in model.pools(config) for prefix in ("", NEXT)
+    }
     return {"weights": weights, "pools": pools}
 
 

@@ -1,8 +1,8 @@
-"""What a bundle does on text, beside the reference: the graph's own loss, and what quantisation costs.
+"""What a bundle does on text, beside the reference: the graph's own loss, and what quantization costs.
 
-Three figures are kept apart. *Conversion* is the graph against the same model in PyTorch, quantised alike, and is held
-to three times PyTorch's own loss at that precision, the *floor*. Of a model that was quantised, *quantisation* is the
-reference as quantised against the model as it was before, and *total* the graph against that.
+Three figures are kept apart. *Conversion* is the graph against the same model in PyTorch, quantized alike, and is held
+to three times PyTorch's own loss at that precision, the *floor*. Of a model that was quantized, *quantization* is the
+reference as quantized against the model as it was before, and *total* the graph against that.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from nemotrt.exporter.validation.runners.base import Array, GraphRunner
 from nemotrt.exporter.validation.runners.torch import TorchRunner
 
 MEAN_KL, OTHER_TOP, PERPLEXITY_RATIO = 0.02, 0.03, 1.01
-"""Limits of what quantisation may cost: nats a token, the share of tokens whose best differs, growth of perplexity."""
+"""Limits of what quantization may cost: nats a token, the share of tokens whose best differs, growth of perplexity."""
 
 FP32_MEAN_KL = 1e-6
 """FP32's logits may be off by 1e-4 of themselves: some 1e-3 of logits that reach 10, and KL is half its square."""
@@ -35,12 +35,12 @@ FP32_MEAN_KL = 1e-6
 ATTRIBUTION_SEQUENCES = 4
 """Of the text, for what each layer costs: it runs once more for each layer."""
 
-CONVERSION, FLOOR, QUANTISATION, TOTAL = "conversion", "floor", "quantisation", "total"
+CONVERSION, FLOOR, QUANTIZATION, TOTAL = "conversion", "floor", "quantization", "total"
 
 
 @dataclass(frozen=True)
 class _Runners:
-    """The graph, the same model in FP32 and at the graph's precision, and the model before it was quantised."""
+    """The graph, the same model in FP32 and at the graph's precision, and the model before it was quantized."""
 
     built: GraphRunner
     reference: TorchRunner
@@ -58,7 +58,7 @@ def measure(
     *,
     advance: Callable[[int], None] = lambda _: None,
 ) -> TextReport:
-    """The figures of the graph, and with a `base`, from which the model was quantised, what that and each layer cost.
+    """The figures of the graph, and with a `base`, from which the model was quantized, what that and each layer cost.
 
     `advance` hears of the sequences that were run, `num_runs` in all.
     """
@@ -110,26 +110,26 @@ def _figures(runners: _Runners, inputs: StepInputs) -> dict[str, tuple[Array, Ar
         found[FLOOR] = (lowered, beside(runners.floor))
     if runners.before:
         before = runners.before.step(inputs)
-        found |= {QUANTISATION: (expected, before), TOTAL: (seen, before)}
+        found |= {QUANTIZATION: (expected, before), TOTAL: (seen, before)}
     return found
 
 
 def _costs(
     model: LoadedModel,
     before: TorchRunner,
-    quantised: TorchRunner,
+    quantized: TorchRunner,
     steps: list[StepInputs],
     zeros: dict[str, NDArray[np.float32]],
     advance: Callable[[int], None],
 ) -> list[LayerCost]:
-    """What quantising each layer alone costs."""
+    """What quantizing each layer alone costs."""
     costs = []
-    for layer in _quantised_layers(model):
+    for layer in _quantized_layers(model):
         tally = _Tally()
         for inputs in steps[:ATTRIBUTION_SEQUENCES]:
             before.reset(zeros)
             reference = before.step(inputs)
-            with before.borrowed(quantised, layer):
+            with before.borrowed(quantized, layer):
                 before.reset(zeros)
                 tally.add(before.step(inputs), reference, inputs)
             advance(1)
@@ -146,18 +146,18 @@ def num_copies(base: LoadedModel | None) -> float:
 
 def num_runs(model: LoadedModel, base: LoadedModel | None, text: Sequences) -> int:
     """Sequences that `measure` tells of."""
-    attributed = len(_quantised_layers(model)) * min(len(text), ATTRIBUTION_SEQUENCES) if base else 0
+    attributed = len(_quantized_layers(model)) * min(len(text), ATTRIBUTION_SEQUENCES) if base else 0
     return len(text) + attributed
 
 
 def gates(report: TextReport) -> tuple[Gate, ...]:
-    """Conversion against the floor, or FP32's limits; what quantisation costs against its own."""
+    """Conversion against the floor, or FP32's limits; what quantization costs against its own."""
     figures = {figure.name: figure for figure in report.figures}
     scenario = f"text {report.text}"
     found = [
         Gate(scenario, figure.name, metric, value, limit)
         for figure in report.figures
-        if figure.name in (QUANTISATION, TOTAL)
+        if figure.name in (QUANTIZATION, TOTAL)
         for metric, value, limit in (
             ("mean KL", figure.mean_kl, MEAN_KL),
             ("other best token", 1 - figure.same_top, OTHER_TOP),
@@ -190,7 +190,7 @@ def _conversion(scenario: str, own: TextFigure, floor: TextFigure | None, num_to
     ]
 
 
-def _quantised_layers(model: LoadedModel) -> list[int]:
+def _quantized_layers(model: LoadedModel) -> list[int]:
     recipe = model.config.recipe
     own = {int(name.split(".")[2]) for name in recipe.modules}
     kinds = model.config.numbered_layers

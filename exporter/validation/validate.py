@@ -26,7 +26,7 @@ PROMPT, DECODE = 96, 64
 """Tokens of the prompt, and tokens decoded after it."""
 
 NO_TEXT = "text: none was given (nemo-export validate --eval FILE, or default)"
-NO_COST = "what quantisation costs: no text was given (nemo-export validate --eval FILE)"
+NO_COST = "what quantization costs: no text was given (nemo-export validate --eval FILE)"
 
 
 def validate(

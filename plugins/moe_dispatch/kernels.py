@@ -7,7 +7,7 @@ are sorted by expert, then token; a *block* is up to BLOCK_M rows of one expert.
 What is launched depends on shapes alone, and nothing depends on the order in which programs run:
 
 1. `route_kernel`: a token's experts and weights, and `ranks` [T, experts], where 0 is "not chosen". With FP8
-   weights, `route_and_quantise_kernel` also quantises x once.
+   weights, `route_and_quantize_kernel` also quantizes x once.
 2. `count_kernel` (only for more tokens than one chunk) and `place_kernel`: `slots` [T · k], each row's slot,
    and `blocks` [3, bound], each block's expert (−1: none), first row and number of rows.
 3. `up_kernel` gathers a block's rows of x and writes `hidden` by row; `down_kernel` writes `parts` by slot.
@@ -199,7 +199,7 @@ def route_kernel(
 
 
 @_kernel
-def route_and_quantise_kernel(
+def route_and_quantize_kernel(
     x,
     router_logits,
     correction_bias,
@@ -223,7 +223,7 @@ def route_and_quantise_kernel(
 ):
     """What `route_kernel` writes, and x_fp8 [T, L] = E4M3(x / input_scale), saturated as PTX's cvt does.
 
-    Grid: T, 1 + ⌈L / BLOCK_L⌉; a token's first program routes it, the others quantise.
+    Grid: T, 1 + ⌈L / BLOCK_L⌉; a token's first program routes it, the others quantize.
     """
     if tl.program_id(1) == 0:
         _route(
@@ -448,7 +448,7 @@ def up_kernel(
 ):
     """Hidden [T · k, I] = relu(x[token of row] @ up[expert]ᵀ · scale)², by row.
 
-    With FP8 weights, x is E4M3 already and hidden is rounded to the dtype ROUND, then quantised. DIRECT takes
+    With FP8 weights, x is E4M3 already and hidden is rounded to the dtype ROUND, then quantized. DIRECT takes
     `experts` for blocks. Grid: max_blocks · ⌈I / BLOCK_N⌉.
     """
     block, tile = _tile(max_blocks, tl.cdiv(I, BLOCK_N), GROUP)
@@ -636,7 +636,7 @@ def _route_variant(block_r: int, X: str, W: str) -> Variant:
     if W != FP8:
         return _variant(route_kernel, types, constants, 1, 1)
     types |= {"x": _pointer(X), "x_fp8": _pointer(FP8)}
-    return _variant(route_and_quantise_kernel, types, constants | {"BLOCK_L": 512}, 1, 1)
+    return _variant(route_and_quantize_kernel, types, constants | {"BLOCK_L": 512}, 1, 1)
 
 
 def _count_variant(block_r: int) -> Variant:

@@ -76,7 +76,7 @@ void launch_routing(Problem const& problem, Plan& plan) {
     int64_t const chunks = ceil_div(T, kChunkTokens);
     int64_t const block = block_of_experts(problem);
     if (is_fp8(problem)) {
-        Choice const route = plan.kernel("route_and_quantise_kernel", {{"BLOCK_R", block}});
+        Choice const route = plan.kernel("route_and_quantize_kernel", {{"BLOCK_R", block}});
         plan.launch(route, T, ceil_div(problem["L"], route["BLOCK_L"]) + 1);
     } else {
         plan.launch(plan.kernel("route_kernel", {{"BLOCK_R", block}}), T);

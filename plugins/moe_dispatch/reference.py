@@ -6,7 +6,7 @@ Legend: T tokens, L expert input size, R routed experts, E experts here, I inner
 import torch
 from torch import Tensor
 
-from nemotrt.plugins.e4m3 import FP8, quantised, widened
+from nemotrt.plugins.e4m3 import FP8, quantized, widened
 
 
 def reference(
@@ -30,7 +30,7 @@ def reference(
     """y [T, L] = Σ_k w_k · down_k(relu(up_k x)²) over a token's chosen experts, summed in the order of their rank.
 
     Experts outside [first_expert, first_expert + E) add nothing: another rank adds them. The hidden activation is
-    rounded to x's dtype. With FP8 weights, x and the hidden activation are quantised to E4M3 by their scales.
+    rounded to x's dtype. With FP8 weights, x and the hidden activation are quantized to E4M3 by their scales.
     Every output of a weight has its own scale.
     """
     compute = torch.promote_types(x.dtype, torch.float32)
@@ -49,10 +49,10 @@ def reference(
         t, k = torch.where(chosen_Tk == first_expert + e)
         if not len(t):
             continue
-        rows = _quantised(x[t], input_scale) if is_fp8 else x[t]
+        rows = _quantized(x[t], input_scale) if is_fp8 else x[t]
         hidden = (rows.to(compute) @ _wide(up[e], compute).T) * up_scale[e]
         hidden = torch.relu(hidden).square().to(x.dtype)
-        hidden = _quantised(hidden, hidden_scale) if is_fp8 else hidden
+        hidden = _quantized(hidden, hidden_scale) if is_fp8 else hidden
         parts_TkL[t, k] = (hidden.to(compute) @ _wide(down[e], compute).T) * down_scale[e]
     y_TL = torch.zeros(x.shape, dtype=compute, device=x.device)
     for rank in range(top_k):
@@ -94,8 +94,8 @@ def _top(values: Tensor, count: int) -> Tensor:
     return values.sort(dim=1, descending=True, stable=True).indices[:, :count]
 
 
-def _quantised(values: Tensor, scale: Tensor) -> Tensor:
-    return quantised(values, scale).float() * scale
+def _quantized(values: Tensor, scale: Tensor) -> Tensor:
+    return quantized(values, scale).float() * scale
 
 
 def _wide(weight: Tensor, compute: torch.dtype) -> Tensor:

@@ -36,8 +36,9 @@ def supports(sizes: Mapping[str, int], dtypes: Mapping[str, str], sm: int) -> No
     if pair[1] == FP8 and not supports_fp8(sm):
         raise ValueError(f"{SPEC.name}: SM {sm} has no FP8: use a cache of x's dtype, or SM 89 or later")
     if pair not in caches(sm):
+        supported = ", ".join(f"({x}, {cache})" for x, cache in sorted(caches(sm)))
         raise ValueError(
-            f"{SPEC.name}: kernels on SM {sm} take (X, CACHE) in {sorted(caches(sm))}, not {pair}"
+            f"{SPEC.name}: kernels on SM {sm} take (q, kv_cache) in {supported}, not ({pair[0]}, {pair[1]})"
         )
     for axis, allowed in (("D", HEAD_DIMS), ("page", PAGE_SIZES)):
         if sizes[axis] not in allowed:

@@ -25,8 +25,9 @@ def supports(sizes: Mapping[str, int], dtypes: Mapping[str, str], sm: int) -> No
     """
     check_sm(SPEC.name, sm)
     if (dtypes["X"], dtypes["STATE"]) not in DTYPES:
+        supported = ", ".join(f"({x}, {state})" for x, state in DTYPES)
         raise ValueError(
-            f"{SPEC.name}: kernels take x and state in {list(DTYPES)}, not {(dtypes['X'], dtypes['STATE'])}"
+            f"{SPEC.name}: kernels take (x, ssm_state) in {supported}, not ({dtypes['X']}, {dtypes['STATE']})"
         )
     if sizes["N"] not in STATE_SIZES:
         raise ValueError(f"{SPEC.name}: kernels take N in {list(STATE_SIZES)}, not {sizes['N']}")

@@ -16,7 +16,7 @@ from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 from nemotrt.plugins.cubin import compile_variant
 from nemotrt.plugins.moe_dispatch import SPEC
-from nemotrt.plugins.moe_dispatch.reference import _quantised, reference, route
+from nemotrt.plugins.moe_dispatch.reference import _quantized, reference, route
 from nemotrt.plugins.variant import SMS, supports_fp8
 
 kernels = interpreted("nemotrt.plugins.moe_dispatch.kernels")
@@ -300,15 +300,15 @@ def test_fp8_activations_are_the_references_to_the_bit(X: str, hidden_scale: flo
     inputs[3] = torch.randint(-3, 4, (case.E, case.I, case.L), generator=generator).to(inputs[3].dtype)
     inputs[5] = 2.0 ** torch.randint(-10, 1, (case.E, case.I), generator=generator)
     inputs[7:9] = (torch.tensor([scale]) for scale in (2.0, hidden_scale))
-    values = executed(case, inputs, stages="route_and_quantise place up")
+    values = executed(case, inputs, stages="route_and_quantize place up")
 
-    x_fp8 = _quantised(inputs[0], inputs[7])
+    x_fp8 = _quantized(inputs[0], inputs[7])
     assert torch.equal(values["x_fp8"].float() * inputs[7], x_fp8)
     token_S = values["slots"].long()
     expert_S = values["experts"].long()[token_S]
     sums_SI = torch.einsum("sl,sil->si", x_fp8[token_S], inputs[3].float()[expert_S])
     hidden = (sums_SI * inputs[5][expert_S]).relu().square().to(inputs[0].dtype)
-    assert torch.equal(values["hidden"].float() * inputs[8], _quantised(hidden, inputs[8]))
+    assert torch.equal(values["hidden"].float() * inputs[8], _quantized(hidden, inputs[8]))
 
 
 def test_parts_are_added_in_the_order_of_rank() -> None:
@@ -425,7 +425,7 @@ def test_shapes_alone_pick_the_launches() -> None:
     assert kernel_names(replace(case, T=1)) == ["route", "up", "down", "combine"]
     assert kernel_names(replace(case, T=64)) == ["route", "place", "up", "down", "combine"]
     assert kernel_names(replace(case, T=8192)) == ["route", "count", "place", "up", "down", "combine"]
-    assert kernel_names(replace(case, T=64, W="float8_e4m3fn"))[0] == "route_and_quantise"
+    assert kernel_names(replace(case, T=64, W="float8_e4m3fn"))[0] == "route_and_quantize"
     assert [block_rows(replace(case, T=T)) for T in (1, 64, 390, 512, 1488, 2048, 8192)] == [
         *(16, 16, 16, 64, 64, 128, 128)
     ]

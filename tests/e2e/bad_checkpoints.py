@@ -240,7 +240,7 @@ TENSORS = {
         replaced("up_proj.weight", lambda tensor: tensor.to(torch.float8_e4m3fn)),
     ),
     "fp8-only-said": Case(
-        "the checkpoint says that it is quantised, but no stored tensor is",
+        "the checkpoint says that it is quantized, but no stored tensor is",
         config={"quantization_config": {"quant_method": "modelopt", "quant_algo": "FP8"}},
     ),
     "nan": Case(

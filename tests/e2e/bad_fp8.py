@@ -1,4 +1,4 @@
-"""Quantised checkpoints that are not taken, FP8 ones that are damaged, and texts that nothing can be calibrated on."""
+"""Quantized checkpoints that are not taken, FP8 ones that are damaged, and texts that nothing can be calibrated on."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ EXPERT = "backbone.layers.1.mixer.experts.3.up_proj"
 
 
 def described(**fields: Any) -> dict[str, Any]:
-    """A config.json's description of a quantisation."""
+    """A config.json's description of a quantization."""
     return {"quantization_config": {"quant_method": "modelopt"} | fields}
 
 
 def beside(ending: str, tensor: torch.Tensor) -> Callable[[Path], None]:
-    """Add a tensor that only one quantisation has, beside in_proj's weight."""
+    """Add a tensor that only one quantization has, beside in_proj's weight."""
 
     def damage(folder: Path) -> None:
         save_file(stored(folder) | {IN_PROJ + ending: tensor}, folder / SINGLE)
@@ -61,12 +61,12 @@ def saying(says: str, case: Case) -> Case:
 
 
 SCHEMES = {
-    "nvfp4": Case("quantised as NVFP4", config=described(quant_algo="NVFP4")),
+    "nvfp4": Case("quantized as NVFP4", config=described(quant_algo="NVFP4")),
     "nvfp4-undescribed": Case(
-        r"quantised as NVFP4 \(.*in_proj\.weight_scale_2\)", beside(".weight_scale_2", torch.ones(1))
+        r"quantized as NVFP4 \(.*in_proj\.weight_scale_2\)", beside(".weight_scale_2", torch.ones(1))
     ),
     "nvfp4-in-one-layer": Case(
-        r"backbone\.layers\.1\.mixer\.experts is quantised as NVFP4",
+        r"backbone\.layers\.1\.mixer\.experts is quantized as NVFP4",
         config=described(
             quant_algo="MIXED_PRECISION",
             quantized_layers={
@@ -75,28 +75,28 @@ SCHEMES = {
             },
         ),
     ),
-    "mxfp8": Case("quantised as MXFP8", config=described(quant_algo="MXFP8")),
+    "mxfp8": Case("quantized as MXFP8", config=described(quant_algo="MXFP8")),
     "mxfp8-undescribed": Case(
-        r"quantised as MXFP8 \(.*in_proj\.weight_scale\)",
+        r"quantized as MXFP8 \(.*in_proj\.weight_scale\)",
         beside(".weight_scale", torch.ones(4, dtype=torch.uint8)),
     ),
-    "int4-awq": Case("quantised as W4A16_AWQ", config=described(quant_algo="W4A16_AWQ")),
-    "int4-gptq": Case("quantised as gptq", config=described(quant_method="gptq", bits=4)),
+    "int4-awq": Case("quantized as W4A16_AWQ", config=described(quant_algo="W4A16_AWQ")),
+    "int4-gptq": Case("quantized as gptq", config=described(quant_method="gptq", bits=4)),
     "int4-undescribed": Case(
-        r"quantised as INT4 \(AWQ or GPTQ\) \(.*in_proj\.qweight\)",
+        r"quantized as INT4 \(AWQ or GPTQ\) \(.*in_proj\.qweight\)",
         beside(".qweight", torch.ones(4, dtype=torch.int32)),
     ),
     "block-scaled": Case(
-        "quantised as block-scaled FP8",
+        "quantized as block-scaled FP8",
         config=described(quant_method="fp8", weight_block_size=[128, 128]),
     ),
-    "block-scaled-by-modelopt": Case("quantised as FP8_PB_WO", config=described(quant_algo="FP8_PB_WO")),
+    "block-scaled-by-modelopt": Case("quantized as FP8_PB_WO", config=described(quant_algo="FP8_PB_WO")),
     "block-scaled-undescribed": Case(
-        r"quantised as block-scaled FP8 \(.*in_proj\.weight_scale_inv\)",
+        r"quantized as block-scaled FP8 \(.*in_proj\.weight_scale_inv\)",
         beside(".weight_scale_inv", torch.ones(1, 1)),
     ),
     "nvfp4-cache": Case(
-        "the KV cache is quantised as NVFP4",
+        "the KV cache is quantized as NVFP4",
         config=described(quant_algo="FP8", kv_cache_quant_algo="NVFP4"),
     ),
     "dynamic-scales": Case(
@@ -144,7 +144,7 @@ SCALES = {
         fp8(**{f"{IN_PROJ}.weight": torch.ones(132, 32, dtype=torch.bfloat16)}),
     ),
     "weight-fp8-and-excluded": Case(
-        r"q_proj\.weight is stored as float8_e4m3fn, and is not quantised by it",
+        r"q_proj\.weight is stored as float8_e4m3fn, and is not quantized by it",
         fp8(**{"backbone.layers.2.mixer.q_proj.weight": torch.ones(32, 32).to(torch.float8_e4m3fn)}),
     ),
     "precision-that-undoes-it": Case(
@@ -167,22 +167,22 @@ TEXTS = {
     "jsonl-without-text": saying(
         r"bare\.jsonl, line 1, has no text", calibrated_on("bare.jsonl", '{"prompt": "a"}')
     ),
-    "nothing-left-to-quantise": Case(
-        "everything is excluded from quantisation",
+    "nothing-left-to-quantize": Case(
+        "everything is excluded from quantization",
         tokenizer(lambda _: None),
         model={"hybrid_override_pattern": "M", "vocab_size": 1024},
         options=("--precision", "fp8"),
         code=2,
     ),
     "exclude-fits-nothing": Case(
-        r"--exclude \*\.qproj fits no module that can be quantised",
+        r"--exclude \*\.qproj fits no module that can be quantized",
         tokenizer(lambda _: None),
         model=MLP_ONLY | {"vocab_size": 1024},
         options=("--precision", "fp8", "--exclude", "*.qproj"),
         code=2,
     ),
     "exclude-without-fp8": Case(
-        "--exclude has no effect: nothing is quantised", options=("--exclude", "*.up_proj"), code=2
+        "--exclude has no effect: nothing is quantized", options=("--exclude", "*.up_proj"), code=2
     ),
     "no-tokenizer": Case(r"has no tokenizer\.json", options=("--precision", "fp8"), code=2),
     "gpu-without-fp8": Case(

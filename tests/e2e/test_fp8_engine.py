@@ -106,7 +106,7 @@ def engine_layers(model: onnx.ModelProto, sm: str) -> dict[str, str]:
 
 
 def linear_alone(graph: onnx.ModelProto, name: str) -> onnx.ModelProto:
-    """A linear of a graph with what quantises its input and holds its weight, and nothing else."""
+    """A linear of a graph with what quantizes its input and holds its weight, and nothing else."""
     made_by = {output: node for node in graph.graph.node for output in node.output}
     gemm = next(node for node in graph.graph.node if node.name == name)
     x, weight = (made_by[value] for value in gemm.input[:2])

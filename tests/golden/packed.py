@@ -11,6 +11,7 @@ from torch import Tensor
 from nemotrt.model.hybrid import NemotronH
 from nemotrt.model.pools import empty_pools, pool_specs
 from nemotrt.model.step import Step
+from nemotrt.plugins.contract import DType
 
 PAGE_SIZE = 16
 """Small, so that short sequences have several pages."""
@@ -38,7 +39,7 @@ class Packed:
     def __init__(self, model: NemotronH, *, num_slots: int = 6, num_pages: int = 24) -> None:
         self.model = model
         self.specs = pool_specs(
-            model.config, page_size=PAGE_SIZE, dtype="float32", state_dtype="float32", kv_dtype="float32"
+            model.config, page_size=PAGE_SIZE, dtype=DType.FLOAT32, kv_dtype=DType.FLOAT32
         )
         self.pools = empty_pools(self.specs, num_slots, num_pages)
         for pool in self.pools:

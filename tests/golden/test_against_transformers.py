@@ -21,7 +21,7 @@ TOLERANCE = 1e-5
 DECODE = 32
 PROMPTS = (1, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK + 5)
 
-UNQUANTISED = ("input_scale", "hidden_scale", "k_scale", "v_scale")
+UNQUANTIZED = ("input_scale", "hidden_scale", "k_scale", "v_scale")
 """Parameters that only count where something is FP8."""
 
 
@@ -95,4 +95,4 @@ def test_every_parameter_would_be_missed(case: str) -> None:
         parameter.copy_(kept)
         if not (moved > 10 * TOLERANCE and math.isfinite(moved)):
             unread.append(name)
-    assert [name for name in unread if not name.endswith(UNQUANTISED)] == []
+    assert [name for name in unread if not name.endswith(UNQUANTIZED)] == []

@@ -83,7 +83,7 @@ def test_memory_of_a_build(tmp_path: Path) -> None:
         assert stage.memory_bytes == pytest.approx(took[name]["memory_bytes"], rel=0.25), name
 
 
-def test_quantising_is_a_stage_of_its_own(tmp_path: Path) -> None:
+def test_quantizing_is_a_stage_of_its_own(tmp_path: Path) -> None:
     stages = estimated(EXAMPLE, "fp8")
     assert list(stages) == ["load", "quantize", "trace", "lower", "validate", "bundle"]
     assert "quantize" not in estimated(EXAMPLE, "fp16")

@@ -1,4 +1,4 @@
-"""FP8 checkpoints: taken bit for bit, quantised as the reference says, and refused by name where they are not FP8."""
+"""FP8 checkpoints: taken bit for bit, quantized as the reference says, and refused by name where they are not FP8."""
 
 from __future__ import annotations
 
@@ -162,7 +162,7 @@ def test_a_linear_is_what_tensorrt_fuses(tmp_path: Path) -> None:
     assert [value.type.tensor_type.elem_type for value in caches] == [TensorProto.FLOAT8E4M3FN]
 
 
-def test_the_graph_is_the_fake_quantised_reference(tmp_path: Path) -> None:
+def test_the_graph_is_the_fake_quantized_reference(tmp_path: Path) -> None:
     graph, config = lowered(small(tmp_path / "fp8"), tmp_path)
     report = validate(load(config.checkpoint), config, graph)
     failed = [gate for gate in report.gates if not gate.passed]
@@ -239,17 +239,17 @@ def with_description(folder: Path, said: Any) -> Path:
     return folder
 
 
-def test_a_quantised_module_that_is_said_not_to_be(tmp_path: Path) -> None:
+def test_a_quantized_module_that_is_said_not_to_be(tmp_path: Path) -> None:
     folder = with_description(
         small(tmp_path / "fp8"), description(["*.in_proj", "backbone.layers.2*", "*latent*"])
     )
     with pytest.raises(
-        CheckpointError, match=r"in_proj.weight is stored as float8_e4m3fn, and is not quantised"
+        CheckpointError, match=r"in_proj.weight is stored as float8_e4m3fn, and is not quantized"
     ):
         load(folder)
 
 
-def test_a_plain_module_that_is_said_to_be_quantised(tmp_path: Path) -> None:
+def test_a_plain_module_that_is_said_to_be_quantized(tmp_path: Path) -> None:
     folder = with_description(small(tmp_path / "fp8"), description(["*latent*"]))
     with pytest.raises(CheckpointError, match=r"q_proj.weight is stored as bfloat16, and is FP8 by"):
         load(folder)
@@ -271,7 +271,7 @@ def test_hf_quant_config_alone_is_enough(tmp_path: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     excluded = config.pop("quantization_config")["ignore"]
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(CheckpointError, match="describes a quantisation"):
+    with pytest.raises(CheckpointError, match="describes a quantization"):
         load(folder)
     said = {"quant_algo": "FP8", "kv_cache_quant_algo": "FP8", "exclude_modules": excluded}
     (folder / "hf_quant_config.json").write_text(json.dumps({"quantization": said}))
@@ -288,7 +288,7 @@ def test_hf_quant_config_alone_is_enough(tmp_path: Path) -> None:
         ({"quant_method": "gptq", "bits": 4}, "gptq"),
         ({"quant_method": "fp8", "weight_block_size": [128, 128]}, "block-scaled FP8"),
         ({"quant_algo": "MIXED_PRECISION", "quantized_layers": {"a": {"quant_algo": "NVFP4"}}}, "NVFP4"),
-        ({"quant_algo": "FP8", "kv_cache_quant_algo": "NVFP4"}, "the KV cache is quantised as NVFP4"),
+        ({"quant_algo": "FP8", "kv_cache_quant_algo": "NVFP4"}, "the KV cache is quantized as NVFP4"),
         ({"quant_algo": "FP8", "group_size": 16}, "group_size is not understood"),
     ],
 )
@@ -326,7 +326,7 @@ def test_patterns_name_modules_and_what_is_below() -> None:
         assert bool(matches(name)) is expected, name
 
 
-def test_an_fp8_checkpoint_is_not_dequantised(tmp_path: Path) -> None:
+def test_an_fp8_checkpoint_is_not_dequantized(tmp_path: Path) -> None:
     config = BuildConfig(
         checkpoint=small(tmp_path / "fp8"), output=tmp_path / "b", precision="bf16", runtime="onnx"
     )

@@ -20,6 +20,7 @@ from nemotrt.exporter.errors import CompileError
 from nemotrt.exporter.runtime import backends
 from nemotrt.model.config import ModelConfig
 from nemotrt.model.pools import pool_specs
+from nemotrt.plugins.contract import DType
 from nemotrt.plugins.spec import ops
 from nemotrt.plugins.variant import SMS
 
@@ -59,7 +60,9 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(targets, "check_can_link", lambda: None)
 
 
-def refusal(model: ModelConfig, sms: tuple[int, ...] = SMS, kv_dtype: str = "", **flags: Any) -> str:
+def refusal(
+    model: ModelConfig, sms: tuple[int, ...] = SMS, kv_dtype: DType | None = None, **flags: Any
+) -> str:
     """Why no engine can be built, or nothing."""
     config = replace(BuildConfig(Path(), Path(), precision="bf16"), **flags)
     dtype = COMPUTE_DTYPES[config.precision]
@@ -87,7 +90,7 @@ def test_the_family_is_taken_on_every_sm(model: ModelConfig, precision: str) -> 
 
 def test_every_op_is_asked_with_all_that_it_wants_to_know() -> None:
     config = BuildConfig(Path(), Path(), precision="bf16")
-    pools = pool_specs(NANO, dtype="bfloat16", state_dtype="float32", kv_dtype="bfloat16")
+    pools = pool_specs(NANO, dtype=DType.BFLOAT16, kv_dtype=DType.BFLOAT16)
     calls = {call.op: call for call in op_calls(NANO, config, pools)}
     for spec in ops():
         call = calls.pop(spec.torch_name)
@@ -107,7 +110,7 @@ def test_every_op_is_asked_with_all_that_it_wants_to_know() -> None:
         (
             {},
             {"state_dtype": "fp16", "precision": "fp32"},
-            r"NemoSelectiveScan: .* not \('float32', 'float16'\)",
+            r"NemoSelectiveScan: .* not \(float32, float16\)",
         ),
         ({"head_dim": 96}, {}, r"NemoPagedAttention: kernels take D in \[64, 128\], not 96"),
         ({"num_key_value_heads": 1}, {}, "NemoPagedAttention: kernels take Q = 1…16 times V, not Q 32, V 1"),
@@ -124,8 +127,8 @@ def test_what_no_kernel_takes_is_named(change: dict[str, Any], flags: dict[str, 
 
 
 def test_an_fp8_cache_wants_an_sm_with_fp8() -> None:
-    assert refusal(NANO, sms=(89, 120), kv_dtype="float8_e4m3fn") == ""
-    told = refusal(NANO, sms=(89, 86), kv_dtype="float8_e4m3fn")
+    assert refusal(NANO, sms=(89, 120), kv_dtype=DType.FLOAT8_E4M3) == ""
+    told = refusal(NANO, sms=(89, 86), kv_dtype=DType.FLOAT8_E4M3)
     assert told.endswith(
         "layers.2.mixer.attention: NemoPagedAttention: SM 86 has no FP8: use a cache of x's dtype, or SM 89 or later"
     )

@@ -97,7 +97,7 @@ def test_experts_one_by_one_or_stacked(config: ModelConfig, stacked: bool) -> No
     assert len(survey.weights["backbone.layers.1.mixer.experts.up"].tensors) == (1 if stacked else 4)
 
 
-def quantised(config: dict[str, Any]) -> dict[str, StoredTensor]:
+def quantized(config: dict[str, Any]) -> dict[str, StoredTensor]:
     """The table with its projections in FP8, each with the scales that ModelOpt writes."""
     tensors = table(config, "bfloat16")
     for name in list(tensors):
@@ -110,10 +110,10 @@ def quantised(config: dict[str, Any]) -> dict[str, StoredTensor]:
 
 
 def test_fp8_that_nothing_describes_is_one_clear_problem(config: ModelConfig) -> None:
-    problems = match(config, quantised(CONFIG)).problems
+    problems = match(config, quantized(CONFIG)).problems
     assert [str(problem) for problem in problems] == [
         "backbone.layers.0.mixer.in_proj.weight is FP8, but neither config.json nor hf_quant_config.json"
-        " describes a quantisation"
+        " describes a quantization"
     ]
 
 
@@ -123,21 +123,21 @@ def test_packed_four_bit_weights_are_one_clear_problem(config: ModelConfig) -> N
     tensors[name] = stored(name, "uint8", 48, 16)
     problems = match(config, tensors).problems
     assert [str(problem) for problem in problems] == [
-        f"the checkpoint is quantised as packed 4-bit values ({name})"
+        f"the checkpoint is quantized as packed 4-bit values ({name})"
     ]
     tensors[f"{name}_scale_2"] = stored(f"{name}_scale_2", "float32")
-    assert "quantised as NVFP4" in str(match(config, tensors).problems[0])
+    assert "quantized as NVFP4" in str(match(config, tensors).problems[0])
 
 
-def test_scales_without_quantised_weights_are_extra_tensors(config: ModelConfig) -> None:
+def test_scales_without_quantized_weights_are_extra_tensors(config: ModelConfig) -> None:
     scale = stored("backbone.layers.0.mixer.in_proj.weight_scale", "float32")
     problems = match(config, table(CONFIG) | {scale.name: scale}).problems
     assert [str(problem).split()[0] for problem in problems] == [scale.name]
 
 
-def test_a_quantisation_that_nothing_has(tmp_path: Path) -> None:
+def test_a_quantization_that_nothing_has(tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path / "fp8", quantization_config={"quant_algo": "FP8"})
-    with pytest.raises(CheckpointError, match="says that it is quantised, but no stored tensor is"):
+    with pytest.raises(CheckpointError, match="says that it is quantized, but no stored tensor is"):
         load(folder)
 
 

@@ -14,8 +14,9 @@ from torch.export import Dim, ExportedProgram
 from nemotrt.model.block import Block
 from nemotrt.model.config import LARGEST, LAYER_KINDS, ModelConfig
 from nemotrt.model.hybrid import NemotronH
-from nemotrt.model.pools import PoolSpec, empty_pools, pool_specs
+from nemotrt.model.pools import empty_pools, pool_specs
 from nemotrt.model.step import Step
+from nemotrt.plugins.contract import DType, PoolSpec
 
 CONFIG = ModelConfig(
     hidden_size=16,
@@ -63,9 +64,9 @@ def randomised(model: torch.nn.Module) -> torch.nn.Module:
     return model
 
 
-def pools_of(kind: str, dtype: str, kv_dtype: str = "") -> tuple[PoolSpec, ...]:
+def pools_of(kind: str, dtype: DType, kv_dtype: DType | None = None) -> tuple[PoolSpec, ...]:
     config = dataclasses.replace(CONFIG, layers=(kind,))
-    return pool_specs(config, page_size=4, dtype=dtype, state_dtype="float32", kv_dtype=kv_dtype or dtype)
+    return pool_specs(config, page_size=4, dtype=dtype, kv_dtype=kv_dtype or dtype)
 
 
 def step_of(starts: list[int], device: str = "cpu") -> Step:
@@ -79,7 +80,7 @@ def step_of(starts: list[int], device: str = "cpu") -> Step:
 def exported(kind: str, dtype: torch.dtype, device: str) -> ExportedProgram:
     block = randomised(Block(CONFIG, kind, dtype=dtype, device=device)) if device == "cpu" else None
     block = block or Block(CONFIG, kind, dtype=dtype, device=device)
-    pools = empty_pools(pools_of(kind, str(dtype).removeprefix("torch.")), 5, 9, device)
+    pools = empty_pools(pools_of(kind, DType.from_torch(dtype)), 5, 9, device)
     x_TD = torch.zeros(7, CONFIG.hidden_size, dtype=dtype, device=device)
     any_size: Any = {0: Dim.DYNAMIC}
     any_sizes: Any = {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}
@@ -114,7 +115,7 @@ def test_a_trace_holds_for_other_sizes(kind: str) -> None:
     program = exported(kind, torch.float32, "cpu")
     block = randomised(Block(CONFIG, kind, dtype=torch.float32))
     for starts in ([0, 8], [0, 1, 2, 2, 4]):
-        pools = empty_pools(pools_of(kind, "float32"), 6, 13)
+        pools = empty_pools(pools_of(kind, DType.FLOAT32), 6, 13)
         x_TD = torch.randn(starts[-1] + 1, CONFIG.hidden_size, generator=torch.Generator().manual_seed(1))
         expected = block(x_TD, step_of(starts), *pools)
         found = program.module()(x_TD, step_of(starts), *pools)
@@ -147,7 +148,7 @@ def test_a_lower_precision_stays_near_fp32(dtype: str, tolerance: float) -> None
     exact.load_state_dict(lower.state_dict())
 
     def run(model: torch.nn.Module, name: str) -> tuple[Tensor, list[Tensor]]:
-        specs = pool_specs(CONFIG, page_size=4, dtype=name, state_dtype="float32", kv_dtype=name)
+        specs = pool_specs(CONFIG, page_size=4, dtype=DType(name))
         return model(tokens, step, rows, empty_pools(specs, 3, 5))  # type: ignore[no-any-return]
 
     (expected, _), (logits, pools) = run(exact, "float32"), run(lower, dtype)
@@ -160,8 +161,8 @@ def test_a_lower_precision_stays_near_fp32(dtype: str, tolerance: float) -> None
 def test_an_fp8_cache_takes_its_scales_from_the_model() -> None:
     block: Any = randomised(Block(CONFIG, "attention", dtype=torch.float32))
     x_TD = torch.randn(4, CONFIG.hidden_size, generator=torch.Generator().manual_seed(2))
-    (plain,) = empty_pools(pools_of("attention", "float32"), 3, 5)
-    (small,) = empty_pools(pools_of("attention", "float32", "float8_e4m3fn"), 3, 5)
+    (plain,) = empty_pools(pools_of("attention", DType.FLOAT32), 3, 5)
+    (small,) = empty_pools(pools_of("attention", DType.FLOAT32, DType.FLOAT8_E4M3), 3, 5)
     block.mixer.k_scale.fill_(0.02)
     block.mixer.v_scale.fill_(0.05)
     expected, cache = block(x_TD, step_of([0, 4]), plain)
@@ -175,13 +176,13 @@ def test_an_fp8_cache_takes_its_scales_from_the_model() -> None:
 
 def test_pools_are_named_in_layer_order() -> None:
     config = dataclasses.replace(CONFIG, layers=("moe", "mamba", "attention", "mlp", "mamba"))
-    specs = pool_specs(config, dtype="float16", state_dtype="float32", kv_dtype="float8_e4m3fn")
+    specs = pool_specs(config, dtype=DType.FLOAT16, kv_dtype=DType.FLOAT8_E4M3)
     assert specs == (
-        PoolSpec("conv_state.1", "conv_state", 1, (32 + 2 * 2 * 16, 3), "float16"),
-        PoolSpec("ssm_state.1", "ssm_state", 1, (4, 8, 16), "float32"),
-        PoolSpec("kv_cache.2", "kv_cache", 2, (2, 2, 128, 8), "float8_e4m3fn"),
-        PoolSpec("conv_state.4", "conv_state", 4, (32 + 2 * 2 * 16, 3), "float16"),
-        PoolSpec("ssm_state.4", "ssm_state", 4, (4, 8, 16), "float32"),
+        PoolSpec("conv_state.1", DType.FLOAT16, (32 + 2 * 2 * 16, 3)),
+        PoolSpec("ssm_state.1", DType.FLOAT32, (4, 8, 16)),
+        PoolSpec("kv_cache.2", DType.FLOAT8_E4M3, (2, 2, 128, 8)),
+        PoolSpec("conv_state.4", DType.FLOAT16, (32 + 2 * 2 * 16, 3)),
+        PoolSpec("ssm_state.4", DType.FLOAT32, (4, 8, 16)),
     )
     pools = empty_pools(specs, 5, 9)
     assert [len(pool) for pool in pools] == [5, 5, 9, 5, 5]

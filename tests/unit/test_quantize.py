@@ -43,7 +43,7 @@ def test_a_preset_leaves_out_what_nvidia_does(preset: str) -> None:
     assert {name for name in kept if name.endswith(".experts")}
 
 
-def test_super_s_published_preset_quantises_every_mamba_layer() -> None:
+def test_super_s_published_preset_quantizes_every_mamba_layer() -> None:
     config = parsed(NANO | {"moe_latent_size": 16})
     assert not [pattern for pattern in exclusions(config, "published") if "layers" in pattern]
 
@@ -148,16 +148,16 @@ def test_text_figures_of_a_model_against_itself_are_nothing_and_attribute_nothin
     text = tuple(np.random.default_rng(0).integers(0, 96, (2, 40)))
     found = text_quality.measure(model, model, config, graph, text, "random")
     figures = {figure.name: figure for figure in found.figures}
-    assert list(figures) == ["conversion", "floor", "quantisation", "total"]
-    quantisation, total = figures["quantisation"], figures["total"]
-    assert (quantisation.mean_kl, quantisation.same_top, quantisation.perplexity_ratio) == (0.0, 1.0, 1.0)
+    assert list(figures) == ["conversion", "floor", "quantization", "total"]
+    quantization, total = figures["quantization"], figures["total"]
+    assert (quantization.mean_kl, quantization.same_top, quantization.perplexity_ratio) == (0.0, 1.0, 1.0)
     assert total.mean_kl > 0  # BF16's own
     assert {cost.layer for cost in found.layers} == {0, 1, 2, 3, 4, 5}
     assert all(cost.mean_kl == 0 for cost in found.layers)
 
 
 def test_the_dearest_layer_is_found(tmp_path: Path) -> None:
-    """One layer's input is quantised so coarsely that it alone explains the loss."""
+    """One layer's input is quantized so coarsely that it alone explains the loss."""
     base = load(write_checkpoint(tmp_path / "plain"))
     recipe = recipe_of(base.config, "published", (), kv_cache=True)
     text = tuple(np.random.default_rng(0).integers(0, 96, (4, 80)))
@@ -172,10 +172,10 @@ def test_the_dearest_layer_is_found(tmp_path: Path) -> None:
     assert found.layers[0].layer == 3
     assert found.layers[0].mean_kl > 3 * found.layers[1].mean_kl
     failed = {(gate.output, gate.metric) for gate in text_quality.gates(found) if not gate.passed}
-    assert {("quantisation", "mean KL"), ("total", "mean KL")} <= failed
+    assert {("quantization", "mean KL"), ("total", "mean KL")} <= failed
 
 
-def test_text_needs_what_was_quantised(tmp_path: Path) -> None:
+def test_text_needs_what_was_quantized(tmp_path: Path) -> None:
     bundle = tmp_path / "bundle"
     config = BuildConfig(checkpoint=small(tmp_path / "fp8"), output=bundle, runtime="onnx", validate=False)
     build.build(config, Console(quiet=True))
@@ -197,7 +197,7 @@ def test_a_text_in_lines_is_one_sequence_a_line(tmp_path: Path) -> None:
     assert max(map(len, found)) <= 512
 
 
-def test_check_says_what_a_build_would_quantise(tmp_path: Path) -> None:
+def test_check_says_what_a_build_would_quantize(tmp_path: Path) -> None:
     found = check(of_folder(write_checkpoint(tmp_path / "plain")), "fp8", tmp_path)
     assert found.is_buildable
     assert {"up_proj.weight", "down_proj.weight"} <= set(found.dtypes["mlp"]["float8_e4m3fn"])
@@ -217,6 +217,6 @@ def test_what_the_example_loses_on_held_out_text(tmp_path: Path, preset: str, lo
     text = sequences(TINY, TINY / "heldout.txt", base.config.bos_token_id)
     found = text_quality.measure(load(tmp_path / "fp8"), base, config, graph, text, "held out")
     failed = {(gate.output, gate.metric) for gate in text_quality.gates(found) if not gate.passed}
-    missed = {(figure, "other best token") for figure in ("quantisation", "total")}
+    missed = {(figure, "other best token") for figure in ("quantization", "total")}
     assert failed == (missed if loses else set())
     assert ("mamba" in {cost.kind for cost in found.layers}) == loses

@@ -100,7 +100,7 @@ def drift(num_layers: int) -> Drift:
 
 def text(num_layers: int) -> TextReport:
     figures = tuple(
-        TextFigure(name, 2.5e-3, 3e-5, 0.964, 0.002, 1.0011, 7e-4) for name in ("quantisation", "total")
+        TextFigure(name, 2.5e-3, 3e-5, 0.964, 0.002, 1.0011, 7e-4) for name in ("quantization", "total")
     )
     costs = [LayerCost(i, KINDS[i % 4], 1e-3 / (1 + i), 1e-4 / (1 + i)) for i in range(num_layers)]
     return TextReport("prose.txt", 10_930, "super", figures, tuple(costs))

@@ -35,12 +35,12 @@ def table() -> dict[str, tuple[str, list[int]]]:
     return found
 
 
-@pytest.mark.parametrize("unquantised", [False, True])
+@pytest.mark.parametrize("unquantized", [False, True])
 def test_it_is_a_checkpoint_that_builds(
-    tmp_path: Path, table: dict[str, tuple[str, list[int]]], unquantised: bool
+    tmp_path: Path, table: dict[str, tuple[str, list[int]]], unquantized: bool
 ) -> None:
     found = script["write_checkpoint"](
-        RAW, table, tmp_path / "sparse", unquantised=unquantised, real=frozenset({1})
+        RAW, table, tmp_path / "sparse", unquantized=unquantized, real=frozenset({1})
     )
     assert 0 < found["bytes_with_values"] < found["bytes"]
     model = load(tmp_path / "sparse")
@@ -49,6 +49,6 @@ def test_it_is_a_checkpoint_that_builds(
         tmp_path / "sparse", tmp_path / "bundle", runtime="onnx", weights="link", validate=False
     )
     result: dict[str, Any] = build(config, Console(quiet=True))
-    assert result["precision"] == ("bf16" if unquantised else "fp8")
+    assert result["precision"] == ("bf16" if unquantized else "fp8")
     index = json.loads((tmp_path / "sparse" / "model.safetensors.index.json").read_text())
     assert len(index["weight_map"]) == found["tensors"]

@@ -29,7 +29,7 @@ from nemotrt.exporter.validation.runners.base import Recurrence
 from nemotrt.exporter.validation.runners.torch import TorchRunner
 from nemotrt.exporter.validation.validate import judge, validate
 from nemotrt.model.moe import Router
-from nemotrt.model.pools import PoolSpec
+from nemotrt.plugins.contract import PoolSpec
 from nemotrt.plugins.moe_dispatch.reference import route
 
 

@@ -22,7 +22,7 @@ RETIRED = {
     r"(?<!-)(?<!`)golden(?! ?-)\b": "reference file",
     r"floors?\b(?!\()": "rounding baseline",
     r"proved\b|unproved": "validated",
-    r"quantis\w*|dequantis\w*|unquantis\w*": "quantiz…",
+    r"quantiz\w*|dequantiz\w*|unquantiz\w*": "quantiz…",
     r"optimis\w*|unoptimis\w*": "optimiz…",
     r"initialis\w*": "initializ…",
     r"normalis\w*": "normaliz…",

@@ -38,8 +38,7 @@ from nemotrt.exporter.validation.parts.part_trial import (
 from nemotrt.exporter.validation.parts.subgraphs import Cut
 from nemotrt.exporter.validation.parts.torch_parts import PartModules, TracedTorchPart
 from nemotrt.exporter.validation.runners.onnx_part import PartSession
-from nemotrt.model.pools import PoolSpec
-from nemotrt.plugins.contract import STEP_INPUTS
+from nemotrt.plugins.contract import STEP_INPUTS, PoolSpec
 
 if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto, TensorProto

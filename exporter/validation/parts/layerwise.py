@@ -30,7 +30,7 @@ from nemotrt.exporter.validation.parts.subgraphs import Cut, cuts
 from nemotrt.exporter.validation.parts.torch_parts import PartModules, TorchPart
 from nemotrt.exporter.validation.runners.onnx_part import PartSession
 from nemotrt.exporter.validation.scenarios import MIXED, scenarios
-from nemotrt.model.pools import PoolSpec
+from nemotrt.plugins.contract import PoolSpec
 
 
 @dataclass(frozen=True)

@@ -29,10 +29,9 @@ from nemotrt.exporter.validation.runners.router_hook import RouterTap
 from nemotrt.exporter.validation.runners.torch import num_threads, pool_dtype, threads, torch_step
 from nemotrt.model.block import Block
 from nemotrt.model.hybrid import NemotronH
-from nemotrt.model.pools import PoolSpec
 from nemotrt.model.recipe import EXPERTS
 from nemotrt.plugins import torch_op
-from nemotrt.plugins.contract import STEP_INPUTS
+from nemotrt.plugins.contract import STEP_INPUTS, PoolSpec
 from nemotrt.plugins.spec import OpSpec, ops
 
 OPS = {torch_op.overload(spec): spec for spec in ops()}

@@ -26,7 +26,7 @@ from nemotrt.exporter.validation.graph_dtypes import wanted_dtypes
 from nemotrt.exporter.validation.routing import Choosing, RouterLogits
 from nemotrt.exporter.validation.runners.torch import TorchRunner
 from nemotrt.exporter.validation.scenarios import scenarios
-from nemotrt.model.pools import PoolSpec
+from nemotrt.plugins.contract import PoolSpec
 
 REFERENCE = "PyTorch, FP32"
 

@@ -19,8 +19,8 @@ from nemotrt.exporter.validation.runners.base import Array
 from nemotrt.exporter.validation.runners.router_hook import RouterTap
 from nemotrt.model.fp8 import widen
 from nemotrt.model.hybrid import NemotronH
-from nemotrt.model.pools import PoolSpec
 from nemotrt.model.step import Step
+from nemotrt.plugins.contract import PoolSpec
 from nemotrt.plugins.e4m3 import FP8
 
 SMALL_MODEL_BYTES = 64 << 20
@@ -45,7 +45,7 @@ def num_threads(state: Mapping[str, Tensor]) -> int:
 
 
 def pool_dtype(spec: PoolSpec, dtype: torch.dtype) -> torch.dtype:
-    """What a model of a dtype holds a pool in: FP32 keeps all in FP32 but what is quantised."""
+    """What a model of a dtype holds a pool in: FP32 keeps all in FP32 but what is quantized."""
     own: torch.dtype = getattr(torch, spec.dtype)
     is_wide = dtype == torch.float32 and own != FP8
     return torch.float32 if is_wide else own
