@@ -25,8 +25,7 @@ from faults import FAULTS, broken  # noqa: E402
 
 from nemotrt.exporter.checkpoint.loaded_model import LoadedModel  # noqa: E402
 from nemotrt.exporter.config import BuildConfig  # noqa: E402
-from nemotrt.exporter.report.gate_summary import strain  # noqa: E402
-from nemotrt.exporter.report.model import ValidationReport  # noqa: E402
+from nemotrt.exporter.report.model import Metric, ValidationReport  # noqa: E402
 from nemotrt.exporter.stages.load import load  # noqa: E402
 from nemotrt.exporter.stages.lower import lower  # noqa: E402
 from nemotrt.exporter.stages.trace import trace  # noqa: E402
@@ -60,17 +59,17 @@ SCENARIOS = (ALONE, opwise.ALONE, drift.SCENARIO)
 METRICS = {
     ALONE: "layer alone",
     opwise.ALONE: "op alone",
-    "relative L2": "L2",
-    "1 − cosine": "angle",
-    "norm ratio": "norm",
-    "norm ratio, absolute": "norm, abs.",
-    "mean KL": "mean KL",
-    "max KL": "max KL",
-    "greedy flip's margin": "flip",
-    "score error": "router",
-    "stray writes": "stray",
+    Metric.RELATIVE_L2: "L2",
+    Metric.COSINE: "angle",
+    Metric.NORM_RATIO: "norm",
+    Metric.NORM_RATIO_ABSOLUTE: "norm, abs.",
+    Metric.MEAN_KL: "mean KL",
+    Metric.MAX_KL: "max KL",
+    Metric.TOP1_MARGIN: "flip",
+    Metric.ROUTER_SCORE: "router",
+    Metric.OUT_OF_BOUNDS: "stray",
     drift.SCENARIO: "drift",
-    "in another dtype": "dtype",
+    Metric.DTYPE: "dtype",
 }
 """The metrics that a catch is told by, and a table's heads for them."""
 
@@ -86,14 +85,14 @@ def caught_by(report: ValidationReport) -> dict[str, float]:
 
 def _strains(report: ValidationReport) -> Iterator[tuple[str, float]]:
     for gate in report.gates:
-        yield (gate.scenario if gate.scenario in SCENARIOS else gate.metric), strain(gate)
+        yield (gate.scenario if gate.scenario in SCENARIOS else gate.metric), gate.limit_fraction
 
 
 def _flat(report: ValidationReport) -> list[str]:
-    angles = [g.value for g in report.gates if g.output == "logits" and g.metric == "1 − cosine"]
+    angles = [g.value for g in report.gates if g.output == "logits" and g.metric is Metric.COSINE]
     is_caught = {
         FLAT_COSINE: max(angles) > 1 - COSINE,
-        FLAT_TOP: min(found.same_top for found in report.next_token) < 0.99,
+        FLAT_TOP: min(found.top1_agreement for found in report.next_token) < 0.99,
     }
     return [name for name, caught in is_caught.items() if caught]
 

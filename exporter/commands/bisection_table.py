@@ -1,4 +1,4 @@
-"""What a bisection found, for a person: each departing value, where it is, and what its node reads."""
+"""What a bisection found, for a person: each diverging value, where it is, and what its node reads."""
 
 from __future__ import annotations
 
@@ -8,26 +8,26 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from nemotrt.exporter.report.model import Bisection, Suspect
+from nemotrt.exporter.report.model import Bisection, DivergentValue
 
 WRONG = ("DIFFERS", "not compared", "shape")
 """Words in what a node reads that make it a likely cause."""
 
 
 def bisection(found: Bisection) -> Iterator[RenderableType]:
-    """The first departing value of each part; without any, which is the nearest to its limit."""
+    """The first diverging value of each part; without any, which is the nearest to its limit."""
     looked = f"{found.num_values} values inside the parts, each part alone; {found.runs_as}"
-    if found.departing:
+    if found.diverging:
         yield Text.assemble(
-            ("departs", "red"), f": the first of {len(found.departing)} parts is below; {looked}"
+            ("departs", "red"), f": the first of {len(found.diverging)} parts is below; {looked}"
         )
     else:
         yield Text.assemble(("nothing departs", "green"), f": {looked}")
-    for suspect in found.departing:
+    for suspect in found.diverging:
         yield ""
         yield _suspect(suspect)
-    if found.nearest and not found.departing:
-        used = f"{100 * found.nearest.strain:.0f}% of its limit"
+    if found.nearest and not found.diverging:
+        used = f"{100 * found.nearest.limit_fraction:.0f}% of its limit"
         yield Text(f"nearest to its limit: {found.nearest.tensor}, {found.nearest.op}, {used}")
     if found.num_unmatched:
         yield Text(f"not compared: {found.num_unmatched} values that PyTorch does not have", "dim")
@@ -36,12 +36,12 @@ def bisection(found: Bisection) -> Iterator[RenderableType]:
         yield Text(f"as outputs, inner values changed the bits of the results of {parts}", "yellow")
 
 
-def _suspect(suspect: Suspect) -> Table:
+def _suspect(suspect: DivergentValue) -> Table:
     grid = Table.grid(padding=(0, 2))
     grid.add_row(Text("layer", "bold"), Text.assemble((suspect.place, "bold"), f", {suspect.kind}"))
     grid.add_row("op", f"{suspect.node}, {suspect.op}")
     grid.add_row("tensor", f"{suspect.tensor} [{', '.join(suspect.shape)}]")
-    base = "" if suspect.floor is None else f", floor {suspect.floor:.3g}"
+    base = "" if suspect.baseline is None else f", baseline {suspect.baseline:.3g}"
     error = "not finite" if suspect.error is None else f"{suspect.error:.3g}"
     grid.add_row("error", Text.assemble((error, "red"), f" relative L2, limit {suspect.limit:.3g}{base}"))
     place = ", ".join(map(str, suspect.index))

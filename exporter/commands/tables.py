@@ -282,11 +282,9 @@ def report(found: ValidationReport) -> list[RenderableType]:
     outcome = (found.verdict, colour)
     line = f": {passed} of {len(found.gates)} gates; {found.candidate} against {found.reference}"
     shown: list[RenderableType] = [table, "", Text.assemble(outcome, line)]
-    rerouted = sum(found.rerouted.values())
-    if rerouted:
-        shown.append(
-            Text(f"near ties: {rerouted} times a token got other experts; compared on the same ones")
-        )
+    mismatches = sum(found.routing_mismatches.values())
+    if mismatches:
+        shown.append(Text(f"near ties: {mismatches} routing mismatches; compared on the same experts"))
     shown += _text(found.text) if found.text else []
     shown += ["", *bisection(found.bisect)] if found.bisect else []
     return shown + [Text(f"not compared: {what}", "dim") for what in found.not_compared]
@@ -296,11 +294,11 @@ def _text(found: TextReport) -> list[RenderableType]:
     """What was built on text, what quantization costs, and which layers it costs most in."""
     title = f"{found.num_tokens:,} tokens of {found.text}" + (f", before: {found.base}" if found.base else "")
     figures = _table(title, "mean KL", "same best token", "perplexity ratio")
-    for figure in found.figures:
+    for figure in found.comparisons:
         figures.add_row(
             figure.name,
             f"{figure.mean_kl:.2e} ± {figure.mean_kl_error:.0e}",
-            f"{100 * figure.same_top:.2f}% ± {100 * figure.same_top_error:.2f}%",
+            f"{100 * figure.top1_agreement:.2f}% ± {100 * figure.top1_agreement_error:.2f}%",
             f"{figure.perplexity_ratio:.5f} ± {figure.perplexity_ratio_error:.5f}",
         )
     if not found.layers:
@@ -308,7 +306,7 @@ def _text(found: TextReport) -> list[RenderableType]:
     layers = _table("layer", "kind", "mean KL, this layer alone quantized", right=("layer",))
     for cost in found.layers[:MAX_LAYERS]:
         kind = Text(cost.kind, COLOURS.get(cost.kind, ""))
-        layers.add_row(str(cost.layer), kind, f"{cost.mean_kl:.2e} ± {cost.mean_kl_error:.0e}")
+        layers.add_row(cost.name, kind, f"{cost.mean_kl:.2e} ± {cost.mean_kl_error:.0e}")
     advice = "--exclude '*.layers.N.mixer' leaves layer N unquantized"
     return ["", figures, "", layers, Text(advice, "dim")]
 

@@ -61,7 +61,7 @@ OUTPUT_FILE = click.Path(dir_okay=False, writable=True, path_type=Path)
     help="Hold one layer in memory at a time: each is compared alone, whole steps are not.",
 )
 @click.option(
-    "--bisect", is_flag=True, help="Name the layer, the op and the tensor that departs, if any does."
+    "--bisect", is_flag=True, help="Name the layer, the op and the tensor that diverges, if any does."
 )
 @click.option("--html", type=OUTPUT_FILE, help="Write the report as one HTML page that loads nothing.")
 @click.option("--junit", type=OUTPUT_FILE, help="Write the gates as JUnit XML, for a CI system.")
@@ -116,11 +116,11 @@ def _judge(report: ValidationReport, *, can_bisect: bool) -> None:
             f"{gate.scenario}, {gate.output}: {gate.value:.0f} values are {gate.metric}",
             hint="nothing else was judged of it; do not ship it",
         )
-    departing = report.bisect.departing if report.bisect else ()
-    if departing:
-        first = departing[0]
+    diverging = report.bisect.diverging if report.bisect else ()
+    if diverging:
+        first = diverging[0]
         raise ValidationError(
-            f"{first.node} departs from PyTorch in {first.tensor}: relative L2"
+            f"{first.node} diverges from PyTorch in {first.tensor}: relative L2"
             f" {'not finite' if first.error is None else f'{first.error:.3g}'}, limit {first.limit:.3g}",
             hint="do not ship it",
         )

@@ -1,9 +1,9 @@
 """Another bundle as the reference: the same model, as another exporter or at another precision built it.
 
-Both differ from PyTorch in FP32, the reference rightly by three times the floor of its own precision, so two questions
-stay apart: whether either is right is what PyTorch or a golden says, and whether they agree is what is judged here. The
-limits are those of the coarser precision of the two: three times what PyTorch loses at it, on the weights of the finer
-bundle (the reference's where they are the same), so that a difference of weights is never part of the floor.
+Both differ from PyTorch in FP32, the reference by up to three times the rounding baseline of its precision. So this
+answers only whether the two agree; PyTorch or a reference file says whether either is right. The limits are those of
+the coarser precision of the two: three times the rounding baseline of PyTorch at it, on the weights of the finer bundle
+(the reference's if the precision is the same), so that a difference of weights is never part of the baseline.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from nemotrt.exporter.console import Console
 from nemotrt.exporter.errors import UsageError
 from nemotrt.exporter.pipelines import estimates
 from nemotrt.exporter.pipelines.opened_bundle import Subject, subject_of
-from nemotrt.exporter.report.model import ValidationReport
+from nemotrt.exporter.report.model import NotCompared, Omitted, ValidationReport
 from nemotrt.exporter.validation.candidates import candidate_of
 from nemotrt.exporter.validation.comparison import (
     Advance,
@@ -37,8 +37,13 @@ from nemotrt.exporter.validation.scenarios import scenarios
 
 FINEST_FIRST = ("fp32", "fp16", "bf16", "fp8")
 
-NOT_PYTORCH = "PyTorch: the reference is another bundle; whether that is right, its own report says"
-ALONE = "each layer and each op alone, and state drift: two bundles are compared in whole steps"
+ABSENT = (
+    NotCompared(
+        Omitted.PYTORCH, "the reference is another bundle; its own report says whether that is right"
+    ),
+    NotCompared(Omitted.PARTS, "two bundles are compared in whole steps"),
+    NotCompared(Omitted.DRIFT, "two bundles are compared in whole steps"),
+)
 
 SAME = {
     "config_sha256": "is of another model: their config.json differ",
@@ -72,7 +77,7 @@ class _Pair:
 def judge_against(request: ValidationRequest, other: Path, console: Console) -> ValidationReport:
     """The report of a bundle beside another one, each through its engine or its graph.
 
-    Raises UsageError where the two are not of one model, or cannot be compared by any floor.
+    Raises UsageError where the two are not of one model, or cannot be compared by any baseline.
     """
     with console.stage("load", f"{request.bundle}, {other}"):
         pair = _Pair(subject_of(request.bundle, None, None), subject_of(other, None, None))
@@ -121,26 +126,26 @@ def _record(pair: _Pair, name: str, reference: Candidate, extent: Extent, advanc
     seen = observe(runner, plan, noise, advance)
     own = Recording(
         reference=f"{name}, {reference.title}, {runner.runs_as}",
-        floor="",
+        baseline="",
         extent=extent,
         plan=plan,
         noise=noise,
         seen=seen,
         choosing=(),
-        floors={},
+        baselines={},
         dtypes=wanted_dtypes(pair.bundle.model, pair.bundle.config),
-        not_compared=(NOT_PYTORCH, ALONE),
+        not_compared=ABSENT,
     )
     del runner
     from nemotrt.exporter.validation.references.pytorch import choosing_of, record_plan
 
     if pair.coarsest.precision == "fp32":
         return replace(own, choosing=choosing_of(pair.other.model))
-    floor = record_plan(own, pair.finer.model, pair.coarsest, advance)
+    baseline = record_plan(own, pair.finer.model, pair.coarsest, advance)
     weights = pair.finer.manifest.model.precision
     return replace(
         own,
-        choosing=floor.choosing,
-        floors=floor.floors,
-        floor=f"{floor.floor} against FP32, on the {weights} bundle's weights",
+        choosing=baseline.choosing,
+        baselines=baseline.baselines,
+        baseline=f"{baseline.baseline} against FP32, on the {weights} bundle's weights",
     )

@@ -11,7 +11,7 @@ from nemotrt.exporter.errors import UsageError
 from nemotrt.exporter.pipelines import estimates
 from nemotrt.exporter.pipelines.opened_bundle import Subject, subject_of
 from nemotrt.exporter.quantization.text import MOST, Sequences, sequences
-from nemotrt.exporter.report.model import ValidationReport
+from nemotrt.exporter.report.model import NotCompared, Omitted, ValidationReport
 from nemotrt.exporter.runtime import manifest as manifests
 from nemotrt.exporter.validation.candidates import candidate_of
 from nemotrt.exporter.validation.comparison import Candidate, Leader, Recording, compare
@@ -19,7 +19,7 @@ from nemotrt.exporter.validation.references import golden as goldens
 from nemotrt.exporter.validation.request import ValidationRequest
 from nemotrt.exporter.validation.runners.onnx_part import PartSession
 
-OWN_WEIGHTS = "the checkpoint: PyTorch ran with the bundle's own weights"
+OWN_WEIGHTS = NotCompared(Omitted.CHECKPOINT, "PyTorch ran with the bundle's own weights")
 
 
 def revalidate(request: ValidationRequest, console: Console) -> ValidationReport:
@@ -68,7 +68,7 @@ def _by_pytorch(request: ValidationRequest, console: Console) -> ValidationRepor
     return _with_text(report, subject, tokens, text.name, console) if text else report
 
 
-def _unproved(subject: Subject, bundle: Path) -> tuple[str, ...]:
+def _unproved(subject: Subject, bundle: Path) -> tuple[NotCompared, ...]:
     return (OWN_WEIGHTS,) if subject.model.folder == bundle else ()
 
 
@@ -158,7 +158,6 @@ def _with_text(
     report: ValidationReport, subject: Subject, tokens: Sequences, name: str, console: Console
 ) -> ValidationReport:
     from nemotrt.exporter.validation import text_quality
-    from nemotrt.exporter.validation.validate import NO_COST, NO_TEXT
 
     model, base, total = subject.model, subject.base, sum(map(len, tokens))
     runs = text_quality.num_runs(model, base, tokens)
@@ -166,9 +165,10 @@ def _with_text(
         measured = text_quality.measure(
             model, base, subject.config, subject.graph, tokens, name, advance=advance
         )
-    left_out = [entry for entry in report.not_compared if entry not in (NO_TEXT, NO_COST)]
+    answered = (Omitted.TEXT, Omitted.QUANTIZATION_COST)
+    left_out = [entry for entry in report.not_compared if entry.what not in answered]
     if total >= MOST:
-        left_out.append(f"{name} beyond its first {MOST:,} tokens")
+        left_out.append(NotCompared(Omitted.TEXT, f"{name} beyond its first {MOST:,} tokens"))
     return dataclasses.replace(
         report,
         gates=(*report.gates, *text_quality.gates(measured)),

@@ -2,21 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
 from nemotrt.exporter.report.model import Gate
-
-
-def strain(gate: Gate) -> float:
-    """How much of its limit a gate uses, failed ones first: NaN is the most."""
-    if math.isnan(gate.value):
-        return math.inf
-    if gate.limit == 0:
-        return math.inf if gate.value else 0.0
-    return gate.value / gate.limit
 
 
 @dataclass(frozen=True)
@@ -32,7 +22,7 @@ class Row:
     @property
     def used(self) -> float:
         """The share of the limit that the worst one uses, in percent."""
-        return min(100 * strain(self.worst), 999.0)
+        return min(100 * self.worst.limit_fraction, 999.0)
 
 
 def summary(gates: Sequence[Gate]) -> list[Row]:
@@ -45,5 +35,7 @@ def summary(gates: Sequence[Gate]) -> list[Row]:
     for (scenario, metric), group in groupby(sorted(gates, key=place), key=place):
         members = list(group)
         failed = sum(not gate.passed for gate in members)
-        found.append(Row(scenario, metric, len(members), failed, max(members, key=strain)))
+        found.append(
+            Row(scenario, metric, len(members), failed, max(members, key=lambda gate: gate.limit_fraction))
+        )
     return found

@@ -11,8 +11,8 @@ from typing import Any
 
 from nemotrt.exporter.generation.tokenizer import TOKENIZER, Tokenizer
 from nemotrt.exporter.report import plots
-from nemotrt.exporter.report.gate_summary import strain, summary
-from nemotrt.exporter.report.model import Drift, ValidationReport
+from nemotrt.exporter.report.gate_summary import summary
+from nemotrt.exporter.report.model import Drift, Metric, ValidationReport
 from nemotrt.exporter.report.precision_map import PlacePrecision, precision_map
 from nemotrt.exporter.report.units import digits, size
 from nemotrt.exporter.runtime.graph_file import read_proto
@@ -63,7 +63,11 @@ def report_html(
         report=report,
         bundle=bundle,
         seconds=seconds or {},
-        failed=sorted((gate for gate in report.gates if not gate.passed), key=strain, reverse=True),
+        failed=sorted(
+            (gate for gate in report.gates if not gate.passed),
+            key=lambda gate: gate.limit_fraction,
+            reverse=True,
+        ),
         tiles=_tiles(report),
         rows=summary(report.gates),
         layers=plots.layer_plot(report.layers) if report.layers else None,
@@ -96,57 +100,46 @@ def _tiles(report: ValidationReport) -> list[Tile]:
     tiles = [Tile("Gates that hold", f"{held}", f"of {len(report.gates)}", held < len(report.gates))]
     limited = [gate for gate in report.gates if gate.limit > 0]
     if limited:
-        worst = max(limited, key=strain)
-        used = min(100 * strain(worst), 999.0)
+        worst = max(limited, key=lambda gate: gate.limit_fraction)
+        used = min(100 * worst.limit_fraction, 999.0)
         where = f"{worst.metric} of {worst.output}, {worst.scenario}"
         tiles.append(Tile("Nearest to its limit", f"{used:.0f} %", where, not worst.passed))
     decoded = next((found for found in report.next_token if found.scenario == "decode"), None)
     if decoded:
         detail = f"± {digits(decoded.mean_error)} nats a token, decoding"
         tiles.append(Tile("Mean KL", digits(decoded.mean), detail))
-        same = f"± {100 * decoded.same_top_error:.1f}, of {len(decoded.kl)} tokens"
-        tiles.append(Tile("Same best token", f"{100 * decoded.same_top:.4g} %", same))
+        same = f"± {100 * decoded.top1_agreement_error:.1f}, of {len(decoded.kl)} tokens"
+        tiles.append(Tile("Same best token", f"{100 * decoded.top1_agreement:.4g} %", same))
     if report.drift:
-        shares = [max(plots.of_limit(state.error, state.floor)) for state in report.drift.states]
+        shares = [
+            max(curve.limit_fractions) for curve in report.drift.curves if curve.metric is Metric.RELATIVE_L2
+        ]
         detail = f"of its limit at worst, {report.drift.steps[-1]:,} steps"
         tiles.append(Tile("State drift", f"{100 * max(shares):.0f} %", detail, max(shares) > 1))
     if report.routers:
-        rerouted, tokens = (sum(getattr(r, f) for r in report.routers) for f in ("rerouted", "tokens"))
-        tiles.append(Tile("Other experts chosen", f"{rerouted}", f"times of {tokens:,}, near ties"))
+        mismatches = sum(router.routing_mismatches for router in report.routers)
+        tokens = sum(router.tokens for router in report.routers)
+        tiles.append(Tile("Routing mismatches", f"{mismatches}", f"of {tokens:,}, near ties"))
     return tiles
 
 
-@dataclass(frozen=True)
-class DriftRow:
-    """One recurrent state at the last step, and at its worst."""
-
-    pool: str
-    error: float
-    floor: float | None
-    worst: float
-    """Of its limit, in percent."""
-    at: int
-    alone: float | None
-    alone_worst: float | None
-
-
 def _drift(drift: Drift) -> dict[str, Any]:
+    """A row for each curve that has limits: its last error, and where it uses most of its limit."""
     rows = []
-    for state in drift.states:
-        shares = plots.of_limit(state.error, state.floor)
-        at = max(range(len(shares)), key=shares.__getitem__)
-        alone = plots.of_limit(state.alone, state.alone_floor)
-        rows.append(
-            DriftRow(
-                state.pool,
-                state.error[-1],
-                state.floor[-1] if state.floor else None,
-                100 * shares[at],
-                drift.steps[at],
-                state.alone[-1] if alone else None,
-                100 * max(alone) if alone else None,
+    for curve in drift.curves:
+        if curve.limits:
+            fractions = curve.limit_fractions
+            mark = max(range(len(fractions)), key=fractions.__getitem__)
+            rows.append(
+                {
+                    "output": curve.output,
+                    "metric": curve.metric,
+                    "error": curve.values[-1],
+                    "baseline": curve.baseline[-1] if curve.baseline else None,
+                    "worst": 100 * fractions[mark],
+                    "step": drift.steps[mark],
+                }
             )
-        )
     return {"plot": plots.drift_plot(drift), "rows": rows, "steps": drift.steps[-1]}
 
 

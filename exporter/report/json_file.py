@@ -18,7 +18,7 @@ from nemotrt.exporter.runtime.strict_json import decode, read_object
 NAME, PAGE = "report.json", "report.html"
 HEAD = ("schema_version", "passed", "verdict")
 """What stands first, and follows from the rest."""
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 """1 had no drift, and numbers that are no JSON."""
 
 

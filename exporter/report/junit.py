@@ -16,7 +16,7 @@ def junit(report: ValidationReport, name: str) -> str:
     for gate in report.gates:
         said = "" if gate.passed else f"{gate.value:.6g} where at most {gate.limit:.6g} may be"
         suites.setdefault(gate.scenario, []).append((f"{gate.output}: {gate.metric}", said))
-    for suspect in report.bisect.departing if report.bisect else ():
+    for suspect in report.bisect.diverging if report.bisect else ():
         said = "not finite" if suspect.error is None else f"{suspect.error:.6g}"
         said += f" where at most {suspect.limit:.6g} may be, first in {suspect.node} ({suspect.op})"
         suites.setdefault("bisect", []).append((f"{suspect.tensor}: relative L2", said))

@@ -1,80 +1,144 @@
-"""What a validation found: what was compared, every gate, and what was not compared."""
+"""The data of a validation report: what was compared, every gate, and what was not compared."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from enum import StrEnum
+
+
+class Metric(StrEnum):
+    """What a gate measures; the value is its label in tables."""
+
+    RELATIVE_L2 = "relative L2"
+    NORM_RATIO = "norm ratio"
+    NORM_RATIO_ABSOLUTE = "norm ratio, absolute"
+    COSINE = "1 − cosine"
+    MEAN_KL = "mean KL"
+    MAX_KL = "max KL"
+    TOP1_MARGIN = "top-1 mismatch margin"
+    TOP1_DISAGREEMENT = "top-1 disagreement"
+    PERPLEXITY_RATIO = "perplexity ratio"
+    PERPLEXITY_CHANGE = "perplexity change"
+    ROUTER_SCORE = "router score error"
+    RECURRENCE = "recurrence alone"
+    NOT_FINITE = "not finite"
+    REFERENCE_NOT_FINITE = "reference not finite"
+    BASELINE_NOT_FINITE = "baseline not finite"
+    OUT_OF_BOUNDS = "out-of-bounds writes"
+    MODES_DIFFER = "execution modes differ"
+    DTYPE = "unexpected dtype"
+
+
+NOT_FINITE = (Metric.NOT_FINITE, Metric.REFERENCE_NOT_FINITE, Metric.BASELINE_NOT_FINITE)
+"""Metrics that count NaN and infinite values."""
 
 
 @dataclass(frozen=True)
 class Gate:
-    """One number against its limit, and PyTorch's own loss at that precision where that is what set the limit."""
+    """One number against its limit, and the rounding baseline if the limit derives from one."""
 
     scenario: str
     output: str
-    metric: str
+    metric: Metric
     value: float
     limit: float
-    floor: float | None = None
+    baseline: float | None = None
 
     @property
     def passed(self) -> bool:
-        """Whether the value is a number within the limit: NaN fails."""
+        """Whether the value is a number within the limit; NaN fails."""
         return self.value <= self.limit
 
+    @property
+    def limit_fraction(self) -> float:
+        """The fraction of the limit that is used; infinite for NaN, and for any error where none is allowed."""
+        return _fraction(self.value, self.limit)
+
+
+def _fraction(value: float, limit: float) -> float:
+    if math.isnan(value):
+        return math.inf
+    if limit == 0:
+        return math.inf if value else 0.0
+    return value / limit
+
+
+class Omitted(StrEnum):
+    """What a validation can leave out."""
+
+    ENGINE = "TensorRT engine"
+    PYTORCH = "PyTorch"
+    CHECKPOINT = "the checkpoint"
+    MODEL = "the whole model"
+    TENSORS = "not exported"
+    PARTS = "each layer and each op alone"
+    RECURRENCES = "each recurrence alone"
+    DRIFT = "state drift"
+    ROUTERS = "routers"
+    KV_RANGE = "range of keys and values"
+    TEXT = "text"
+    QUANTIZATION_COST = "what quantization costs"
+
 
 @dataclass(frozen=True)
-class TextFigure:
-    """How far one model is from another on text; each value has its standard error."""
+class NotCompared:
+    """Something that was not compared, and why."""
+
+    what: Omitted
+    detail: str
+
+    def __str__(self) -> str:
+        return f"{self.what}: {self.detail}"
+
+
+@dataclass(frozen=True)
+class TextComparison:
+    """How far one model is from another on text; each mean comes with its standard error."""
 
     name: str
-    """`conversion`: what was built, against the reference quantized alike; `floor`: PyTorch in its precision, so too.
+    """`conversion`: the graph against the reference, quantized alike; `baseline`: PyTorch at the graph's precision.
 
-    `quantization`: the reference as quantized, against what it was before; `total`: what was built, so too.
+    `quantization`: the quantized reference against the unquantized model; `total`: the graph against that model;
+    `layers.7`: the unquantized model with this layer alone quantized, against itself.
     """
     mean_kl: float
-    """Nats a token."""
+    """Nats per token."""
     mean_kl_error: float
-    same_top: float
-    """The share of tokens whose most likely successor is the same."""
-    same_top_error: float
+    top1_agreement: float
+    """The fraction of tokens for which both models prefer the same next token."""
+    top1_agreement_error: float
     perplexity_ratio: float
     perplexity_ratio_error: float
-
-
-@dataclass(frozen=True)
-class LayerCost:
-    """What quantizing one layer alone costs on text, in nats a token, and the standard error."""
-
-    layer: int
-    kind: str
-    mean_kl: float
-    mean_kl_error: float
+    kind: str = ""
+    """The kind of the layer, if the comparison is of one."""
 
 
 @dataclass(frozen=True)
 class TextReport:
-    """What was built on a text, and what quantization costs; layers in order of their cost, the dearest first."""
+    """How the bundle compares on a text, and what quantization costs there."""
 
     text: str
     num_tokens: int
     base: str
-    """The checkpoint that was quantized; empty where none was."""
-    figures: tuple[TextFigure, ...]
-    layers: tuple[LayerCost, ...]
+    """The checkpoint that was quantized; empty if none was."""
+    comparisons: tuple[TextComparison, ...]
+    layers: tuple[TextComparison, ...]
+    """One per quantized layer, highest mean KL first."""
 
 
 @dataclass(frozen=True)
-class TextPlace:
-    """A token after which the candidate's next-token distribution is far off: where, and what either side prefers."""
+class WorstToken:
+    """A position at which the next-token distributions differ most, and the token that each side prefers."""
 
     row: int
     kl: float
     before: tuple[int, ...]
-    """The last tokens of the sequence up to here."""
+    """The last tokens of the sequence, this position's included."""
     reference: int
     candidate: int
     margin: float
-    """By how much the reference prefers its own token, in logits."""
+    """The reference's logit for its own token minus its logit for the candidate's."""
 
 
 @dataclass(frozen=True)
@@ -83,49 +147,42 @@ class NextToken:
 
     scenario: str
     kl: tuple[float, ...]
-    """A row of logits each, in the order in which they were computed."""
-    floor_kl: tuple[float, ...]
+    """One per row of logits, in the order of computation."""
+    baseline_kl: tuple[float, ...]
     mean: float
     mean_error: float
     """The standard error of the mean over rows."""
     p999: float
     """The 99.9th percentile."""
-    same_top: float
-    """The share of rows whose best token is the same."""
-    same_top_error: float
+    top1_agreement: float
+    """The fraction of rows in which both sides prefer the same token."""
+    top1_agreement_error: float
     matched: int
-    """Rows before the first whose best token differs by more than the floor's own error."""
-    worst: tuple[TextPlace, ...]
+    """Rows before the first top-1 mismatch that exceeds the baseline's own error."""
+    worst: tuple[WorstToken, ...]
 
 
 @dataclass(frozen=True)
-class LayerError:
-    """One layer alone, on inputs that are the same to the bit: relative L2 of what it adds to its tokens."""
+class PartError:
+    """The relative L2 error of a layer or an op that ran alone, on inputs that are bitwise equal."""
 
-    place: str
+    name: str
+    """The layer (`layers.7`) or the op's node (`layers.7.mixer.scan`)."""
     kind: str
-    error: float
-    floor: float | None
-
-
-@dataclass(frozen=True)
-class OpError:
-    """One output of one op's node alone, on inputs that are the same to the bit."""
-
-    node: str
-    op: str
+    """The kind of the layer, or the op's type."""
     output: str
+    """The op's output; empty for a layer, whose contribution to the residual stream is compared."""
     error: float | None
-    """Relative L2; None where a value is not finite."""
+    """None if a value is not finite."""
     not_finite: int
-    """Values that are NaN or infinite."""
-    floor: float | None
+    """The number of NaN and infinite values."""
+    baseline: float | None
     limit: float
 
 
 @dataclass(frozen=True)
-class Suspect:
-    """One value inside a part of the graph, beside PyTorch's: where it is, and how far off."""
+class DivergentValue:
+    """One value inside the graph compared with PyTorch's: where it is, and its error."""
 
     place: str
     """`layers.7`."""
@@ -134,90 +191,92 @@ class Suspect:
     op: str
     tensor: str
     shape: tuple[str, ...]
-    """As the graph declares it, free axes by their names."""
+    """As the graph declares it; dynamic axes by name."""
     error: float | None
-    """Relative L2 over all steps; None where a value is not finite."""
-    floor: float | None
+    """Relative L2 over all steps; None if a value is not finite."""
+    baseline: float | None
     limit: float
     step: int
-    """Where the largest difference is: a step of the mixed batch, and the place in the value."""
+    """The step of the mixed batch that has the largest difference."""
     index: tuple[int, ...]
+    """Where in the value the largest difference is."""
     candidate: float | None
-    """What stands there, None where that is not finite."""
+    """The graph's element there; None if it is not finite."""
     reference: float | None
     reads: tuple[str, ...]
-    """The node's own inputs, each with what is known of it."""
+    """The node's inputs, and for each how it compares."""
 
     @property
-    def departs(self) -> bool:
-        """Whether it is beyond its limit."""
+    def diverges(self) -> bool:
+        """Whether the error exceeds the limit."""
         return self.error is None or self.error > self.limit
 
     @property
-    def strain(self) -> float:
-        """The error as a share of its limit."""
-        if self.error is None or (self.error and not self.limit):
-            return float("inf")
-        return self.error / self.limit if self.error else 0.0
+    def limit_fraction(self) -> float:
+        """The fraction of the limit that the error uses."""
+        return _fraction(math.inf if self.error is None else self.error, self.limit)
 
 
 @dataclass(frozen=True)
 class Bisection:
-    """Where the graph departs from PyTorch: each part alone, every value of it an output."""
+    """Where the graph diverges from PyTorch: each part ran alone with every inner value as an output."""
 
     runs_as: str
     num_values: int
-    """Compared, over all parts."""
+    """Values compared, over all parts."""
     num_unmatched: int
-    """Values of the graph that PyTorch has no counterpart of, as the steps inside a linear."""
-    departing: tuple[Suspect, ...]
-    """The first value of each part that departs, in the order in which tokens pass the parts."""
-    nearest: Suspect | None
-    """Of the values that do not depart, the nearest to its limit."""
+    """Values of the graph that have no counterpart in PyTorch, such as the steps inside a linear layer."""
+    diverging: tuple[DivergentValue, ...]
+    """The first diverging value of each part, in the order of the layers."""
+    nearest: DivergentValue | None
+    """The value nearest to its limit among those that do not diverge."""
     marking_changed: tuple[str, ...]
-    """Parts whose results have other bits when inner values are outputs too."""
+    """Parts whose results change bitwise when inner values become outputs."""
 
 
 @dataclass(frozen=True)
 class RouterAgreement:
-    """One MoE layer's choices over all scenarios."""
+    """How often one MoE layer routes tokens as the reference does, over all scenarios."""
 
     layer: int
     tokens: int
-    rerouted: int
-    """Tokens that got other experts."""
+    routing_mismatches: int
+    """Tokens routed to other experts."""
     median_margin: float
-    """Between a token's last expert and the next, in the reference."""
-    rerouted_margin: float
-    """The largest among the rerouted; 0 where there are none."""
+    """Between a token's last chosen expert and the next one, in the reference."""
+    mismatch_margin: float
+    """The largest margin of a mismatched token; 0 without mismatches."""
     score_error: float
 
 
 @dataclass(frozen=True)
-class StateDrift:
-    """One recurrent state's relative L2 at each mark of a drift."""
+class DriftCurve:
+    """One error at each mark of a long decode, with its limits."""
 
-    pool: str
-    error: tuple[float, ...]
-    floor: tuple[float, ...]
-    """PyTorch's at the graph's precision; empty in FP32."""
-    alone: tuple[float, ...]
-    """The worst head's, against FP64 on the recurrence's own inputs; empty where the candidate does not show them."""
-    alone_floor: tuple[float, ...]
-    """The same of a recurrence whose state is held as the pool holds it; empty where that is FP32."""
+    output: str
+    """The pool, or `logits`."""
+    metric: Metric
+    """The state's relative L2; its error in the recurrence alone (worst head, against FP64); or the logits' mean KL."""
+    values: tuple[float, ...]
+    baseline: tuple[float, ...]
+    """The same error of PyTorch at the graph's precision; empty if the limit does not derive from it."""
+    limits: tuple[float, ...]
+    """Empty if there is no limit: the KL in FP32."""
+
+    @property
+    def limit_fractions(self) -> tuple[float, ...]:
+        """The fraction of its limit that each value uses."""
+        return tuple(_fraction(*pair) for pair in zip(self.values, self.limits, strict=True))
 
 
 @dataclass(frozen=True)
 class Drift:
-    """How far the recurrent states and the next token depart over decode steps with identical tokens."""
+    """How the error of recurrent states and of the next token develops over decode steps on identical tokens."""
 
     steps: tuple[int, ...]
-    """The marks: after how many steps it was looked."""
+    """The marks: numbers of decoded tokens after which the state is compared."""
     sequences: int
-    states: tuple[StateDrift, ...]
-    kl: tuple[float, ...]
-    """Nats, the mean over the rows of the last steps before each mark."""
-    floor_kl: tuple[float, ...]
+    curves: tuple[DriftCurve, ...]
 
 
 @dataclass(frozen=True)
@@ -226,37 +285,36 @@ class ValidationReport:
 
     candidate: str
     reference: str
-    floor: str
+    baseline: str
+    """What limits derive from; empty if they are absolute."""
     tokens: dict[str, int]
     gates: tuple[Gate, ...]
-    rerouted: dict[str, int]
-    """How often, in each scenario, a token got other experts than the reference gives it: those of near ties."""
-    not_compared: tuple[str, ...]
+    routing_mismatches: dict[str, int]
+    """By scenario: how often a token was routed to other experts than in the reference (near ties)."""
+    not_compared: tuple[NotCompared, ...]
     text: TextReport | None = None
-    """What was built on a text, where there was one."""
     next_token: tuple[NextToken, ...] = ()
-    layers: tuple[LayerError, ...] = ()
-    ops: tuple[OpError, ...] = ()
+    layers: tuple[PartError, ...] = ()
+    ops: tuple[PartError, ...] = ()
     routers: tuple[RouterAgreement, ...] = ()
     drift: Drift | None = None
     bisect: Bisection | None = None
-    """Where values depart, where that was looked for."""
     is_whole: bool = True
-    """Whether whole steps of the model were compared: else each part was run alone, and the report says so."""
+    """Whether whole steps of the model were compared, and not each part alone."""
 
     @property
     def not_finite(self) -> tuple[Gate, ...]:
-        """Gates that say that one side holds NaN or infinity: then nothing else can be judged."""
-        return tuple(gate for gate in self.gates if "not finite" in gate.metric and not gate.passed)
+        """Failed gates that count NaN and infinite values; then no other gate means anything."""
+        return tuple(gate for gate in self.gates if gate.metric in NOT_FINITE and not gate.passed)
 
     @property
     def verdict(self) -> str:
-        """In words that make no more of it than was compared."""
-        what = "" if self.is_whole else ", each layer alone"
-        return ("passed" if self.passed else "failed") + what
+        """`passed` or `failed`, restricted to what was compared."""
+        scope = "" if self.is_whole else ", each layer alone"
+        return ("passed" if self.passed else "failed") + scope
 
     @property
     def passed(self) -> bool:
-        """Whether there were gates, all of them hold, and no value departs: no comparison is never a pass."""
-        departs = self.bisect is not None and bool(self.bisect.departing)
-        return bool(self.gates) and all(gate.passed for gate in self.gates) and not departs
+        """Whether there are gates, all of them passed, and no value diverges."""
+        diverges = self.bisect is not None and bool(self.bisect.diverging)
+        return bool(self.gates) and all(gate.passed for gate in self.gates) and not diverges

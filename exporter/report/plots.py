@@ -10,8 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from nemotrt.exporter.report.limits import FLOOR_FACTOR, FP32_RELATIVE_L2
-from nemotrt.exporter.report.model import Drift, LayerCost, LayerError, NextToken, TextPlace
+from nemotrt.exporter.report.model import Drift, Metric, NextToken, PartError, TextComparison, WorstToken
 from nemotrt.exporter.report.precision_map import PlacePrecision
 
 WIDTH, HEIGHT = 720, 240
@@ -80,23 +79,23 @@ def _bars(
     return round(width, 1), bars
 
 
-def layer_plot(layers: Sequence[LayerError]) -> dict[str, Any]:
-    """A bar for each layer, a line at its floor and one at its limit."""
-    limits = [FLOOR_FACTOR * layer.floor if layer.floor else FP32_RELATIVE_L2 for layer in layers]
-    errors = [layer.error for layer in layers]
+def layer_plot(layers: Sequence[PartError]) -> dict[str, Any]:
+    """A bar for each layer, a line at its baseline and one at its limit."""
+    limits = [layer.limit for layer in layers]
+    errors = [math.inf if layer.error is None else layer.error for layer in layers]
     axis = LogAxis.of([*limits, *errors])
-    width, bars = _bars(axis, errors, [_number(layer.place) for layer in layers])
+    width, bars = _bars(axis, errors, [_number(layer.name) for layer in layers])
     for bar, layer, limit in zip(bars, layers, limits, strict=True):
-        floor = axis.y(layer.floor) if layer.floor is not None else None
-        bar |= {"layer": layer, "floor": floor, "limit": axis.y(limit)}
+        baseline = axis.y(layer.baseline) if layer.baseline is not None else None
+        bar |= {"layer": layer, "baseline": baseline, "limit": axis.y(limit)}
     return {"axis": axis, "bars": bars, "width": width}
 
 
-def cost_plot(costs: Sequence[LayerCost]) -> dict[str, Any]:
+def cost_plot(costs: Sequence[TextComparison]) -> dict[str, Any]:
     """A bar for each quantized layer in the model's order, and how sure its height is."""
-    ordered = sorted(costs, key=lambda cost: cost.layer)
+    ordered = sorted(costs, key=lambda cost: int(_number(cost.name)))
     axis = LogAxis.of([v for cost in ordered for v in (cost.mean_kl, cost.mean_kl + cost.mean_kl_error)])
-    width, bars = _bars(axis, [cost.mean_kl for cost in ordered], [str(cost.layer) for cost in ordered])
+    width, bars = _bars(axis, [cost.mean_kl for cost in ordered], [_number(cost.name) for cost in ordered])
     for bar, cost in zip(bars, ordered, strict=True):
         high, low = cost.mean_kl + cost.mean_kl_error, cost.mean_kl - cost.mean_kl_error
         bar |= {"cost": cost, "high": axis.y(high), "low": axis.y(max(low, SMALLEST))}
@@ -104,15 +103,15 @@ def cost_plot(costs: Sequence[LayerCost]) -> dict[str, Any]:
 
 
 def kl_plot(found: NextToken) -> dict[str, Any]:
-    """The KL of every row, and the floor's."""
-    axis = LogAxis.of([*found.kl, *found.floor_kl])
+    """The KL of every row, and the baseline's."""
+    axis = LogAxis.of([*found.kl, *found.baseline_kl])
     points = [(_x(i, len(found.kl)), axis.y(value)) for i, value in enumerate(found.kl)]
-    floor = [(_x(i, len(found.kl)), axis.y(value)) for i, value in enumerate(found.floor_kl)]
-    worst: list[tuple[float, float, TextPlace]] = [(*points[place.row], place) for place in found.worst]
+    baseline = [(_x(i, len(found.kl)), axis.y(value)) for i, value in enumerate(found.baseline_kl)]
+    worst: list[tuple[float, float, WorstToken]] = [(*points[place.row], place) for place in found.worst]
     return {
         "axis": axis,
         "line": _joined(points),
-        "floor": _joined(floor),
+        "baseline": _joined(baseline),
         "worst": worst,
         "last": len(found.kl) - 1,
     }
@@ -125,12 +124,12 @@ def _joined(points: Iterable[tuple[float, float]]) -> str:
 def drift_plot(drift: Drift) -> dict[str, Any]:
     """Each state's error as a share of its limit over the steps: in the model, and of its recurrence alone."""
     lines = []
-    for state in drift.states:
-        kind = state.pool.partition(".")[0]
-        lines.append((kind, f"{state.pool}, in the model", of_limit(state.error, state.floor)))
-        if state.alone:
-            shares = of_limit(state.alone, state.alone_floor)
-            lines.append(("alone", f"{state.pool}, its recurrence alone", shares))
+    for curve in drift.curves:
+        if curve.metric is Metric.RECURRENCE:
+            lines.append(("alone", f"{curve.output}, its recurrence alone", curve.limit_fractions))
+        elif curve.metric is Metric.RELATIVE_L2:
+            kind = curve.output.partition(".")[0]
+            lines.append((kind, f"{curve.output}, in the model", curve.limit_fractions))
     axis = LogAxis.of([1.0, *(share for _, _, shares in lines for share in shares)])
     decades = max(math.log10(drift.steps[-1]), 1.0)
     room = WIDTH - LEFT - RIGHT - 16
@@ -148,12 +147,6 @@ def drift_plot(drift: Drift) -> dict[str, Any]:
             for kind, title, shares in lines
         ],
     }
-
-
-def of_limit(errors: Sequence[float], floors: Sequence[float]) -> list[float]:
-    """Each error as a share of what it may be."""
-    limits = [FLOOR_FACTOR * floor for floor in floors] or [FP32_RELATIVE_L2] * len(errors)
-    return [error / limit if limit else 0.0 for error, limit in zip(errors, limits, strict=True)]
 
 
 def precision_plot(places: Sequence[PlacePrecision]) -> dict[str, Any]:

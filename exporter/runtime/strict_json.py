@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from enum import EnumType
 from pathlib import Path
 from types import UnionType
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
@@ -80,6 +81,8 @@ def _value(hint: Any, value: Any, where: str) -> Any:
         if not isinstance(value, dict):
             raise ValueError(f"{where} is not an object")
         return {name: _value(arguments[1], item, f"{where}.{name}") for name, item in value.items()}
+    if isinstance(hint, EnumType):
+        return _member(hint, value, where)
     accepted = arguments if origin is UnionType else (hint,)
     entry = next((kind for kind in arguments if dataclasses.is_dataclass(kind)), None)
     if origin is UnionType and entry and value is not None:
@@ -91,6 +94,14 @@ def _value(hint: Any, value: Any, where: str) -> Any:
         names = " or ".join(kind.__name__ for kind in accepted)
         raise ValueError(f"{where} is {json.dumps(value)[:40]}, not {names}")
     return value
+
+
+def _member(kind: Any, value: Any, where: str) -> Any:
+    try:
+        return kind(value)
+    except ValueError:
+        names = ", ".join(kind)
+        raise ValueError(f"{where} is {json.dumps(value)[:40]}, not one of {names}") from None
 
 
 def encode(entry: Any, *, indent: int | None = 2) -> str:

@@ -158,7 +158,9 @@ def _verdict(report: ValidationReport | None) -> manifest.Verdict:
         return manifest.Verdict("not run", 0, 0, "", ("everything: validation was not asked for",))
     failed = sum(not gate.passed for gate in report.gates)
     verdict = "passed" if report.passed else "failed"
-    return manifest.Verdict(verdict, len(report.gates), failed, report.candidate, report.not_compared)
+    return manifest.Verdict(
+        verdict, len(report.gates), failed, report.candidate, tuple(map(str, report.not_compared))
+    )
 
 
 def _licence(checkpoint: Path) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from nemotrt.exporter.errors import BundleError, UsageError
+from nemotrt.exporter.report.model import NotCompared, Omitted
 from nemotrt.exporter.runtime.cuda import CudaError, find_gpu
 from nemotrt.exporter.runtime.engine_file import engine_profile
 from nemotrt.exporter.runtime.graph_file import PROVIDERS
@@ -15,10 +16,12 @@ from nemotrt.exporter.validation.runners.base import EngineRunner, GraphRunner
 from nemotrt.exporter.validation.runners.forced_routing import LedGraphRunner
 from nemotrt.exporter.validation.scenarios import NUM_SLOTS
 
-ENGINE = "TensorRT engine: not executed"
-UNSEEN_ROUTERS = "routers: an engine does not show by what it chooses experts, so near ties are not excused"
-PARTS_ON_CPU = "each layer and each op alone on CUDA: they run on the CPU"
-WHOLE = "each layer and each op alone: an engine is not cut"
+ENGINE = NotCompared(Omitted.ENGINE, "not executed")
+UNSEEN_ROUTERS = NotCompared(
+    Omitted.ROUTERS, "an engine does not output its router logits, so near ties are not excused"
+)
+PARTS_ON_CPU = NotCompared(Omitted.PARTS, "they run on the CPU, not on CUDA")
+WHOLE = NotCompared(Omitted.PARTS, "an engine cannot be split into its layers")
 
 
 def graph_candidate(graph: Path, provider: str = "cpu") -> Candidate:

@@ -14,14 +14,14 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from nemotrt.exporter.report.model import Gate, ValidationReport
+from nemotrt.exporter.report.model import Gate, NotCompared, ValidationReport
 from nemotrt.exporter.runtime.graph_file import read_proto
 from nemotrt.exporter.runtime.step import StepInputs
 from nemotrt.exporter.validation import gates as judged
 from nemotrt.exporter.validation.gates import Compared, Measured, Noise, Observation
 from nemotrt.exporter.validation.graph_dtypes import WantedDtypes, dtype_gates
 from nemotrt.exporter.validation.observations import next_token, router_agreement
-from nemotrt.exporter.validation.routing import Choosing, RouterLogits, num_rerouted
+from nemotrt.exporter.validation.routing import Choosing, RouterLogits, num_mismatches
 from nemotrt.exporter.validation.runners.base import CandidateRunner, LedRunner, PoolShape, Runner
 from nemotrt.exporter.validation.scenarios import NUM_SLOTS, Scenario, num_pages, scenarios
 
@@ -60,19 +60,18 @@ class Recording:
 
     reference: str
     """The reference in words."""
-    floor: str
+    baseline: str
     """What the limits derive from, in words; empty where they are absolute."""
     extent: Extent
     plan: tuple[Scenario, ...]
     noise: Noise
     seen: dict[str, Observation]
     choosing: tuple[Choosing, ...]
-    floors: dict[str, Measured]
+    baselines: dict[str, Measured]
     """For each scenario; none where limits are absolute."""
     dtypes: WantedDtypes
     """Of a graph's weights and pools."""
-    not_compared: tuple[str, ...]
-    """What this reference leaves out, in words."""
+    not_compared: tuple[NotCompared, ...]
 
 
 WATCHED = "watched"
@@ -87,7 +86,7 @@ class Candidate:
     ways: tuple[str, str]
     open: Callable[[int, str], CandidateRunner]
     """From pages in the pool and a way, or WATCHED; NUM_SLOTS slots."""
-    not_compared: tuple[str, ...]
+    not_compared: tuple[NotCompared, ...]
     graph: Path | None = None
     """Whose dtypes are read, and whose layers are compared alone too; none of what cannot be, as an engine."""
     open_led: Callable[[], LedRunner] | None = None
@@ -114,31 +113,33 @@ def compare(recording: Recording, candidate: Candidate, beside: Beside, advance:
     differences = []
     for scenario in recording.plan:
         name = scenario.name
-        against, floor = beside(name, seen[name], other[name].routers), recording.floors.get(name)
-        gates += judged.gates(name, against, floor, recording.noise)
-        gates.append(judged.same_bits(name, f"{first} and {second} differ", seen[name], other[name]))
-        differences.append(next_token(scenario, against, floor))
+        against, baseline = beside(name, seen[name], other[name].routers), recording.baselines.get(name)
+        gates += judged.gates(name, against, baseline, recording.noise)
+        gates.append(judged.same_bits(name, seen[name], other[name]))
+        differences.append(next_token(scenario, against, baseline))
     if candidate.graph:
         gates += dtype_gates(read_proto(candidate.graph), recording.dtypes)
     extent = recording.extent
     return ValidationReport(
         candidate=f"{candidate.title}, {runs_as}",
         reference=recording.reference,
-        floor=recording.floor,
+        baseline=recording.baseline,
         tokens={"prompt": extent.prompt, "decode": extent.decode, "seed": extent.seed},
         gates=tuple(gates),
-        rerouted={name: times_rerouted(recording, name, found.routers) for name, found in other.items()},
+        routing_mismatches={
+            name: num_routing_mismatches(recording, name, found.routers) for name, found in other.items()
+        },
         next_token=tuple(found for found in differences if found),
         routers=router_agreement(recording.choosing, recording.seen, other),
         not_compared=(*candidate.not_compared, *recording.not_compared),
     )
 
 
-def times_rerouted(recording: Recording, name: str, routers: tuple[RouterLogits, ...]) -> int:
+def num_routing_mismatches(recording: Recording, name: str, routers: tuple[RouterLogits, ...]) -> int:
     """How often, in a scenario, another runner chose other experts; 0 where it does not show them."""
     if not any(routers):
         return 0
-    return num_rerouted(recording.choosing, recording.seen[name].routers, routers)
+    return num_mismatches(recording.choosing, recording.seen[name].routers, routers)
 
 
 @dataclass(frozen=True)
@@ -151,7 +152,7 @@ class Leader:
     def beside(self, name: str, seen: Observation, routers: tuple[RouterLogits, ...]) -> Compared:
         """What the candidate showed in a scenario, or shows when near ties are decided as the reference did."""
         expected = self.recording.seen[name]
-        if self.candidate.open_led is None or not times_rerouted(self.recording, name, routers):
+        if self.candidate.open_led is None or not num_routing_mismatches(self.recording, name, routers):
             return on_own_choice(seen, routers, expected)
         runner = self.candidate.open_led()
         scenario = next(scenario for scenario in self.recording.plan if scenario.name == name)
@@ -166,7 +167,7 @@ class Leader:
 
     def _told(self, name: str, step: RouterLogits) -> RouterLogits:
         """The reference's router logits of a step at near ties, NaN elsewhere: what is clear, the candidate decides."""
-        limits = judged.score_limits(self.recording.floors.get(name), len(step))
+        limits = judged.score_limits(self.recording.baselines.get(name), len(step))
         return tuple(
             np.where(layer.near_tie(logits_TE, limit)[:, None], logits_TE, np.float32(np.nan))
             for layer, logits_TE, limit in zip(self.recording.choosing, step, limits, strict=True)

@@ -1,7 +1,7 @@
 """How far the carried state departs over a thousand decode steps, with identical tokens and the same experts.
 
 Two questions are kept apart. *In the model*, a state's error is that of everything before it, and PyTorch at the
-graph's precision has it too: the floor. What the state itself loses, as one that is kept in FP16, hides in that. So
+graph's precision has it too: the baseline. What the state itself loses, as one that is kept in FP16, hides in that. So
 each recurrence is also judged *alone*: replayed in FP64 on what the graph itself fed it, nothing but what is lost from
 step to step is left, and its limit is that of FP32.
 
@@ -21,11 +21,10 @@ from torch import Tensor
 from nemotrt.exporter.checkpoint import weights
 from nemotrt.exporter.checkpoint.loaded_model import LoadedModel
 from nemotrt.exporter.config import COMPUTE_DTYPES, BuildConfig
-from nemotrt.exporter.report.gate_summary import strain
-from nemotrt.exporter.report.limits import FLOOR_FACTOR, FP32_RELATIVE_L2
-from nemotrt.exporter.report.model import Drift, Gate, StateDrift
+from nemotrt.exporter.report.model import Drift, DriftCurve, Gate, Metric
 from nemotrt.exporter.runtime.step import StepInputs, pages_of
 from nemotrt.exporter.validation import metrics
+from nemotrt.exporter.validation.gates import BASELINE_FACTOR, FP32_RELATIVE_L2
 from nemotrt.exporter.validation.routing import RouterLogits
 from nemotrt.exporter.validation.runners.base import CandidateRunner, Recurrence
 from nemotrt.exporter.validation.runners.torch import (
@@ -148,21 +147,27 @@ def measure(
     replay = _Replay(model, pools)
     seen, alone = _candidate(open_runner(plan.num_pages), plan, pools, replay, advance)
     expected = _torch(model, pools, torch.float32, plan, seen, advance)
-    floor = None
+    baseline = None
     if dtype != "float32":
-        floor = _torch(model, pools, getattr(torch, dtype), plan, seen, advance)
-    states = tuple(
-        StateDrift(
-            pool=spec.name,
-            error=_errors(seen, expected, spec.name),
-            floor=_errors(floor, expected, spec.name) if floor else (),
-            alone=tuple(found[spec.name] for found in alone if spec.name in found),
-            alone_floor=tuple(replay.floors.get(spec.name, ())),
-        )
-        for spec in _recurrent(pools)
-    )
-    kl, floor_kl = _kl(seen, expected), _kl(floor, expected) if floor else ()
-    return Drift(plan.marks, SEQUENCES, states, kl, floor_kl)
+        baseline = _torch(model, pools, getattr(torch, dtype), plan, seen, advance)
+    curves = []
+    for name in (spec.name for spec in _recurrent(pools)):
+        base = _errors(baseline, expected, name) if baseline else ()
+        curves.append(curve(name, Metric.RELATIVE_L2, _errors(seen, expected, name), base))
+        if errors := tuple(at_mark[name] for at_mark in alone if name in at_mark):
+            base = tuple(replay.baselines.get(name, ()))
+            curves.append(curve(name, Metric.RECURRENCE, errors, base))
+    kl, base = _kl(seen, expected), _kl(baseline, expected) if baseline else ()
+    curves.append(curve("logits", Metric.MEAN_KL, kl, base))
+    return Drift(plan.marks, SEQUENCES, tuple(curves))
+
+
+def curve(output: str, metric: Metric, values: tuple[float, ...], baseline: tuple[float, ...]) -> DriftCurve:
+    """The errors with their limits: from the baseline at each mark, so that no error grows faster than PyTorch's."""
+    limits = tuple(BASELINE_FACTOR * base for base in baseline)
+    if not limits and metric is not Metric.MEAN_KL:
+        limits = (FP32_RELATIVE_L2,) * len(values)
+    return DriftCurve(output, metric, values, baseline, limits)
 
 
 def num_runs(precision: str, num_steps: int) -> int:
@@ -172,31 +177,25 @@ def num_runs(precision: str, num_steps: int) -> int:
 
 
 def gates(drift: Drift) -> list[Gate]:
-    """Of each state the error at the mark nearest to its limit, or furthest beyond; and the next token's."""
-    found = []
-    for state in drift.states:
-        found.append(_judged(state.pool, "relative L2", state.error, state.floor))
-        if state.alone:
-            found.append(_judged(state.pool, "recurrence alone", state.alone, state.alone_floor))
-    if drift.floor_kl:
-        spans = np.diff([0, *drift.steps])
-        # A mean over fewer rows is more luck than measure.
-        full = [i for i, span in enumerate(spans) if span >= WINDOW] or [len(spans) - 1]
-        kl, floor_kl = ([values[i] for i in full] for values in (drift.kl, drift.floor_kl))
-        found.append(_judged("logits", "mean KL", kl, floor_kl))
-    return found
+    """For each curve the gate at the mark that uses most of its limit."""
+    return [_gate(curve, drift.steps) for curve in drift.curves if curve.limits]
 
 
-def _judged(output: str, metric: str, values: Sequence[float], floors: Sequence[float]) -> Gate:
-    """Each mark has its own floor as its limit: an error may not grow faster than PyTorch's."""
-    for what, numbers in (("not finite", values), ("floor not finite", floors)):
-        if broken := int(np.count_nonzero(~np.isfinite(numbers))):
-            return Gate(SCENARIO, output, what, float(broken), 0.0)
+def _gate(curve: DriftCurve, steps: Sequence[int]) -> Gate:
+    indices = list(range(len(steps)))
+    if curve.metric is Metric.MEAN_KL:
+        # A mean over few rows is mostly noise.
+        indices = [i for i, span in enumerate(np.diff([0, *steps])) if span >= WINDOW] or indices[-1:]
+    baseline = [curve.baseline[i] for i in indices] if curve.baseline else [None] * len(indices)
+    values = [curve.values[i] for i in indices]
+    for metric, numbers in ((Metric.NOT_FINITE, values), (Metric.BASELINE_NOT_FINITE, baseline)):
+        if broken := sum(number is not None and not np.isfinite(number) for number in numbers):
+            return Gate(SCENARIO, curve.output, metric, float(broken), 0.0)
     marks = [
-        Gate(SCENARIO, output, metric, value, FLOOR_FACTOR * floor, floor)
-        for value, floor in zip(values, floors, strict=bool(floors))
+        Gate(SCENARIO, curve.output, curve.metric, value, curve.limits[i], base)
+        for i, value, base in zip(indices, values, baseline, strict=True)
     ]
-    return max(marks or [Gate(SCENARIO, output, metric, max(values), FP32_RELATIVE_L2)], key=strain)
+    return max(marks, key=lambda gate: gate.limit_fraction)
 
 
 def _candidate(
@@ -291,7 +290,7 @@ class _Replay:
         )
         self._exact: dict[str, Tensor] = {}
         self._held: dict[str, Tensor] = {}
-        self.floors: dict[str, list[float]] = {}
+        self.baselines: dict[str, list[float]] = {}
 
     def step(self, inputs: StepInputs, recurrences: dict[str, Recurrence]) -> None:
         """One step of the recurrences that are seen."""
@@ -335,9 +334,9 @@ class _Replay:
         return next_state
 
     def errors(self, states: dict[str, NDArray[np.float32]]) -> dict[str, float]:
-        """Of each state the worst head's relative L2; of the narrow ones the floor is kept in `floors`."""
+        """Of each state the worst head's relative L2; of the narrow ones the baseline is kept in `baselines`."""
         for name, held in self._held.items():
-            self.floors.setdefault(name, []).append(self._worst_head(name, held[1:].double().numpy()))
+            self.baselines.setdefault(name, []).append(self._worst_head(name, held[1:].double().numpy()))
         return {name: self._worst_head(name, states[name].astype(np.float64)) for name in self._exact}
 
     def _worst_head(self, name: str, state_BHPN: NDArray[np.float64]) -> float:

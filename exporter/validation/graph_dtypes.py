@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from nemotrt.exporter.checkpoint.loaded_model import LoadedModel
 from nemotrt.exporter.config import COMPUTE_DTYPES, BuildConfig
-from nemotrt.exporter.report.model import Gate
+from nemotrt.exporter.report.model import Gate, Metric
 from nemotrt.exporter.runtime.graph_file import NEXT
 from nemotrt.plugins.spec import DOMAIN, ops
 
@@ -60,10 +60,10 @@ def dtype_gates(graph: ModelProto, wanted: WantedDtypes) -> list[Gate]:
 
 
 def _gate(what: str, wanted: Mapping[str, str], types: Mapping[str, int], is_cast: set[str]) -> Gate:
-    departing = [
+    diverging = [
         name for name, dtype in wanted.items() if types.get(name) != ELEMENT_TYPES[dtype] or name in is_cast
     ]
-    return Gate(SCENARIO, departing[0] if departing else what, "in another dtype", float(len(departing)), 0.0)
+    return Gate(SCENARIO, diverging[0] if diverging else what, Metric.DTYPE, float(len(diverging)), 0.0)
 
 
 def _wide_inputs(graph: GraphProto) -> list[str]:

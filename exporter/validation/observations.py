@@ -10,7 +10,7 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from nemotrt.exporter.report.model import NextToken, RouterAgreement, TextPlace
+from nemotrt.exporter.report.model import NextToken, RouterAgreement, WorstToken
 from nemotrt.exporter.validation import metrics, routing
 from nemotrt.exporter.validation.gates import Array, Compared, Measured, Observation
 from nemotrt.exporter.validation.routing import Choosing
@@ -21,7 +21,7 @@ NUM_WORST, NUM_BEFORE = 5, 24
 DIGITS = 4
 
 
-def next_token(scenario: Scenario, compared: Compared, floor: Measured | None) -> NextToken | None:
+def next_token(scenario: Scenario, compared: Compared, baseline: Measured | None) -> NextToken | None:
     """How the distributions of a scenario differ; none where a side is not finite, which is a gate's to say."""
     ours, reference = compared.seen.logits_RV, compared.expected.logits_RV
     if not (np.isfinite(ours).all() and np.isfinite(reference).all()):
@@ -29,21 +29,21 @@ def next_token(scenario: Scenario, compared: Compared, floor: Measured | None) -
     kl = metrics.kl_divergence(ours, reference)
     is_same = ours.argmax(1) == reference.argmax(1)
     share = float(is_same.mean())
-    floor_kl = np.zeros(0)
+    baseline_kl = np.zeros(0)
     tie = metrics.TIE * float(np.abs(reference).max())
-    if floor is not None and floor.next_token is not None:
-        floor_kl, tie = np.asarray(floor.next_token.kl), floor.next_token.largest
+    if baseline is not None and baseline.next_token is not None:
+        baseline_kl, tie = np.asarray(baseline.next_token.kl), baseline.next_token.largest
     margins = reference.max(1) - np.take_along_axis(reference, ours.argmax(1)[:, None], 1)[:, 0]
     apart = np.flatnonzero(margins > 2 * tie)
     return NextToken(
         scenario=scenario.name,
         kl=_rounded(kl),
-        floor_kl=_rounded(floor_kl),
+        baseline_kl=_rounded(baseline_kl),
         mean=float(kl.mean()),
         mean_error=float(kl.std(ddof=1) / math.sqrt(len(kl))) if len(kl) > 1 else 0.0,
         p999=float(np.quantile(kl, 0.999)),
-        same_top=share,
-        same_top_error=math.sqrt(share * (1 - share) / len(kl)),
+        top1_agreement=share,
+        top1_agreement_error=math.sqrt(share * (1 - share) / len(kl)),
         matched=int(apart[0]) if len(apart) else len(kl),
         worst=_worst(scenario, kl, ours, reference, margins),
     )
@@ -55,10 +55,10 @@ def _rounded(values: Array) -> tuple[float, ...]:
 
 def _worst(
     scenario: Scenario, kl: Array, ours: Array, reference: Array, margins: Array
-) -> tuple[TextPlace, ...]:
+) -> tuple[WorstToken, ...]:
     before = _contexts(scenario)
     return tuple(
-        TextPlace(
+        WorstToken(
             row=int(row),
             kl=float(kl[row]),
             before=before[row],
@@ -105,8 +105,8 @@ def _agreement(
     return RouterAgreement(
         layer=layer.layer,
         tokens=len(differ),
-        rerouted=int(differ.sum()),
+        routing_mismatches=int(differ.sum()),
         median_margin=float(np.median(margin)),
-        rerouted_margin=float(margin[differ].max(initial=0.0)),
+        mismatch_margin=float(margin[differ].max(initial=0.0)),
         score_error=float(np.abs(routing.scores(ours_TE) - routing.scores(reference_TE)).max(initial=0.0)),
     )

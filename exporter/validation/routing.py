@@ -2,7 +2,7 @@
 
 Choosing is a step function: where two experts are nearly tied, runs that agree to the last rounding may choose
 differently, and all that follows then differs, rightly. So choosing and computing are judged apart: the router's
-scores against their own floor, and the rest with the reference on the candidate's choices.
+scores against their own baseline, and the rest with the reference on the candidate's choices.
 
 Legend: T tokens, E experts, G groups, k experts a token.
 """
@@ -79,7 +79,7 @@ def _top(values: NDArray[np.float64], count: int) -> NDArray[np.int64]:
     return np.argsort(-values, axis=1, kind="stable")[:, :count]
 
 
-def rerouted(
+def mismatches(
     choosing: Sequence[Choosing], ours: Sequence[RouterLogits], others: Sequence[RouterLogits]
 ) -> list[list[NDArray[np.bool_]]]:
     """Which tokens get other experts: [T] for each layer of each step; nothing where one side shows none."""
@@ -91,11 +91,11 @@ def rerouted(
     ]
 
 
-def num_rerouted(
+def num_mismatches(
     choosing: Sequence[Choosing], ours: Sequence[RouterLogits], others: Sequence[RouterLogits]
 ) -> int:
     """How many choices differ over the steps: a token counts once in each layer."""
-    return sum(int(layer.sum()) for step in rerouted(choosing, ours, others) for layer in step)
+    return sum(int(layer.sum()) for step in mismatches(choosing, ours, others) for layer in step)
 
 
 def joined(steps: Sequence[RouterLogits]) -> RouterLogits:

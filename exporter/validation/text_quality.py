@@ -1,8 +1,8 @@
-"""What a bundle does on text, beside the reference: the graph's own loss, and what quantization costs.
+"""Compares a bundle with PyTorch on text: the error of the conversion, and the cost of quantization.
 
-Three figures are kept apart. *Conversion* is the graph against the same model in PyTorch, quantized alike, and is held
-to three times PyTorch's own loss at that precision, the *floor*. Of a model that was quantized, *quantization* is the
-reference as quantized against the model as it was before, and *total* the graph against that.
+*Conversion* compares the graph with the same model in PyTorch, quantized alike. Its limit is three times the rounding
+*baseline*: the error of PyTorch at the graph's precision. For a quantized model, *quantization* compares the quantized
+reference with the unquantized model, and *total* compares the graph with the unquantized model.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from numpy.typing import NDArray
 from nemotrt.exporter.checkpoint.loaded_model import LoadedModel
 from nemotrt.exporter.config import COMPUTE_DTYPES, BuildConfig
 from nemotrt.exporter.quantization.text import SEQUENCE, Sequences
-from nemotrt.exporter.report.limits import FLOOR_FACTOR
-from nemotrt.exporter.report.model import Gate, LayerCost, TextFigure, TextReport
+from nemotrt.exporter.report.model import Gate, Metric, TextComparison, TextReport
 from nemotrt.exporter.runtime.step import StepInputs, pages_of
 from nemotrt.exporter.validation import metrics
-from nemotrt.exporter.validation.routing import num_rerouted
+from nemotrt.exporter.validation.gates import BASELINE_FACTOR
+from nemotrt.exporter.validation.routing import num_mismatches
 from nemotrt.exporter.validation.runners.base import Array, GraphRunner
 from nemotrt.exporter.validation.runners.torch import TorchRunner
 
@@ -35,7 +35,7 @@ FP32_MEAN_KL = 1e-6
 ATTRIBUTION_SEQUENCES = 4
 """Of the text, for what each layer costs: it runs once more for each layer."""
 
-CONVERSION, FLOOR, QUANTIZATION, TOTAL = "conversion", "floor", "quantization", "total"
+CONVERSION, BASELINE, QUANTIZATION, TOTAL = "conversion", "baseline", "quantization", "total"
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class _Runners:
 
     built: GraphRunner
     reference: TorchRunner
-    floor: TorchRunner | None
+    baseline: TorchRunner | None
     before: TorchRunner | None
 
 
@@ -67,27 +67,27 @@ def measure(
     runners = _Runners(
         built=GraphRunner(graph, num_slots=2, num_pages=pages, bound=False),
         reference=TorchRunner(model, pools, torch.float32),
-        floor=TorchRunner(model, pools, getattr(torch, dtype)) if dtype != "float32" else None,
+        baseline=TorchRunner(model, pools, getattr(torch, dtype)) if dtype != "float32" else None,
         before=TorchRunner(base, base.pools(config), torch.float32) if base else None,
     )
     zeros = _zeros(model, config, pages)
-    for runner in (runners.built, runners.reference, runners.floor, runners.before):
+    for runner in (runners.built, runners.reference, runners.baseline, runners.before):
         if runner:
             runner.reset(zeros)
     tallies: dict[str, _Tally] = {}
     steps = [_step(sequence, config.page_size) for sequence in text]
     for inputs in steps:
-        for figure, (candidate, reference) in _figures(runners, inputs).items():
-            tallies.setdefault(figure, _Tally()).add(candidate, reference, inputs)
+        for name_, (candidate, reference) in _figures(runners, inputs).items():
+            tallies.setdefault(name_, _Tally()).add(candidate, reference, inputs)
         advance(1)
-    costs: list[LayerCost] = []
+    costs: list[TextComparison] = []
     if runners.before:
         costs = _costs(model, runners.before, runners.reference, steps, zeros, advance)
     return TextReport(
         text=name,
         num_tokens=sum(map(len, text)),
         base=base.folder.resolve().name if base else "",
-        figures=tuple(tally.figure(figure) for figure, tally in tallies.items()),
+        comparisons=tuple(tally.comparison(name) for name, tally in tallies.items()),
         layers=tuple(sorted(costs, key=lambda cost: -cost.mean_kl)),
     )
 
@@ -100,14 +100,14 @@ def _figures(runners: _Runners, inputs: StepInputs) -> dict[str, tuple[Array, Ar
     def beside(runner: GraphRunner | TorchRunner) -> Array:
         """The reference on the runner's choice of experts: near ties are no loss."""
         leader = runner.router_logits()
-        if not num_rerouted(runners.reference.choosing, [own], [leader]):
+        if not num_mismatches(runners.reference.choosing, [own], [leader]):
             return expected
         return runners.reference.step(inputs, leader)
 
     found = {CONVERSION: (seen, beside(runners.built))}
-    if runners.floor:
-        lowered = runners.floor.step(inputs)
-        found[FLOOR] = (lowered, beside(runners.floor))
+    if runners.baseline:
+        lowered = runners.baseline.step(inputs)
+        found[BASELINE] = (lowered, beside(runners.baseline))
     if runners.before:
         before = runners.before.step(inputs)
         found |= {QUANTIZATION: (expected, before), TOTAL: (seen, before)}
@@ -121,7 +121,7 @@ def _costs(
     steps: list[StepInputs],
     zeros: dict[str, NDArray[np.float32]],
     advance: Callable[[int], None],
-) -> list[LayerCost]:
+) -> list[TextComparison]:
     """What quantizing each layer alone costs."""
     costs = []
     for layer in _quantized_layers(model):
@@ -133,9 +133,7 @@ def _costs(
                 before.reset(zeros)
                 tally.add(before.step(inputs), reference, inputs)
             advance(1)
-        figure = tally.figure("")
-        kind = model.config.numbered_layers[layer]
-        costs.append(LayerCost(layer, kind, figure.mean_kl, figure.mean_kl_error))
+        costs.append(tally.comparison(f"layers.{layer}", model.config.numbered_layers[layer]))
     return costs
 
 
@@ -151,42 +149,56 @@ def num_runs(model: LoadedModel, base: LoadedModel | None, text: Sequences) -> i
 
 
 def gates(report: TextReport) -> tuple[Gate, ...]:
-    """Conversion against the floor, or FP32's limits; what quantization costs against its own."""
-    figures = {figure.name: figure for figure in report.figures}
+    """Conversion against the baseline, or FP32's limits; what quantization costs against its own."""
+    figures = {figure.name: figure for figure in report.comparisons}
     scenario = f"text {report.text}"
     found = [
         Gate(scenario, figure.name, metric, value, limit)
-        for figure in report.figures
+        for figure in report.comparisons
         if figure.name in (QUANTIZATION, TOTAL)
         for metric, value, limit in (
-            ("mean KL", figure.mean_kl, MEAN_KL),
-            ("other best token", 1 - figure.same_top, OTHER_TOP),
-            ("perplexity ratio", figure.perplexity_ratio, PERPLEXITY_RATIO),
+            (Metric.MEAN_KL, figure.mean_kl, MEAN_KL),
+            (Metric.TOP1_DISAGREEMENT, 1 - figure.top1_agreement, OTHER_TOP),
+            (Metric.PERPLEXITY_RATIO, figure.perplexity_ratio, PERPLEXITY_RATIO),
         )
     ]
-    own, floor = figures[CONVERSION], figures.get(FLOOR)
-    return (*_conversion(scenario, own, floor, report.num_tokens), *found)
+    own, baseline = figures[CONVERSION], figures.get(BASELINE)
+    return (*_conversion(scenario, own, baseline, report.num_tokens), *found)
 
 
-def _conversion(scenario: str, own: TextFigure, floor: TextFigure | None, num_tokens: int) -> list[Gate]:
-    growth, other = abs(own.perplexity_ratio - 1), 1 - own.same_top
-    # A floor without a flip may as well have had one, and a ratio that came out right is luck within its error.
+def _conversion(
+    scenario: str, own: TextComparison, baseline: TextComparison | None, num_tokens: int
+) -> list[Gate]:
+    growth, other = abs(own.perplexity_ratio - 1), 1 - own.top1_agreement
+    # A baseline without a flip may as well have had one, and a ratio that came out right is luck within its error.
     one = 1 / num_tokens
-    if floor is None:
+    if baseline is None:
         spread = (2 * FP32_MEAN_KL) ** 0.5
         return [
-            Gate(scenario, CONVERSION, "mean KL", own.mean_kl, FP32_MEAN_KL),
-            Gate(scenario, CONVERSION, "other best token", other, (FLOOR_FACTOR + 0.5) * one),
-            Gate(scenario, CONVERSION, "perplexity's change", growth, spread),
+            Gate(scenario, CONVERSION, Metric.MEAN_KL, own.mean_kl, FP32_MEAN_KL),
+            Gate(scenario, CONVERSION, Metric.TOP1_DISAGREEMENT, other, (BASELINE_FACTOR + 0.5) * one),
+            Gate(scenario, CONVERSION, Metric.PERPLEXITY_CHANGE, growth, spread),
         ]
-    flips, drift = 1 - floor.same_top, abs(floor.perplexity_ratio - 1)
-    luck = max(drift, floor.perplexity_ratio_error)
+    flips, drift = 1 - baseline.top1_agreement, abs(baseline.perplexity_ratio - 1)
+    luck = max(drift, baseline.perplexity_ratio_error)
     return [
-        Gate(scenario, CONVERSION, "mean KL", own.mean_kl, FLOOR_FACTOR * floor.mean_kl, floor.mean_kl),
         Gate(
-            scenario, CONVERSION, "other best token", other, FLOOR_FACTOR * max(flips, one) + one / 2, flips
+            scenario,
+            CONVERSION,
+            Metric.MEAN_KL,
+            own.mean_kl,
+            BASELINE_FACTOR * baseline.mean_kl,
+            baseline.mean_kl,
         ),
-        Gate(scenario, CONVERSION, "perplexity's change", growth, FLOOR_FACTOR * luck, drift),
+        Gate(
+            scenario,
+            CONVERSION,
+            Metric.TOP1_DISAGREEMENT,
+            other,
+            BASELINE_FACTOR * max(flips, one) + one / 2,
+            flips,
+        ),
+        Gate(scenario, CONVERSION, Metric.PERPLEXITY_CHANGE, growth, BASELINE_FACTOR * luck, drift),
     ]
 
 
@@ -231,9 +243,9 @@ class _Tally:
         self._is_same.append(candidate.argmax(-1) == reference.argmax(-1))
         self._surprise.append(metrics.surprise(candidate, following) - metrics.surprise(reference, following))
 
-    def figure(self, name: str) -> TextFigure:
+    def comparison(self, name: str, kind: str = "") -> TextComparison:
         kl, kl_error = metrics.mean_and_error(np.concatenate(self._kl))
         same, same_error = metrics.mean_and_error(np.concatenate(self._is_same).astype(np.float64))
         growth, growth_error = metrics.mean_and_error(np.concatenate(self._surprise))
         ratio = float(np.exp(growth))
-        return TextFigure(name, kl, kl_error, same, same_error, ratio, ratio * growth_error)
+        return TextComparison(name, kl, kl_error, same, same_error, ratio, ratio * growth_error, kind)

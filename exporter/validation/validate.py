@@ -6,14 +6,14 @@ How the two are driven and judged stands in `comparison.py`.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from nemotrt.exporter.checkpoint.layer_selection import partial_model
 from nemotrt.exporter.checkpoint.loaded_model import LoadedModel
 from nemotrt.exporter.checkpoint.quant_config import cache_notes
 from nemotrt.exporter.config import BUILD_DRIFT_STEPS, COMPUTE_DTYPES, DRIFT_STEPS, BuildConfig
-from nemotrt.exporter.report.model import Drift, ValidationReport
+from nemotrt.exporter.report.model import Drift, Metric, NotCompared, Omitted, ValidationReport
 from nemotrt.exporter.runtime.graph_file import read_proto
 from nemotrt.exporter.validation import drift
 from nemotrt.exporter.validation.candidates import ENGINE, graph_candidate
@@ -25,8 +25,8 @@ from nemotrt.exporter.validation.references.pytorch import Follower, record
 PROMPT, DECODE = 96, 64
 """Tokens of the prompt, and tokens decoded after it."""
 
-NO_TEXT = "text: none was given (nemo-export validate --eval FILE, or default)"
-NO_COST = "what quantization costs: no text was given (nemo-export validate --eval FILE)"
+NO_TEXT = NotCompared(Omitted.TEXT, "none was given (nemo-export validate --eval FILE, or default)")
+NO_COST = NotCompared(Omitted.QUANTIZATION_COST, "no text was given (nemo-export validate --eval FILE)")
 
 
 def validate(
@@ -77,8 +77,8 @@ def judge(
     )
 
 
-PARTS_ALONE = (
-    "the whole model: its layers were run one at a time (--layers-alone), its logits were not compared"
+PARTS_ALONE = NotCompared(
+    Omitted.MODEL, "its layers ran one at a time (--layers-alone); its logits were not compared"
 )
 
 
@@ -99,10 +99,10 @@ def validate_parts(
     return ValidationReport(
         candidate=f"ONNX Runtime, one part at a time, {parts.runs_as}",
         reference="PyTorch, FP32",
-        floor="" if dtype == "float32" else f"PyTorch, {dtype}",
+        baseline="" if dtype == "float32" else f"PyTorch, {dtype}",
         tokens={"prompt": driven.prompt, "decode": driven.decode, "seed": seed},
         gates=(*dtype_gates(read_proto(graph), wanted_dtypes(model, config)), *parts.gates),
-        rerouted={},
+        routing_mismatches={},
         not_compared=(PARTS_ALONE, ENGINE, *_left_out(model, config)),
         layers=parts.layers,
         ops=parts.ops,
@@ -120,13 +120,13 @@ def extent(model: LoadedModel, config: BuildConfig, seed: int) -> Extent:
     return Extent(PROMPT, DECODE, seed, model.config.vocab_size, config.page_size)
 
 
-def _left_out(model: LoadedModel, config: BuildConfig) -> tuple[str, ...]:
+def _left_out(model: LoadedModel, config: BuildConfig) -> tuple[NotCompared, ...]:
     chosen = model.config.chosen_layers
     return (
-        *(f"{name}: not exported" for name in model.not_exported),
-        *((f"the whole model: {partial_model(chosen)}",) if chosen else ()),
+        *(NotCompared(Omitted.TENSORS, name) for name in model.not_exported),
+        *((NotCompared(Omitted.MODEL, partial_model(chosen)),) if chosen else ()),
         NO_COST if model.config.recipe else NO_TEXT,
-        *(f"range of keys and values: {note}" for note in cache_notes(model.config, config.kv_dtype)),
+        *(NotCompared(Omitted.KV_RANGE, note) for note in cache_notes(model.config, config.kv_dtype)),
     )
 
 
@@ -152,14 +152,15 @@ def _drift(
     )
 
 
-def _not_drifted(num_steps: int, found: Drift | None) -> tuple[str, ...]:
-    if found is None:
-        return ("state drift: no decode steps were asked for",) if not num_steps else ()
-    shown = [state for state in found.states if state.alone]
-    return (
-        *((f"state drift beyond {found.steps[-1]} decode steps",) if found.steps[-1] < DRIFT_STEPS else ()),
-        *(("each recurrence alone: its inputs are not seen",) if not shown else ()),
-    )
+def _not_drifted(num_steps: int, drift: Drift | None) -> Iterator[NotCompared]:
+    if drift is None:
+        if not num_steps:
+            yield NotCompared(Omitted.DRIFT, "no decode steps were requested")
+        return
+    if drift.steps[-1] < DRIFT_STEPS:
+        yield NotCompared(Omitted.DRIFT, f"beyond {drift.steps[-1]} decode steps")
+    if all(curve.metric is not Metric.RECURRENCE for curve in drift.curves):
+        yield NotCompared(Omitted.RECURRENCES, "their inputs are not visible")
 
 
 def num_steps(precision: str, num_layers: int, drift_steps: int = BUILD_DRIFT_STEPS) -> int:

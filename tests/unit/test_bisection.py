@@ -103,21 +103,21 @@ def test_each_fault_is_named(built: Built, tmp_path: Path, faults: dict[Any, tup
     copy = shutil.copytree(built[2].parent, tmp_path / "broken") / "model.onnx"
     for fault in faults:
         broken(copy, fault)
-    departing = found(built, graph=copy).departing
-    for suspect, (node, said) in zip(departing, faults.values(), strict=True):
+    diverging = found(built, graph=copy).diverging
+    for suspect, (node, said) in zip(diverging, faults.values(), strict=True):
         assert re.fullmatch(node, suspect.node)
         assert any(re.search(said, line) for line in suspect.reads), suspect.reads
-        assert suspect.departs
+        assert suspect.diverges
         assert suspect.tensor.startswith((f"{suspect.place}.", "next.", "logits"))
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_nothing_departs_in_a_right_graph(built: Built, seed: int) -> None:
     bisected = found(built, seed=seed)
-    assert not bisected.departing
+    assert not bisected.diverging
     assert not bisected.marking_changed
     assert bisected.nearest
-    assert 0 < bisected.nearest.strain < 0.7
+    assert 0 < bisected.nearest.limit_fraction < 0.7
     # The sigmoid of each gate is part of an operator of PyTorch's.
     assert (bisected.num_unmatched, bisected.num_values > 100) == (2, True)
 
@@ -127,7 +127,7 @@ def test_nothing_departs_in_other_precisions(tmp_path: Path, checkpoint: Path, p
     (tmp_path / "graph").mkdir()
     source = checkpoint if precision == "fp32" else fp8_checkpoints.small(tmp_path / "fp8")
     bisected = found(build(source, tmp_path / "graph", precision))
-    assert not bisected.departing
+    assert not bisected.diverging
     assert bisected.num_values > 90
 
 
@@ -138,7 +138,7 @@ def test_a_forgotten_fp8_scale_is_named(tmp_path: Path) -> None:
     scale = Graph(built[2]).weights["backbone.layers.4.mixer.in_proj.weight_scale"]
     scale *= 1.1
     scale.flush()
-    (suspect,) = found(built).departing
+    (suspect,) = found(built).diverging
     assert suspect.node == "layers.4.mixer.in_proj"
 
 
@@ -149,9 +149,9 @@ def test_a_value_that_is_not_finite_departs(built: Built, tmp_path: Path) -> Non
         graph.weights["backbone.layers.3.mixer.up_proj.weight"][5, 7] = np.nan
 
     broken(copy, one_nan)
-    (suspect,) = found(built, graph=copy).departing
+    (suspect,) = found(built, graph=copy).diverging
     assert (suspect.node, suspect.error, suspect.candidate) == ("layers.3.mixer.up_proj", None, None)
-    assert suspect.strain == float("inf")
+    assert suspect.limit_fraction == float("inf")
 
 
 class Disturbed(PartSession):

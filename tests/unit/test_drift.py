@@ -1,4 +1,4 @@
-"""State drift: what the carried state loses, step by step, is found even where the floor of a whole model hides it."""
+"""State drift: errors that build up in the carried state are found, even if the whole model's baseline hides them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from faults import Graph, broken, half_state
 
 from nemotrt.exporter.checkpoint.loaded_model import LoadedModel
 from nemotrt.exporter.config import BuildConfig
-from nemotrt.exporter.report.model import Drift, Gate, StateDrift
+from nemotrt.exporter.report.model import Drift, Gate, Metric
 from nemotrt.exporter.runtime.strict_json import decode, encode
 from nemotrt.exporter.stages.load import load
 from nemotrt.exporter.stages.lower import lower
@@ -57,24 +57,26 @@ def test_what_a_state_loses_is_found_where_the_floor_hides_it(
     config = built(loaded, tmp_path / "right", precision=precision)
     clean = measured(loaded, config)
     assert not failed(clean)
-    assert all(max(state.alone) < 1e-5 for state in clean.states if state.alone)
+    assert all(max(curve.values) < 1e-5 for curve in clean.curves if curve.metric is Metric.RECURRENCE)
     broken(tmp_path / "right" / "model.onnx", leaking)
-    assert failed(measured(loaded, config)) == [("ssm_state.4", "recurrence alone")]
+    assert failed(measured(loaded, config)) == [("ssm_state.4", Metric.RECURRENCE)]
     broken(tmp_path / "right" / "model.onnx", half_state)
     assert failed(measured(loaded, config)) == [
-        ("ssm_state.0", "recurrence alone"),
-        ("ssm_state.4", "recurrence alone"),
+        ("ssm_state.0", Metric.RECURRENCE),
+        ("ssm_state.4", Metric.RECURRENCE),
     ]
 
 
-def test_a_state_that_is_declared_in_fp16_has_its_own_floor(loaded: LoadedModel, tmp_path: Path) -> None:
+def test_a_state_that_is_declared_in_fp16_has_its_own_baseline(loaded: LoadedModel, tmp_path: Path) -> None:
     config = built(loaded, tmp_path / "graph", precision="fp16", state_dtype="fp16")
     found = measured(loaded, config)
     assert not failed(found)
-    state = next(state for state in found.states if state.pool == "ssm_state.0")
-    assert min(state.alone_floor[1:]) > 1e-5
+    alone = [curve for curve in found.curves if curve.metric is Metric.RECURRENCE]
+    assert alone[0].output == "ssm_state.0"
+    assert min(alone[0].baseline[1:]) > 1e-5
     broken(tmp_path / "graph" / "model.onnx", leaking)
-    assert max(measured(loaded, config).states[-1].alone) > max(found.states[-1].alone)
+    leaked = [curve for curve in measured(loaded, config).curves if curve.metric is Metric.RECURRENCE]
+    assert max(leaked[-1].values) > max(alone[-1].values)
 
 
 def test_fp32_is_held_to_its_limit(loaded: LoadedModel, tmp_path: Path) -> None:
@@ -89,31 +91,34 @@ def test_fp32_is_held_to_its_limit(loaded: LoadedModel, tmp_path: Path) -> None:
     assert sum(heard) == drift.num_runs("fp32", STEPS)
     assert {gate.limit for gate in drift.gates(found)} == {1e-4}
     broken(tmp_path / "graph" / "model.onnx", half_state)
-    assert ("ssm_state.0", "relative L2") in failed(measured(loaded, config))
+    assert ("ssm_state.0", Metric.RELATIVE_L2) in failed(measured(loaded, config))
 
 
-def made(error: tuple[float, ...], floor: tuple[float, ...]) -> list[Gate]:
-    state = StateDrift("ssm_state.0", error, floor, (), ())
-    return drift.gates(Drift((1, 2, 5), 2, (state,), (), ()))
+def made(error: tuple[float, ...], baseline: tuple[float, ...]) -> list[Gate]:
+    curve = drift.curve("ssm_state.0", Metric.RELATIVE_L2, error, baseline)
+    return drift.gates(Drift((1, 2, 5), 2, (curve,)))
 
 
 def test_the_mark_nearest_to_its_limit_is_what_a_gate_shows() -> None:
     (gate,) = made((0.2, 0.5, 0.3), (0.1, 0.1, 0.2))
-    assert (gate.value, gate.floor, gate.passed) == (0.5, 0.1, False)
+    assert (gate.value, gate.baseline, gate.passed) == (0.5, 0.1, False)
     assert gate.limit == pytest.approx(0.3)
 
 
 @pytest.mark.parametrize(
-    ("error", "floor", "metric"),
-    [((0.1, np.nan, 0.1), (0.1,) * 3, "not finite"), ((0.1,) * 3, (0.1, np.inf, 0.1), "floor not finite")],
+    ("error", "baseline", "metric"),
+    [
+        ((0.1, np.nan, 0.1), (0.1,) * 3, Metric.NOT_FINITE),
+        ((0.1,) * 3, (0.1, np.inf, 0.1), Metric.BASELINE_NOT_FINITE),
+    ],
 )
 def test_what_is_not_finite_is_no_pass(
-    error: tuple[float, ...], floor: tuple[float, ...], metric: str
+    error: tuple[float, ...], baseline: tuple[float, ...], metric: Metric
 ) -> None:
-    (gate,) = made(error, floor)
+    (gate,) = made(error, baseline)
     assert (gate.metric, gate.passed) == (metric, False)
 
 
 def test_a_drift_is_read_as_it_was_written() -> None:
-    found = Drift((1, 2), 2, (StateDrift("ssm_state.0", (0.1, 0.2), (), (), ()),), (1e-3, 2e-3), ())
+    found = Drift((1, 2), 2, (drift.curve("ssm_state.0", Metric.RELATIVE_L2, (0.1, 0.2), ()),))
     assert decode(Drift, json.loads(encode(found)), "x") == found

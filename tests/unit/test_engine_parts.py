@@ -87,7 +87,7 @@ def test_an_engine_is_bisected_part_by_part(
     broken(graph, swapped_kv_heads)
     parts, model, driven = opened(bundle, built[1])
     found = bisect(model, built[1], graph, driven, open_part=parts.open)
-    assert [suspect.node for suspect in found.departing] == ["layers.0.mixer.scan", "layers.2.mixer.k_proj"]
+    assert [suspect.node for suspect in found.diverging] == ["layers.0.mixer.scan", "layers.2.mixer.k_proj"]
     assert found.runs_as == f"TensorRT-RTX {VERSION} on Fake RTX (SM 89), part by part"
     assert not found.marking_changed
     # Each part with its inner values as outputs, and without.

@@ -12,7 +12,7 @@ from faults import FAULTS, Fault, broken
 
 from nemotrt.exporter.checkpoint.loaded_model import LoadedModel
 from nemotrt.exporter.config import BuildConfig
-from nemotrt.exporter.report.model import Gate
+from nemotrt.exporter.report.model import Gate, Metric
 from nemotrt.exporter.stages.load import load
 from nemotrt.exporter.stages.lower import lower
 from nemotrt.exporter.stages.trace import trace
@@ -61,7 +61,7 @@ def test_a_fault_is_caught_and_blamed_on_its_own_layer(
         outputs[gate.scenario].add(gate.output.split()[0])
     place = fault.place(right.model.config.numbered_layers)
     if fault.name == STATE_IN_FP16:
-        # It hides in the floor: its rounding is that of the activations which the state is made of.
+        # It hides in the baseline: its rounding is that of the activations which the state is made of.
         state = f"ssm_state.{place.removeprefix('layers.')}"
         assert outputs == {graph_dtypes.SCENARIO: {state}, drift.SCENARIO: {state}}
     else:
@@ -69,7 +69,7 @@ def test_a_fault_is_caught_and_blamed_on_its_own_layer(
         assert all(node.startswith(f"{place}.") for node in outputs[opwise.ALONE])
         assert "mixed batch" in outputs  # and the whole model shows it too
     if fault.name == PAGE_MIX_UP:
-        assert "stray writes" in {gate.metric for gate in failed}
+        assert Metric.OUT_OF_BOUNDS in {gate.metric for gate in failed}
 
 
 @pytest.mark.parametrize("seed", range(3))

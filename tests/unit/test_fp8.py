@@ -169,7 +169,7 @@ def test_the_graph_is_the_fake_quantized_reference(tmp_path: Path) -> None:
     assert not failed
     assert "fp8" in report.candidate
     assert [layer.kind for layer in report.layers] == list(load(config.checkpoint).config.layers)
-    assert all(layer.floor and layer.error <= 3 * layer.floor for layer in report.layers)
+    assert all(layer.baseline and layer.error <= 3 * layer.baseline for layer in report.layers)
 
 
 def test_a_forgotten_scale_is_caught(tmp_path: Path) -> None:
@@ -364,7 +364,7 @@ def test_a_published_checkpoint_can_have_a_bf16_cache(tmp_path: Path) -> None:
     assert types["kv_cache.5"] == TensorProto.BFLOAT16
     report = revalidate(ValidationRequest(bundle, checkpoint), console)
     assert report.passed
-    assert not [what for what in report.not_compared if UNSCALED in what]
+    assert not [entry for entry in report.not_compared if UNSCALED in entry.detail]
     with pytest.raises(UsageError, match="--kv-dtype has no effect"):
         build.build(dataclasses.replace(config, kv_dtype="fp8", output=tmp_path / "c"), console)
 

@@ -19,7 +19,7 @@ from nemotrt.exporter.errors import BundleError, NotFiniteError
 from nemotrt.exporter.pipelines import build
 from nemotrt.exporter.pipelines.opened_bundle import subject_of
 from nemotrt.exporter.pipelines.validate import revalidate
-from nemotrt.exporter.report.model import ValidationReport
+from nemotrt.exporter.report.model import Metric, ValidationReport
 from nemotrt.exporter.runtime import manifest as manifests
 from nemotrt.exporter.validation import gates, routing
 from nemotrt.exporter.validation import validate as stage
@@ -66,7 +66,7 @@ def test_a_golden_comes_back_as_it_was(made: SimpleNamespace) -> None:
     found = goldens.read(made.golden, made.bundle, made.manifest)
     kept: Recording = made.recording
     assert found.extent == kept.extent
-    assert found.floors == kept.floors
+    assert found.baselines == kept.baselines
     assert [scenario.name for scenario in found.plan] == [scenario.name for scenario in kept.plan]
     for name, seen in kept.seen.items():
         assert np.array_equal(found.seen[name].logits_RV, seen.logits_RV)
@@ -87,11 +87,11 @@ def test_a_golden_judges_as_pytorch_does(made: SimpleNamespace) -> None:
     own = {(g.scenario, g.output, g.metric): g for g in found.gates}
     assert set(own) == set(live)
     for key, gate in own.items():
-        if gate.metric != "greedy flip's margin" and not gate.metric.endswith("differ"):
-            assert gate.floor == live[key].floor
-        if not found.rerouted.get(gate.scenario):
+        if gate.metric not in (Metric.TOP1_MARGIN, Metric.MODES_DIFFER):
+            assert gate.baseline == live[key].baseline
+        if not found.routing_mismatches.get(gate.scenario):
             assert gate == live[key]
-    assert found.rerouted == made.report.rerouted
+    assert found.routing_mismatches == made.report.routing_mismatches
     assert set(goldens.ABSENT) <= set(found.not_compared)
 
 
@@ -126,7 +126,7 @@ def test_a_golden_finds_a_wrong_weight(made: SimpleNamespace, tmp_path: Path) ->
 
 
 def damaged(graph: Path, folder: Path) -> Path:
-    """A copy of the graph whose first MLP gives half as much again; 2% more would hide in the floor of BF16."""
+    """A copy of the graph whose first MLP gives half as much again; 2% more would hide in the baseline of BF16."""
     for path in graph.parent.glob("model.onnx*"):
         (folder / path.name).write_bytes(path.read_bytes())
     broken(folder / graph.name, lambda found: found.weight("mixer.down_proj.weight").__imul__(1.5))
@@ -145,8 +145,10 @@ def turned(made: SimpleNamespace, folder: Path, by: float) -> Path:
     nearest = int(margin_T.argmin())
     next_best = int(np.argsort(-choosing.ranked(logits_TE[[nearest]])[0])[choosing.top_k])
     score = routing.scores(logits_TE)[nearest, next_best]
-    floors = recording.floors.values()
-    higher = score + by * min(gates.score_limits(floor, len(floor.score_errors))[0] for floor in floors)
+    baselines = recording.baselines.values()
+    higher = score + by * min(
+        gates.score_limits(baseline, len(baseline.score_errors))[0] for baseline in baselines
+    )
     added = np.zeros(logits_TE.shape[1], np.float32)
     added[next_best] = np.log(higher / (1 - higher)) - np.log(score / (1 - score))
 
@@ -167,7 +169,7 @@ def test_a_near_tie_is_compared_on_the_reference_s_choice(made: SimpleNamespace,
     recording = goldens.read(made.golden, made.bundle, made.manifest)
     candidate = graph_candidate(turned(made, tmp_path, 0.5))
     report = compare(recording, candidate, Leader(recording, candidate).beside, lambda _: None)
-    assert sum(report.rerouted.values())
+    assert sum(report.routing_mismatches.values())
     assert report.passed, [gate for gate in report.gates if not gate.passed]
     assert len(report.gates) == len(by_golden(made.bundle, made.golden).gates)
     unled = dataclasses.replace(candidate, open_led=None)
@@ -179,7 +181,7 @@ def test_what_is_no_near_tie_is_not_excused(made: SimpleNamespace, tmp_path: Pat
     recording = goldens.read(made.golden, made.bundle, made.manifest)
     candidate = graph_candidate(turned(made, tmp_path, 2))
     report = compare(recording, candidate, Leader(recording, candidate).beside, lambda _: None)
-    assert "score error" in {gate.metric for gate in report.gates if not gate.passed}
+    assert Metric.ROUTER_SCORE in {gate.metric for gate in report.gates if not gate.passed}
 
 
 def test_a_graph_that_is_told_nothing_is_the_graph(made: SimpleNamespace) -> None:
@@ -259,7 +261,7 @@ def test_two_bundles_of_a_model_agree_at_another_precision(
         assert report.passed, [gate for gate in report.gates if not gate.passed]
         assert report.reference.startswith(f"{reference.name}, ONNX Runtime, ")
         is_absolute = one == reference == other
-        assert report.floor == (
+        assert report.baseline == (
             "" if is_absolute else "PyTorch, bfloat16 against FP32, on the fp32 bundle's weights"
         )
 

@@ -54,7 +54,7 @@ def test_a_model_that_does_not_fit_is_compared_layer_by_layer(
     assert result.exit_code == 0, result.output
     report = json.loads(result.stdout)
     assert (report["verdict"], report["is_whole"]) == ("passed, each layer alone", False)
-    assert any("--layers-alone" in what for what in report["not_compared"])
+    assert any("--layers-alone" in entry["detail"] for entry in report["not_compared"])
     assert {gate["scenario"] for gate in report["gates"]} == {"dtypes", "each layer alone", "each op alone"}
     text = page.read_text()
     assert "Passed, each layer alone" in text
@@ -89,11 +89,11 @@ def test_bisect_is_part_of_the_report(bundle: Path, half: Path, tmp_path: Path) 
     arguments = ("validate", wrong, "--checkpoint", half, "--layers-alone", "--bisect", "--html", page)
     result = run(*arguments)
     assert result.exit_code == 6
-    assert "layers.1.mixer.experts departs from PyTorch" in result.stderr
+    assert "layers.1.mixer.experts diverges from PyTorch" in result.stderr
     assert "experts.up: DIFFERS from the checkpoint in 384" in " ".join(result.stdout.split())
     assert "experts.up: DIFFERS" in page.read_text()
     found = json.loads(run(*arguments, "--json").stdout)["bisect"]
-    assert [suspect["node"] for suspect in found["departing"]] == ["layers.1.mixer.experts"]
+    assert [suspect["node"] for suspect in found["diverging"]] == ["layers.1.mixer.experts"]
 
 
 def experts(modules: PartModules, dtype: torch.dtype) -> torch.Tensor:

@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from nemotrt.exporter.config import BuildConfig
-from nemotrt.exporter.report.limits import FP32_RELATIVE_L2
 from nemotrt.exporter.runtime.session import Session
 from nemotrt.exporter.runtime.step import StepInputs, pages_of
 from nemotrt.exporter.stages.load import load
 from nemotrt.exporter.stages.lower import lower
 from nemotrt.exporter.stages.trace import trace
 from nemotrt.exporter.validation import metrics
+from nemotrt.exporter.validation.gates import FP32_RELATIVE_L2
 from nemotrt.exporter.validation.runners.torch import TorchRunner
 
 TOKENS, PIECE = 8192, 1000

@@ -20,6 +20,7 @@ from nemotrt.exporter.pipelines.check import check, of_folder
 from nemotrt.exporter.pipelines.validate import revalidate
 from nemotrt.exporter.quantization.presets import exclusions, recipe_of
 from nemotrt.exporter.quantization.text import sequences
+from nemotrt.exporter.report.model import Metric
 from nemotrt.exporter.stages.load import load
 from nemotrt.exporter.stages.quantize import quantize
 from nemotrt.exporter.validation import text_quality
@@ -147,12 +148,16 @@ def test_text_figures_of_a_model_against_itself_are_nothing_and_attribute_nothin
     model = load(config.checkpoint)
     text = tuple(np.random.default_rng(0).integers(0, 96, (2, 40)))
     found = text_quality.measure(model, model, config, graph, text, "random")
-    figures = {figure.name: figure for figure in found.figures}
-    assert list(figures) == ["conversion", "floor", "quantization", "total"]
+    figures = {figure.name: figure for figure in found.comparisons}
+    assert list(figures) == ["conversion", "baseline", "quantization", "total"]
     quantization, total = figures["quantization"], figures["total"]
-    assert (quantization.mean_kl, quantization.same_top, quantization.perplexity_ratio) == (0.0, 1.0, 1.0)
+    assert (quantization.mean_kl, quantization.top1_agreement, quantization.perplexity_ratio) == (
+        0.0,
+        1.0,
+        1.0,
+    )
     assert total.mean_kl > 0  # BF16's own
-    assert {cost.layer for cost in found.layers} == {0, 1, 2, 3, 4, 5}
+    assert {cost.name for cost in found.layers} == {f"layers.{i}" for i in range(6)}
     assert all(cost.mean_kl == 0 for cost in found.layers)
 
 
@@ -169,10 +174,10 @@ def test_the_dearest_layer_is_found(tmp_path: Path) -> None:
     save_file(tensors, file)
     graph, config = lowered(tmp_path / "fp8", tmp_path)
     found = text_quality.measure(load(tmp_path / "fp8"), base, config, graph, text, "random")
-    assert found.layers[0].layer == 3
+    assert found.layers[0].name == "layers.3"
     assert found.layers[0].mean_kl > 3 * found.layers[1].mean_kl
     failed = {(gate.output, gate.metric) for gate in text_quality.gates(found) if not gate.passed}
-    assert {("quantization", "mean KL"), ("total", "mean KL")} <= failed
+    assert {("quantization", Metric.MEAN_KL), ("total", Metric.MEAN_KL)} <= failed
 
 
 def test_text_needs_what_was_quantized(tmp_path: Path) -> None:
@@ -217,6 +222,6 @@ def test_what_the_example_loses_on_held_out_text(tmp_path: Path, preset: str, lo
     text = sequences(TINY, TINY / "heldout.txt", base.config.bos_token_id)
     found = text_quality.measure(load(tmp_path / "fp8"), base, config, graph, text, "held out")
     failed = {(gate.output, gate.metric) for gate in text_quality.gates(found) if not gate.passed}
-    missed = {(figure, "other best token") for figure in ("quantization", "total")}
+    missed = {(figure, Metric.TOP1_DISAGREEMENT) for figure in ("quantization", "total")}
     assert failed == (missed if loses else set())
     assert ("mamba" in {cost.kind for cost in found.layers}) == loses

@@ -20,19 +20,20 @@ from nemotrt.exporter.report.html import Bundle, report_html
 from nemotrt.exporter.report.junit import junit
 from nemotrt.exporter.report.model import (
     Bisection,
+    DivergentValue,
     Drift,
+    DriftCurve,
     Gate,
-    LayerCost,
-    LayerError,
+    Metric,
     NextToken,
-    OpError,
+    NotCompared,
+    Omitted,
+    PartError,
     RouterAgreement,
-    StateDrift,
-    Suspect,
-    TextFigure,
-    TextPlace,
+    TextComparison,
     TextReport,
     ValidationReport,
+    WorstToken,
 )
 from nemotrt.exporter.report.precision_map import PlacePrecision
 from nemotrt.exporter.runtime import manifest
@@ -48,19 +49,19 @@ def made_up(num_layers: int = 10, num_rows: int = 160) -> ValidationReport:
         Gate(scenario, name, metric, float(generator.uniform(0, 1)), 1.0, 1 / 3)
         for scenario in ("prefill", "decode", "mixed batch", "each layer alone")
         for name in ("logits", *names)
-        for metric in ("relative L2", "norm ratio", "not finite")
+        for metric in (Metric.RELATIVE_L2, Metric.NORM_RATIO, Metric.NOT_FINITE)
     ]
-    gates.append(Gate("decode", "logits", "mean KL", 2.5, 1.0, 0.3))
+    gates.append(Gate("decode", "logits", Metric.MEAN_KL, 2.5, 1.0, 0.3))
     kl = tuple(float(f"{value:.4g}") for value in generator.lognormal(-9, 2, num_rows))
-    worst = (TextPlace(3, max(kl), (1, 2, 3), 5, 6, 0.25),)
+    worst = (WorstToken(3, max(kl), (1, 2, 3), 5, 6, 0.25),)
     token = NextToken("decode", kl, kl[::-1], 1e-4, 1e-5, 1e-2, 0.99, 0.01, 100, worst)
     layers = tuple(
-        LayerError(f"layers.{i}", KINDS[i % 4], 10 ** -generator.uniform(2, 4), 1e-3)
+        PartError(f"layers.{i}", KINDS[i % 4], "", 10 ** -generator.uniform(2, 4), 0, 1e-3, 3e-3)
         for i in range(num_layers)
     )
     routers = tuple(RouterAgreement(i, 300, i % 3, 0.1, 1e-4, 1e-3) for i in range(1, num_layers, 4))
     ops = tuple(
-        OpError(f"layers.{i}.mixer.scan", "NemoSelectiveScan", output, 1e-3, 0, 1e-3, 3e-3)
+        PartError(f"layers.{i}.mixer.scan", "NemoSelectiveScan", output, 1e-3, 0, 1e-3, 3e-3)
         for i in range(num_layers)
         for output in ("y", "next_ssm_state")
     )
@@ -70,11 +71,11 @@ def made_up(num_layers: int = 10, num_rows: int = 160) -> ValidationReport:
         text=text(num_layers),
         candidate="ONNX Runtime, bf16 as an FP32 twin",
         reference="PyTorch, FP32",
-        floor="PyTorch, bfloat16",
+        baseline="PyTorch, bfloat16",
         tokens={"prompt": 96, "decode": 64, "seed": 0},
         gates=tuple(gates),
-        rerouted={"decode": 2},
-        not_compared=("TensorRT engine: not executed",),
+        routing_mismatches={"decode": 2},
+        not_compared=(NotCompared(Omitted.ENGINE, "not executed"),),
         next_token=(token, replace(token, scenario="prefill")),
         layers=layers,
         routers=routers,
@@ -90,19 +91,24 @@ def drift(num_layers: int) -> Drift:
     def errors(size: float) -> tuple[float, ...]:
         return tuple(float(value) for value in size * generator.uniform(0.5, 2, len(STEPS)))
 
-    states = tuple(
-        StateDrift(f"{kind}.{i}", errors(4e-3), errors(4e-3), errors(2e-7) if kind[0] == "s" else (), ())
-        for i in range(0, num_layers, 2)
-        for kind in ("conv_state", "ssm_state")
-    )
-    return Drift(STEPS, 2, states, errors(1e-4), errors(1e-4))
+    limit = (1.2e-2,) * len(STEPS)
+    curves = []
+    for i in range(0, num_layers, 2):
+        for kind in ("conv_state", "ssm_state"):
+            curves.append(DriftCurve(f"{kind}.{i}", Metric.RELATIVE_L2, errors(4e-3), errors(4e-3), limit))
+        curves.append(DriftCurve(f"ssm_state.{i}", Metric.RECURRENCE, errors(2e-7), (), (1e-4,) * len(STEPS)))
+    curves.append(DriftCurve("logits", Metric.MEAN_KL, errors(1e-4), errors(1e-4), (3e-4,) * len(STEPS)))
+    return Drift(STEPS, 2, tuple(curves))
 
 
 def text(num_layers: int) -> TextReport:
     figures = tuple(
-        TextFigure(name, 2.5e-3, 3e-5, 0.964, 0.002, 1.0011, 7e-4) for name in ("quantization", "total")
+        TextComparison(name, 2.5e-3, 3e-5, 0.964, 0.002, 1.0011, 7e-4) for name in ("quantization", "total")
     )
-    costs = [LayerCost(i, KINDS[i % 4], 1e-3 / (1 + i), 1e-4 / (1 + i)) for i in range(num_layers)]
+    costs = [
+        TextComparison(f"layers.{i}", 1e-3 / (1 + i), 1e-4 / (1 + i), 0.99, 0.01, 1.0, 1e-3, KINDS[i % 4])
+        for i in range(num_layers)
+    ]
     return TextReport("prose.txt", 10_930, "super", figures, tuple(costs))
 
 
@@ -181,8 +187,8 @@ def test_a_report_is_read_as_it_was_written(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "says", "hint"),
     [
-        ({"schema_version": 99}, "has schema 99, this nemo-export reads 2", "upgrade nemo-export"),
-        ({"schema_version": 1}, "has schema 1, this nemo-export reads 2", "validate the bundle again"),
+        ({"schema_version": 99}, "has schema 99, this nemo-export reads 3", "upgrade nemo-export"),
+        ({"schema_version": 2}, "has schema 2, this nemo-export reads 3", "validate the bundle again"),
         ({"schema_version": None}, "is no report: it has no schema_version", ""),
         ({"extra": 1}, "extra is not known", ""),
     ],
@@ -202,15 +208,15 @@ def test_a_report_of_nothing_is_shown_as_failed() -> None:
     assert "Passed" not in page
 
 
-def departing() -> Bisection:
+def diverging() -> Bisection:
     """What a bisection gives that found one value."""
-    suspect = Suspect(
-        **{field.name: 0 for field in dataclasses.fields(Suspect)}
+    suspect = DivergentValue(
+        **{field.name: 0 for field in dataclasses.fields(DivergentValue)}
         | {"place": "layers.3", "tensor": "layers.3.mixer.up_proj", "node": "layers.3.mixer.up_proj"}
         | {"op": "Gemm", "error": None, "limit": 1e-3}
     )
     fields = {field.name: () for field in dataclasses.fields(Bisection)}
-    return Bisection(**fields | {"departing": (suspect,)})
+    return Bisection(**fields | {"diverging": (suspect,)})
 
 
 def test_junit_has_a_case_for_each_gate() -> None:
@@ -219,7 +225,7 @@ def test_junit_has_a_case_for_each_gate() -> None:
     assert len(root.findall(".//testcase")) == len(report.gates) == int(root.attrib["tests"])
     assert [case.attrib["name"] for case in root.iter("testcase") if len(case)] == ["logits: mean KL"]
     assert root.attrib["failures"] == "1"
-    found = ElementTree.fromstring(junit(replace(report, bisect=departing()), "tiny"))
+    found = ElementTree.fromstring(junit(replace(report, bisect=diverging()), "tiny"))
     assert found.attrib["failures"] == "2"
     case = next(suite for suite in found if suite.attrib["name"] == "bisect")[0]
     assert case.attrib["name"] == "layers.3.mixer.up_proj: relative L2"

@@ -1,4 +1,4 @@
-"""What is built, on text: a right graph passes beside the floor, and a wrong one does not."""
+"""What is built, on text: a right graph passes beside the baseline, and a wrong one does not."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from faults import Graph, broken
 from nemotrt.exporter.checkpoint.loaded_model import LoadedModel
 from nemotrt.exporter.config import BuildConfig
 from nemotrt.exporter.quantization.text import BUILT_IN, EVALUATION, evaluation_text, sequences
-from nemotrt.exporter.report.model import TextFigure, TextReport
+from nemotrt.exporter.report.model import Metric, TextComparison, TextReport
 from nemotrt.exporter.stages.load import load
 from nemotrt.exporter.stages.lower import lower
 from nemotrt.exporter.stages.trace import trace
@@ -48,28 +48,28 @@ def test_a_graph_is_judged_on_text(loaded: LoadedModel, tmp_path: Path, precisio
     arguments = (loaded, None, config, tmp_path / "model.onnx", TOKENS, "random")
     found = text_quality.measure(*arguments, advance=heard.append)
     assert not failed(found), text_quality.gates(found)
-    assert [figure.name for figure in found.figures] == (
-        ["conversion"] if precision == "fp32" else ["conversion", "floor"]
+    assert [figure.name for figure in found.comparisons] == (
+        ["conversion"] if precision == "fp32" else ["conversion", "baseline"]
     )
     assert not found.layers
     assert sum(heard) == text_quality.num_runs(loaded, None, TOKENS)
     broken(tmp_path / "model.onnx", scaled)
-    assert "mean KL" in failed(text_quality.measure(*arguments))
+    assert Metric.MEAN_KL in failed(text_quality.measure(*arguments))
 
 
-def report(own: TextFigure, floor: TextFigure) -> TextReport:
-    return TextReport("t", 1000, "", (own, replace(floor, name="floor")), ())
+def report(own: TextComparison, baseline: TextComparison) -> TextReport:
+    return TextReport("t", 1000, "", (own, replace(baseline, name="baseline")), ())
 
 
 def test_what_a_short_text_cannot_tell_is_no_alarm() -> None:
-    """A floor that flipped no token may have flipped one, and its perplexity may have come out right by luck."""
-    floor = TextFigure("floor", 1e-4, 1e-5, 1.0, 0.0, 1.0, 1e-4)
-    own = replace(floor, name="conversion", same_top=0.997, perplexity_ratio=1.0002)
-    assert not failed(report(own, floor))
-    assert failed(report(replace(own, same_top=0.996), floor)) == {"other best token"}
-    assert failed(report(replace(own, perplexity_ratio=0.9996), floor)) == {"perplexity's change"}
-    assert failed(report(replace(own, mean_kl=3.1e-4), floor)) == {"mean KL"}
-    assert failed(report(replace(own, mean_kl=float("nan")), floor)) == {"mean KL"}
+    """A baseline that flipped no token may have flipped one, and its perplexity may have come out right by luck."""
+    baseline = TextComparison("baseline", 1e-4, 1e-5, 1.0, 0.0, 1.0, 1e-4)
+    own = replace(baseline, name="conversion", top1_agreement=0.997, perplexity_ratio=1.0002)
+    assert not failed(report(own, baseline))
+    assert failed(report(replace(own, top1_agreement=0.996), baseline)) == {Metric.TOP1_DISAGREEMENT}
+    assert failed(report(replace(own, perplexity_ratio=0.9996), baseline)) == {Metric.PERPLEXITY_CHANGE}
+    assert failed(report(replace(own, mean_kl=3.1e-4), baseline)) == {Metric.MEAN_KL}
+    assert failed(report(replace(own, mean_kl=float("nan")), baseline)) == {Metric.MEAN_KL}
 
 
 def test_nothing_is_calibrated_on_what_is_judged_by_default() -> None:

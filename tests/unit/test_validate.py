@@ -15,7 +15,7 @@ from faults import broken
 
 from nemotrt.exporter.checkpoint.loaded_model import LoadedModel
 from nemotrt.exporter.config import BuildConfig
-from nemotrt.exporter.report.model import Gate, ValidationReport
+from nemotrt.exporter.report.model import Gate, Metric, ValidationReport
 from nemotrt.exporter.stages.load import load
 from nemotrt.exporter.stages.lower import lower
 from nemotrt.exporter.stages.trace import trace
@@ -50,7 +50,7 @@ def test_a_right_graph_passes(loaded: LoadedModel, tmp_path: Path, precision: st
     config = build(loaded, tmp_path / "graph", precision)
     report = validate(loaded, config, tmp_path / "graph" / "model.onnx")
     assert report.passed, [gate for gate in report.gates if not gate.passed]
-    compared = [gate for gate in report.gates if gate.metric == "relative L2"]
+    compared = [gate for gate in report.gates if gate.metric == Metric.RELATIVE_L2]
     pools = {pool.name for pool in loaded.pools(config)}
     alone_scenarios = (gates.ALONE, opwise.ALONE)
     assert {gate.output for gate in compared if gate.scenario not in alone_scenarios} == {"logits", *pools}
@@ -59,8 +59,8 @@ def test_a_right_graph_passes(loaded: LoadedModel, tmp_path: Path, precision: st
     holding = {f"layers.{name.partition('.')[2]} {name}" for name in pools}
     alone = {gate.output for gate in compared if gate.scenario == gates.ALONE}
     assert alone == {"embeddings", "head", *layers, *adding, *holding}
-    assert [layer.place for layer in report.layers] == [f"layers.{i}" for i in loaded.config.numbered_layers]
-    ops = [op.node for op in report.ops]
+    assert [layer.name for layer in report.layers] == [f"layers.{i}" for i in loaded.config.numbered_layers]
+    ops = [op.name for op in report.ops]
     assert ops == [
         *["layers.0.mixer.conv"] * 2, *["layers.0.mixer.scan"] * 2, "layers.1.mixer.experts",
         *["layers.2.mixer.attention"] * 2, *["layers.4.mixer.conv"] * 2, *["layers.4.mixer.scan"] * 2,
@@ -158,7 +158,7 @@ def test_a_wrong_attribute_is_caught(loaded: LoadedModel, tmp_path: Path) -> Non
 
 
 def judged(
-    candidate: np.ndarray, reference: np.ndarray, noise: np.ndarray, **floor: np.ndarray
+    candidate: np.ndarray, reference: np.ndarray, noise: np.ndarray, **baseline: np.ndarray
 ) -> list[Gate]:
     """The gates of one recurrent pool [slots, 4] that fail, its logits being right."""
     logits = np.ones((1, 3))
@@ -168,8 +168,8 @@ def judged(
         return Compared(seen, expected)
 
     pools = {"ssm_state.0": noise.astype(np.float32)}
-    floors = gates.measured(beside(floor["floor"]), pools) if floor else None
-    found = gates.gates("s", beside(candidate), floors, pools)
+    baselines = gates.measured(beside(baseline["baseline"]), pools) if baseline else None
+    found = gates.gates("s", beside(candidate), baselines, pools)
     return [gate for gate in found if not gate.passed]
 
 
@@ -207,7 +207,7 @@ class Nudged(TorchRunner):
 
 
 @pytest.mark.usefixtures("tied")
-@pytest.mark.parametrize(("nudge", "failing"), [(1e-6, set()), (1e-2, {"score error"})])
+@pytest.mark.parametrize(("nudge", "failing"), [(1e-6, set()), (1e-2, {Metric.ROUTER_SCORE})])
 def test_only_a_near_tie_excuses_another_expert(
     loaded: LoadedModel, tmp_path: Path, nudge: float, failing: set[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -216,7 +216,7 @@ def test_only_a_near_tie_excuses_another_expert(
     pools = loaded.pools(config)
     candidate = Candidate("PyTorch", ("once", "again"), lambda pages, way: Nudged(loaded, pools, nudge), ())
     report = judge(loaded, config, candidate)
-    assert all(report.rerouted.values())
+    assert all(report.routing_mismatches.values())
     assert failing <= {gate.metric for gate in report.gates if not gate.passed}
     assert report.passed == (not failing)
 
@@ -228,7 +228,7 @@ def test_a_written_value_that_equals_its_noise_is_no_stray_write() -> None:
     candidate = reference + np.array([[0.0], [1e-7], [0.0]])
     assert not judged(candidate, reference, noise)
     candidate[2, 3] = 1e-7
-    assert [gate.metric for gate in judged(candidate, reference, noise)] == ["stray writes"]
+    assert [gate.metric for gate in judged(candidate, reference, noise)] == [Metric.OUT_OF_BOUNDS]
 
 
 def test_an_infinite_floor_is_no_limit() -> None:
@@ -236,8 +236,8 @@ def test_an_infinite_floor_is_no_limit() -> None:
     reference = noise + np.array([[0.0], [1.0]])
     overflowed = reference.copy()
     overflowed[1, 2] = np.inf
-    failed = judged(reference * 7, reference, noise, floor=overflowed)
-    assert [gate.metric for gate in failed] == ["floor not finite"]
+    failed = judged(reference * 7, reference, noise, baseline=overflowed)
+    assert [gate.metric for gate in failed] == [Metric.BASELINE_NOT_FINITE]
 
 
 def test_a_reference_that_is_not_finite_is_named() -> None:
@@ -245,7 +245,7 @@ def test_a_reference_that_is_not_finite_is_named() -> None:
     reference = noise + np.array([[0.0], [1.0]])
     reference[1, 2] = np.nan
     failed = judged(reference * 1, reference, noise)
-    assert [gate.metric for gate in failed] == ["not finite", "reference not finite"]
+    assert [gate.metric for gate in failed] == [Metric.NOT_FINITE, Metric.REFERENCE_NOT_FINITE]
 
 
 def test_no_gate_is_no_pass() -> None:
@@ -253,7 +253,7 @@ def test_no_gate_is_no_pass() -> None:
 
 
 def test_nan_is_no_pass() -> None:
-    assert not Gate("s", "o", "m", float("nan"), 1.0).passed
+    assert not Gate("s", "o", Metric.MEAN_KL, float("nan"), 1.0).passed
 
 
 def test_metrics_see_what_they_are_for() -> None:

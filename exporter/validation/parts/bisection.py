@@ -2,7 +2,7 @@
 
 Each part of the graph runs alone on the reference's own inputs with every value inside it as an output. PyTorch's
 counterparts come from the program that the part was lowered from, run operator by operator on the real weights: in
-FP32, and at the graph's precision for the floor.
+FP32, and at the graph's precision for the baseline.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from nemotrt.exporter.artifacts import TracedPart
 from nemotrt.exporter.checkpoint import weights
 from nemotrt.exporter.checkpoint.loaded_model import LoadedModel
 from nemotrt.exporter.config import COMPUTE_DTYPES, BuildConfig
-from nemotrt.exporter.report.model import Bisection, Suspect
+from nemotrt.exporter.report.model import Bisection, DivergentValue
 from nemotrt.exporter.stages.lower import value_names
 from nemotrt.exporter.stages.trace import trace
 from nemotrt.exporter.validation.comparison import Extent
@@ -75,21 +75,21 @@ def bisect(
         names = [name for name in dict.fromkeys(program.names.values()) if name in inside]
         runner = _Marked(cut, names, changed, lambda part: open_part(part, graph))
         runs_as.append(runner.runs_as)
-        reference, floor = program.parts(modules, cut, pools)
-        return PartTrial(cut, runner, reference, floor, part_noise(cut, pools, extent), names)
+        reference, baseline = program.parts(modules, cut, pools)
+        return PartTrial(cut, runner, reference, baseline, part_noise(cut, pools, extent), names)
 
     kinds = {f"layers.{index}": kind for index, kind in model.config.numbered_layers.items()}
-    departing: list[Suspect] = []
-    nearest: Suspect | None = None
+    diverging: list[DivergentValue] = []
+    nearest: DivergentValue | None = None
     num_values = num_unmatched = 0
     for cut, done, _ in trials(config, graph, trial, extent):
         found = list(_suspects(cut, done, kinds.get(cut.place, cut.place)))
         num_values += len(found)
         num_unmatched += sum(len(node.output) for node in cut.model.graph.node) - len(found)
-        departing += _first_departing(cut, done, found, model, graph)
+        diverging += _first_departing(cut, done, found, model, graph)
         nearest = max(
-            (suspect for suspect in (nearest, *found) if suspect and not suspect.departs),
-            key=lambda suspect: suspect.strain,
+            (suspect for suspect in (nearest, *found) if suspect and not suspect.diverges),
+            key=lambda suspect: suspect.limit_fraction,
             default=None,
         )
         del done
@@ -98,7 +98,7 @@ def bisect(
         runs_as=max(runs_as, key=runs_as.count),
         num_values=num_values,
         num_unmatched=num_unmatched,
-        departing=tuple(departing),
+        diverging=tuple(diverging),
         nearest=nearest,
         marking_changed=tuple(dict.fromkeys(changed)),
     )
@@ -170,20 +170,22 @@ class _Marked:
         return shown
 
 
-def _suspects(cut: Cut, done: PartRun, kind: str) -> Iterator[Suspect]:
+def _suspects(cut: Cut, done: PartRun, kind: str) -> Iterator[DivergentValue]:
     """Every value that was compared, in the order in which nodes make them."""
     for node in cut.model.graph.node:
         for name in node.output:
             if name in done.shown:
-                yield _suspect(cut, node, name, kind, done.shown[name], done.floor.get(name))
+                yield _suspect(cut, node, name, kind, done.shown[name], done.baseline.get(name))
 
 
-def _suspect(cut: Cut, node: NodeProto, name: str, kind: str, shown: Beside, floor: Beside | None) -> Suspect:
+def _suspect(
+    cut: Cut, node: NodeProto, name: str, kind: str, shown: Beside, baseline: Beside | None
+) -> DivergentValue:
     tensor = cut.types[name].type.tensor_type
-    base = error(floor) if floor else None
+    base = error(baseline) if baseline else None
     found = error(shown)
     step, index, ours, reference = shown.worst()
-    return Suspect(
+    return DivergentValue(
         place=cut.place,
         kind=kind,
         node=node.name,
@@ -191,7 +193,7 @@ def _suspect(cut: Cut, node: NodeProto, name: str, kind: str, shown: Beside, flo
         tensor=name,
         shape=tuple(size.dim_param or str(size.dim_value) for size in tensor.shape.dim),
         error=_finite(found),
-        floor=base if base is None else _finite(base),
+        baseline=base if base is None else _finite(base),
         limit=limit(base, is_fp32=_is_fp32(cut, name)),
         step=step,
         index=index,
@@ -202,10 +204,10 @@ def _suspect(cut: Cut, node: NodeProto, name: str, kind: str, shown: Beside, flo
 
 
 def _first_departing(
-    cut: Cut, done: PartRun, found: Sequence[Suspect], model: LoadedModel, graph: Path
-) -> list[Suspect]:
+    cut: Cut, done: PartRun, found: Sequence[DivergentValue], model: LoadedModel, graph: Path
+) -> list[DivergentValue]:
     """The value of the earliest step, and of the earliest node, that departs; none where none does."""
-    beyond = [suspect for suspect in found if suspect.departs]
+    beyond = [suspect for suspect in found if suspect.diverges]
     if not beyond:
         return []
     # What a state lost in one step shows in all that follow.
@@ -213,12 +215,12 @@ def _first_departing(
     return [_explained(first, cut, found, done.shown[first.tensor].shapes, model, graph)]
 
 
-def _first_step(suspect: Suspect, done: PartRun, cut: Cut) -> int:
+def _first_step(suspect: DivergentValue, done: PartRun, cut: Cut) -> int:
     """After how many steps the value is beyond its limit."""
-    shown, floor = done.shown[suspect.tensor], done.floor.get(suspect.tensor)
+    shown, baseline = done.shown[suspect.tensor], done.baseline.get(suspect.tensor)
     is_fp32 = _is_fp32(cut, suspect.tensor)
     for count in range(1, len(shown.steps)):
-        base = error(floor.after(count)) if floor else None
+        base = error(baseline.after(count)) if baseline else None
         if error(shown.after(count)) > limit(base, is_fp32=is_fp32):
             return count
     return len(shown.steps)
@@ -233,13 +235,13 @@ def _finite(value: float) -> float | None:
 
 
 def _explained(
-    suspect: Suspect,
+    suspect: DivergentValue,
     cut: Cut,
-    found: Sequence[Suspect],
+    found: Sequence[DivergentValue],
     shapes: tuple[tuple[int, ...], tuple[int, ...]] | None,
     model: LoadedModel,
     graph: Path,
-) -> Suspect:
+) -> DivergentValue:
     """With what is known of each input of the value's node: the node, or one of these, is wrong."""
     node = next(node for node in cut.model.graph.node if node.name == suspect.node)
     known = {other.tensor: other for other in found}

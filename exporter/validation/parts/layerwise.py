@@ -1,6 +1,6 @@
 """Each part of the graph alone, on the reference's own inputs: an error stays on the layer that made it.
 
-One part is in memory at a time, in PyTorch (FP32, and at the graph's precision for the floor) and in ONNX Runtime,
+One part is in memory at a time, in PyTorch (FP32, and at the graph's precision for the baseline) and in ONNX Runtime,
 with the activations of the steps: a model that fits no machine as a whole is still compared layer by layer.
 
 Legend: T tokens, D hidden size.
@@ -12,12 +12,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from nemotrt.exporter.checkpoint.loaded_model import LoadedModel
 from nemotrt.exporter.config import COMPUTE_DTYPES, BuildConfig
-from nemotrt.exporter.report.model import Gate, LayerError, OpError
+from nemotrt.exporter.report.model import Gate, PartError
 from nemotrt.exporter.runtime.graph_file import read_proto
 from nemotrt.exporter.runtime.step import StepInputs
 from nemotrt.exporter.validation import gates as judged
@@ -38,8 +39,8 @@ class Parts:
     """What the parts alone showed: gates, each layer's error, and each op's."""
 
     gates: tuple[Gate, ...] = ()
-    layers: tuple[LayerError, ...] = ()
-    ops: tuple[OpError, ...] = ()
+    layers: tuple[PartError, ...] = ()
+    ops: tuple[PartError, ...] = ()
     runs_as: str = ""
     """How ONNX Runtime ran the graph, in words."""
 
@@ -66,26 +67,34 @@ def compare_parts(
         reference = TorchPart(modules, cut, pools, torch.float32)
         session = PartSession(shown, graph)
         runs_as.append(session.runs_as)
-        floor = TorchPart(modules, cut, pools, dtype) if dtype != torch.float32 else None
+        baseline = TorchPart(modules, cut, pools, dtype) if dtype != torch.float32 else None
         noise = part_noise(cut, pools, extent)
-        return PartTrial(cut, session, reference, floor, noise, cut.edges)
+        return PartTrial(cut, session, reference, baseline, noise, cut.edges)
 
     kinds = {f"layers.{index}": kind for index, kind in model.config.numbered_layers.items()}
     gates: list[Gate] = []
-    layers: list[LayerError] = []
-    ops: list[OpError] = []
+    layers: list[PartError] = []
+    ops: list[PartError] = []
     for cut, done, counts in trials(config, graph, trial, extent):
-        shown, floor = _labelled(cut, done.shown), _labelled(cut, done.floor) or None
-        gates += judged.layer_gates(cut.place, shown, floor)
+        shown, baseline = _labelled(cut, done.shown), _labelled(cut, done.baseline) or None
+        gates += judged.layer_gates(cut.place, shown, baseline)
         if cut.mixed:
-            base = metrics.relative_l2(*floor["adds"]) if floor else None
-            layers.append(LayerError(cut.place, kinds[cut.place], metrics.relative_l2(*shown["adds"]), base))
+            layers.append(_layer_error(cut.place, kinds[cut.place], shown["adds"], baseline))
         op_gates, errors = opwise.compare_ops(cut, graph, done.calls, counts)
         gates += op_gates
         ops += errors
         del done
         advance(1)
     return Parts(tuple(gates), tuple(layers), tuple(ops), max(runs_as, key=runs_as.count))
+
+
+def _layer_error(
+    place: str, kind: str, pair: judged.Pair, baseline: dict[str, judged.Pair] | None
+) -> PartError:
+    error, broken = metrics.relative_l2(*pair), int(np.count_nonzero(~np.isfinite(pair[0])))
+    base = metrics.relative_l2(*baseline["adds"]) if baseline else None
+    limit = judged.FP32_RELATIVE_L2 if base is None else judged.BASELINE_FACTOR * base
+    return PartError(place, kind, "", error if np.isfinite(error) else None, broken, base, limit)
 
 
 def mixed_steps(extent: Extent) -> tuple[StepInputs, ...]:

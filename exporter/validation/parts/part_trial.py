@@ -1,7 +1,7 @@
 """One part of the model run three ways on the same inputs, and what each gave beside the reference.
 
 The ways: the graph's cut, PyTorch in FP32 (the reference), and PyTorch at the graph's precision, whose loss is the
-floor. Only what a step says counts: its tokens without padding, the rows of a pool that it writes.
+baseline. Only what a step says counts: its tokens without padding, the rows of a pool that it writes.
 
 Legend: T tokens, E experts.
 """
@@ -16,11 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from nemotrt.exporter.report.limits import FLOOR_FACTOR, FP32_RELATIVE_L2
 from nemotrt.exporter.runtime.step import StepInputs
 from nemotrt.exporter.validation import gates as judged
 from nemotrt.exporter.validation import metrics
-from nemotrt.exporter.validation.gates import Array, Pair
+from nemotrt.exporter.validation.gates import BASELINE_FACTOR, FP32_RELATIVE_L2, Array, Pair
 from nemotrt.exporter.validation.parts.subgraphs import Cut
 from nemotrt.exporter.validation.parts.torch_parts import OpCall, TorchPart
 from nemotrt.exporter.validation.routing import RouterLogits
@@ -86,7 +85,7 @@ class PartRun:
     """What one part gave over the steps, three ways."""
 
     shown: Compared = field(default_factory=dict)
-    floor: Compared = field(default_factory=dict)
+    baseline: Compared = field(default_factory=dict)
     """Of PyTorch at the graph's precision; empty where that is FP32."""
     calls: list[tuple[list[OpCall], list[OpCall]]] = field(default_factory=list)
     """Of each step, the ops that the reference called, and those at the graph's precision."""
@@ -100,17 +99,17 @@ class PartTrial:
         cut: Cut,
         runner: PartRunner,
         reference: TorchPart,
-        floor: TorchPart | None,
+        baseline: TorchPart | None,
         noise: Mapping[str, NDArray[np.float32]],
         compared: Sequence[str],
     ) -> None:
         """Every pool starts as in `noise`; the runner shows all that is `compared`, and the router logits."""
-        self._cut, self._runner, self._reference, self._floor = cut, runner, reference, floor
+        self._cut, self._runner, self._reference, self._baseline = cut, runner, reference, baseline
         self._noise, self._compared = noise, compared
         self._state: dict[str, NDArray[Any]] = {name: noise[name] for name in cut.pools}
         reference.reset(noise)
-        if floor:
-            floor.reset(noise)
+        if baseline:
+            baseline.reset(noise)
         self.found = PartRun()
 
     def step(self, flow: Tensor, inputs: StepInputs) -> Tensor:
@@ -123,14 +122,14 @@ class PartTrial:
         result = self._reference.step(flow, inputs, leader)
         calls = self._reference.calls
         self._add(self.found.shown, shown, count)
-        if self._floor:
-            self._floor.step(flow, inputs)
-            own = _first(self._floor.router_logits(), count)
+        if self._baseline:
+            self._baseline.step(flow, inputs)
+            own = _first(self._baseline.router_logits(), count)
             if own:
-                # The floor's choice of experts; a layer that has experts has no pools to spoil.
+                # The baseline's choice of experts; a layer that has experts has no pools to spoil.
                 self._reference.step(flow, inputs, own)
-            self._add(self.found.floor, self._floor.values, count)
-        self.found.calls.append((calls, self._floor.calls if self._floor else calls))
+            self._add(self.found.baseline, self._baseline.values, count)
+        self.found.calls.append((calls, self._baseline.calls if self._baseline else calls))
         return result
 
     def _add(self, into: Compared, values: Mapping[str, Any], count: int) -> None:
@@ -165,13 +164,13 @@ def as_array(values: Any) -> Array:
     return values.double().numpy() if isinstance(values, Tensor) else values.astype(np.float64)
 
 
-def limit(floor: float | None, *, is_fp32: bool) -> float:
+def limit(baseline: float | None, *, is_fp32: bool) -> float:
     """What the relative L2 of a value may be; one in FP32 is never held to less than FP32 is."""
-    if floor is None:
+    if baseline is None:
         return FP32_RELATIVE_L2
-    if not np.isfinite(floor):
+    if not np.isfinite(baseline):
         return 0.0
-    return max(FLOOR_FACTOR * floor, FP32_RELATIVE_L2 if is_fp32 else 0.0)
+    return max(BASELINE_FACTOR * baseline, FP32_RELATIVE_L2 if is_fp32 else 0.0)
 
 
 def error(beside: Beside) -> float:

@@ -9,7 +9,7 @@ A safetensors file. Its header's `golden` is the JSON of `Header`, and `sha256` 
     place/<pool>/<scenario>            which rows were written: slots [N], or pages and positions [N, 2]
     pool/<pool>/<scenario>             FP32, the values of those rows
 
-What pools held at first is made again of the seed, and compared with its hash. Of the floor the file has the numbers
+What pools held at first is made again of the seed, and compared with its hash. Of the baseline the file has the numbers
 that limits derive from, not the values.
 """
 
@@ -29,6 +29,7 @@ from nemotrt.exporter import environment
 from nemotrt.exporter.checkpoint.safetensors_reader import read_header_and_metadata, read_pieces
 from nemotrt.exporter.checkpoint.safetensors_writer import Entry, write_file
 from nemotrt.exporter.errors import BundleError, CheckpointError, NotFiniteError, UsageError
+from nemotrt.exporter.report.model import NotCompared, Omitted
 from nemotrt.exporter.runtime.graph_file import pools_of
 from nemotrt.exporter.runtime.manifest import Manifest
 from nemotrt.exporter.runtime.step import StepInputs
@@ -40,14 +41,14 @@ from nemotrt.exporter.validation.routing import Choosing, RouterLogits
 from nemotrt.exporter.validation.scenarios import Scenario
 from nemotrt.plugins.contract import STEP_INPUTS
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 HEADER, DIGEST = "golden", "sha256"
 """Keys of the safetensors header's text."""
 
 AGAIN = "make it again with nemo-export validate BUNDLE --checkpoint DIR --save-golden FILE"
 ABSENT = (
-    "each layer and each op alone: a golden holds whole steps only",
-    "state drift: a golden holds no long decode",
+    NotCompared(Omitted.PARTS, "a reference file holds whole steps only"),
+    NotCompared(Omitted.DRIFT, "a reference file holds no long decode"),
 )
 """What a golden does not hold, in words."""
 
@@ -86,14 +87,14 @@ class Header:
     schema_version: int
     identity: Identity
     reference: str
-    floor: str
+    baseline: str
     extent: Extent
     num_steps: dict[str, int]
     """Of each scenario, in order."""
     routers: tuple[Router, ...]
-    floors: dict[str, Measured]
+    baselines: dict[str, Measured]
     dtypes: WantedDtypes
-    not_compared: tuple[str, ...]
+    not_compared: tuple[NotCompared, ...]
     tools: dict[str, str]
     """By name and version: what made it."""
     noise_sha256: str
@@ -152,22 +153,22 @@ def check_place(path: Path, bundle: Path) -> None:
 
 
 def save(path: Path, recording: Recording, identity: Identity) -> None:
-    """Write the golden, whole or not at all; raises NotFiniteError where the reference or its floor is not finite."""
+    """Write the file, whole or not at all; raises NotFiniteError if the reference or its baseline is not finite."""
     for name, seen in recording.seen.items():
         values = {"logits": seen.logits_RV, **seen.pools}
         lost = [output for output, found in values.items() if not np.isfinite(found).all()]
-        lost += [output for output, found in _floor_outputs(recording, name) if found]
+        lost += [output for output, found in _baseline_outputs(recording, name) if found]
         if lost:
             raise NotFiniteError(f"{name}, {lost[0]}: the reference is not finite; no golden is made of it")
     header = Header(
         SCHEMA_VERSION,
         identity,
         recording.reference,
-        recording.floor,
+        recording.baseline,
         recording.extent,
         {scenario.name: len(scenario.steps) for scenario in recording.plan},
         tuple(Router(c.layer, c.top_k, c.num_groups, c.topk_group) for c in recording.choosing),
-        recording.floors,
+        recording.baselines,
         recording.dtypes,
         recording.not_compared,
         environment.tool_versions(),
@@ -185,9 +186,9 @@ def save(path: Path, recording: Recording, identity: Identity) -> None:
         unfinished.unlink(missing_ok=True)
 
 
-def _floor_outputs(recording: Recording, name: str) -> Iterator[tuple[str, int]]:
-    if name in recording.floors:
-        for output, distances in recording.floors[name].outputs.items():
+def _baseline_outputs(recording: Recording, name: str) -> Iterator[tuple[str, int]]:
+    if name in recording.baselines:
+        for output, distances in recording.baselines[name].outputs.items():
             yield output, distances.not_finite + distances.reference_not_finite
 
 
@@ -316,13 +317,13 @@ def _recording(path: Path, header: Header, values: dict[str, NDArray[Any]], nois
     )
     return Recording(
         reference=f"{header.reference}, as {path.name} has it ({tools})",
-        floor=header.floor,
+        baseline=header.baseline,
         extent=header.extent,
         plan=plan,
         noise=noise,
         seen=seen,
         choosing=choosing,
-        floors=header.floors,
+        baselines=header.baselines,
         dtypes=header.dtypes,
         not_compared=(*header.not_compared, *ABSENT),
     )

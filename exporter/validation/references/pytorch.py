@@ -9,17 +9,18 @@ import torch
 from nemotrt.exporter.checkpoint import weights
 from nemotrt.exporter.checkpoint.loaded_model import LoadedModel
 from nemotrt.exporter.config import COMPUTE_DTYPES, BuildConfig
+from nemotrt.exporter.report.model import NotCompared
 from nemotrt.exporter.validation.comparison import (
     Advance,
     Extent,
     Recording,
     greedy,
     noise_of,
+    num_routing_mismatches,
     observe,
     observe_one,
     on_own_choice,
     prompt_of,
-    times_rerouted,
 )
 from nemotrt.exporter.validation.gates import Compared, Observation, measured
 from nemotrt.exporter.validation.graph_dtypes import wanted_dtypes
@@ -32,7 +33,11 @@ REFERENCE = "PyTorch, FP32"
 
 
 def record(
-    model: LoadedModel, config: BuildConfig, extent: Extent, left_out: tuple[str, ...], advance: Advance
+    model: LoadedModel,
+    config: BuildConfig,
+    extent: Extent,
+    left_out: tuple[NotCompared, ...],
+    advance: Advance,
 ) -> Recording:
     """What PyTorch shows in FP32, and what it loses at the graph's precision, on its own greedy continuation."""
     pools = model.pools(config)
@@ -44,7 +49,7 @@ def record(
     del reference  # one copy of the weights at a time is enough
     dtypes = wanted_dtypes(model, config)
     recording = Recording(REFERENCE, "", extent, plan, noise, seen, choosing, {}, dtypes, left_out)
-    return with_floors(recording, model, config, advance)
+    return with_baselines(recording, model, config, advance)
 
 
 def record_plan(recording: Recording, model: LoadedModel, config: BuildConfig, advance: Advance) -> Recording:
@@ -53,10 +58,12 @@ def record_plan(recording: Recording, model: LoadedModel, config: BuildConfig, a
     seen = observe(reference, recording.plan, recording.noise, advance)
     own = replace(recording, reference=REFERENCE, seen=seen, choosing=reference.choosing)
     del reference
-    return with_floors(own, model, config, advance)
+    return with_baselines(own, model, config, advance)
 
 
-def with_floors(recording: Recording, model: LoadedModel, config: BuildConfig, advance: Advance) -> Recording:
+def with_baselines(
+    recording: Recording, model: LoadedModel, config: BuildConfig, advance: Advance
+) -> Recording:
     """The recording of PyTorch in FP32, with what PyTorch loses at a lower precision."""
     dtype = COMPUTE_DTYPES[config.precision]
     if dtype == "float32":
@@ -65,11 +72,11 @@ def with_floors(recording: Recording, model: LoadedModel, config: BuildConfig, a
     follower = Follower(model, pools, recording)
     runner = TorchRunner(model, pools, getattr(torch, dtype))
     seen = observe(runner, recording.plan, recording.noise, advance)
-    floors = {
+    baselines = {
         name: measured(follower.beside(name, found, found.routers), recording.noise)
         for name, found in seen.items()
     }
-    return replace(recording, floor=f"PyTorch, {dtype}", floors=floors)
+    return replace(recording, baseline=f"PyTorch, {dtype}", baselines=baselines)
 
 
 @dataclass(frozen=True)
@@ -83,7 +90,7 @@ class Follower:
     def beside(self, name: str, seen: Observation, routers: tuple[RouterLogits, ...]) -> Compared:
         """What another runner showed in a scenario, whose choice is in `routers`, beside PyTorch on that choice."""
         expected = self.recording.seen[name]
-        if times_rerouted(self.recording, name, routers):
+        if num_routing_mismatches(self.recording, name, routers):
             runner = TorchRunner(self.model, self.pools, torch.float32)
             scenario = next(scenario for scenario in self.recording.plan if scenario.name == name)
             expected = observe_one(

@@ -20,12 +20,11 @@ from polygraphy.common import TensorMetadata
 from polygraphy.comparator import IterationResult
 
 from nemotrt.exporter.errors import ValidationError
-from nemotrt.exporter.report.limits import FP32_RELATIVE_L2
 from nemotrt.exporter.runtime.graph_file import LOGITS, NEXT, pools_of
 from nemotrt.exporter.runtime.manifest import Manifest
 from nemotrt.exporter.runtime.step import StepInputs
 from nemotrt.exporter.validation import metrics
-from nemotrt.exporter.validation.gates import Noise
+from nemotrt.exporter.validation.gates import FP32_RELATIVE_L2, Noise
 from nemotrt.exporter.validation.runners.base import EngineRunner, GraphRunner, PoolShape, Runner
 from nemotrt.exporter.validation.scenarios import NUM_SLOTS, Scenario
 from nemotrt.plugins.contract import STEP_INPUTS
