@@ -18,16 +18,15 @@ HEAD = """\
 
 # The command line
 
-Data goes to stdout, talk to stderr, so that `--json` can be piped. A terminal sees progress bars; a log file does not.
-`--quiet`, `--verbose` and `--debug` may stand before the command or after it. An error is one line that names what is
-wrong, and one that says what to do; its traceback is shown with `--debug` only. Ctrl-C ends any command within a
-second.
+Results go to stdout and messages to stderr, so the output of `--json` can be piped. Progress bars are shown on a terminal only.
+`--quiet`, `--verbose` and `--debug` are accepted before and after the command. An error is one line that names the problem
+and one line that says what to do. `--debug` shows its traceback. Ctrl-C ends every command within a second.
 """
 
 COMPLETION = """\
 ## Completion
 
-A shell learns the commands, options and choices, and completes paths:
+Shells can complete commands, options, choices and paths:
 
 ```bash
 eval "$(_NEMO_EXPORT_COMPLETE=bash_source nemo-export)"    # in ~/.bashrc
@@ -37,9 +36,9 @@ _NEMO_EXPORT_COMPLETE=fish_source nemo-export | source     # in ~/.config/fish/c
 """
 
 OTHER_CODES = {
-    0: "all went well",
-    1: "a defect of nemo-export, or out of memory",
-    interrupts.EXIT_CODE: "interrupted by Ctrl-C; `build` says when the same command goes on from what was done",
+    0: "success",
+    1: "a bug in nemo-export, or out of memory",
+    interrupts.EXIT_CODE: "interrupted by Ctrl-C; `build` reports if the same command can continue from completed stages",
 }
 
 
