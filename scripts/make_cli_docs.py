@@ -18,9 +18,10 @@ HEAD = """\
 
 # The command line
 
-Results go to stdout and messages to stderr, so the output of `--json` can be piped. Progress bars are shown on a terminal only.
-`--quiet`, `--verbose` and `--debug` are accepted before and after the command. An error is one line that names the problem
-and one line that says what to do. `--debug` shows its traceback. Ctrl-C ends every command within a second.
+Results go to stdout and messages to stderr, so the output of `--json` can be piped. Progress bars are shown on
+a terminal only. `--quiet`, `--verbose` and `--debug` are accepted before and after the command. An error is one line
+that names the problem and one line that says what to do. `--debug` shows its traceback. Ctrl-C ends every command
+within a second.
 """
 
 COMPLETION = """\
