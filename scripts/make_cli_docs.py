@@ -39,7 +39,7 @@ _NEMO_EXPORT_COMPLETE=fish_source nemo-export | source     # in ~/.config/fish/c
 OTHER_CODES = {
     0: "success",
     1: "a bug in nemo-export, or out of memory",
-    interrupts.EXIT_CODE: "interrupted by Ctrl-C; `build` reports if the same command can continue from completed stages",
+    interrupts.EXIT_CODE: "interrupted by Ctrl-C; `build` reports if the same command can resume",
 }
 
 
