@@ -12,9 +12,9 @@ from nemotrt.model.step import Step
 
 
 class AttentionMixer(nn.Module):
-    """Causal attention over a paged cache, scores scaled by head_dim^−½.
+    """Causal attention over a paged cache; scores are scaled by head_dim^−½.
 
-    An FP8 cache holds k / k_scale and v / v_scale (FP32, 1.0 unless calibrated); any other ignores them.
+    An FP8 cache stores k / k_scale and v / v_scale (FP32, 1.0 if not calibrated). Other caches ignore the scales.
     """
 
     def __init__(
@@ -34,7 +34,7 @@ class AttentionMixer(nn.Module):
         self.v_scale = nn.Parameter(torch.ones(1, dtype=torch.float32, device=device))
 
     def forward(self, x_TD: Tensor, step: Step, kv_cache: Tensor) -> tuple[Tensor, Tensor]:
-        """[T, D] and the layer's cache → [T, D] and the cache after this step."""
+        """Returns the mixed tokens [T, D] and the layer's cache after this step."""
         o_TQH, next_kv_cache = torch.ops.nemo.paged_attention(
             self.q_proj(x_TD).unflatten(1, self.query_shape),
             self.k_proj(x_TD).unflatten(1, self.kv_shape),

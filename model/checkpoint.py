@@ -1,4 +1,4 @@
-"""Where each parameter comes from in a checkpoint: one table for every reader of checkpoints."""
+"""The table that maps each parameter of the model to its tensors in a checkpoint."""
 
 from __future__ import annotations
 
@@ -6,47 +6,41 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum, auto
 from itertools import dropwhile
-from typing import TYPE_CHECKING
 
 from nemotrt.model.config import ModelConfig
 from nemotrt.model.recipe import EXPERTS
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from nemotrt.model.hybrid import NemotronH
-
 PREFIXES = ("backbone.", "model.")
-"""What stands before every name but the head's: as published, and as in transformers 5's state dict."""
+"""Prefixes of every stored name but the head's: the published one, and that of transformers 5."""
 
 EMBEDDINGS = ("embeddings.weight", "embedding.weight")
-"""What checkpoints call the embedding table."""
+"""Names of the embedding table."""
 
 
 class Transform(Enum):
-    """What happens to stored values on their way into the parameter, whose dtype they take at the end."""
+    """How stored values become the parameter's values; in the end they are cast to the parameter's dtype."""
 
     COPY = auto()
     NEG_EXP = auto()
-    """−exp of the stored value, computed in FP32: A from A_log."""
+    """A = −exp(A_log), computed in FP32."""
     RESHAPE = auto()
-    """The same values in order, in the parameter's shape."""
+    """The values in the same order, in the parameter's shape."""
     ZEROS = auto()
     """No stored tensor: the parameter is 0."""
     ONES = auto()
     """No stored tensor: the parameter is 1."""
     SCALE = auto()
-    """The same values in order, each a finite number above 0, and each repeated as often as fills the parameter."""
+    """Positive finite values in the same order, each repeated equally often to fill the parameter."""
     LARGEST = auto()
-    """The largest of the values of all stored tensors, each a finite number above 0."""
+    """The maximum over all stored tensors of positive finite values."""
 
 
 @dataclass(frozen=True)
 class Source:
     """The stored tensors of one parameter.
 
-    Each element of `names` is one stored tensor of `shape`, by each name that it may have; several are
-    stacked along a new first axis, or one tensor [len(names), *shape] lies under a name of `stacked`.
+    Each element of `names` lists the possible names of one tensor of `shape`. Several tensors are stacked along a
+    new first axis, unless a single tensor [len(names), *shape] is stored under a name in `stacked`.
     """
 
     names: tuple[tuple[str, ...], ...]
@@ -56,16 +50,16 @@ class Source:
 
 
 class TensorError(ValueError):
-    """A checkpoint's tensors are not those of the model: missing, extra, misshapen or named twice."""
+    """A tensor of the checkpoint is missing, has the wrong shape, or is stored under two names."""
 
 
 def is_mtp(name: str) -> bool:
-    """Whether a stored tensor belongs to multi-token prediction, which is not part of the model."""
+    """Whether a stored tensor belongs to multi-token prediction, which is not exported."""
     return name.startswith("mtp.")
 
 
 def tensor_sources(config: ModelConfig) -> dict[str, Source]:
-    """The source of every parameter, by its name in NemotronH's state dict and in that order."""
+    """The source of every parameter of NemotronH, in the order of its state dict."""
     table = Source((_aliases(*EMBEDDINGS),), (config.vocab_size, config.hidden_size))
     head = Source((("lm_head.weight",),), table.shape)
     norm = (config.hidden_size,)
@@ -84,16 +78,16 @@ def _aliases(*names: str) -> tuple[str, ...]:
     return tuple(prefix + name for name in names for prefix in PREFIXES)
 
 
-def _same(mixer: str, name: str, *shape: int) -> tuple[str, Source]:
+def _copy(mixer: str, name: str, *shape: int) -> tuple[str, Source]:
     return name, Source((_aliases(mixer + name),), shape)
 
 
 def _linear(
     config: ModelConfig, mixer: str, name: str, outputs: int, inputs: int, *, bias: bool
 ) -> Iterator[tuple[str, Source]]:
-    yield _same(mixer, f"{name}.weight", outputs, inputs)
+    yield _copy(mixer, f"{name}.weight", outputs, inputs)
     if bias:
-        yield _same(mixer, f"{name}.bias", outputs)
+        yield _copy(mixer, f"{name}.bias", outputs)
     module = f"backbone.{mixer}{name}"
     if module in config.recipe.modules:
         shape = (outputs,) if module in config.recipe.per_channel else ()
@@ -112,13 +106,13 @@ def _mamba(config: ModelConfig, mixer: str) -> Iterator[tuple[str, Source]]:
     conv = _aliases(f"{mixer}conv1d.weight")
     yield "conv1d.weight", Source((conv,), (channels, 1, config.conv_kernel), Transform.RESHAPE)
     if config.use_conv_bias:
-        yield _same(mixer, "conv1d.bias", channels)
+        yield _copy(mixer, "conv1d.bias", channels)
     else:
         yield "conv1d.bias", Source((), (channels,), Transform.ZEROS)
     yield "A", Source((_aliases(f"{mixer}A_log"),), (heads,), Transform.NEG_EXP)
-    yield _same(mixer, "D", heads)
-    yield _same(mixer, "dt_bias", heads)
-    yield _same(mixer, "norm.weight", inner)
+    yield _copy(mixer, "D", heads)
+    yield _copy(mixer, "dt_bias", heads)
+    yield _copy(mixer, "norm.weight", inner)
     yield from _linear(config, mixer, "out_proj", config.hidden_size, inner, bias=bias)
 
 
@@ -144,8 +138,8 @@ def _mlp(config: ModelConfig, mixer: str) -> Iterator[tuple[str, Source]]:
 def _moe(config: ModelConfig, mixer: str) -> Iterator[tuple[str, Source]]:
     hidden, size, experts = config.hidden_size, config.expert_size, config.n_routed_experts
     inner, shared = config.moe_intermediate_size, config.moe_shared_expert_intermediate_size
-    yield _same(mixer, "gate.weight", experts, hidden)
-    yield _same(mixer, "gate.e_score_correction_bias", experts)
+    yield _copy(mixer, "gate.weight", experts, hidden)
+    yield _copy(mixer, "gate.e_score_correction_bias", experts)
     yield "experts.up", _stack(mixer, "up_proj", experts, (inner, size))
     yield "experts.down", _stack(mixer, "down_proj", experts, (size, inner))
     yield from _expert_scales(config, mixer)
@@ -157,11 +151,10 @@ def _moe(config: ModelConfig, mixer: str) -> Iterator[tuple[str, Source]]:
 
 
 def _expert_scales(config: ModelConfig, mixer: str) -> Iterator[tuple[str, Source]]:
-    """A scale for each output of each expert, and one of each activation for all: the largest, as vLLM takes it."""
+    """One weight scale per output and expert, and one scale per activation: the maximum over experts, as in vLLM."""
     module, experts = f"{mixer}{EXPERTS}", range(config.n_routed_experts)
-    is_fp8, is_per_channel = (
-        f"backbone.{module}" in modules for modules in (config.recipe.modules, config.recipe.per_channel)
-    )
+    is_fp8 = f"backbone.{module}" in config.recipe.modules
+    is_per_channel = f"backbone.{module}" in config.recipe.per_channel
 
     def stored(name: str) -> tuple[tuple[str, ...], ...]:
         return tuple(_aliases(f"{module}.{e}.{name}") for e in experts)
@@ -186,68 +179,30 @@ def _stack(mixer: str, projection: str, experts: int, shape: tuple[int, ...]) ->
 _MIXERS = {"mamba": _mamba, "attention": _attention, "mlp": _mlp, "moe": _moe}
 
 
-def load_into(model: NemotronH, tensors: Mapping[str, Tensor]) -> None:
-    """Fill every parameter of the model from stored tensors, leaving out what `is_mtp`.
+def stored_names(source: Source, shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, ...]:
+    """The names under which a source's tensors are stored; one name if they are stored as one stacked tensor.
 
-    Raises TensorError on a tensor that is missing, extra, misshapen or stored under two names.
+    `shapes` has the shape of every stored tensor. Raises TensorError on a missing, misshapen or duplicate tensor.
     """
-    import torch
-
-    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    parameters = model.state_dict(keep_vars=True)
-    used: set[str] = set()
-    with torch.no_grad():
-        for name, source in tensor_sources(model.config).items():
-            stored = find(source, shapes)
-            used.update(stored)
-            parameters[name].copy_(_value(source, [tensors[key] for key in stored], parameters[name]))
-    if extra := sorted(key for key in tensors if key not in used and not is_mtp(key)):
-        raise TensorError(f"{extra[0]} is stored, but not in the model that the configuration describes")
-
-
-def find(source: Source, shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, ...]:
-    """The names under which a source's tensors are stored, of all that are stored; one if they lie stacked.
-
-    Raises TensorError on a tensor that is missing, misshapen or stored under two names.
-    """
-    whole = [name for name in source.stacked if name in shapes]
-    wanted = (source.stacked,) if whole else source.names
-    shape = (len(source.names), *source.shape) if whole else source.shape
-    found: list[str] = []
-    for aliases in wanted:
-        present = [name for name in aliases if name in shapes]
-        if not present:
+    is_stacked = any(name in shapes for name in source.stacked)
+    shape = (len(source.names), *source.shape) if is_stacked else source.shape
+    names: list[str] = []
+    for aliases in (source.stacked,) if is_stacked else source.names:
+        matches = [name for name in aliases if name in shapes]
+        if not matches:
             raise TensorError(f"{aliases[0]} is missing")
-        if len(present) > 1:
-            raise TensorError(f"{present[0]} and {present[1]} are two names of one tensor; keep one")
-        if _bare(shapes[present[0]], source) != _bare(shape, source):
+        if len(matches) > 1:
+            raise TensorError(f"{matches[0]} and {matches[1]} are two names of one tensor; keep one")
+        if _squeezed(shapes[matches[0]], source) != _squeezed(shape, source):
             raise TensorError(
-                f"{present[0]} has shape {list(shapes[present[0]])}, the configuration asks for {list(shape)}"
+                f"{matches[0]} has shape {list(shapes[matches[0]])}, but the configuration requires {list(shape)}"
             )
-        found += present
-    return tuple(found)
+        names += matches
+    return tuple(names)
 
 
-def _bare(shape: tuple[int, ...], source: Source) -> tuple[int, ...]:
-    """A scale's shape without sizes of 1 at its end, which writers put there for broadcasting; another's as it is."""
+def _squeezed(shape: tuple[int, ...], source: Source) -> tuple[int, ...]:
+    """A scale's shape without trailing sizes of 1, which some writers add for broadcasting."""
     if source.transform not in (Transform.SCALE, Transform.LARGEST):
         return shape
     return tuple(reversed([*dropwhile(lambda size: size == 1, reversed(shape))]))
-
-
-def _value(source: Source, stored: list[Tensor], parameter: Tensor) -> Tensor:
-    import torch
-
-    match source.transform:
-        case Transform.ZEROS:
-            return torch.zeros_like(parameter)
-        case Transform.ONES:
-            return torch.ones_like(parameter)
-        case Transform.NEG_EXP:
-            return -torch.exp(stored[0].float())
-        case Transform.LARGEST:
-            return torch.stack(stored).max().reshape(parameter.shape)
-        case Transform.SCALE:
-            scales = torch.stack(stored).flatten()
-            return scales.repeat_interleave(parameter.numel() // len(scales)).reshape(parameter.shape)
-    return (torch.stack(stored) if len(stored) > 1 else stored[0]).reshape(parameter.shape)

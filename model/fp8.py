@@ -1,4 +1,4 @@
-"""FP8 linears: a weight in E4M3 with FP32 scales, and inputs that are quantized on their way in.
+"""FP8 (E4M3) linears with FP32 scales for weight and input, and how they replace the model's linears.
 
 Legend: T tokens, I inputs, O outputs.
 """
@@ -7,18 +7,18 @@ import torch
 from torch import Tensor, nn
 
 from nemotrt.model.recipe import EXPERTS, Recipe
-from nemotrt.plugins.e4m3 import FP8, quantized
+from nemotrt.plugins.e4m3 import FP8, to_e4m3
 
 
 @torch.library.custom_op("nemo::fp8_linear", mutates_args=())
 def fp8_linear(
     x: Tensor, weight: Tensor, weight_scale: Tensor, input_scale: Tensor, bias: Tensor | None
 ) -> Tensor:
-    """[T, I] → [T, O]: the product of E4M3 values summed in FP32, scaled, and rounded once, to x's dtype.
+    """[T, I] → [T, O]: multiplies E4M3 values, sums in FP32, scales, and rounds once to x's dtype.
 
-    The weight may hold its E4M3 values in FP32.
+    The weight's E4M3 values may be stored as FP32.
     """
-    product_TO = quantized(x, input_scale).float() @ weight.float().T * (weight_scale * input_scale)
+    product_TO = to_e4m3(x, input_scale).float() @ weight.float().T * (weight_scale * input_scale)
     return (product_TO if bias is None else product_TO + bias.float()).to(x.dtype)
 
 
@@ -28,10 +28,10 @@ def _(x: Tensor, weight: Tensor, weight_scale: Tensor, input_scale: Tensor, bias
 
 
 class Fp8Linear(nn.Module):
-    """A linear whose weight is E4M3 · weight_scale, and whose input is rounded to E4M3 · input_scale."""
+    """A linear with weight E4M3 · weight_scale, whose input is rounded to E4M3 · input_scale."""
 
     def __init__(self, linear: nn.Linear, *, per_channel: bool) -> None:
-        """In the place of `linear`, whose shape and bias it takes; the weight is to be filled."""
+        """Takes the shape and bias of `linear`; the weight is filled later."""
         super().__init__()
         shape, device = linear.weight.shape, linear.weight.device
         scale_shape = shape[:1] if per_channel else ()
@@ -46,8 +46,8 @@ class Fp8Linear(nn.Module):
         return y_TO
 
 
-def quantize(network: nn.Module, recipe: Recipe) -> None:
-    """Put FP8 modules, to be filled, in the place of those of NemotronH that the recipe names."""
+def insert_fp8_modules(network: nn.Module, recipe: Recipe) -> None:
+    """Replace the recipe's modules of a NemotronH by FP8 modules, whose weights are filled later."""
     for name in sorted(recipe.modules):
         module = network.get_submodule(name)
         if name.endswith(f".{EXPERTS}"):
@@ -60,7 +60,7 @@ def quantize(network: nn.Module, recipe: Recipe) -> None:
 
 
 def widen(network: nn.Module) -> None:
-    """Hold the linears' weights in FP32, their values as they are: they are not cast in each step then."""
+    """Store the FP8 linears' weights as FP32 without changing their values, so that no step has to cast them."""
     for module in network.modules():
         if isinstance(module, Fp8Linear):
             module.weight = nn.Parameter(module.weight.float(), requires_grad=False)

@@ -1,4 +1,4 @@
-"""The whole model over packed tokens.
+"""The whole model, which runs one step of packed tokens: prefill, decode, or both at once.
 
 Legend: T tokens, D hidden size, R rows that want logits, V vocabulary.
 """
@@ -8,20 +8,20 @@ from torch import Tensor, nn
 
 from nemotrt.model.block import Block
 from nemotrt.model.config import ModelConfig
-from nemotrt.model.fp8 import quantize
+from nemotrt.model.fp8 import insert_fp8_modules
 from nemotrt.model.norm import RMSNorm
 from nemotrt.model.pools import POOL_KINDS
 from nemotrt.model.step import Step
 
 
 class Backbone(nn.Module):
-    """Embeddings, layers and final norm, under the names that checkpoints use."""
+    """The embeddings, layers and final norm, with the names that checkpoints use."""
 
     def __init__(
         self, config: ModelConfig, *, dtype: torch.dtype, device: torch.device | str | None = None
     ) -> None:
         super().__init__()
-        # Embedding's own initialisation draws random numbers for weights that a checkpoint fills.
+        # nn.Embedding would initialize the weights with random numbers, which is slow and useless here.
         vocab, hidden = config.vocab_size, config.hidden_size
         weight = torch.zeros(vocab, hidden, dtype=dtype, device=device)
         self.embeddings = nn.Embedding(vocab, hidden, _weight=weight)
@@ -35,7 +35,7 @@ class Backbone(nn.Module):
 
 
 class Head(nn.Module):
-    """The final norm and the projection onto the vocabulary, for the rows that want logits."""
+    """The final norm and the projection onto the vocabulary, for the rows that need logits."""
 
     def __init__(self, norm_f: RMSNorm, lm_head: nn.Linear) -> None:
         super().__init__()
@@ -43,17 +43,16 @@ class Head(nn.Module):
         self.lm_head = lm_head
 
     def forward(self, x_TD: Tensor, logits_row: Tensor) -> Tensor:
-        """[T, D] and the rows [R] → FP32 logits [R, V]."""
+        """Returns FP32 logits [R, V] of the tokens at rows logits_row [R]."""
         logits_RV: Tensor = self.lm_head(self.norm_f(x_TD.index_select(0, logits_row)))
         return logits_RV.float()
 
 
 class NemotronH(nn.Module):
-    """The causal language model: one implementation for every checkpoint of the family, for inference.
+    """The causal language model of every checkpoint in the family, for inference.
 
-    Weights are in `dtype`, but for the FP32 of norms, the router, A, D and dt_bias, and for the FP8 of the
-    modules that the configuration's recipe names. A new model's weights
-    mean nothing until a checkpoint fills them (`checkpoint.load_into`).
+    Weights have the given dtype, except that norms, the router, A, D and dt_bias are FP32, and the modules of the
+    config's recipe are FP8. Weights have no meaningful values until they are filled from a checkpoint.
     """
 
     def __init__(
@@ -71,22 +70,22 @@ class NemotronH(nn.Module):
         )
         if config.tie_word_embeddings:
             self.lm_head.weight = self.backbone.embeddings.weight
-        quantize(self, config.recipe)
+        insert_fp8_modules(self, config.recipe)
         self.requires_grad_(False)
 
     def forward(
         self, input_ids: Tensor, step: Step, logits_row: Tensor, pools: list[Tensor]
     ) -> tuple[Tensor, list[Tensor]]:
-        """Token ids [T], rows [R] that want logits, pools in layer order → FP32 logits [R, V], next pools.
+        """Returns FP32 logits [R, V] of the rows logits_row [R], and the next pools in layer order.
 
-        The pools passed in are left as they are.
+        The pools passed in are not modified.
         """
         x_TD = self.backbone.embeddings(input_ids)
         next_pools: list[Tensor] = []
         for kind, layer in zip(self.config.layers, self.backbone.layers.values(), strict=True):
             first = len(next_pools)
-            x_TD, *replaced = layer(x_TD, step, *pools[first : first + len(POOL_KINDS[kind])])
-            next_pools += replaced
+            x_TD, *layer_pools = layer(x_TD, step, *pools[first : first + len(POOL_KINDS[kind])])
+            next_pools += layer_pools
         return self.head()(x_TD, logits_row), next_pools
 
     def head(self) -> Head:

@@ -13,7 +13,7 @@ from nemotrt.model.step import Step
 
 
 class ConvWeights(nn.Module):
-    """A depthwise convolution's weight [C, taps] and bias [C], zero where the checkpoint has none."""
+    """The weight [C, taps] and bias [C] of a depthwise convolution; the bias is 0 if the checkpoint has none."""
 
     def __init__(
         self, channels: int, taps: int, *, dtype: torch.dtype, device: torch.device | str | None = None
@@ -53,7 +53,7 @@ class MambaMixer(nn.Module):
     def forward(
         self, x_TD: Tensor, step: Step, conv_state: Tensor, ssm_state: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """[T, D] and the layer's two pools → [T, D] and the pools after this step."""
+        """Returns the mixed tokens [T, D] and the layer's two pools after this step."""
         z_TI, xbc_TC, dt_TH = self.in_proj(x_TD).split(self.zxbcdt_sizes, dim=1)
         xbc_TC, next_conv_state = torch.ops.nemo.causal_conv1d(
             xbc_TC,

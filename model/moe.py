@@ -1,4 +1,4 @@
-"""The mixture of experts, with or without a latent.
+"""The mixture-of-experts mixer, with or without a latent projection.
 
 Legend: T tokens, D hidden size, L expert input size, E experts, I inner size.
 """
@@ -14,7 +14,7 @@ from nemotrt.model.step import Step
 
 
 class Router(nn.Module):
-    """The experts' logits, and the correction bias that counts in choosing and not in weighting; FP32."""
+    """Computes the experts' logits in FP32; the correction bias affects which experts are chosen, not their weights."""
 
     def __init__(self, config: ModelConfig, *, device: torch.device | str | None = None) -> None:
         super().__init__()
@@ -28,7 +28,7 @@ class Router(nn.Module):
 
 
 class Experts(nn.Module):
-    """The routed experts' weights, stacked, with the scales that multiply FP8 ones, one an output (1.0 otherwise)."""
+    """The stacked weights of the routed experts, with one scale per output that multiplies FP8 weights (else 1.0)."""
 
     def __init__(
         self, config: ModelConfig, *, dtype: torch.dtype, device: torch.device | str | None = None
@@ -44,7 +44,7 @@ class Experts(nn.Module):
 
 
 class MoE(nn.Module):
-    """fc2(Σ w · expert(fc1 x)) + shared(x), where fc1 and fc2 are the identity if there is no latent."""
+    """fc2(Σ w · expert(fc1 x)) + shared(x); without a latent, fc1 and fc2 are the identity."""
 
     def __init__(
         self, config: ModelConfig, *, dtype: torch.dtype, device: torch.device | str | None = None
@@ -66,7 +66,7 @@ class MoE(nn.Module):
             self.fc2_latent_proj = nn.Linear(latent, hidden, bias=biased, dtype=dtype, device=device)
 
     def forward(self, x_TD: Tensor, step: Step) -> tuple[Tensor]:
-        """[T, D] → [T, D]; a token's result depends on no other token, so the step is not read."""
+        """[T, D] → [T, D]; tokens are independent, so the step is unused."""
         routed_TL = torch.ops.nemo.moe_dispatch(
             self.fc1_latent_proj(x_TD),
             self.gate(x_TD),

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 
 class RMSNorm(nn.Module):
-    """x / √(mean x² + eps) · weight in FP32, given in x's dtype (Zhang, Sennrich 2019, arXiv 1910.07467)."""
+    """x / √(mean x² + eps) · weight, computed in FP32 (Zhang, Sennrich 2019, arXiv 1910.07467)."""
 
     def __init__(self, size: int, eps: float, *, device: torch.device | str | None = None) -> None:
         super().__init__()
@@ -14,14 +14,14 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size, dtype=torch.float32, device=device))
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        """[T, D] → [T, D], in the same dtype."""
+        """[T, D] → [T, D] in x's dtype."""
         return F.rms_norm(x_TD.float(), self.weight.shape, self.weight, self.eps).to(x_TD.dtype)
 
 
 class GatedGroupRMSNorm(nn.Module):
-    """RMS norm over each group of y · silu(z): the gate comes before the norm; weight and arithmetic FP32.
+    """RMS norm over each group of y · silu(z), computed in FP32.
 
-    mamba_ssm calls this `norm_before_gate=False` with a group size.
+    The gate is applied before the norm; mamba_ssm calls this `norm_before_gate=False`.
     """
 
     def __init__(
@@ -34,7 +34,7 @@ class GatedGroupRMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size, dtype=torch.float32, device=device))
 
     def forward(self, y_TI: Tensor, z_TI: Tensor) -> Tensor:
-        """y and its gate z, both [T, I] → [T, I] in y's dtype."""
+        """y and its gate z, both [T, I], → [T, I] in y's dtype."""
         gated_TI = y_TI.float() * F.silu(z_TI.float())
         gated_TGS = torch.unflatten(gated_TI, 1, (self.num_groups, self.group_size))
         normed_TI = F.rms_norm(gated_TGS, (self.group_size,), eps=self.eps).flatten(1)

@@ -1,4 +1,4 @@
-"""What a step tells every layer about its sequences."""
+"""The step inputs that every layer reads: which tokens, slots and pages belong to which sequence."""
 
 from typing import NamedTuple
 
@@ -6,16 +6,17 @@ from torch import Tensor
 
 
 class Step(NamedTuple):
-    """The sequences of one step over packed tokens; B of them, with M pages each. All int32.
+    """The B sequences of one step over packed tokens, with up to M pages each; all tensors are int32.
 
-    Slot 0 and page 0 are scratch. An empty sequence (two equal starts) leaves its state as it is.
+    vLLM calls a page table a block table. Slot 0 and page 0 are scratch. An empty sequence (two equal starts)
+    leaves its state unchanged.
     """
 
     query_start: Tensor
-    """[B+1]: sequence b owns tokens query_start[b] : query_start[b+1]; past query_start[B] is padding."""
+    """[B+1]: sequence b owns tokens query_start[b] : query_start[b+1]; tokens from query_start[B] on are padding."""
     context_len: Tensor
-    """[B]: tokens already in its state; 0 = fresh, what its slot held is ignored."""
+    """[B]: tokens already in the sequence's state; 0 means a new sequence, whose slot's old contents are ignored."""
     slot: Tensor
-    """[B]: its row in the recurrent pools."""
+    """[B]: the sequence's row in the recurrent pools."""
     page_table: Tensor
-    """[B, M]: its pages in the KV pools, unused entries 0."""
+    """[B, M]: the sequence's pages in the KV pools; unused entries are 0."""

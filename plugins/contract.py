@@ -205,10 +205,10 @@ class LayerName(NamedTuple):
     @classmethod
     def parse(cls, name: str) -> LayerName | None:
         """The part that a name belongs to; None for constants, step inputs and multi-token prediction (`mtp.*`)."""
-        if found := _LAYER.fullmatch(name):
-            return cls(f"layers.{found[1]}", int(found[1]), found[2])
-        if found := _POOL.fullmatch(name):
-            return cls(f"layers.{found[2]}", int(found[2]), found[1])
-        if found := _ENDS.fullmatch(name):
-            return cls(EMBEDDINGS if found["embeddings"] else HEAD, None, found[3])
+        if match := _LAYER.fullmatch(name):
+            return cls(f"layers.{match[1]}", int(match[1]), match[2])
+        if match := _POOL.fullmatch(name):
+            return cls(f"layers.{match[2]}", int(match[2]), match[1])
+        if match := _ENDS.fullmatch(name):
+            return cls(EMBEDDINGS if match["embeddings"] else HEAD, None, match[3])
         return None

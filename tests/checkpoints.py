@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import json
 import math
+import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
+from nemotrt.exporter.checkpoint import weights
+from nemotrt.exporter.checkpoint.safetensors_reader import read_header
+from nemotrt.exporter.checkpoint.tensor_matching import match
 from nemotrt.model.checkpoint import tensor_sources
 from nemotrt.model.config import ModelConfig
+from nemotrt.model.hybrid import NemotronH
 
 CONFIG: dict[str, Any] = {
     "architectures": ["NemotronHForCausalLM"],
@@ -58,6 +64,18 @@ def random_tensors(config: dict[str, Any], *, seed: int = 0) -> dict[str, torch.
                 drawn *= 0.3
             tensors[name] = drawn
     return tensors
+
+
+def load_into(model: NemotronH, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Fill the model from a checkpoint with these tensors; raises the first CheckpointError that an export reports."""
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        path = Path(folder) / "model.safetensors"
+        save_file({name: tensor.contiguous().clone() for name, tensor in tensors.items()}, path)
+        survey = match(model.config, read_header(path))
+        for problem in survey.problems:
+            raise problem
+        for name, parameter in model.state_dict(keep_vars=True).items():
+            parameter.copy_(weights.read(survey.weights[name], tuple(parameter.shape), parameter.dtype))
 
 
 def write_checkpoint(folder: Path, **changes: Any) -> Path:

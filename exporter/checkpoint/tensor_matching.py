@@ -9,7 +9,7 @@ from nemotrt.exporter.checkpoint.loaded_model import WeightSource
 from nemotrt.exporter.checkpoint.quant_config import HF_QUANT_CONFIG, SUPPORTED
 from nemotrt.exporter.checkpoint.safetensors_reader import StoredTensor
 from nemotrt.exporter.errors import CheckpointError
-from nemotrt.model.checkpoint import Source, TensorError, find, is_mtp, tensor_sources
+from nemotrt.model.checkpoint import Source, TensorError, is_mtp, stored_names, tensor_sources
 from nemotrt.model.config import ModelConfig
 
 FLOATING = ("float64", "float32", "float16", "bfloat16")
@@ -119,7 +119,7 @@ def _find(
 ) -> WeightSource:
     """The stored tensors of one parameter, in the order in which they are stacked."""
     try:
-        tensors = tuple(stored[name] for name in find(source, shapes))
+        tensors = tuple(stored[name] for name in stored_names(source, shapes))
     except TensorError as error:
         raise CheckpointError(
             str(error), hint="the configuration and the weights do not belong together"

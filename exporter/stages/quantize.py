@@ -26,7 +26,7 @@ from nemotrt.exporter.quantization.calibration import Ranges, calibrate
 from nemotrt.exporter.quantization.text import Sequences
 from nemotrt.model.checkpoint import Transform
 from nemotrt.model.recipe import EXPERTS, Recipe, quantizable
-from nemotrt.plugins.e4m3 import FP8_MAX, quantized
+from nemotrt.plugins.e4m3 import FP8_MAX, to_e4m3
 
 
 def quantize(
@@ -131,7 +131,7 @@ def _quantized(weight: _Weight, largest_input: float) -> Iterator[Entry]:
 
     def values() -> Iterator[bytes]:
         for piece in weight.pieces():
-            yield quantized(piece, scale).view(torch.uint8).numpy().tobytes()
+            yield to_e4m3(piece, scale).view(torch.uint8).numpy().tobytes()
 
     yield Entry(f"{weight.module}.weight", "float8_e4m3fn", weight.shape, values)
     yield _scale(f"{weight.module}.weight_scale", scale.squeeze(-1))

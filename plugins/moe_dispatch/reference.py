@@ -6,7 +6,7 @@ Legend: T tokens, L expert input size, R routed experts, E experts here, I inner
 import torch
 from torch import Tensor
 
-from nemotrt.plugins.e4m3 import FP8, quantized, widened
+from nemotrt.plugins.e4m3 import FP8, from_e4m3, to_e4m3
 
 
 def reference(
@@ -95,8 +95,8 @@ def _top(values: Tensor, count: int) -> Tensor:
 
 
 def _quantized(values: Tensor, scale: Tensor) -> Tensor:
-    return quantized(values, scale).float() * scale
+    return to_e4m3(values, scale).float() * scale
 
 
 def _wide(weight: Tensor, compute: torch.dtype) -> Tensor:
-    return (widened(weight) if weight.dtype == FP8 else weight).to(compute)
+    return (from_e4m3(weight) if weight.dtype == FP8 else weight).to(compute)

@@ -8,7 +8,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from nemotrt.plugins.e4m3 import FP8, quantized
+from nemotrt.plugins.e4m3 import FP8, to_e4m3
 
 
 def reference(
@@ -58,4 +58,4 @@ def reference(
 
 
 def _stored(values: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    return quantized(values, scale) if dtype == FP8 else values.to(dtype)
+    return to_e4m3(values, scale) if dtype == FP8 else values.to(dtype)

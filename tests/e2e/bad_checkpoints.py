@@ -229,7 +229,7 @@ TENSORS = {
     "missing-expert": Case(r"experts\.2\.up_proj\.weight is missing", without("experts.2.up_proj.weight")),
     "extra-tensor": Case("surprise is in the checkpoint, but not in the model", added("surprise")),
     "wrong-shape": Case(
-        r"out_proj\.weight has shape \[32, 31\], the configuration asks for \[32, 32\]",
+        r"out_proj\.weight has shape \[32, 31\], but the configuration requires \[32, 32\]",
         replaced("out_proj.weight", lambda tensor: tensor[:, :31]),
     ),
     "int8-weight": Case(

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkpoints import load_into
 from judge import CASES, CHUNK, FINITE, build, raw_config, run, stored
 from packed import Packed, Place, relative_l2
 from safetensors.torch import load_file
 
-from nemotrt.model.checkpoint import load_into
 from nemotrt.model.config import ModelConfig
 from nemotrt.model.hybrid import NemotronH
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from checkpoints import load_into
 from judge import build, raw_config, stored
 from packed import Packed, Place, relative_l2
 from torch import Tensor
 
-from nemotrt.model.checkpoint import load_into
 from nemotrt.model.config import ModelConfig
 from nemotrt.model.hybrid import NemotronH
 

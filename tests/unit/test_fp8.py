@@ -32,7 +32,7 @@ from nemotrt.exporter.validation.request import ValidationRequest
 from nemotrt.exporter.validation.validate import validate
 from nemotrt.model.config import ModelConfig
 from nemotrt.model.fp8 import fp8_linear
-from nemotrt.plugins.e4m3 import widened
+from nemotrt.plugins.e4m3 import from_e4m3
 
 TINY = Path(__file__).resolve().parents[2] / "examples" / "tiny"
 IN_PROJ = "backbone.layers.0.mixer.in_proj"
@@ -386,4 +386,4 @@ def test_a_weight_is_widened_exactly() -> None:
     every = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
     finite = every[~every.float().isnan()]
     assert len(finite) == 254
-    assert bits(widened(finite)) == bits(finite.float())
+    assert bits(from_e4m3(finite)) == bits(finite.float())

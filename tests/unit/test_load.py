@@ -60,7 +60,7 @@ def test_every_problem_is_found(config: ModelConfig) -> None:
     messages = [str(problem) for problem in match(config, tensors).problems]
     assert messages == [
         "backbone.layers.0.mixer.A_log is missing",
-        "backbone.layers.0.mixer.D has shape [5], the configuration asks for [4]",
+        "backbone.layers.0.mixer.D has shape [5], but the configuration requires [4]",
         "backbone.layers.0.mixer.dt_bias is stored as int64, which is no weight format that this tool reads",
         "lm_head.weight is missing",
         "backbone.layers.9.norm.weight is in the checkpoint, but not in the model that config.json describes",

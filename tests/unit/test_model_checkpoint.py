@@ -6,9 +6,11 @@ import dataclasses
 
 import pytest
 import torch
+from checkpoints import load_into
 from torch import Tensor
 
-from nemotrt.model.checkpoint import TensorError, Transform, find, is_mtp, load_into, tensor_sources
+from nemotrt.exporter.errors import CheckpointError
+from nemotrt.model.checkpoint import Transform, is_mtp, stored_names, tensor_sources
 from nemotrt.model.config import ModelConfig
 from nemotrt.model.hybrid import NemotronH
 from nemotrt.model.recipe import Recipe
@@ -165,7 +167,7 @@ def test_a_tied_head_is_the_embedding_table() -> None:
     del tensors["lm_head.weight"]
     tied = dataclasses.replace(CONFIG, tie_word_embeddings=True)
     assert torch.equal(loaded(tensors, tied)["lm_head.weight"], tensors["backbone.embeddings.weight"])
-    with pytest.raises(TensorError, match=r"lm_head.weight is stored, but not in the model"):
+    with pytest.raises(CheckpointError, match=r"lm_head.weight is in the checkpoint, but not in the model"):
         loaded(checkpoint(), tied)
 
 
@@ -181,23 +183,27 @@ def test_multi_token_prediction_is_left_out() -> None:
     [
         ({}, EXPERT.format(1), r"experts.1.up_proj.weight is missing"),
         ({}, "backbone.norm_f.weight", r"backbone.norm_f.weight is missing"),
-        ({EXPERT.format(3): (5, 4)}, "", r"experts.3.up_proj.weight is stored, but not in the model"),
+        (
+            {EXPERT.format(3): (5, 4)},
+            "",
+            r"experts.3.up_proj.weight is in the checkpoint, but not in the model",
+        ),
         (
             {"backbone.layers.4.norm.weight": (6,)},
             "",
-            r"layers.4.norm.weight is stored, but not in the model",
+            r"layers.4.norm.weight is in the checkpoint, but not in the model",
         ),
-        ({"lm_head.weight": (6, 10)}, "", r"lm_head.weight has shape \[6, 10\], .* asks for \[10, 6\]"),
+        ({"lm_head.weight": (6, 10)}, "", r"lm_head.weight has shape \[6, 10\], .* requires \[10, 6\]"),
         ({"model.norm_f.weight": (6,)}, "", r"backbone.norm_f.weight and model.norm_f.weight are two names"),
         (
             {"backbone.layers.3.mixer.experts.up_proj": (3, 5, 4)},
             "",
-            r"experts.0.up_proj.weight is stored, but not in the model",
+            r"experts.0.up_proj.weight is in the checkpoint, but not in the model",
         ),
         (
             {"model.layers.3.mixer.experts.up_proj": (2, 5, 4)},
             "",
-            r"experts.up_proj has shape \[2, 5, 4\], .* asks for \[3, 5, 4\]",
+            r"experts.up_proj has shape \[2, 5, 4\], .* requires \[3, 5, 4\]",
         ),
     ],
 )
@@ -206,15 +212,15 @@ def test_a_checkpoint_that_does_not_fit_is_refused(
 ) -> None:
     tensors = checkpoint() | {name: torch.zeros(shape) for name, shape in added.items()}
     tensors.pop(removed, None)
-    with pytest.raises(TensorError, match=message):
+    with pytest.raises(CheckpointError, match=message):
         loaded(tensors)
 
 
-def test_find_gives_the_names_in_stacking_order() -> None:
+def test_stored_names_are_in_stacking_order() -> None:
     sources = tensor_sources(CONFIG)
     up = sources["backbone.layers.3.mixer.experts.up"]
-    assert find(up, PUBLISHED) == tuple(EXPERT.format(e) for e in range(3))
-    assert find(sources["backbone.layers.3.mixer.experts.up_scale"], PUBLISHED) == ()
+    assert stored_names(up, PUBLISHED) == tuple(EXPERT.format(e) for e in range(3))
+    assert stored_names(sources["backbone.layers.3.mixer.experts.up_scale"], PUBLISHED) == ()
 
 
 def test_values_take_the_parameters_dtype() -> None:
