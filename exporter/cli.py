@@ -14,12 +14,12 @@ from nemotrt.exporter import interrupts
 from nemotrt.exporter.commands.arguments import TALK
 from nemotrt.exporter.commands.build import build
 from nemotrt.exporter.commands.check import check
+from nemotrt.exporter.commands.console import Console
 from nemotrt.exporter.commands.generate import generate
 from nemotrt.exporter.commands.inspect import inspect
 from nemotrt.exporter.commands.quantize import quantize
 from nemotrt.exporter.commands.validate import validate
 from nemotrt.exporter.commands.verify import verify
-from nemotrt.exporter.console import Console
 from nemotrt.exporter.errors import ExportError, UsageError
 
 
@@ -33,7 +33,7 @@ class Program(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command; an error becomes one line, and its traceback is shown with --debug only."""
         try:
-            with interrupts.answered():
+            with interrupts.answered(), ctx.ensure_object(Console).attached():
                 return super().invoke(ctx)
         except ExportError as error:
             _end(ctx, error, str(error), error.hint, error.exit_code)

@@ -25,7 +25,6 @@ from rich.table import Table
 
 from nemotrt.exporter import environment
 from nemotrt.exporter.config import PRECISIONS, RUNTIMES, BuildConfig
-from nemotrt.exporter.console import Console
 from nemotrt.exporter.engines.targets import Target, settle
 from nemotrt.exporter.errors import CompileError, ExportError, UsageError
 from nemotrt.exporter.pipelines import build as pipeline
@@ -83,7 +82,7 @@ def build(checkpoint: Path, output: Path, target: Target, precision: str) -> tup
     config = BuildConfig(checkpoint, output, precision, runtime=target.runtime)
     if target.runtime == "tensorrt-rtx":
         config = dataclasses.replace(config, sms=target.sms)
-    result = pipeline.build(config, Console(quiet=True))
+    result = pipeline.build(config)
     engine = output / result["engine"]["path"]
     size = engine.stat().st_size
     return f"{result['engine']['version']}, {size / 1e6:.1f} MB", {"engine_bytes": size, **result["engine"]}
@@ -92,7 +91,7 @@ def build(checkpoint: Path, output: Path, target: Target, precision: str) -> tup
 def compare(checkpoint: Path, bundle: Path) -> tuple[str, Any]:
     """Every gate of a validation on the engine, and captured steps against steps that are not."""
     manifests.verify(bundle, deep=True)
-    report = revalidate(ValidationRequest(bundle, checkpoint, engine=True), Console(quiet=True))
+    report = revalidate(ValidationRequest(bundle, checkpoint, engine=True))
     failed = [gate for gate in report.gates if not gate.passed]
     said = f"{report.candidate}: {len(report.gates) - len(failed)} of {len(report.gates)} gates passed"
     if failed:

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,9 +24,9 @@ from typing import Any
 import click
 
 from nemotrt.exporter.config import BuildConfig
-from nemotrt.exporter.console import Console
 from nemotrt.exporter.errors import ValidationError
 from nemotrt.exporter.pipelines.build import build
+from nemotrt.exporter.progress import Advance, ignore
 
 PERIOD = 0.02
 """Seconds between two looks at memory."""
@@ -38,20 +38,20 @@ OPTIONS = {"ignore_unknown_options": True}
 
 
 @dataclass
-class Measuring(Console):
-    """Notes what each stage takes; stages of one name are added up."""
+class Measuring:
+    """A `Progress` that measures what each stage takes; stages of one name are added up."""
 
-    workspace: Path = Path()
+    workspace: Path
     stages: dict[str, dict[str, float]] = field(default_factory=dict)
 
     @contextmanager
     def stage(
         self, name: str, what: str, *, total: int | None = None, is_bytes: bool = False
-    ) -> Iterator[Callable[[int], None]]:
-        """As Console's."""
+    ) -> Iterator[Advance]:
+        """Measure a stage."""
         seconds, written = _cpu_seconds(), _blocks(self.workspace)
-        with _peak() as peak, super().stage(name, what, total=total, is_bytes=is_bytes) as advance:
-            yield advance
+        with _peak() as peak:
+            yield ignore
         took = {
             "memory_bytes": peak[0],
             "disk_bytes": max(0, _blocks(self.workspace) - written),
@@ -107,10 +107,10 @@ def _blocks(folder: Path) -> int:
 
 def measured(config: BuildConfig) -> dict[str, dict[str, float]]:
     """A build's stages."""
-    console = Measuring(quiet=True, workspace=config.output.parent / f".{config.output.name}.building")
+    progress = Measuring(config.output.parent / f".{config.output.name}.building")
     with suppress(ValidationError):  # a gate that fails takes as long
-        build(config, console)
-    return console.stages
+        build(config, progress)
+    return progress.stages
 
 
 def compared(checkpoint: Path, options: list[str]) -> dict[str, Any]:

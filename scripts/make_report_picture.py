@@ -12,7 +12,6 @@ from rich.console import CONSOLE_SVG_FORMAT
 from rich.console import Console as RichConsole
 
 from nemotrt.exporter.commands import tables
-from nemotrt.exporter.console import Console
 from nemotrt.exporter.pipelines.validate import revalidate
 from nemotrt.exporter.validation.request import ValidationRequest
 
@@ -26,7 +25,7 @@ FORMAT = re.sub(r"@font-face \{\{.*?\}\}\s*", "", CONSOLE_SVG_FORMAT, flags=re.D
 @click.option("--checkpoint", type=click.Path(exists=True, path_type=Path), required=True)
 def main(bundle: Path, checkpoint: Path) -> None:
     """Validate BUNDLE again, and write the picture of its report."""
-    report = revalidate(ValidationRequest(bundle, checkpoint), Console(quiet=True))
+    report = revalidate(ValidationRequest(bundle, checkpoint))
     screen = RichConsole(record=True, width=100, file=io.StringIO(), markup=False, highlight=False)
     for item in tables.report(report):
         screen.print(item)

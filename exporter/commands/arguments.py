@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import logging
 import os
 import re
 from collections.abc import Callable
@@ -11,11 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from nemotrt.exporter.commands.console import Console
 from nemotrt.exporter.config import PRESETS, RUNTIMES, WEIGHTS
-from nemotrt.exporter.console import Console
 
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
+
+LEVELS = {"quiet": logging.ERROR, "verbose": logging.DEBUG}
+"""A flag → the least level of the log records that are printed."""
 
 HUB_NAME = re.compile(r"[\w-]+/[\w.-]+")
 """As nvidia/NVIDIA-Nemotron-Nano-9B-v2."""
@@ -75,11 +79,15 @@ def _near(path: Path) -> Path | None:
 
 
 def _switch(context: click.Context, parameter: click.Parameter, value: bool) -> None:
+    if not value:
+        return
     console = context.ensure_object(Console)
-    if value:
-        setattr(console, str(parameter.name), True)
-    if console.quiet and console.verbose:
+    if parameter.name == "debug":
+        console.debug = True
+    elif console.level != logging.INFO and console.level != LEVELS[str(parameter.name)]:
         raise click.UsageError("--quiet and --verbose exclude each other")
+    else:
+        console.setLevel(LEVELS[str(parameter.name)])
 
 
 def _flag(*names: str, says: str) -> click.Option:

@@ -21,8 +21,8 @@ from nemotrt.exporter.commands.arguments import (
     WEIGHTS_LIE,
     command,
 )
+from nemotrt.exporter.commands.console import Console
 from nemotrt.exporter.config import PRECISIONS, BuildConfig
-from nemotrt.exporter.console import Console
 
 
 @command("build examples/tiny --output tiny.bundle")

@@ -19,8 +19,8 @@ from nemotrt.exporter.commands.arguments import (
     ExistingPath,
     command,
 )
+from nemotrt.exporter.commands.console import Console
 from nemotrt.exporter.config import PRECISIONS
-from nemotrt.exporter.console import Console
 from nemotrt.exporter.errors import CheckpointError, UsageError
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,10 +12,12 @@ from typing import TYPE_CHECKING
 import click
 
 from nemotrt.exporter.commands.arguments import BUNDLE, command
-from nemotrt.exporter.console import Console
 
 if TYPE_CHECKING:
     from nemotrt.exporter.generation.generate import TextEvent
+
+
+log = logging.getLogger(__name__)
 
 
 @command("generate tiny.bundle --prompt 'The for statement' --max-new-tokens 40")
@@ -31,9 +34,7 @@ if TYPE_CHECKING:
 @click.option("--threads", default=0, show_default=True, help="Of ONNX Runtime; 0 takes all cores.")
 @click.option("--engine", is_flag=True, help="Run the bundle's TensorRT engine, on this machine's GPU.")
 @click.option("--json", "as_json", is_flag=True, help="Print a line of JSON for each token, as it comes.")
-@click.pass_obj
 def generate(
-    console: Console,
     bundle: Path,
     prompts: tuple[str, ...],
     chat: bool,
@@ -60,7 +61,7 @@ def generate(
         engine=engine,
     )
     if chosen := manifests.read(bundle).model.chosen_layers:
-        console.say(f"this is a partial model, {partial_model(chosen)}: its text means nothing")
+        log.warning("this is a partial model, %s: its text means nothing", partial_model(chosen))
     events = generation.generate(bundle, prompts, config)
     if as_json:
         for event in events:

@@ -17,7 +17,7 @@ from nemotrt.exporter.commands.arguments import (
     PRESET,
     command,
 )
-from nemotrt.exporter.console import Console
+from nemotrt.exporter.commands.console import Console
 
 
 @command("quantize examples/tiny --output tiny-fp8")

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from nemotrt.exporter.commands.arguments import BUNDLE, FOLDER, JSON, EvaluationText, ExistingPath, command
+from nemotrt.exporter.commands.console import Console
 from nemotrt.exporter.config import DRIFT_STEPS
-from nemotrt.exporter.console import Console
 from nemotrt.exporter.errors import NotFiniteError, ValidationError
 
 if TYPE_CHECKING:

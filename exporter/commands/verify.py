@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from nemotrt.exporter.commands.arguments import BUNDLE, JSON, command
-from nemotrt.exporter.console import Console
+from nemotrt.exporter.commands.console import Console
 from nemotrt.exporter.errors import BundleError
 
 

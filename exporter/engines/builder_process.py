@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,6 +19,7 @@ from typing import IO, Any
 from nemotrt.exporter import environment
 from nemotrt.exporter.engines.builder import EngineRequest, EngineResult
 from nemotrt.exporter.errors import CompileError
+from nemotrt.exporter.progress import Advance, ignore
 from nemotrt.exporter.runtime.backends import Backend, library_path
 from nemotrt.plugins.kernel_store import cache_folder
 
@@ -26,8 +27,6 @@ STALLED_AFTER = 3600.0
 """Seconds without progress after which a build is given up: no step of one takes minutes."""
 
 PROGRAM = (sys.executable, "-P", "-m", "nemotrt.exporter.engines.builder")
-
-Advance = Callable[[int], None]
 
 
 @dataclass
@@ -45,7 +44,7 @@ def run_builder(
     request: EngineRequest,
     backend: Backend,
     *,
-    advance: Advance = lambda _: None,
+    advance: Advance = ignore,
     stalled_after: float = STALLED_AFTER,
     program: Sequence[str] = PROGRAM,
 ) -> EngineResult:

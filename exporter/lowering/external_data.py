@@ -25,6 +25,7 @@ from nemotrt.exporter.checkpoint.loaded_model import WeightSource
 from nemotrt.exporter.checkpoint.safetensors_reader import StoredTensor
 from nemotrt.exporter.environment import num_cores
 from nemotrt.exporter.errors import CheckpointError, UsageError
+from nemotrt.exporter.progress import Advance
 from nemotrt.exporter.runtime import uncached
 
 ALIGNMENT = 4096
@@ -89,7 +90,7 @@ def write(
     placed: tuple[Placed, ...],
     *,
     done: int = 0,
-    advance: Callable[[int], None],
+    advance: Advance,
     keep: Callable[[int], None],
 ) -> int:
     """Write the data file, and judge what stays in the checkpoint; gives the bytes that were written.

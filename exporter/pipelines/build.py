@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import logging
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,10 +17,10 @@ from nemotrt.exporter.checkpoint.layer_selection import partial_model
 from nemotrt.exporter.checkpoint.loaded_model import LoadedModel
 from nemotrt.exporter.checkpoint.quant_config import cache_notes
 from nemotrt.exporter.config import COMPUTE_DTYPES, PRECISION_OF_DTYPE, PRESETS, BuildConfig
-from nemotrt.exporter.console import Console
 from nemotrt.exporter.engines.targets import AUTO, ONNX, Target, settle
 from nemotrt.exporter.errors import CompileError, ExportError, UsageError, ValidationError
 from nemotrt.exporter.pipelines import estimates
+from nemotrt.exporter.progress import SILENT, Advance, Progress
 from nemotrt.exporter.report import json_file
 from nemotrt.exporter.report.model import Gate, ValidationReport
 from nemotrt.exporter.workspace import Workspace, check_output, digest
@@ -38,7 +39,36 @@ DISK_HINTS = {
 """The system's error → what to do about it."""
 
 
-def build(config: BuildConfig, console: Console) -> dict[str, Any]:
+log = logging.getLogger(__name__)
+
+
+class BuildLog:
+    """Shows the progress of a build and collects the lines of its log, without times: equal builds have equal logs."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self.lines: list[str] = []
+
+    def note(self, text: str, level: int = logging.INFO) -> None:
+        """Log a line below its stage."""
+        self.lines.append(f"{'':<9} {text}")
+        log.log(level, text)
+
+    @contextmanager
+    def stage(
+        self, name: str, what: str, *, total: int | None = None, is_bytes: bool = False
+    ) -> Iterator[Advance]:
+        """Show a stage, and log its title when it ends."""
+        outcome = "  stopped"
+        try:
+            with self._progress.stage(name, what, total=total, is_bytes=is_bytes) as advance:
+                yield advance
+            outcome = ""
+        finally:
+            self.lines.append(f"{name:<9} {what}{outcome}")
+
+
+def build(config: BuildConfig, progress: Progress = SILENT) -> dict[str, Any]:
     """Build the bundle at `config.output`; gives what a script wants to know of it.
 
     Raises ExportError, and then leaves nothing at the output. A build that was killed or interrupted is continued
@@ -46,18 +76,19 @@ def build(config: BuildConfig, console: Console) -> dict[str, Any]:
     """
     from nemotrt.exporter.stages.load import load
 
+    console = BuildLog(progress)
     with _disk_errors_in_words(config):
         check_output(config.output, force=config.force)
         with console.stage("load", config.checkpoint.resolve().name):
             model = load(config.checkpoint, config.layers)
         for name, reason in model.config.inert.items():
-            console.detail(f"{'':<9} {name} changes nothing: {reason}")
+            console.note(f"{name} changes nothing: {reason}", logging.DEBUG)
         if taken := model.config.chosen_layers:
-            console.say(f"{'':<9} {partial_model(taken)}: the bundle says so")
+            console.note(f"{partial_model(taken)}: the bundle says so")
         if model.not_exported:
-            console.say(f"{'':<9} {len(model.not_exported)} tensors (mtp.*) are not exported")
+            console.note(f"{len(model.not_exported)} tensors (mtp.*) are not exported")
         for note in cache_notes(model.config, config.kv_dtype):
-            console.say(f"{'':<9} {note}")
+            console.note(f"{note}")
         config, target = _resolved(config, model, console)
         _check_quantization(config, model)
         if config.validate:
@@ -72,7 +103,9 @@ def build(config: BuildConfig, console: Console) -> dict[str, Any]:
                 raise
             except KeyboardInterrupt:
                 if workspace.has_results:
-                    console.say(f"{workspace.root} keeps what was done: the same command goes on from there")
+                    log.info(
+                        "%s keeps the finished stages: the same command continues from there", workspace.root
+                    )
                 raise
 
 
@@ -88,7 +121,7 @@ def _disk_errors_in_words(config: BuildConfig) -> Iterator[None]:
 
 
 def _build(
-    config: BuildConfig, target: Target, model: LoadedModel, key: str, workspace: Workspace, console: Console
+    config: BuildConfig, target: Target, model: LoadedModel, key: str, workspace: Workspace, console: BuildLog
 ) -> dict[str, Any]:
     from nemotrt.exporter.stages.bundle import bundle
 
@@ -98,15 +131,14 @@ def _build(
     report = _validated(config, model, graph, key, workspace, console)
     failed = [gate for gate in report.gates if not gate.passed] if report else []
     for gate in failed[:MAX_GATES_SAID]:
-        console.say(f"{'':<9} failed: {describe(gate)}")
+        console.note(f"failed: {describe(gate)}")
     if failed and not config.keep_failed:
         raise ValidationError(
             f"{len(failed)} of {len(report.gates) if report else 0} gates failed; the first: {describe(failed[0])}",
             hint="--keep-failed writes the bundle all the same, for looking into it",
         )
-    log = tuple(console.log)
     with console.stage("bundle", str(config.output)):
-        manifest = bundle(config, model, graph, engine, report, workspace.folder, log)
+        manifest = bundle(config, model, graph, engine, report, workspace.folder, tuple(console.lines))
         workspace.publish()
     if failed:
         raise ValidationError(
@@ -124,7 +156,7 @@ def _build(
     }
 
 
-def _resolved(config: BuildConfig, model: LoadedModel, console: Console) -> tuple[BuildConfig, Target]:
+def _resolved(config: BuildConfig, model: LoadedModel, console: BuildLog) -> tuple[BuildConfig, Target]:
     """The configuration with every default that depends on the checkpoint or the machine filled in."""
     own = "fp8" if model.config.recipe else PRECISION_OF_DTYPE[model.config.dtype]
     precision = config.precision or own
@@ -132,7 +164,7 @@ def _resolved(config: BuildConfig, model: LoadedModel, console: Console) -> tupl
     if target.runtime != ONNX:
         target = _checked(target, model, dataclasses.replace(config, precision=precision))
     if config.runtime == AUTO:
-        console.say(f"{'runtime':<9} {target.title}" + (f" ({target.why})" if target.why else ""))
+        console.note(f"runtime: {target.title}" + (f" ({target.why})" if target.why else ""))
     return dataclasses.replace(config, precision=precision, runtime=target.runtime, sms=target.sms), target
 
 
@@ -159,7 +191,7 @@ def _check_quantization(config: BuildConfig, model: LoadedModel) -> None:
 
 
 def _quantized(
-    config: BuildConfig, model: LoadedModel, key: str, workspace: Workspace, console: Console
+    config: BuildConfig, model: LoadedModel, key: str, workspace: Workspace, console: BuildLog
 ) -> LoadedModel:
     """The model as it is, or its weights in FP8 in the workspace where the precision asks for that."""
     if config.precision != "fp8" or model.config.recipe:
@@ -173,7 +205,7 @@ def _quantized(
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
         wanted = Quantization(config.calibration, config.preset, config.exclude, config.kv_dtype)
-        calibrated(model, wanted, folder, console, per_output=True)
+        calibrated(model, wanted, folder, console, per_output=True, note=console.note)
         return {}
 
     _once("quantize", key, workspace, console, run)
@@ -234,23 +266,23 @@ def _check_disk(config: BuildConfig, model: LoadedModel) -> None:
 
 
 def _once(
-    stage: str, key: str, workspace: Workspace, console: Console, run: Callable[[], dict[str, Any]]
+    stage: str, key: str, workspace: Workspace, console: BuildLog, run: Callable[[], dict[str, Any]]
 ) -> dict[str, Any]:
     """What `run` gives, or what it gave when an earlier build ended the stage with the same inputs."""
     kept: dict[str, Any] | None = workspace.result(stage, key)
     if kept is not None:
-        console.say(f"{stage:<9} kept from the build before", logged=False)
-        console.log += kept["log"]
+        log.info("%s is reused from the previous build", stage)
+        console.lines += kept["log"]
         return dict(kept["result"])
-    before = len(console.log)
+    before = len(console.lines)
     result = run()
     environment.give_back_memory()  # the next stage is another, and needs its own
-    workspace.record(stage, key, {"result": result, "log": console.log[before:]})
+    workspace.record(stage, key, {"result": result, "log": console.lines[before:]})
     return result
 
 
 def _lowered(
-    config: BuildConfig, model: LoadedModel, key: str, workspace: Workspace, console: Console
+    config: BuildConfig, model: LoadedModel, key: str, workspace: Workspace, console: BuildLog
 ) -> LoweredGraph:
     """The graph in the workspace; one that an earlier build of the same inputs ended is taken as it is."""
     path = workspace.folder / GRAPH
@@ -267,14 +299,14 @@ def _lowered(
         what = f"{config.precision}, {total / 1e6:.1f} MB of weights"
         done = workspace.kept("lower", key)
         if done:
-            console.say(f"{'':<9} {done / 1e9:.3g} GB of weights kept from the build before", logged=False)
+            log.info("%.3g GB of weights are reused from the previous build", done / 1e9)
         link = config.weights == "link"
         with console.stage("lower", what, total=total, is_bytes=True) as advance:
             graph = lower(
                 model, traced, path, Streaming(link, done, advance, partial(workspace.keep, "lower", key))
             )
         ops = ", ".join(f"{count} {op}" for op, count in graph.ops.items())
-        console.detail(f"{graph.nodes} nodes; {ops}")
+        console.note(f"{graph.nodes} nodes; {ops}", logging.DEBUG)
         return {name: value for name, value in dataclasses.asdict(graph).items() if name != "path"}
 
     kept = _once("lower", key, workspace, console, run)
@@ -287,7 +319,7 @@ def _compiled(
     graph: LoweredGraph,
     key: str,
     workspace: Workspace,
-    console: Console,
+    console: BuildLog,
 ) -> CompiledEngine | None:
     """The engine in the workspace; None where none was asked for, or the model has none and that was said."""
     if target.runtime == ONNX:
@@ -302,15 +334,13 @@ def _compiled(
         except CompileError as error:
             if not target.may_fall_back:
                 raise
-            console.say(f"{'runtime':<9} {ONNX} ({error})")
+            console.note(f"runtime: {ONNX} ({error})")
             return {}
         with console.stage("compile", f"engine of {target.title}", total=STEPS) as advance:
             engine = compile(config, target, graph, prepared, workspace.folder, advance=advance)
-        console.detail(f"{engine.num_plugins} ops are plugins")
+        console.note(f"{engine.num_plugins} ops are plugins", logging.DEBUG)
         if not engine.pools_seen:
-            console.say(
-                f"{'':<9} whether the engine copies pools is not known: TensorRT did not list its layers"
-            )
+            console.note("whether the engine copies pools is not known: TensorRT did not list its layers")
         return dataclasses.asdict(engine)
 
     kept = _once("compile", digest(key, dataclasses.asdict(target)), workspace, console, run)
@@ -323,10 +353,10 @@ def _validated(
     graph: LoweredGraph,
     key: str,
     workspace: Workspace,
-    console: Console,
+    console: BuildLog,
 ) -> ValidationReport | None:
     if not config.validate:
-        console.say(f"{'validate':<9} skipped: the manifest says that nothing was proved")
+        console.note("not validated: the manifest says so")
         return None
 
     def run() -> dict[str, Any]:
@@ -336,7 +366,7 @@ def _validated(
         with console.stage("validate", "ONNX Runtime against PyTorch", total=total) as advance:
             report = validate(model, config, graph.path, advance=advance)
         passed = sum(gate.passed for gate in report.gates)
-        console.say(f"{'':<9} {passed} of {len(report.gates)} gates passed")
+        console.note(f"{passed} of {len(report.gates)} gates passed")
         return json_file.as_json(report)
 
     return json_file.parsed(_once("validate", key, workspace, console, run), "the workspace's report")

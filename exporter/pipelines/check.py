@@ -26,6 +26,7 @@ from nemotrt.exporter.generation.tokenizer import TOKENIZER
 from nemotrt.exporter.pipelines import estimates
 from nemotrt.exporter.pipelines.inspect import Part, Weight, parts, state_of
 from nemotrt.exporter.pipelines.runtime_facts import RuntimeFact, engine_target, engines, runtime_facts
+from nemotrt.exporter.progress import Advance
 from nemotrt.exporter.quantization.presets import recipe_of
 from nemotrt.model.config import ModelConfig
 
@@ -153,7 +154,7 @@ def check(
     subject: Subject,
     precision: str,
     where: Path,
-    scan: Callable[[int], None] | None = None,
+    scan: Advance | None = None,
     *,
     runtime: str = AUTO,
     sms: tuple[int, ...] = (),
@@ -242,7 +243,7 @@ def _raised(call: Callable[[], object]) -> list[ExportError]:
     return []
 
 
-def _scan(survey: Survey, dtypes: Mapping[str, str], advance: Callable[[int], None]) -> list[ExportError]:
+def _scan(survey: Survey, dtypes: Mapping[str, str], advance: Advance) -> list[ExportError]:
     """What reading every value finds: one problem a parameter, its first."""
 
     def read(parameter: str, source: WeightSource) -> None:

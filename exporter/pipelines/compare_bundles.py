@@ -12,14 +12,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from nemotrt.exporter.config import BuildConfig
-from nemotrt.exporter.console import Console
 from nemotrt.exporter.errors import UsageError
 from nemotrt.exporter.pipelines import estimates
 from nemotrt.exporter.pipelines.opened_bundle import Subject, subject_of
+from nemotrt.exporter.progress import Advance, Progress
 from nemotrt.exporter.report.model import NotCompared, Omitted, ValidationReport
 from nemotrt.exporter.validation.candidates import candidate_of
 from nemotrt.exporter.validation.comparison import (
-    Advance,
     Candidate,
     Extent,
     Leader,
@@ -74,12 +73,12 @@ class _Pair:
         return replace(coarser.config, state_dtype=max(states, key=FINEST_FIRST.index))
 
 
-def judge_against(request: ValidationRequest, other: Path, console: Console) -> ValidationReport:
+def judge_against(request: ValidationRequest, other: Path, progress: Progress) -> ValidationReport:
     """The report of a bundle beside another one, each through its engine or its graph.
 
     Raises UsageError where the two are not of one model, or cannot be compared by any baseline.
     """
-    with console.stage("load", f"{request.bundle}, {other}"):
+    with progress.stage("load", f"{request.bundle}, {other}"):
         pair = _Pair(subject_of(request.bundle, None, None), subject_of(other, None, None))
         _check(pair, request.bundle, other)
         candidate, reference = (
@@ -93,7 +92,7 @@ def judge_against(request: ValidationRequest, other: Path, console: Console) -> 
     num_runners = 3 if pair.coarsest.precision == "fp32" else 5
     total = 1 + extent.decode + num_runners * extent.num_steps
     title = f"{candidate.title} against {other.name}"
-    with console.stage("validate", title, total=total) as advance:
+    with progress.stage("validate", title, total=total) as advance:
         recording = _record(pair, other.resolve().name, reference, extent, advance)
         return compare(recording, candidate, Leader(recording, candidate).beside, advance)
 

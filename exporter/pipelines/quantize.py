@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from nemotrt.exporter.artifacts import QuantizedCheckpoint
 from nemotrt.exporter.checkpoint.loaded_model import LoadedModel
-from nemotrt.exporter.console import Console
 from nemotrt.exporter.errors import UsageError
+from nemotrt.exporter.progress import SILENT, Progress
 from nemotrt.exporter.quantization.presets import recipe_of
 from nemotrt.exporter.quantization.text import MOST, sequences
 from nemotrt.exporter.stages.load import load
 from nemotrt.exporter.workspace import sync
 
 MAX_EXPERTS_SAID = 4
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -31,9 +35,15 @@ class Quantization:
 
 
 def calibrated(
-    model: LoadedModel, wanted: Quantization, folder: Path, console: Console, *, per_output: bool
+    model: LoadedModel,
+    wanted: Quantization,
+    folder: Path,
+    progress: Progress,
+    *,
+    per_output: bool,
+    note: Callable[[str], None] = log.info,
 ) -> QuantizedCheckpoint:
-    """The model in FP8 in `folder`, with a scale `per_output` of an expert or one each; raises as the stage does."""
+    """The model in FP8 in `folder`, with a scale for each output of an expert or for each expert."""
     from nemotrt.exporter.stages.quantize import quantize
 
     recipe = recipe_of(
@@ -47,26 +57,24 @@ def calibrated(
     count = sum(map(len, tokens))
     name = wanted.text.name if wanted.text else "the built-in text"
     layers = len(model.config.layers)
-    with console.stage("quantize", f"calibrated on {count:,} tokens of {name}", total=layers) as advance:
+    with progress.stage("quantize", f"calibrated on {count:,} tokens of {name}", total=layers) as advance:
         made = quantize(model, recipe, tokens, folder, advance=advance)
     cache = ", and the KV cache" if made.kv_cache else ""
     kinds = Counter(model.config.numbered_layers[int(name.split(".")[2])] for name in made.left_out)
     kept = ", ".join(f"{number} of {kind} layers" for kind, number in kinds.items())
-    console.say(f"{'':<9} {made.num_modules} modules in FP8{cache}; left as they are: {kept or 'none'}")
+    note(f"{made.num_modules} modules in FP8{cache}; left as they are: {kept or 'none'}")
     if kinds["mamba"] and wanted.preset == "conservative":
-        console.say(f"{'':<9} --preset published quantizes Mamba layers too: smaller, faster, less exact")
+        note("--preset published quantizes Mamba layers too: smaller, faster, less exact")
     if count == MOST:
-        console.say(f"{'':<9} only the first {MOST:,} tokens of the text were taken")
+        note(f"only the first {MOST:,} tokens of the text were taken")
     if starved := made.starved_experts:
         shown = ", ".join(starved[:MAX_EXPERTS_SAID]) + (" …" if len(starved) > MAX_EXPERTS_SAID else "")
-        console.say(
-            f"{'':<9} {len(starved)} experts saw too few tokens and take their layer's largest range: {shown}"
-        )
+        note(f"{len(starved)} experts saw too few tokens and take their layer's largest range: {shown}")
     return made
 
 
 def quantize_checkpoint(
-    checkpoint: Path, output: Path, wanted: Quantization, console: Console
+    checkpoint: Path, output: Path, wanted: Quantization, progress: Progress = SILENT
 ) -> QuantizedCheckpoint:
     """The checkpoint in FP8 at `output`, whole or not at all; raises UsageError where something stands there."""
     if output.exists() or output.is_symlink():
@@ -75,7 +83,7 @@ def quantize_checkpoint(
         raise UsageError(
             f"{output.parent} is not a folder", hint="make the folder that --output is to stand in"
         )
-    with console.stage("load", checkpoint.resolve().name):
+    with progress.stage("load", checkpoint.resolve().name):
         model = load(checkpoint)
     if model.config.recipe:
         raise UsageError(f"{checkpoint} is FP8 already", hint="nemo-export build takes it as it is")
@@ -87,7 +95,7 @@ def quantize_checkpoint(
             f"{partial} exists: another run writes there, or one was killed", hint="remove it if none runs"
         ) from error
     try:
-        made = calibrated(model, wanted, partial, console, per_output=False)
+        made = calibrated(model, wanted, partial, progress, per_output=False)
         load(partial)  # what cannot be read back is not handed over
         sync(partial)
         partial.rename(output)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from pathlib import Path
 
 from nemotrt.exporter.config import DRIFT_STEPS
-from nemotrt.exporter.console import Console
 from nemotrt.exporter.errors import UsageError
 from nemotrt.exporter.pipelines import estimates
 from nemotrt.exporter.pipelines.opened_bundle import Subject, subject_of
+from nemotrt.exporter.progress import SILENT, Progress
 from nemotrt.exporter.quantization.text import MOST, Sequences, sequences
 from nemotrt.exporter.report.model import NotCompared, Omitted, ValidationReport
 from nemotrt.exporter.runtime import manifest as manifests
@@ -19,53 +20,55 @@ from nemotrt.exporter.validation.references import golden as goldens
 from nemotrt.exporter.validation.request import ValidationRequest
 from nemotrt.exporter.validation.runners.onnx_part import PartSession
 
+log = logging.getLogger(__name__)
+
 OWN_WEIGHTS = NotCompared(Omitted.CHECKPOINT, "PyTorch ran with the bundle's own weights")
 
 
-def revalidate(request: ValidationRequest, console: Console) -> ValidationReport:
+def revalidate(request: ValidationRequest, progress: Progress = SILENT) -> ValidationReport:
     """The report of every gate, as a build makes it; it says what was not compared.
 
     With a text it says what quantization costs on it, against `base`, or against the checkpoint if that is what was
     quantized. Raises BundleError on a bundle that is not whole, UsageError on another bundle's checkpoint or golden.
     """
     if request.golden:
-        return _by_golden(request, request.golden, console)
+        return _by_golden(request, request.golden, progress)
     if request.against:
         from nemotrt.exporter.pipelines.compare_bundles import judge_against
 
-        return judge_against(request, request.against, console)
-    return _by_pytorch(request, console)
+        return judge_against(request, request.against, progress)
+    return _by_pytorch(request, progress)
 
 
-def _by_golden(request: ValidationRequest, golden: Path, console: Console) -> ValidationReport:
+def _by_golden(request: ValidationRequest, golden: Path, progress: Progress) -> ValidationReport:
     bundle = request.bundle
-    with console.stage("load", f"{bundle}, {golden.name}"):
+    with progress.stage("load", f"{bundle}, {golden.name}"):
         manifest = manifests.verify(bundle, deep=False)
         candidate = candidate_of(bundle, manifest, request)
         recording = goldens.read(golden, bundle, manifest)
     total = 2 * recording.extent.num_steps
-    with console.stage("validate", f"{candidate.title} against {golden.name}", total=total) as advance:
+    with progress.stage("validate", f"{candidate.title} against {golden.name}", total=total) as advance:
         return compare(recording, candidate, Leader(recording, candidate).beside, advance)
 
 
-def _by_pytorch(request: ValidationRequest, console: Console) -> ValidationReport:
+def _by_pytorch(request: ValidationRequest, progress: Progress) -> ValidationReport:
     bundle, checkpoint, text = request.bundle, request.checkpoint, request.text
     if request.save_golden:
         goldens.check_place(request.save_golden, bundle)
-    with console.stage("load", str(checkpoint or bundle)):
+    with progress.stage("load", str(checkpoint or bundle)):
         subject = subject_of(bundle, checkpoint, request.base)
         candidate = candidate_of(bundle, subject.manifest, request)
     _check_base(subject, text, request.base)
     tokens = _tokens(subject, bundle, text) if text else ()
     report = (
-        _of_layers(request, subject, console)
+        _of_layers(request, subject, progress)
         if request.layers_alone
-        else _of_steps(request, subject, candidate, console)
+        else _of_steps(request, subject, candidate, progress)
     )
     if request.bisect:
-        report = _bisected(report, request, subject, console)
+        report = _bisected(report, request, subject, progress)
     report = dataclasses.replace(report, not_compared=(*report.not_compared, *_unproved(subject, bundle)))
-    return _with_text(report, subject, tokens, text.name, console) if text else report
+    return _with_text(report, subject, tokens, text.name, progress) if text else report
 
 
 def _unproved(subject: Subject, bundle: Path) -> tuple[NotCompared, ...]:
@@ -73,7 +76,7 @@ def _unproved(subject: Subject, bundle: Path) -> tuple[NotCompared, ...]:
 
 
 def _of_steps(
-    request: ValidationRequest, subject: Subject, candidate: Candidate, console: Console
+    request: ValidationRequest, subject: Subject, candidate: Candidate, progress: Progress
 ) -> ValidationReport:
     model, config, golden = subject.model, subject.config, request.save_golden
     copies = estimates.num_references(config.precision, model.config.layers)
@@ -86,11 +89,11 @@ def _of_steps(
             left_out = (*recording.not_compared, *_unproved(subject, request.bundle))
             whole = dataclasses.replace(recording, not_compared=left_out)
             goldens.save(golden, whole, goldens.identity_of(subject.manifest))
-            console.say(f"{'golden':<9} {golden}, {golden.stat().st_size / 1e6:.1f} MB")
+            log.info("reference file: %s, %.1f MB", golden, golden.stat().st_size / 1e6)
 
     drift_steps = DRIFT_STEPS if request.drift_steps is None else request.drift_steps
     total = num_steps(config.precision, len(model.config.layers), drift_steps)
-    with console.stage("validate", f"{candidate.title} against PyTorch", total=total) as advance:
+    with progress.stage("validate", f"{candidate.title} against PyTorch", total=total) as advance:
         return judge(
             model,
             config,
@@ -102,18 +105,18 @@ def _of_steps(
         )
 
 
-def _of_layers(request: ValidationRequest, subject: Subject, console: Console) -> ValidationReport:
+def _of_layers(request: ValidationRequest, subject: Subject, progress: Progress) -> ValidationReport:
     model, config = subject.model, subject.config
     estimates.check_part_memory(model, config.precision)
     from nemotrt.exporter.validation.validate import num_parts, validate_parts
 
     total = num_parts(len(model.config.layers))
-    with console.stage("validate", "each layer alone, ONNX Runtime against PyTorch", total=total) as advance:
+    with progress.stage("validate", "each layer alone, ONNX Runtime against PyTorch", total=total) as advance:
         return validate_parts(model, config, subject.graph, seed=request.seed or 0, advance=advance)
 
 
 def _bisected(
-    report: ValidationReport, request: ValidationRequest, subject: Subject, console: Console
+    report: ValidationReport, request: ValidationRequest, subject: Subject, progress: Progress
 ) -> ValidationReport:
     from nemotrt.exporter.validation.parts import bisection
     from nemotrt.exporter.validation.parts.engine_parts import EngineParts
@@ -126,7 +129,7 @@ def _bisected(
     if request.engine:
         open_part = EngineParts(request.bundle, subject.manifest, mixed_steps(driven), driven).open
     total = bisection.num_steps(len(model.config.layers))
-    with console.stage("bisect", "every value inside each layer", total=total) as advance:
+    with progress.stage("bisect", "every value inside each layer", total=total) as advance:
         found = bisection.bisect(model, config, subject.graph, driven, open_part=open_part, advance=advance)
     return dataclasses.replace(report, bisect=found)
 
@@ -155,13 +158,13 @@ def _tokens(subject: Subject, bundle: Path, text: Path) -> Sequences:
 
 
 def _with_text(
-    report: ValidationReport, subject: Subject, tokens: Sequences, name: str, console: Console
+    report: ValidationReport, subject: Subject, tokens: Sequences, name: str, progress: Progress
 ) -> ValidationReport:
     from nemotrt.exporter.validation import text_quality
 
     model, base, total = subject.model, subject.base, sum(map(len, tokens))
     runs = text_quality.num_runs(model, base, tokens)
-    with console.stage("text", f"{total:,} tokens of {name}", total=runs) as advance:
+    with progress.stage("text", f"{total:,} tokens of {name}", total=runs) as advance:
         measured = text_quality.measure(
             model, base, subject.config, subject.graph, tokens, name, advance=advance
         )

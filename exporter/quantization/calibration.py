@@ -15,6 +15,7 @@ from nemotrt.exporter import environment
 from nemotrt.exporter.checkpoint import weights
 from nemotrt.exporter.checkpoint.loaded_model import LoadedModel
 from nemotrt.exporter.errors import UsageError
+from nemotrt.exporter.progress import Advance, ignore
 from nemotrt.exporter.quantization.text import Sequences
 from nemotrt.model.block import Block
 from nemotrt.model.moe import MoE
@@ -50,9 +51,7 @@ class Ranges:
 
 
 @torch.no_grad()
-def calibrate(
-    model: LoadedModel, recipe: Recipe, text: Sequences, advance: Callable[[int], None] = lambda _: None
-) -> Ranges:
+def calibrate(model: LoadedModel, recipe: Recipe, text: Sequences, advance: Advance = ignore) -> Ranges:
     """The ranges that the text gives, in FP32; `advance` hears of each layer that is done.
 
     Raises UsageError that names the layer where an activation is not finite or nothing but 0.

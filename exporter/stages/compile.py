@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from nemotrt.exporter.engines.plugin_nodes import PluginNode, check_kernels, plu
 from nemotrt.exporter.engines.shape_profiles import EngineProfile, engine_profiles, max_rows
 from nemotrt.exporter.engines.targets import Target
 from nemotrt.exporter.errors import CompileError
+from nemotrt.exporter.progress import Advance, ignore
 from nemotrt.exporter.runtime.backends import Backend, backend
 from nemotrt.exporter.runtime.graph_summary import describe_graph
 from nemotrt.plugins.kernel_store import cache_folder, digest
@@ -49,7 +49,7 @@ def prepare(
     target: Target,
     graph: LoweredGraph,
     *,
-    advance: Callable[[int], None] = lambda _: None,
+    advance: Advance = ignore,
 ) -> Prepared:
     """The plugin library for the target's GPUs, with every kernel that the graph's ops launch on them.
 
@@ -73,7 +73,7 @@ def compile(
     prepared: Prepared,
     folder: Path,
     *,
-    advance: Callable[[int], None] = lambda _: None,
+    advance: Advance = ignore,
 ) -> CompiledEngine:
     """An engine for the target's GPUs below `folder`, beside the plugin library that it needs.
 
@@ -138,9 +138,7 @@ def _timings(used: Backend, target: Target) -> Path | None:
     return folder / f"{digest([environment.tool_versions(), target.runtime, target.sms])[:16]}.cache"
 
 
-def _build(
-    request: EngineRequest, used: Backend, engine: Path, advance: Callable[[int], None]
-) -> EngineResult:
+def _build(request: EngineRequest, used: Backend, engine: Path, advance: Advance) -> EngineResult:
     """Run the builder; the engine has its name only when it is whole."""
     partial, log = Path(request.output), Path(request.log)
     try:

@@ -23,6 +23,7 @@ from nemotrt.exporter.errors import LowerError
 from nemotrt.exporter.lowering import external_data
 from nemotrt.exporter.lowering.aten_to_onnx import DTYPES, Constants, Translator
 from nemotrt.exporter.lowering.external_data import Placed
+from nemotrt.exporter.progress import Advance, ignore
 from nemotrt.plugins import onnx_op
 from nemotrt.plugins.contract import PoolSpec
 from nemotrt.plugins.spec import DOMAIN, VERSION, OpSpec
@@ -57,9 +58,9 @@ class Streaming:
     """Leave what the checkpoint holds as it is wanted in its files, and link those to the graph's folder."""
     done: int = 0
     """Bytes of the data file that a build before this one has brought to the disk."""
-    advance: Callable[[int], None] = lambda _: None
+    advance: Advance = ignore
     """Hears of weight bytes that passed."""
-    keep: Callable[[int], None] = lambda _: None
+    keep: Callable[[int], None] = ignore
     """Hears of how many bytes of the data file are on the disk."""
 
 

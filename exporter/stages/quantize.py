@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,6 +22,7 @@ from nemotrt.exporter.checkpoint.safetensors_reader import (
     read_pieces,
 )
 from nemotrt.exporter.checkpoint.safetensors_writer import Entry, write_shards
+from nemotrt.exporter.progress import Advance, ignore
 from nemotrt.exporter.quantization.calibration import Ranges, calibrate
 from nemotrt.exporter.quantization.text import Sequences
 from nemotrt.model.checkpoint import Transform
@@ -35,7 +36,7 @@ def quantize(
     text: Sequences,
     folder: Path,
     *,
-    advance: Callable[[int], None] = lambda _: None,
+    advance: Advance = ignore,
 ) -> QuantizedCheckpoint:
     """A checkpoint in `folder`, which is empty, in ModelOpt's layout; `advance` hears of the layers calibrated.
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from nemotrt.exporter.progress import Advance, ignore
 from nemotrt.exporter.report.model import Gate, NotCompared, ValidationReport
 from nemotrt.exporter.runtime.graph_file import read_proto
 from nemotrt.exporter.runtime.step import StepInputs
@@ -24,9 +25,6 @@ from nemotrt.exporter.validation.observations import next_token, router_agreemen
 from nemotrt.exporter.validation.routing import Choosing, RouterLogits, num_mismatches
 from nemotrt.exporter.validation.runners.base import CandidateRunner, LedRunner, PoolShape, Runner
 from nemotrt.exporter.validation.scenarios import NUM_SLOTS, Scenario, num_pages, scenarios
-
-Advance = Callable[[int], None]
-"""Hears of steps that were run."""
 
 NUM_LEVELS = 9
 """Values that a pool holds at first: quarters from −1 to 1, exact in every dtype."""
@@ -224,7 +222,7 @@ def observe_one(
     scenario: Scenario,
     noise: Noise,
     *,
-    advance: Advance = lambda _: None,
+    advance: Advance = ignore,
     step: Callable[[int], NDArray[np.float64]] | None = None,
 ) -> Observation:
     """What a runner shows in one scenario; `step` runs the step of that number in another way than plainly."""

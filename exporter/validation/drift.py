@@ -21,6 +21,7 @@ from torch import Tensor
 from nemotrt.exporter.checkpoint import weights
 from nemotrt.exporter.checkpoint.loaded_model import LoadedModel
 from nemotrt.exporter.config import COMPUTE_DTYPES, BuildConfig
+from nemotrt.exporter.progress import Advance, ignore
 from nemotrt.exporter.report.model import Drift, DriftCurve, Gate, Metric
 from nemotrt.exporter.runtime.step import StepInputs, pages_of
 from nemotrt.exporter.validation import metrics
@@ -134,7 +135,7 @@ def measure(
     *,
     num_steps: int,
     seed: int = 0,
-    advance: Callable[[int], None] = lambda _: None,
+    advance: Advance = ignore,
 ) -> Drift:
     """The errors of every recurrent state at each mark, and of the next token before it.
 
@@ -203,7 +204,7 @@ def _candidate(
     plan: Plan,
     pools: tuple[PoolSpec, ...],
     replay: _Replay,
-    advance: Callable[[int], None],
+    advance: Advance,
 ) -> tuple[_Trace, list[dict[str, float]]]:
     """What the candidate shows, a token at a time, and each recurrence's own error at each mark."""
     runner.reset(_zeros(pools, plan.num_pages))
@@ -229,7 +230,7 @@ def _torch(
     dtype: torch.dtype,
     plan: Plan,
     leader: _Trace,
-    advance: Callable[[int], None],
+    advance: Advance,
 ) -> _Trace:
     """What PyTorch shows on the leader's choice of experts: all tokens between two marks at once.
 

@@ -7,7 +7,6 @@ reference with the unquantized model, and *total* compares the graph with the un
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from numpy.typing import NDArray
 
 from nemotrt.exporter.checkpoint.loaded_model import LoadedModel
 from nemotrt.exporter.config import COMPUTE_DTYPES, BuildConfig
+from nemotrt.exporter.progress import Advance, ignore
 from nemotrt.exporter.quantization.text import SEQUENCE, Sequences
 from nemotrt.exporter.report.model import Gate, Metric, TextComparison, TextReport
 from nemotrt.exporter.runtime.step import StepInputs, pages_of
@@ -56,7 +56,7 @@ def measure(
     text: Sequences,
     name: str,
     *,
-    advance: Callable[[int], None] = lambda _: None,
+    advance: Advance = ignore,
 ) -> TextReport:
     """The figures of the graph, and with a `base`, from which the model was quantized, what that and each layer cost.
 
@@ -120,7 +120,7 @@ def _costs(
     quantized: TorchRunner,
     steps: list[StepInputs],
     zeros: dict[str, NDArray[np.float32]],
-    advance: Callable[[int], None],
+    advance: Advance,
 ) -> list[TextComparison]:
     """What quantizing each layer alone costs."""
     costs = []

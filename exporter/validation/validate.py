@@ -13,6 +13,7 @@ from nemotrt.exporter.checkpoint.layer_selection import partial_model
 from nemotrt.exporter.checkpoint.loaded_model import LoadedModel
 from nemotrt.exporter.checkpoint.quant_config import cache_notes
 from nemotrt.exporter.config import BUILD_DRIFT_STEPS, COMPUTE_DTYPES, DRIFT_STEPS, BuildConfig
+from nemotrt.exporter.progress import Advance, ignore
 from nemotrt.exporter.report.model import Drift, Metric, NotCompared, Omitted, ValidationReport
 from nemotrt.exporter.runtime.graph_file import read_proto
 from nemotrt.exporter.validation import drift
@@ -36,7 +37,7 @@ def validate(
     *,
     seed: int = 0,
     drift_steps: int = BUILD_DRIFT_STEPS,
-    advance: Callable[[int], None] = lambda _: None,
+    advance: Advance = ignore,
 ) -> ValidationReport:
     """The report of every gate on the graph in ONNX Runtime; as `judge`."""
     candidate = graph_candidate(graph)
@@ -50,7 +51,7 @@ def judge(
     *,
     seed: int = 0,
     drift_steps: int = BUILD_DRIFT_STEPS,
-    advance: Callable[[int], None] = lambda _: None,
+    advance: Advance = ignore,
     recorded: Callable[[Recording], None] = lambda _: None,
 ) -> ValidationReport:
     """The report of every gate; raises ValidationError when an output that should be compared is missing.
@@ -88,7 +89,7 @@ def validate_parts(
     graph: Path,
     *,
     seed: int = 0,
-    advance: Callable[[int], None] = lambda _: None,
+    advance: Advance = ignore,
 ) -> ValidationReport:
     """The report of each part and each op alone, with no more of the model in memory, and of the graph's dtypes.
 
@@ -136,7 +137,7 @@ def _drift(
     candidate: Candidate,
     num_steps: int,
     seed: int,
-    advance: Callable[[int], None],
+    advance: Advance,
 ) -> Drift | None:
     """Over as many steps as a sequence may have tokens, and `num_steps` at most; None of a model without a state."""
     steps = min(num_steps, config.max_context)

@@ -21,7 +21,6 @@ from safetensors.torch import load_file
 
 from nemotrt.exporter.artifacts import LoweredGraph
 from nemotrt.exporter.config import BuildConfig
-from nemotrt.exporter.console import Console
 from nemotrt.exporter.engines.plugin_nodes import plugin_nodes
 from nemotrt.exporter.engines.targets import Target
 from nemotrt.exporter.errors import BundleError, CompileError
@@ -71,9 +70,8 @@ def built(checkpoint: Path, output: Path, **options: object) -> tuple[manifests.
         "max_context": 512,
         "validate": False,
     } | options
-    console = Console(quiet=True)
-    build.build(BuildConfig(checkpoint, output, **options), console)  # type: ignore[arg-type]
-    return manifests.read(output), console.log
+    build.build(BuildConfig(checkpoint, output, **options))  # type: ignore[arg-type]
+    return manifests.read(output), (output / "logs/build.log").read_text().splitlines()
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,6 @@ from click.testing import CliRunner
 from fake_gpu import VERSION, FakeCuda, FakeEngine, add_engine, engine_of, fake_module
 
 from nemotrt.exporter.config import BuildConfig
-from nemotrt.exporter.console import Console
 from nemotrt.exporter.engines.targets import Target
 from nemotrt.exporter.errors import CompileError
 from nemotrt.exporter.pipelines import build
@@ -53,7 +52,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
         runtime="onnx",
         validate=False,
     )
-    build.build(config, Console(quiet=True))
+    build.build(config)
     add_engine(config.output, config)
     return SimpleNamespace(checkpoint=checkpoint, bundle=config.output, config=config)
 
@@ -162,16 +161,16 @@ def test_a_gpu_without_tensorrt_is_told_what_to_install(
 
 def test_validate_judges_an_engine(built: SimpleNamespace, engine: FakeEngine, tmp_path: Path) -> None:
     """By PyTorch, by a golden that its graph left, and by another bundle's engine: one path for all."""
-    quiet, golden = Console(quiet=True), tmp_path / "model.golden"
+    golden = tmp_path / "model.golden"
     by_graph = ValidationRequest(built.bundle, built.checkpoint, save_golden=golden, drift_steps=0)
-    assert revalidate(by_graph, quiet).passed
+    assert revalidate(by_graph).passed
     for reference in (
         ValidationRequest(built.bundle, built.checkpoint, engine=True, drift_steps=10),
         ValidationRequest(built.bundle, golden=golden, engine=True),
         ValidationRequest(built.bundle, against=built.bundle, engine=True),
     ):
         before = engine.cuda.launched
-        report = revalidate(reference, quiet)
+        report = revalidate(reference)
         assert report.passed, [gate for gate in report.gates if not gate.passed]
         assert report.candidate == "tensorrt-rtx, TensorRT-RTX 1.7.1 on Fake RTX (SM 89)"
         assert candidates.UNSEEN_ROUTERS in report.not_compared
@@ -183,8 +182,7 @@ def test_validate_finds_an_engine_that_errs(
     built: SimpleNamespace, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     golden = tmp_path / "model.golden"
-    quiet = Console(quiet=True)
-    revalidate(ValidationRequest(built.bundle, built.checkpoint, save_golden=golden, drift_steps=0), quiet)
+    revalidate(ValidationRequest(built.bundle, built.checkpoint, save_golden=golden, drift_steps=0))
     make_err(engine, monkeypatch)
-    report = revalidate(ValidationRequest(built.bundle, golden=golden, engine=True), quiet)
+    report = revalidate(ValidationRequest(built.bundle, golden=golden, engine=True))
     assert not report.passed

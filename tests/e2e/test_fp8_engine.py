@@ -14,7 +14,6 @@ from onnx import TensorProto
 from safetensors.torch import load_file, save_file
 
 from nemotrt.exporter.config import BuildConfig
-from nemotrt.exporter.console import Console
 from nemotrt.exporter.engines.plugin_nodes import plugin_nodes
 from nemotrt.exporter.pipelines import build
 from nemotrt.exporter.runtime import manifest as manifests
@@ -55,7 +54,7 @@ def test_a_published_layout_is_built_for_both_generations_that_have_fp8(
         max_context=512,
         validate=False,
     )
-    build.build(config, Console(quiet=True))
+    build.build(config)
     manifest = manifests.verify(tmp_path / "bundle", deep=True)
     assert manifest.model.precision == "fp8"
     assert manifest.profiles[1].sms == (89, 120)

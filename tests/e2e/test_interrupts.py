@@ -164,7 +164,9 @@ def test_a_stopped_build(zygote: Zygote, subject: Path, tmp_path: Path, name: st
 
     again = zygote.run(*command, stderr=tmp_path / "stderr")
     assert again.wait() == 0, again.said()
-    kept = tuple(line.split()[0] for line in again.said() if line.endswith("kept from the build before"))
+    kept = tuple(
+        line.split()[0] for line in again.said() if line.endswith("is reused from the previous build")
+    )
     assert kept == KEPT_AFTER[stage]
     assert os.listdir(place) == ["out"]
     verified = zygote.run("verify", place / "out", stderr=tmp_path / "stderr")
@@ -187,7 +189,7 @@ def test_a_resumed_build_equals_an_uninterrupted_one(zygote: Zygote, subject: Pa
     child.wait()
     again = zygote.run(*command, stderr=tmp_path / "stderr")
     assert again.wait() == 0
-    assert any("kept from the build before" in line for line in again.said())
+    assert any("reused from the previous build" in line for line in again.said())
     assert manifest(tmp_path / "resumed") == manifest(tmp_path / "straight")
 
 

@@ -17,7 +17,6 @@ from nemotrt.exporter.checkpoint import weights
 from nemotrt.exporter.checkpoint.loaded_model import WeightSource
 from nemotrt.exporter.checkpoint.safetensors_reader import StoredTensor, read_header
 from nemotrt.exporter.config import BuildConfig
-from nemotrt.exporter.console import Console
 from nemotrt.exporter.errors import CheckpointError, UsageError
 from nemotrt.exporter.lowering import external_data
 from nemotrt.exporter.lowering.external_data import Placed, data_path, end_of, lay_out, link, num_real, write
@@ -207,7 +206,7 @@ def test_a_link_that_cannot_be_is_one_line(tmp_path: Path, monkeypatch: pytest.M
 
 def built(checkpoint: Path, output: Path, **options: str) -> Path:
     config = BuildConfig(checkpoint=checkpoint, output=output, runtime="onnx", validate=False, **options)  # type: ignore[arg-type]
-    build.build(config, Console(quiet=True))
+    build.build(config)
     return output
 
 

@@ -12,7 +12,6 @@ from fake_gpu import ENGINE, LIBRARY, VERSION, FakeCuda, FakeEngine, add_engine,
 from faults import broken, dropped_skip, swapped_kv_heads
 
 from nemotrt.exporter.config import BuildConfig
-from nemotrt.exporter.console import Console
 from nemotrt.exporter.engines.builder import EngineRequest, EngineResult
 from nemotrt.exporter.errors import BundleError, UsageError
 from nemotrt.exporter.pipelines import build, validate
@@ -33,7 +32,7 @@ from nemotrt.exporter.validation.validate import extent
 def built(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, BuildConfig]:
     output = tmp_path_factory.mktemp("parts") / "bundle"
     config = BuildConfig(checkpoint, output, precision="fp32", runtime="onnx", validate=False)
-    build.build(config, Console(quiet=True))
+    build.build(config)
     add_engine(output, config)
     return output, config
 
@@ -106,7 +105,7 @@ def test_validate_bisects_the_engine_that_it_judges(
     request = ValidationRequest(built[0], built[1].checkpoint, engine=True, bisect=True)
     subject = validate.subject_of(built[0], built[1].checkpoint, None)
     report = ValidationReport("engine", "PyTorch", "", {}, (Gate("s", "o", "m", 0.0, 1.0),), {}, ())
-    found = validate._bisected(report, request, subject, Console(quiet=True))
+    found = validate._bisected(report, request, subject)
     assert found.bisect
     assert "Fake RTX" in found.bisect.runs_as
     assert found.passed

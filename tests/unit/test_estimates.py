@@ -13,7 +13,6 @@ from checkpoints import CONFIG, write_checkpoint
 
 from nemotrt.exporter.checkpoint.safetensors_reader import SINGLE
 from nemotrt.exporter.config import BuildConfig
-from nemotrt.exporter.console import Console
 from nemotrt.exporter.engines import plugin_library
 from nemotrt.exporter.lowering.external_data import data_path
 from nemotrt.exporter.pipelines import build, estimates
@@ -40,7 +39,7 @@ def test_what_is_written(tmp_path: Path, precision: str, how: str) -> None:
     config = BuildConfig(
         checkpoint, tmp_path / "out", precision=precision, runtime="onnx", weights=how, validate=False
     )
-    build.build(config, Console(quiet=True))
+    build.build(config)
     graph = tmp_path / "out" / "model.onnx"
     written = graph.stat().st_size + data_path(graph).stat().st_size
     stage = estimated(checkpoint, precision, link=how == "link")["lower"]
@@ -88,7 +87,7 @@ def test_quantizing_is_a_stage_of_its_own(tmp_path: Path) -> None:
     assert list(stages) == ["load", "quantize", "trace", "lower", "validate", "bundle"]
     assert "quantize" not in estimated(EXAMPLE, "fp16")
     wanted = Quantization(None, "conservative", (), "auto")
-    quantize_checkpoint(EXAMPLE, tmp_path / "fp8", wanted, Console(quiet=True))
+    quantize_checkpoint(EXAMPLE, tmp_path / "fp8", wanted)
     written = (tmp_path / "fp8" / SINGLE).stat().st_size
     assert stages["quantize"].disk_bytes == pytest.approx(written, rel=0.05)
     assert "quantize" not in estimated(tmp_path / "fp8", "fp8")

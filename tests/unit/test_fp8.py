@@ -21,7 +21,6 @@ from safetensors.torch import load_file, save_file
 
 from nemotrt.exporter.checkpoint.quant_config import describe, pattern_matcher
 from nemotrt.exporter.config import BuildConfig
-from nemotrt.exporter.console import Console
 from nemotrt.exporter.errors import CheckpointError, UsageError
 from nemotrt.exporter.pipelines import build
 from nemotrt.exporter.pipelines.check import check, of_folder
@@ -331,12 +330,12 @@ def test_an_fp8_checkpoint_is_not_dequantized(tmp_path: Path) -> None:
         checkpoint=small(tmp_path / "fp8"), output=tmp_path / "b", precision="bf16", runtime="onnx"
     )
     with pytest.raises(UsageError, match="the checkpoint is FP8: --precision bf16"):
-        build.build(config, Console(quiet=True))
+        build.build(config)
     config = BuildConfig(
         checkpoint=tmp_path / "fp8", output=tmp_path / "b", exclude=("*.in_proj",), runtime="onnx"
     )
     with pytest.raises(UsageError, match="--exclude has no effect: the checkpoint is FP8 already"):
-        build.build(config, Console(quiet=True))
+        build.build(config)
 
 
 UNSCALED = "stores no scales for it: 1 is taken"
@@ -345,28 +344,27 @@ UNSCALED = "stores no scales for it: 1 is taken"
 def test_a_cache_without_scales_is_said_everywhere(tmp_path: Path) -> None:
     checkpoint = nano(tmp_path / "nano")
     assert [note for note in check(of_folder(checkpoint), "", tmp_path).notes if UNSCALED in note]
-    console = Console(quiet=True)
     # The first four kinds of Nano's layers would take longer than they tell: layers 5 and 6 have attention and experts.
     config = BuildConfig(checkpoint=checkpoint, output=tmp_path / "b", runtime="onnx", layers="5:7")
-    result = build.build(config, console)
-    assert [line for line in console.log if UNSCALED in line]
+    result = build.build(config)
+    assert UNSCALED in (tmp_path / "b/logs/build.log").read_text()
     assert [what for what in result["validation"]["not_compared"] if UNSCALED in what]
 
 
 def test_a_published_checkpoint_can_have_a_bf16_cache(tmp_path: Path) -> None:
-    checkpoint, console = nano(tmp_path / "nano"), Console(quiet=True)
+    checkpoint = nano(tmp_path / "nano")
     bundle = tmp_path / "b"
     config = BuildConfig(checkpoint=checkpoint, output=bundle, runtime="onnx", layers="5:7", kv_dtype="bf16")
-    build.build(config, console)
-    assert not [line for line in console.log if UNSCALED in line]
+    build.build(config)
+    assert UNSCALED not in (bundle / "logs/build.log").read_text()
     graph = onnx.load(bundle / "model.onnx", load_external_data=False)
     types = {value.name: value.type.tensor_type.elem_type for value in graph.graph.input}
     assert types["kv_cache.5"] == TensorProto.BFLOAT16
-    report = revalidate(ValidationRequest(bundle, checkpoint), console)
+    report = revalidate(ValidationRequest(bundle, checkpoint))
     assert report.passed
     assert not [entry for entry in report.not_compared if UNSCALED in entry.detail]
     with pytest.raises(UsageError, match="--kv-dtype has no effect"):
-        build.build(dataclasses.replace(config, kv_dtype="fp8", output=tmp_path / "c"), console)
+        build.build(dataclasses.replace(config, kv_dtype="fp8", output=tmp_path / "c"))
 
 
 def test_check_knows_an_fp8_checkpoint(tmp_path: Path) -> None:

@@ -14,7 +14,6 @@ from checkpoints import write_checkpoint
 from faults import Graph, broken
 
 from nemotrt.exporter.config import BuildConfig
-from nemotrt.exporter.console import Console
 from nemotrt.exporter.errors import BundleError, NotFiniteError
 from nemotrt.exporter.pipelines import build
 from nemotrt.exporter.pipelines.opened_bundle import subject_of
@@ -33,8 +32,6 @@ from nemotrt.exporter.validation.runners.forced_routing import LedGraphRunner
 from nemotrt.exporter.validation.scenarios import NUM_SLOTS
 from nemotrt.exporter.validation.validate import judge
 
-QUIET = Console(quiet=True)
-
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
@@ -42,7 +39,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     folder = tmp_path_factory.mktemp("golden")
     checkpoint = write_checkpoint(folder / "checkpoint")
     config = BuildConfig(checkpoint, folder / "bundle", "bf16", runtime="onnx", validate=False)
-    build.build(config, QUIET)
+    build.build(config)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stage, "DECODE", 6)
         subject = subject_of(config.output, checkpoint, None)
@@ -59,7 +56,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
 
 
 def by_golden(bundle: Path, golden: Path) -> ValidationReport:
-    return revalidate(ValidationRequest(bundle, golden=golden), QUIET)
+    return revalidate(ValidationRequest(bundle, golden=golden))
 
 
 def test_a_golden_comes_back_as_it_was(made: SimpleNamespace) -> None:
@@ -255,9 +252,9 @@ def test_two_bundles_of_a_model_agree_at_another_precision(
 ) -> None:
     monkeypatch.setattr(stage, "DECODE", 6)
     other = tmp_path / "fp32"
-    build.build(BuildConfig(made.checkpoint, other, "fp32", runtime="onnx", validate=False), QUIET)
+    build.build(BuildConfig(made.checkpoint, other, "fp32", runtime="onnx", validate=False))
     for one, reference in ((made.bundle, other), (other, made.bundle), (other, other)):
-        report = revalidate(ValidationRequest(one, against=reference), QUIET)
+        report = revalidate(ValidationRequest(one, against=reference))
         assert report.passed, [gate for gate in report.gates if not gate.passed]
         assert report.reference.startswith(f"{reference.name}, ONNX Runtime, ")
         is_absolute = one == reference == other
@@ -272,11 +269,11 @@ def test_another_bundle_s_wrong_weight_is_found(
     """Which of the two is wrong, no comparison of two says."""
     monkeypatch.setattr(stage, "DECODE", 6)
     other = tmp_path / "other"
-    build.build(BuildConfig(made.checkpoint, other, "bf16", runtime="onnx", validate=False), QUIET)
+    build.build(BuildConfig(made.checkpoint, other, "bf16", runtime="onnx", validate=False))
     graph = other / "model.onnx"
     broken(graph, lambda found: found.weight("mixer.down_proj.weight").__imul__(1.5))
     roles = {file.path: file.role for file in made.manifest.files}
     changed = manifests.read(other)
     manifests.write(other, dataclasses.replace(changed, files=manifests.describe_files(other, roles)))
     for one, reference in ((made.bundle, other), (other, made.bundle)):
-        assert not revalidate(ValidationRequest(one, against=reference), QUIET).passed
+        assert not revalidate(ValidationRequest(one, against=reference)).passed

@@ -13,7 +13,6 @@ from faults import broken
 from polygraphy.comparator import Comparator, IterationResult, RunResults, SimpleCompareFunc
 
 from nemotrt.exporter.config import BuildConfig
-from nemotrt.exporter.console import Console
 from nemotrt.exporter.errors import ValidationError
 from nemotrt.exporter.pipelines import build
 from nemotrt.exporter.runtime import manifest as manifests
@@ -39,7 +38,7 @@ def example(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     config = BuildConfig(
         ROOT / "examples" / "tiny", folder / "bundle", "fp32", validate=False, runtime="onnx"
     )
-    build.build(config, Console(quiet=True))
+    build.build(config)
     model = load(config.checkpoint)
     pools = model.pools(config)
     extent = Extent(90, 4, 0, model.config.vocab_size, config.page_size)

@@ -9,7 +9,6 @@ import pytest
 from checkpoints import write_checkpoint
 
 from nemotrt.exporter.config import BuildConfig
-from nemotrt.exporter.console import Console
 from nemotrt.exporter.errors import UsageError
 from nemotrt.exporter.pipelines import build
 from nemotrt.exporter.pipelines.validate import revalidate
@@ -17,22 +16,20 @@ from nemotrt.exporter.runtime import graph_file
 from nemotrt.exporter.validation.candidates import PARTS_ON_CPU
 from nemotrt.exporter.validation.request import ValidationRequest
 
-QUIET = Console(quiet=True)
-
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("provider")
     checkpoint = write_checkpoint(folder / "checkpoint")
     config = BuildConfig(checkpoint, folder / "bundle", "fp32", runtime="onnx", validate=False)
-    build.build(config, QUIET)
+    build.build(config)
     return folder / "bundle"
 
 
 def test_cuda_is_refused_where_onnx_runtime_has_none(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ort, "get_available_providers", lambda: [graph_file.CPU])
     with pytest.raises(UsageError, match="this ONNX Runtime has no CUDAExecutionProvider"):
-        revalidate(ValidationRequest(bundle, provider="cuda", drift_steps=0), QUIET)
+        revalidate(ValidationRequest(bundle, provider="cuda", drift_steps=0))
 
 
 def test_the_report_says_what_ran_on_cuda(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -45,7 +42,7 @@ def test_the_report_says_what_ran_on_cuda(bundle: Path, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(ort, "get_available_providers", lambda: [*graph_file.PROVIDERS["cuda"]])
     monkeypatch.setattr(graph_file, "_create", on_the_cpu)
-    report = revalidate(ValidationRequest(bundle, provider="cuda", drift_steps=2), QUIET)
+    report = revalidate(ValidationRequest(bundle, provider="cuda", drift_steps=2))
     assert report.candidate == "ONNX Runtime on CUDA, fp32"
     assert report.passed
     assert PARTS_ON_CPU in report.not_compared

@@ -13,7 +13,6 @@ from fp8_checkpoints import NANO, NANO_BF16, lowered, parsed, small
 from safetensors.torch import load_file, save_file
 
 from nemotrt.exporter.config import PRESETS, BuildConfig
-from nemotrt.exporter.console import Console
 from nemotrt.exporter.errors import UsageError
 from nemotrt.exporter.pipelines import build
 from nemotrt.exporter.pipelines.check import check, of_folder
@@ -183,14 +182,14 @@ def test_the_dearest_layer_is_found(tmp_path: Path) -> None:
 def test_text_needs_what_was_quantized(tmp_path: Path) -> None:
     bundle = tmp_path / "bundle"
     config = BuildConfig(checkpoint=small(tmp_path / "fp8"), output=bundle, runtime="onnx", validate=False)
-    build.build(config, Console(quiet=True))
+    build.build(config)
     text = tmp_path / "text.txt"
     text.write_text("words " * 300)
     with pytest.raises(UsageError, match="give it with --base"):
-        revalidate(ValidationRequest(bundle, text=text), Console(quiet=True))
+        revalidate(ValidationRequest(bundle, text=text))
     plain = write_checkpoint(tmp_path / "plain", torch_dtype="bfloat16")
     with pytest.raises(UsageError, match="no effect without --eval"):
-        revalidate(ValidationRequest(bundle, base=plain), Console(quiet=True))
+        revalidate(ValidationRequest(bundle, base=plain))
 
 
 def test_a_text_in_lines_is_one_sequence_a_line(tmp_path: Path) -> None:

@@ -11,7 +11,6 @@ import pytest
 from checkpoints import CONFIG
 
 from nemotrt.exporter.config import BuildConfig
-from nemotrt.exporter.console import Console
 from nemotrt.exporter.pipelines.build import build
 from nemotrt.exporter.stages.load import load
 from nemotrt.model.checkpoint import tensor_sources
@@ -48,7 +47,7 @@ def test_it_is_a_checkpoint_that_builds(
     config = BuildConfig(
         tmp_path / "sparse", tmp_path / "bundle", runtime="onnx", weights="link", validate=False
     )
-    result: dict[str, Any] = build(config, Console(quiet=True))
+    result: dict[str, Any] = build(config)
     assert result["precision"] == ("bf16" if unquantized else "fp8")
     index = json.loads((tmp_path / "sparse" / "model.safetensors.index.json").read_text())
     assert len(index["weight_map"]) == found["tensors"]

@@ -20,6 +20,7 @@ from nemotrt.exporter.artifacts import TracedPart
 from nemotrt.exporter.checkpoint import weights
 from nemotrt.exporter.checkpoint.loaded_model import LoadedModel
 from nemotrt.exporter.config import COMPUTE_DTYPES, BuildConfig
+from nemotrt.exporter.progress import Advance, ignore
 from nemotrt.exporter.report.model import Bisection, DivergentValue
 from nemotrt.exporter.stages.lower import value_names
 from nemotrt.exporter.stages.trace import trace
@@ -57,7 +58,7 @@ def bisect(
     extent: Extent,
     *,
     open_part: OpenPart = PartSession,
-    advance: Callable[[int], None] = lambda _: None,
+    advance: Advance = ignore,
 ) -> Bisection:
     """Where the graph departs over the steps of a mixed batch, part by part; `advance` hears of `num_steps`.
 

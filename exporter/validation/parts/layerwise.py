@@ -18,6 +18,7 @@ from torch import Tensor
 
 from nemotrt.exporter.checkpoint.loaded_model import LoadedModel
 from nemotrt.exporter.config import COMPUTE_DTYPES, BuildConfig
+from nemotrt.exporter.progress import Advance, ignore
 from nemotrt.exporter.report.model import Gate, PartError
 from nemotrt.exporter.runtime.graph_file import read_proto
 from nemotrt.exporter.runtime.step import StepInputs
@@ -54,7 +55,7 @@ def compare_parts(
     graph: Path,
     extent: Extent,
     *,
-    advance: Callable[[int], None] = lambda _: None,
+    advance: Advance = ignore,
 ) -> Parts:
     """Every part alone over the steps of a mixed batch, and in it every op alone; `advance` hears of parts."""
     dtype = getattr(torch, COMPUTE_DTYPES[config.precision])

@@ -9,9 +9,9 @@ import torch
 from nemotrt.exporter.checkpoint import weights
 from nemotrt.exporter.checkpoint.loaded_model import LoadedModel
 from nemotrt.exporter.config import COMPUTE_DTYPES, BuildConfig
+from nemotrt.exporter.progress import Advance
 from nemotrt.exporter.report.model import NotCompared
 from nemotrt.exporter.validation.comparison import (
-    Advance,
     Extent,
     Recording,
     greedy,
