@@ -126,7 +126,7 @@ def _bundle(manifest: Manifest) -> RenderableType:
     proof = f"{verdict.num_gates - verdict.num_failed} of {verdict.num_gates} gates, {verdict.runs_as}"
     grid = Table.grid(padding=(0, 2))
     grid.add_row("id", manifest.bundle_id)
-    grid.add_row("from", f"{manifest.source.name}, licence {manifest.licence}")
+    grid.add_row("from", f"{manifest.source.name}, license {manifest.license}")
     grid.add_row("precision", manifest.model.precision)
     if manifest.partial:
         grid.add_row("partial", Text(partial_model(manifest.model.chosen_layers), "yellow"))

@@ -302,7 +302,7 @@ def _dtypes_by_kind(
             found["beside"][dtype].append(name.removeprefix("backbone."))
     pools = state_of(dataclasses.replace(config, dtype=COMPUTE_DTYPES[precision]), COMPUTE_DTYPES["fp32"])
     for pool in pools:
-        pool_kind, number = pool.input.split(".")
+        pool_kind, number = pool.name.split(".")
         layer = config.numbered_layers[int(number)]
         if first[layer] == int(number):
             found[layer][pool.dtype].append(pool_kind)

@@ -16,7 +16,7 @@ from nemotrt.exporter.config import COMPUTE_DTYPES
 from nemotrt.exporter.errors import BundleError, UsageError
 from nemotrt.exporter.runtime import manifest as manifests
 from nemotrt.exporter.runtime.graph_summary import KIND_OF_OP
-from nemotrt.exporter.runtime.manifest import GraphSummary, Manifest, PoolPair
+from nemotrt.exporter.runtime.manifest import GraphSummary, Manifest
 from nemotrt.model.checkpoint import is_mtp
 from nemotrt.model.config import ModelConfig
 from nemotrt.model.pools import pool_specs
@@ -141,14 +141,9 @@ def _checkpoint(folder: Path, layer: int | None) -> Inspection:
     )
 
 
-def state_of(config: ModelConfig, state_dtype: DType) -> list[PoolPair]:
+def state_of(config: ModelConfig, state_dtype: DType) -> tuple[PoolSpec, ...]:
     """The pools of a model whose KV cache has its own dtype, one token a page."""
-    specs = pool_specs(config, page_size=1, dtype=config.dtype, state_dtype=state_dtype)
-    return [_pair(spec) for spec in specs]
-
-
-def _pair(spec: PoolSpec) -> PoolPair:
-    return PoolPair(spec.name, "", spec.axis, spec.dtype, spec.row_shape)
+    return pool_specs(config, page_size=1, dtype=config.dtype, state_dtype=state_dtype)
 
 
 def _graph(path: Path, layer: int | None, what: str, file: Path, manifest: Manifest | None) -> Inspection:
@@ -229,7 +224,7 @@ def _of_layer(weights: Iterable[Weight], layer: int | None) -> tuple[Weight, ...
 
 
 def parts(
-    layers: Mapping[int, str], weights: Iterable[Weight], pools: Iterable[PoolPair]
+    layers: Mapping[int, str], weights: Iterable[Weight], pools: Iterable[PoolSpec]
 ) -> tuple[Part, ...]:
     """The layers by kind, most bytes first, between the embeddings and the head; then what else there is.
 
@@ -241,11 +236,11 @@ def parts(
     state: Counter[str] = Counter()
     cache: Counter[str] = Counter()
     for pool in pools:
-        kind = _kind(pool.input, layers)
-        if pool.axis == "S":
-            state[kind] += _row_bytes(pool)
+        kind = _kind(pool.name, layers)
+        if pool.is_paged:
+            cache[kind] += pool.row_bytes // pool.page_size
         else:
-            cache[kind] += _row_bytes(pool) // pool.row_shape[2]  # [2, heads, tokens of a page, head_dim]
+            state[kind] += pool.row_bytes
     numbers = Counter(layers.values())
     kinds = sorted(numbers, key=lambda kind: -sum(weight.bytes for weight in held[kind]))
     order = [EMBEDDINGS, *kinds, HEAD, OTHER, MTP]
@@ -278,11 +273,3 @@ def _part(kind: str, num_layers: int, weights: list[Weight], state: int, cache: 
         state_bytes=state,
         cache_bytes_per_token=cache,
     )
-
-
-def _row_bytes(pool: PoolPair) -> int:
-    import ml_dtypes  # registers bfloat16 with NumPy
-    import numpy as np
-
-    del ml_dtypes
-    return math.prod(pool.row_shape) * np.dtype(pool.dtype).itemsize

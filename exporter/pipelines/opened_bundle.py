@@ -56,8 +56,8 @@ def _config(bundle: Path, manifest: Manifest, checkpoint: Path) -> BuildConfig:
     """The configuration that the bundle was built with, as far as it concerns the comparison."""
     graph_of(bundle, manifest)
     profile = next(profile for profile in manifest.profiles if profile.runtime == "onnx")
-    state = {pool.dtype for pool in manifest.graph.pools if pool.input.startswith("ssm_state.")}
-    cache = {pool.dtype for pool in manifest.graph.pools if pool.input.startswith("kv_cache.")}
+    state = {pool.dtype for pool in manifest.graph.pools if pool.kind == "ssm_state"}
+    cache = {pool.dtype for pool in manifest.graph.pools if pool.kind == "kv_cache"}
     return BuildConfig(
         checkpoint=checkpoint,
         output=bundle,
@@ -78,9 +78,9 @@ def _from(checkpoint: Path, manifest: Manifest) -> LoadedModel:
     sizes = {path.name: path.stat().st_size for path in stored}
     digest = hashlib.sha256((checkpoint / "config.json").read_bytes()).hexdigest()
     differing = "config.json" if digest != manifest.source.config_sha256 else ""
-    for file in manifest.source.files:
-        if sizes.pop(file.name, None) != file.size:
-            differing = differing or file.name
+    for name, size in manifest.source.files.items():
+        if sizes.pop(name, None) != size:
+            differing = differing or name
     differing = differing or next(iter(sizes), "")
     if differing:
         raise UsageError(

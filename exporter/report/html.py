@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
@@ -16,9 +15,9 @@ from nemotrt.exporter.report.model import Drift, Metric, ValidationReport
 from nemotrt.exporter.report.precision_map import PlacePrecision, precision_map
 from nemotrt.exporter.report.units import digits, size
 from nemotrt.exporter.runtime.graph_file import read_proto
-from nemotrt.exporter.runtime.manifest import Manifest, PoolPair
+from nemotrt.exporter.runtime.manifest import Manifest
+from nemotrt.plugins.contract import PoolSpec
 
-POOL_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3fn": 1}
 SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
@@ -173,13 +172,12 @@ def _precision(places: Sequence[PlacePrecision]) -> dict[str, Any]:
     return {"plot": plots.precision_plot(places), "kinds": list(kinds.values()), "dtypes": used}
 
 
-def _state(pools: Sequence[PoolPair]) -> dict[str, int]:
+def _state(pools: Sequence[PoolSpec]) -> dict[str, int]:
     """Bytes of one sequence's recurrent state, and of one token in the KV cache."""
     found = {"sequence": 0, "token": 0}
     for pool in pools:
-        row = math.prod(pool.row_shape) * POOL_BYTES[pool.dtype]
-        if pool.input.startswith("kv_cache."):
-            found["token"] += row // pool.row_shape[2]
+        if pool.is_paged:
+            found["token"] += pool.row_bytes // pool.page_size
         else:
-            found["sequence"] += row
+            found["sequence"] += pool.row_bytes
     return found

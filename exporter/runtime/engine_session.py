@@ -21,9 +21,9 @@ from nemotrt.exporter.errors import BundleError, UsageError
 from nemotrt.exporter.runtime import manifest as manifests
 from nemotrt.exporter.runtime.cuda import CapturedGraph, CudaError, Device, Memory
 from nemotrt.exporter.runtime.engine_file import because, create_context, engine_profile, open_engine
-from nemotrt.exporter.runtime.graph_file import LOGITS, pools_of
 from nemotrt.exporter.runtime.padding import StepSizes, batch_sizes, is_decode, padded
 from nemotrt.exporter.runtime.step import StepInputs, check_step
+from nemotrt.plugins.contract import LOGITS
 
 SIZED_BY = {"T": ("input_ids", 0), "B": ("context_len", 0), "M": ("page_table", 1), "R": ("logits_row", 0)}
 """A free axis → an input that has it, and where."""
@@ -67,8 +67,7 @@ class EngineSession:
         self.runs_as = f"{self._opened.backend.title} {profile.runtime_version} on {gpu.name} (SM {gpu.sm})"
         self.vocab_size = manifest.model.vocab_size
         self.num_slots, self.num_pages = num_slots, num_pages
-        self.pools = {pool.name: pool for pool in pools_of(manifest.graph)}
-        self._outputs = {pool.input: pool.output for pool in manifest.graph.pools}
+        self.pools = {pool.name: pool for pool in manifest.graph.pools}
         self._dtypes = {edge.name: edge.dtype for edge in manifest.graph.inputs}
         self._inputs = [edge.name for edge in manifest.graph.inputs if edge.name not in self.pools]
         self._limits = [self._bounds(index) for index in range(self._num_profiles)]
@@ -94,7 +93,7 @@ class EngineSession:
     @property
     def page_size(self) -> int:
         """Tokens a page, 0 in a graph without a KV cache."""
-        return next((pool.row_shape[2] for pool in self.pools.values() if pool.is_paged), 0)
+        return max((pool.page_size for pool in self.pools.values()), default=0)
 
     def step(self, inputs: StepInputs) -> NDArray[np.float32]:
         """The logits [R, V] of one step; the pools are updated.
@@ -129,7 +128,7 @@ class EngineSession:
 
     def pool(self, name: str) -> NDArray[Any]:
         """A copy of a pool's values, scratch row first."""
-        values = np.empty(self._pool_shape(name), dtype=self.pools[name].dtype)
+        values = np.empty(self._pool_shape(name), dtype=self.pools[name].dtype.numpy)
         self._device.make_current()
         self._device.read(self._buffers[name], values)
         return values
@@ -140,14 +139,15 @@ class EngineSession:
         if values.shape != shape:
             raise UsageError(f"{name} has shape {list(shape)}, not {list(values.shape)}")
         self._device.make_current()
-        self._device.write(self._buffers[name], np.ascontiguousarray(values.astype(self.pools[name].dtype)))
+        self._device.write(
+            self._buffers[name], np.ascontiguousarray(values.astype(self.pools[name].dtype.numpy))
+        )
         self._device.synchronize()
 
     def _pool_shape(self, name: str) -> tuple[int, ...]:
         if name not in self.pools:
             raise UsageError(f"the graph has no pool {name}", hint="its pools: " + ", ".join(self.pools))
-        pool = self.pools[name]
-        return (self.num_pages if pool.is_paged else self.num_slots, *pool.row_shape)
+        return self.pools[name].shape(self.num_slots, self.num_pages)
 
     @property
     def _num_profiles(self) -> int:
@@ -208,8 +208,7 @@ class EngineSession:
         rows = max(most.R for _, most in self._limits)
         self._buffers[LOGITS] = self._device.allocate(rows * self.vocab_size * 4)
         for name, pool in self.pools.items():
-            num_bytes = int(np.prod(self._pool_shape(name))) * np.dtype(pool.dtype).itemsize
-            self._buffers[name] = self._device.allocate(num_bytes)
+            self._buffers[name] = self._device.allocate(self._pool_shape(name)[0] * pool.row_bytes)
             self._device.clear(self._buffers[name])
         engine = self._opened.engine
         needed = [engine.get_device_memory_size_for_profile_v2(index) for index in range(self._num_profiles)]
@@ -223,8 +222,8 @@ class EngineSession:
         self._device.synchronize()
         for name, memory in self._buffers.items():
             bound.append(handle.set_tensor_address(name, memory.address))
-            if name in self._outputs:
-                bound.append(handle.set_tensor_address(self._outputs[name], memory.address))
+            if name in self.pools:
+                bound.append(handle.set_tensor_address(self.pools[name].output, memory.address))
                 bound.append(handle.set_input_shape(name, self._pool_shape(name)))
         if not all(bound):
             raise BundleError(f"the engine is not what the manifest says: {because(self._opened.log)}")

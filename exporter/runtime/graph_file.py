@@ -7,67 +7,35 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from importlib.util import find_spec
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from nemotrt.exporter.errors import BundleError, UsageError
 from nemotrt.exporter.runtime.fp32_emulation import fp32_twin, needs_twin
 from nemotrt.exporter.runtime.interruptible import Interruptible
-from nemotrt.plugins.contract import STEP_INPUTS
+from nemotrt.plugins.contract import LOGITS, NEXT, STEP_INPUTS, DType, PoolSpec
 
 if TYPE_CHECKING:
     import onnxruntime as ort
     from onnx import ModelProto
 
-    from nemotrt.exporter.runtime.manifest import GraphSummary
-
-LOGITS = "logits"
-NEXT = "next."
-"""Prefix of the output that replaces a pool."""
 
 CPU = "CPUExecutionProvider"
 PROVIDERS = {"cpu": (CPU,), "cuda": ("CUDAExecutionProvider", CPU)}
 """What ONNX Runtime runs a graph on → its providers, the first that knows an operator running it."""
 
-SLOT_AXIS, PAGE_AXIS = "S", "K"
-"""Names of a pool's first axis: its rows are slots, or pages."""
-
 DTYPES = {
-    "tensor(float)": "float32",
-    "tensor(float16)": "float16",
-    "tensor(int64)": "int64",
-    "tensor(int32)": "int32",
+    "tensor(float)": DType.FLOAT32,
+    "tensor(float16)": DType.FLOAT16,
+    "tensor(int64)": DType.INT64,
+    "tensor(int32)": DType.INT32,
 }
-"""ONNX Runtime's names of the types that the graph's inputs may have → NumPy's."""
+"""ONNX Runtime's names of the dtypes that the graph's inputs may have."""
 
 PRECISIONS = {1: "fp32", 10: "fp16", 16: "bf16", 17: "fp8"}
 """onnx.TensorProto's numbers of weight types → what they are called here."""
-
-
-@dataclass(frozen=True)
-class Pool:
-    """One pool of the graph: its rows are slots or pages, row 0 is scratch."""
-
-    name: str
-    dtype: str
-    """What the session holds it in, NumPy's name: a half pool is held in FP32 by the graph's twin."""
-    row_shape: tuple[int, ...]
-    is_paged: bool
-
-    @property
-    def row_bytes(self) -> int:
-        """Bytes of one row."""
-        return prod(self.row_shape) * np.dtype(self.dtype).itemsize
-
-
-def pools_of(graph: GraphSummary) -> list[Pool]:
-    """The pools that a manifest describes, in the graph's order."""
-    return [Pool(p.input, p.dtype, p.row_shape, p.axis == PAGE_AXIS) for p in graph.pools]
 
 
 def open_graph(
@@ -194,20 +162,24 @@ def recurrence_inputs(model: ModelProto) -> dict[str, tuple[str, str, str]]:
     }
 
 
-def read_pools(session: ort.InferenceSession, shown: Sequence[str] = ()) -> dict[str, Pool]:
-    """The inputs that an output replaces, in the graph's order; raises BundleError on an unknown edge."""
+def read_pools(session: ort.InferenceSession, shown: Sequence[str] = ()) -> dict[str, PoolSpec]:
+    """The pools in the graph's order; their dtypes are those that the session holds, FP32 under emulation.
+
+    Raises BundleError on an input or output that the contract does not have.
+    """
     outputs = {value.name for value in session.get_outputs()}.difference(shown)
-    pools: dict[str, Pool] = {}
+    pools: dict[str, PoolSpec] = {}
     for value in session.get_inputs():
         if value.type not in DTYPES:
             raise BundleError(f"the graph's input {value.name} is {value.type}, which cannot be held")
         if NEXT + value.name in outputs:
             rows, *row_shape = value.shape
-            if rows not in (SLOT_AXIS, PAGE_AXIS) or not all(isinstance(size, int) for size in row_shape):
+            pool = PoolSpec(value.name, DTYPES[value.type], tuple(row_shape))
+            if rows != pool.axis or not all(isinstance(size, int) for size in row_shape):
                 raise BundleError(
-                    f"the pool {value.name} has shape {value.shape}; only its first axis may vary, S or K"
+                    f"the pool {value.name} has shape {value.shape}; only its first axis may vary, {pool.axis}"
                 )
-            pools[value.name] = Pool(value.name, DTYPES[value.type], tuple(row_shape), rows == PAGE_AXIS)
+            pools[value.name] = pool
         elif value.name not in STEP_INPUTS:
             raise BundleError(f"the graph's input {value.name} is not known, and no output replaces it")
     unpaired = sorted(outputs - {LOGITS} - {NEXT + name for name in pools})

@@ -1,4 +1,4 @@
-"""The edges of an ONNX file in the manifest's words."""
+"""The inputs, outputs and pools of an ONNX file, as the manifest describes them."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nemotrt.exporter.runtime.graph_file import NEXT, read_proto
-from nemotrt.exporter.runtime.manifest import Edge, GraphSummary, PoolPair
+from nemotrt.exporter.runtime.graph_file import read_proto
+from nemotrt.exporter.runtime.manifest import GraphSummary, GraphValue
+from nemotrt.plugins.contract import NEXT, DType, PoolSpec
 
 if TYPE_CHECKING:
     from onnx import ValueInfoProto
@@ -25,28 +26,24 @@ PLACE = re.compile(r"(layers\.\d+|embeddings|head)\.")
 
 
 def describe_graph(path: Path) -> GraphSummary:
-    """Inputs, outputs and pools of the file, weights not read; raises BundleError when it is no ONNX file."""
+    """Inputs, outputs and pools of the file, without its weights; raises BundleError if it is not an ONNX file."""
     graph = read_proto(path).graph
-    inputs = tuple(_edge(value) for value in graph.input)
-    outputs = tuple(_edge(value) for value in graph.output)
-    replacing = {edge.name for edge in outputs}
+    inputs = tuple(_value(value) for value in graph.input)
+    outputs = tuple(_value(value) for value in graph.output)
+    output_names = {value.name for value in outputs}
     pools = tuple(
-        PoolPair(
-            input=edge.name,
-            output=NEXT + edge.name,
-            axis=str(edge.axes[0]),
-            dtype=edge.dtype,
-            row_shape=tuple(size for size in edge.axes[1:] if isinstance(size, int)),
+        PoolSpec(
+            value.name, DType(value.dtype), tuple(size for size in value.axes[1:] if isinstance(size, int))
         )
-        for edge in inputs
-        if NEXT + edge.name in replacing
+        for value in inputs
+        if NEXT + value.name in output_names
     )
     return GraphSummary(inputs, outputs, pools)
 
 
-def _edge(value: ValueInfoProto) -> Edge:
+def _value(value: ValueInfoProto) -> GraphValue:
     from onnx import helper
 
     tensor = value.type.tensor_type
     dtype = helper.tensor_dtype_to_np_dtype(tensor.elem_type).name
-    return Edge(value.name, dtype, tuple(size.dim_param or size.dim_value for size in tensor.shape.dim))
+    return GraphValue(value.name, dtype, tuple(size.dim_param or size.dim_value for size in tensor.shape.dim))

@@ -16,9 +16,6 @@ from numpy.typing import NDArray
 from nemotrt.exporter.errors import BundleError, UsageError
 from nemotrt.exporter.runtime.graph_file import (
     CPU,
-    LOGITS,
-    NEXT,
-    Pool,
     first_line,
     open_graph,
     read_pools,
@@ -26,6 +23,7 @@ from nemotrt.exporter.runtime.graph_file import (
 )
 from nemotrt.exporter.runtime.interruptible import Interruptible
 from nemotrt.exporter.runtime.step import StepInputs, check_step
+from nemotrt.plugins.contract import LOGITS, NEXT, PoolSpec
 
 if TYPE_CHECKING:
     import onnxruntime as ort
@@ -87,7 +85,7 @@ class Session:
     @property
     def page_size(self) -> int:
         """Tokens a page, 0 in a graph without a KV cache."""
-        return next((pool.row_shape[2] for pool in self.pools.values() if pool.is_paged), 0)
+        return max((pool.page_size for pool in self.pools.values()), default=0)
 
     def step(self, inputs: StepInputs) -> NDArray[np.float32]:
         """The logits [R, V] of one step; the pools are updated.
@@ -123,12 +121,12 @@ class Session:
             raise UsageError(f"the graph has no pool {name}", hint="its pools: " + ", ".join(self._values))
         return self._values[name]
 
-    def _new_pool(self, pool: Pool) -> ort.OrtValue:
+    def _new_pool(self, pool: PoolSpec) -> ort.OrtValue:
         import onnxruntime as ort
 
-        rows = self.num_pages if pool.is_paged else self.num_slots
-        value = ort.OrtValue.ortvalue_from_shape_and_type([rows, *pool.row_shape], np.dtype(pool.dtype).type)
-        # Rows that no step has written are read by whoever compares pools: the same in every run.
+        shape = list(pool.shape(self.num_slots, self.num_pages))
+        value = ort.OrtValue.ortvalue_from_shape_and_type(shape, pool.dtype.numpy.type)
+        # A comparison of pools reads rows that no step has written: they must be the same in every run.
         value.numpy()[...] = 0
         return value
 

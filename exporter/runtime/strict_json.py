@@ -88,7 +88,7 @@ def _value(hint: Any, value: Any, where: str) -> Any:
     if origin is UnionType and entry and value is not None:
         return _dataclass(entry, value, where)
     if hint is float and value is None:
-        return math.nan  # JSON has no other word for a number that is not finite
+        return math.nan  # JSON has no NaN; a report has null instead
     # bool is an int to isinstance, but not to JSON.
     if type(value) not in accepted:
         names = " or ".join(kind.__name__ for kind in accepted)

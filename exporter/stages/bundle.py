@@ -21,17 +21,18 @@ from nemotrt.exporter.report.html import Bundle, report_html
 from nemotrt.exporter.report.model import ValidationReport
 from nemotrt.exporter.runtime import manifest
 from nemotrt.exporter.runtime.graph_summary import describe_graph
+from nemotrt.exporter.runtime.manifest import Role, Verdict
 from nemotrt.plugins.spec import DOMAIN
 
 LOG = "logs/build.log"
 
 ROLES = {
-    "config.json": "config",
-    "hf_quant_config.json": "quantization",
-    "generation_config.json": "generation_config",
-    "chat_template.jinja": "chat_template",
-    "LICENSE": "licence",
-    "NOTICE": "licence",
+    "config.json": Role.CONFIG,
+    "hf_quant_config.json": Role.QUANTIZATION,
+    "generation_config.json": Role.GENERATION_CONFIG,
+    "chat_template.jinja": Role.CHAT_TEMPLATE,
+    "LICENSE": Role.LICENSE,
+    "NOTICE": Role.LICENSE,
 }
 """A side file → its role in the manifest; every other one is the tokenizer's."""
 
@@ -49,18 +50,18 @@ def bundle(
 
     `log` has what the build said, and neither times nor paths, so that equal builds make equal bundles.
     """
-    roles = {graph.path.name: "graph", data_path(graph.path).name: "weights"}
-    roles |= dict.fromkeys(graph.linked, "weights")
+    roles = {graph.path.name: Role.GRAPH, data_path(graph.path).name: Role.WEIGHTS}
+    roles |= dict.fromkeys(graph.linked, Role.WEIGHTS)
     if engine is not None:
-        roles |= {engine.path: "engine", engine.library: "plugins", engine.log: "log"}
-        roles |= {engine.timings: "timing_cache"} if engine.timings else {}
+        roles |= {engine.path: Role.ENGINE, engine.library: Role.PLUGINS, engine.log: Role.LOG}
+        roles |= {engine.timings: Role.TIMING_CACHE} if engine.timings else {}
     for name in model.side_files:
         shutil.copyfile(model.folder / name, folder / name)
-        roles[name] = ROLES.get(name, "tokenizer")
+        roles[name] = ROLES.get(name, Role.TOKENIZER)
     if report is not None:
         (folder / json_file.NAME).write_text(json_file.text(report), encoding="utf-8")
-        roles[json_file.NAME] = "report"
-    roles[LOG] = "log"
+        roles[json_file.NAME] = Role.REPORT
+    roles[LOG] = Role.LOG
     (folder / LOG).parent.mkdir(exist_ok=True)
     (folder / LOG).write_text("".join(f"{line.rstrip()}\n" for line in log), encoding="utf-8")
     for path in folder.rglob("*"):
@@ -74,7 +75,7 @@ def bundle(
         name = f"{described.source.name}, {config.precision}"
         page = report_html(report, name=name, bundle=Bundle.of(folder, described))
         (folder / json_file.PAGE).write_text(page, encoding="utf-8")
-        listed = manifest.describe_file(folder, json_file.PAGE, "report")
+        listed = manifest.describe_file(folder, json_file.PAGE, Role.REPORT)
         files = sorted((*described.files, listed), key=lambda file: file.path)
         described = dataclasses.replace(described, files=tuple(files))
     return manifest.write(folder, described)
@@ -87,7 +88,7 @@ def _describe(
     engine: CompiledEngine | None,
     report: ValidationReport | None,
     folder: Path,
-    roles: dict[str, str],
+    roles: dict[str, Role],
 ) -> manifest.Manifest:
     origin = model.origin or model
     raw = (origin.folder / "config.json").read_bytes()
@@ -108,7 +109,7 @@ def _describe(
         source=manifest.Source(
             name=origin.folder.resolve().name,
             config_sha256=hashlib.sha256(raw).hexdigest(),
-            files=tuple(manifest.SourceFile(path.name, path.stat().st_size, "") for path in files),
+            files={path.name: path.stat().st_size for path in files},
         ),
         graph=describe_graph(graph.path),
         profiles=_profiles(config, graph, engine),
@@ -117,7 +118,7 @@ def _describe(
         partial=bool(model.config.chosen_layers),
         not_exported=model.not_exported,
         validation=_verdict(report),
-        licence=_licence(origin.folder),
+        license=_license(origin.folder),
     )
 
 
@@ -153,18 +154,19 @@ def _plugins(engine: CompiledEngine | None) -> tuple[manifest.Plugin, ...]:
     return (manifest.Plugin("nemo_plugins", version, DOMAIN, engine.library, engine.library_build),)
 
 
-def _verdict(report: ValidationReport | None) -> manifest.Verdict:
+def _verdict(report: ValidationReport | None) -> manifest.ValidationSummary:
     if report is None:
-        return manifest.Verdict("not run", 0, 0, "", ("everything: validation was not asked for",))
+        return manifest.ValidationSummary(
+            Verdict.NOT_RUN, 0, 0, "", ("everything: validation was not requested",)
+        )
     failed = sum(not gate.passed for gate in report.gates)
-    verdict = "passed" if report.passed else "failed"
-    return manifest.Verdict(
-        verdict, len(report.gates), failed, report.candidate, tuple(map(str, report.not_compared))
-    )
+    verdict = Verdict.PASSED if report.passed else Verdict.FAILED
+    not_compared = tuple(map(str, report.not_compared))
+    return manifest.ValidationSummary(verdict, len(report.gates), failed, report.candidate, not_compared)
 
 
-def _licence(checkpoint: Path) -> str:
-    """What the model card's front matter says, the one place where the layout states a licence."""
+def _license(checkpoint: Path) -> str:
+    """What the model card's front matter says, the one place where the layout states a license."""
     card = checkpoint / "README.md"
     text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
     found = re.match(r"---\n(?:.*\n)*?license(?:_name)?:\s*(\S+)", text)

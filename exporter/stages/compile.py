@@ -102,7 +102,7 @@ def compile(
             for profile in prepared.profiles
         ],
         plugins=[node.name for node in nodes],
-        pools=[name for pool in summary.pools for name in (pool.input, pool.output)],
+        pools=[name for pool in summary.pools for name in (pool.name, pool.output)],
     )
     result = _build(request, used, paths[used.engine], advance)
     if kept_timings:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from nemotrt.exporter.checkpoint.loaded_model import LoadedModel
 from nemotrt.exporter.config import COMPUTE_DTYPES, BuildConfig
 from nemotrt.exporter.report.model import Gate, Metric
-from nemotrt.exporter.runtime.graph_file import NEXT
+from nemotrt.plugins.contract import NEXT
 from nemotrt.plugins.spec import DOMAIN, ops
 
 if TYPE_CHECKING:

@@ -57,7 +57,7 @@ ALL: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "bundle-unknown-field": (manifest(lambda fields: fields.update(extra=1)), "extra is not known"),
     "bundle-edited-manifest": (
-        manifest(lambda fields: fields.update(licence="apache-2.0")),
+        manifest(lambda fields: fields.update(license="apache-2.0")),
         "manifest.json was changed after it was written",
     ),
     "bundle-path-outside": (

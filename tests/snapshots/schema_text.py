@@ -26,7 +26,7 @@ def report_schema_text() -> str:
 def schema_text() -> str:
     """Every field of manifest.json, those of an object below it; `?` marks one that may be left out."""
     lines = [f"schema_version {manifest.SCHEMA_VERSION}", "", *_fields(manifest.Manifest, "  ")]
-    lines += ["", "roles: " + ", ".join(manifest.ROLES), "verdicts: " + ", ".join(manifest.VERDICTS)]
+    lines += ["", f"roles: {', '.join(manifest.Role)}", f"verdicts: {', '.join(manifest.Verdict)}"]
     return "\n".join(lines) + "\n"
 
 

@@ -39,8 +39,8 @@ def write_manifest(folder: Path) -> None:
             plugins=(),
             partial=False,
             not_exported=(),
-            validation=manifests.Verdict("not run", 0, 0, "", ()),
-            licence="",
+            validation=manifests.ValidationSummary(manifests.Verdict.NOT_RUN, 0, 0, "", ()),
+            license="",
         ),
     )
 

@@ -10,6 +10,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 
 from nemotrt.exporter.runtime import manifest as manifests
 from nemotrt.exporter.runtime.graph_summary import describe_graph
+from nemotrt.exporter.runtime.manifest import Role, Verdict
 
 BOS, EOS = "<s>", "</s>"
 TEMPLATE = (
@@ -37,11 +38,11 @@ def write_tokenizer(folder: Path, *, eos: object = 1) -> None:
 
 
 ROLES = {
-    "model.onnx": "graph",
-    "model.onnx.data": "weights",
-    "tokenizer.json": "tokenizer",
-    "tokenizer_config.json": "tokenizer",
-    "generation_config.json": "generation_config",
+    "model.onnx": Role.GRAPH,
+    "model.onnx.data": Role.WEIGHTS,
+    "tokenizer.json": Role.TOKENIZER,
+    "tokenizer_config.json": Role.TOKENIZER,
+    "generation_config.json": Role.GENERATION_CONFIG,
 }
 
 
@@ -56,15 +57,15 @@ def write_bundle(
         bundle_id="",
         files=manifests.describe_files(folder, ROLES),
         model=manifests.ModelSummary(("NemotronHForCausalLM",), {"mamba": 2}, "fp32", VOCAB, (1,)),
-        source=manifests.Source("random", "", (manifests.SourceFile("model.safetensors", 1, ""),)),
+        source=manifests.Source("random", "", {"model.safetensors": 1}),
         graph=describe_graph(graph),
         profiles=(manifests.Profile("onnx", "model.onnx", max_tokens, max_sequences, max_context, PAGE),),
         environment=manifests.BuildEnvironment("Linux", "x86_64", {"python": "3.11"}),
         plugins=(),
         partial=False,
         not_exported=("mtp.layers.0.enorm.weight",),
-        validation=manifests.Verdict("not run", 0, 0, "", ()),
-        licence="not stated",
+        validation=manifests.ValidationSummary(Verdict.NOT_RUN, 0, 0, "", ()),
+        license="not stated",
     )
     manifests.write(folder, manifest)
     return folder

@@ -16,7 +16,6 @@ from nemotrt.exporter.config import BuildConfig
 from nemotrt.exporter.errors import ValidationError
 from nemotrt.exporter.pipelines import build
 from nemotrt.exporter.runtime import manifest as manifests
-from nemotrt.exporter.runtime.graph_file import pools_of
 from nemotrt.exporter.stages.load import load
 from nemotrt.exporter.validation.comparison import Extent, noise_of, prompt_of
 from nemotrt.exporter.validation.runners.polygraphy import (
@@ -65,7 +64,7 @@ def graph_of(example: SimpleNamespace, bundle: Path | None = None) -> StepRunner
 
 def test_polygraphy_sees_that_they_agree(example: SimpleNamespace, tmp_path: Path) -> None:
     results = Comparator.run([example.pytorch, graph_of(example)], data_loader=example.feeds)
-    outputs = {"logits", *(f"next.{pool.name}" for pool in pools_of(example.manifest.graph))}
+    outputs = {"logits", *(f"next.{pool.name}" for pool in example.manifest.graph.pools)}
     assert [set(iterations[0]) for _, iterations in results] == [outputs, outputs]
     found = Comparator.compare_accuracy(results, compare_func=RelativeL2())
     assert found

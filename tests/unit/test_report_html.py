@@ -37,6 +37,7 @@ from nemotrt.exporter.report.model import (
 )
 from nemotrt.exporter.report.precision_map import PlacePrecision
 from nemotrt.exporter.runtime import manifest
+from nemotrt.plugins.contract import DType, PoolSpec
 
 KINDS = ("mamba", "moe", "attention", "mlp")
 
@@ -122,23 +123,23 @@ def bundle(num_layers: int = 10) -> Bundle:
         for i in range(num_layers)
     ]
     pools = (
-        manifest.PoolPair("ssm_state.0", "next.ssm_state.0", "S", "float32", (4, 64, 128)),
-        manifest.PoolPair("kv_cache.2", "next.kv_cache.2", "K", "bfloat16", (2, 2, 128, 64)),
+        PoolSpec("ssm_state.0", DType.FLOAT32, (4, 64, 128)),
+        PoolSpec("kv_cache.2", DType.BFLOAT16, (2, 2, 128, 64)),
     )
     described = manifest.Manifest(
         schema_version=manifest.SCHEMA_VERSION,
         bundle_id="0" * 64,
-        files=(manifest.BundleFile("model.onnx.data", 3_805_184, "0" * 64, "weights"),),
+        files=(manifest.BundleFile("model.onnx.data", 3_805_184, "0" * 64, manifest.Role.WEIGHTS),),
         model=manifest.ModelSummary((), {"mamba": num_layers}, "fp8", 1024, (2,)),
-        source=manifest.Source("super", "", ()),
+        source=manifest.Source("super", "", {}),
         graph=manifest.GraphSummary((), (), pools),
         profiles=(manifest.Profile("onnx", "model.onnx", 2048, 16, 8192, 128),),
         environment=manifest.BuildEnvironment("Linux", "x86_64", {"torch": "2.13"}),
         plugins=(),
         partial=False,
         not_exported=(),
-        validation=manifest.Verdict("failed", 1, 1, "", ()),
-        licence="not stated",
+        validation=manifest.ValidationSummary(manifest.Verdict.FAILED, 1, 1, "", ()),
+        license="not stated",
     )
     return Bundle(described, places, None)
 

@@ -30,7 +30,6 @@ from nemotrt.exporter.checkpoint.safetensors_reader import read_header_and_metad
 from nemotrt.exporter.checkpoint.safetensors_writer import Entry, write_file
 from nemotrt.exporter.errors import BundleError, CheckpointError, NotFiniteError, UsageError
 from nemotrt.exporter.report.model import NotCompared, Omitted
-from nemotrt.exporter.runtime.graph_file import pools_of
 from nemotrt.exporter.runtime.manifest import Manifest
 from nemotrt.exporter.runtime.step import StepInputs
 from nemotrt.exporter.runtime.strict_json import decode, encode, parse_object
@@ -118,7 +117,7 @@ def identity_of(manifest: Manifest) -> Identity:
     tokenizer = [file for file in manifest.files if file.role == "tokenizer"]
     for file in sorted(tokenizer, key=lambda file: file.path):
         digest.update(f"{file.path} {file.sha256}\n".encode())
-    dtypes = {pool.input.partition(".")[0]: pool.dtype for pool in manifest.graph.pools}
+    dtypes = {pool.kind: pool.dtype for pool in manifest.graph.pools}
     return Identity(
         checkpoint=manifest.source.name,
         config_sha256=manifest.source.config_sha256,
@@ -253,7 +252,7 @@ def read(path: Path, bundle: Path, manifest: Manifest) -> Recording:
     values = {name: _values(tensor) for name, tensor in tensors.items()}
     if _digest(text, values) != digest:
         raise BundleError(f"{path} was changed after it was written", hint=f"copy it again, or {AGAIN}")
-    noise = noise_of(pools_of(manifest.graph), header.extent)
+    noise = noise_of(manifest.graph.pools, header.extent)
     if _noise_digest(noise) != header.noise_sha256:
         raise BundleError(f"{path}: its seed gives other pools here than where it was made", hint=AGAIN)
     return _recording(path, header, values, noise)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from nemotrt.exporter.errors import BundleError
 from nemotrt.exporter.runtime.cuda import CudaError, Device, Memory
 from nemotrt.exporter.runtime.engine_file import OpenEngine, because, create_context
-from nemotrt.exporter.runtime.graph_file import NEXT
+from nemotrt.plugins.contract import NEXT
 
 
 class EnginePart:

@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nemotrt.exporter.runtime.graph_file import LOGITS, NEXT, PROVIDERS, read_proto, router_logits_names
+from nemotrt.exporter.runtime.graph_file import PROVIDERS, read_proto, router_logits_names
 from nemotrt.exporter.runtime.step import StepInputs
 from nemotrt.exporter.validation.routing import RouterLogits
 from nemotrt.exporter.validation.runners.base import Array
 from nemotrt.exporter.validation.runners.onnx_part import PartSession
+from nemotrt.plugins.contract import LOGITS, NEXT
 
 if TYPE_CHECKING:
     from onnx import ModelProto

@@ -20,14 +20,13 @@ from polygraphy.common import TensorMetadata
 from polygraphy.comparator import IterationResult
 
 from nemotrt.exporter.errors import ValidationError
-from nemotrt.exporter.runtime.graph_file import LOGITS, NEXT, pools_of
 from nemotrt.exporter.runtime.manifest import Manifest
 from nemotrt.exporter.runtime.step import StepInputs
 from nemotrt.exporter.validation import metrics
 from nemotrt.exporter.validation.gates import FP32_RELATIVE_L2, Noise
 from nemotrt.exporter.validation.runners.base import EngineRunner, GraphRunner, PoolShape, Runner
 from nemotrt.exporter.validation.scenarios import NUM_SLOTS, Scenario
-from nemotrt.plugins.contract import STEP_INPUTS
+from nemotrt.plugins.contract import LOGITS, NEXT, STEP_INPUTS
 
 FeedDict = dict[str, NDArray[Any]]
 
@@ -80,7 +79,7 @@ def graph_runner(
     graph = bundle / manifest.of_role("graph")[0]
     return StepRunner(
         name,
-        pools_of(manifest.graph),
+        manifest.graph.pools,
         lambda: GraphRunner(graph, num_slots=NUM_SLOTS, num_pages=num_pages),
     )
 
@@ -89,7 +88,7 @@ def engine_runner(bundle: Path, manifest: Manifest, *, num_pages: int, name: str
     """A bundle's engine on this machine's GPU, with NUM_SLOTS slots."""
     return StepRunner(
         name,
-        pools_of(manifest.graph),
+        manifest.graph.pools,
         lambda: EngineRunner(bundle, num_slots=NUM_SLOTS, num_pages=num_pages),
     )
 
