@@ -1,9 +1,9 @@
-"""What inspect, check and validate found, as tables for a person; `show` prints them on stdout."""
+"""The results of inspect, check and validate as tables for a terminal; `show` prints them to stdout."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from rich import box
 from rich.console import Console, RenderableType
@@ -11,304 +11,322 @@ from rich.table import Table
 from rich.text import Text
 
 from nemotrt.exporter.checkpoint.layer_selection import partial_model
-from nemotrt.exporter.commands.bisection_table import bisection
 from nemotrt.exporter.pipelines.check import Check
 from nemotrt.exporter.pipelines.inspect import Graph, Inspection, Part
-from nemotrt.exporter.report.gate_summary import summary
-from nemotrt.exporter.report.model import TextReport, ValidationReport
+from nemotrt.exporter.report.model import Bisection, DivergentValue, TextReport, ValidationReport
 from nemotrt.exporter.report.units import count, duration, size
 from nemotrt.exporter.runtime.manifest import Manifest
 from nemotrt.model.config_fields import PATTERN
+from nemotrt.plugins.contract import DType
 
 WIDTH = 100
-"""Columns where stdout is no terminal."""
+"""Columns of the output when stdout is not a terminal."""
+MAX_PROBLEMS = 10
+MAX_LAYERS = 10
 
 SYMBOLS = {kind: character for character, kind in PATTERN.items()}
-COLOURS = {"mamba": "cyan", "attention": "yellow", "moe": "magenta", "mlp": "green"}
+COLORS = {"mamba": "cyan", "attention": "yellow", "moe": "magenta", "mlp": "green"}
+CAUSES = ("DIFFERS", "not compared", "shape")
+"""Words in the description of a node's input that mark it as a likely cause of a divergence."""
 
-SHORT = {
-    "float64": "FP64",
-    "float32": "FP32",
-    "float16": "FP16",
-    "bfloat16": "BF16",
-    "float8_e4m3fn": "FP8",
-    "float8_e5m2": "FP8 (E5M2)",
-}
-"""A dtype → what tables call it."""
+Cell = str | Text
+Items = Iterator[RenderableType]
 
 
 def show(items: Iterable[RenderableType]) -> None:
-    """Print one below the other."""
-    # Markup would take the extra of nemo-export[cpu] for a style.
+    """Print the items one below the other."""
+    # With markup, rich would read the extra in nemo-export[cpu] as a style.
     console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else WIDTH)
     for item in items:
         console.print(item)
 
 
-def inspection(found: Inspection) -> list[RenderableType]:
-    """A title, the layers by kind, and what else a checkpoint, a graph or a bundle has to show."""
-    parameters = sum(part.num_parameters for part in found.parts if part.kind not in ("mtp", "other"))
-    stored = sum(part.bytes for part in found.parts)
-    title = Text.assemble(
-        (found.path, "bold"), f"   {found.what}, {count(parameters)} parameters, {size(stored)}"
-    )
-    shown: list[RenderableType] = [title]
-    if found.manifest:
-        shown.append(_bundle(found.manifest))
-    if found.layers:
-        shown += ["", _pattern(found.layers, found.layer)]
-    shown += ["", parts(found.parts), "", _state(found.parts)]
-    if found.layer is not None:
-        shown += ["", *_layer(found)]
-    else:
-        shown += _graph(found.graph) if found.graph else []
-        shown += ["", _files(found.manifest)] if found.manifest else []
-        shown += ["", _inert(found.inert)] if found.inert else []
-    return shown
-
-
-def _table(*columns: str, right: tuple[str, ...] = (), title: str = "") -> Table:
-    table = Table(
-        box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, title=title or None, title_justify="left"
-    )
+def _table(columns: Sequence[str], rows: Iterable[Iterable[Cell]], title: str | None = None) -> Table:
+    """A table; columns whose heading starts with > are aligned to the right."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, title=title, title_justify="left")
     for column in columns:
-        table.add_column(column, justify="right" if column in right else "left", overflow="fold")
+        is_right = column.startswith(">")
+        table.add_column(column.lstrip(">"), justify="right" if is_right else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
     return table
 
 
-def _pattern(layers: Mapping[int, str], marked: int | None = None) -> RenderableType:
-    """The layers as their pattern's characters, and what those stand for."""
+def _grid(rows: Iterable[Iterable[Cell]]) -> Table:
+    grid = Table.grid(padding=(0, 2))
+    for row in rows:
+        grid.add_row(*row)
+    return grid
+
+
+def _kind(kind: str) -> Text:
+    return Text(kind, COLORS.get(kind, ""))
+
+
+def _dtype(name: str) -> str:
+    """`BF16`; a dtype that only other tools' graphs have keeps its name."""
+    return DType(name).label if name in tuple(DType) else name
+
+
+def inspection(contents: Inspection) -> Items:
+    """The layers by kind, their memory, and the details of a checkpoint, a graph or a bundle."""
+    parameters = sum(part.num_parameters for part in contents.parts if part.kind not in ("mtp", "other"))
+    stored = sum(part.bytes for part in contents.parts)
+    summary = f"   {contents.what}, {count(parameters)} parameters, {size(stored)}"
+    yield Text.assemble((contents.path, "bold"), summary)
+    if contents.manifest:
+        yield _bundle(contents.manifest)
+    if contents.layers:
+        yield from ("", _pattern(contents.layers, contents.layer))
+    yield from ("", *_parts(contents.parts))
+    if contents.layer is not None:
+        yield from _layer(contents)
+        return
+    if contents.graph:
+        yield from _graph(contents.graph)
+    if contents.manifest:
+        files = [
+            (file.path, file.role, f"{file.size:,}", file.sha256[:16]) for file in contents.manifest.files
+        ]
+        yield from ("", _table(["file", "role", ">bytes", "sha256"], files))
+    if contents.inert:
+        yield from ("", _inert(contents.inert))
+
+
+def _pattern(layers: Mapping[int, str], marked: int | None = None) -> Text:
+    """The layers as the characters of `hybrid_override_pattern`, with a legend."""
     text = Text("layers   ")
     for index, kind in layers.items():
-        style = COLOURS[kind] + (" reverse" if index == marked else "")
-        text.append(SYMBOLS[kind], style)
-    kinds = ", ".join(f"{SYMBOLS[kind]} {kind}" for kind in dict.fromkeys(layers.values()))
-    return text.append(f"   {len(layers)}: {kinds}", "dim")
+        text.append(SYMBOLS[kind], COLORS[kind] + (" reverse" if index == marked else ""))
+    legend = ", ".join(f"{SYMBOLS[kind]} {kind}" for kind in dict.fromkeys(layers.values()))
+    return text.append(f"   {len(layers)}: {legend}", "dim")
 
 
-def parts(found: tuple[Part, ...]) -> Table:
-    """The layers by kind: how many, how large, in what precision."""
-    table = _table(
-        "part",
-        "layers",
-        "tensors",
-        "parameters",
-        "bytes",
-        "stored as",
-        right=("layers", "tensors", "parameters", "bytes"),
-    )
-    for part in found:
-        table.add_row(
-            Text(part.kind, COLOURS.get(part.kind, "")),
+def _parts(parts: Sequence[Part]) -> Items:
+    rows = [
+        (
+            _kind(part.kind),
             str(part.num_layers or ""),
             f"{part.num_tensors:,}",
             count(part.num_parameters),
             size(part.bytes),
-            ", ".join(_share(dtype, held, part.bytes) for dtype, held in part.bytes_by_dtype.items()),
+            ", ".join(_share(dtype, stored, part.bytes) for dtype, stored in part.bytes_by_dtype.items()),
         )
-    return table
-
-
-def _share(dtype: str, held: int, whole: int) -> str:
-    percent = 100 * held / whole
-    shown = "" if percent > 99.9 else " <0.1%" if percent < 0.1 else f" {percent:.3g}%"
-    return SHORT.get(dtype, dtype) + shown
-
-
-def _state(found: tuple[Part, ...]) -> str:
-    state, cache = sum(p.state_bytes for p in found), sum(p.cache_bytes_per_token for p in found)
-    return f"a sequence holds {size(state)} of state, and {size(cache)} of KV cache a token"
-
-
-def _bundle(manifest: Manifest) -> RenderableType:
-    verdict = manifest.validation
-    colour = {"passed": "green", "failed": "red"}.get(verdict.verdict, "yellow")
-    proof = f"{verdict.num_gates - verdict.num_failed} of {verdict.num_gates} gates, {verdict.runs_as}"
-    grid = Table.grid(padding=(0, 2))
-    grid.add_row("id", manifest.bundle_id)
-    grid.add_row("from", f"{manifest.source.name}, license {manifest.license}")
-    grid.add_row("precision", manifest.model.precision)
-    if manifest.partial:
-        grid.add_row("partial", Text(partial_model(manifest.model.chosen_layers), "yellow"))
-    grid.add_row("proof", Text.assemble((verdict.verdict, colour), f": {proof}" if verdict.num_gates else ""))
-    for profile in manifest.profiles:
-        grid.add_row(
-            profile.runtime,
-            f"{profile.path}: {profile.max_tokens} tokens and {profile.max_sequences} sequences a step,"
-            f" {profile.max_context} tokens a sequence, {profile.page_size} a page",
-        )
-    return grid
-
-
-def _graph(graph: Graph) -> list[RenderableType]:
-    table = _table(
-        "operator",
-        "nodes",
-        "operator ",
-        "nodes ",
-        "operator  ",
-        "nodes  ",
-        right=("nodes", "nodes ", "nodes  "),
-    )
-    entries = [(name, str(number)) for name, number in graph.ops.items()]
-    rows = -(-len(entries) // 3)
-    for row in range(rows):
-        cells = [cell for entry in entries[row::rows] for cell in entry]
-        table.add_row(*cells)
-    opsets = ", ".join(f"{domain} {version}" for domain, version in graph.opsets.items())
-    bodies = ", ".join(f"{name} ({nodes} nodes)" for name, nodes in graph.functions.items())
-    return [
-        "",
-        table,
-        "",
-        f"{graph.num_nodes} nodes, opset {opsets}" + (f"; bodies: {bodies}" if bodies else ""),
+        for part in parts
     ]
+    yield _table(["part", ">layers", ">tensors", ">parameters", ">size", "dtype"], rows)
+    state, cache = sum(p.state_bytes for p in parts), sum(p.cache_bytes_per_token for p in parts)
+    yield ""
+    yield f"memory per sequence: {size(state)} of recurrent state, {size(cache)} of KV cache per token"
 
 
-def _files(manifest: Manifest) -> Table:
-    table = _table("file", "role", "bytes", "sha256", right=("bytes",))
-    for file in manifest.files:
-        table.add_row(file.path, file.role, f"{file.size:,}", file.sha256[:16])
-    return table
+def _share(dtype: str, stored: int, total: int) -> str:
+    percent = 100 * stored / total
+    share = "" if percent > 99.9 else " <0.1%" if percent < 0.1 else f" {percent:.3g}%"
+    return _dtype(dtype) + share
 
 
-def _inert(fields: dict[str, str]) -> Table:
-    table = _table("field that changes nothing", "because")
-    for name, reason in fields.items():
-        table.add_row(name, reason)
-    return table
-
-
-def _layer(found: Inspection) -> list[RenderableType]:
-    assert found.layer is not None
-    table = _table(
-        "tensor", "dtype", "shape", "bytes", "file", right=("bytes",), title=f"layer {found.layer}"
+def _bundle(manifest: Manifest) -> Table:
+    validation = manifest.validation
+    color = {"passed": "green", "failed": "red"}.get(validation.verdict, "yellow")
+    passed = validation.num_gates - validation.num_failed
+    gates = (
+        f": {passed} of {validation.num_gates} gates, {validation.runs_as}" if validation.num_gates else ""
     )
-    for weight in found.weights:
-        shape = " × ".join(str(length) for length in weight.shape) or "scalar"
-        table.add_row(
-            weight.name, SHORT.get(weight.dtype, weight.dtype), shape, f"{weight.bytes:,}", weight.file
+    rows: list[tuple[Cell, ...]] = [
+        ("id", manifest.bundle_id),
+        ("source", f"{manifest.source.name}, license: {manifest.license}"),
+        ("precision", manifest.model.precision),
+        ("validation", Text.assemble((validation.verdict, color), gates)),
+    ]
+    if manifest.partial:
+        rows.append(("partial", Text(partial_model(manifest.model.chosen_layers), "yellow")))
+    for profile in manifest.profiles:
+        step = f"{profile.max_tokens} tokens and {profile.max_sequences} sequences per step"
+        sequence = f"{profile.max_context} tokens per sequence, {profile.page_size} per page"
+        rows.append((profile.runtime, f"{profile.path}: {step}, {sequence}"))
+    return _grid(rows)
+
+
+def _graph(graph: Graph) -> Items:
+    operators = list(graph.ops.items())
+    num_rows = -(-len(operators) // 3)
+    rows = [
+        [cell for name, nodes in operators[row::num_rows] for cell in (name, str(nodes))]
+        for row in range(num_rows)
+    ]
+    opsets = ", ".join(f"{domain} {version}" for domain, version in graph.opsets.items())
+    functions = ", ".join(f"{name} ({nodes} nodes)" for name, nodes in graph.functions.items())
+    yield from ("", _table(["operator", ">nodes"] * 3, rows), "")
+    yield f"{graph.num_nodes} nodes, opset {opsets}" + (f"; functions: {functions}" if functions else "")
+
+
+def _inert(fields: Mapping[str, str]) -> Table:
+    return _table(["config field without effect", "reason"], fields.items())
+
+
+def _layer(contents: Inspection) -> Items:
+    tensors = [
+        (
+            weight.name,
+            _dtype(weight.dtype),
+            " × ".join(map(str, weight.shape)) or "scalar",
+            f"{weight.bytes:,}",
+            weight.file,
         )
-    if not found.nodes:
-        return [table]
-    nodes = _table("node", "operator")
-    for node in found.nodes:
-        nodes.add_row(node.name, node.op)
-    return [table, "", nodes]
+        for weight in contents.weights
+    ]
+    yield from (
+        "",
+        _table(["tensor", "dtype", "shape", ">bytes", "file"], tensors, f"layer {contents.layer}"),
+    )
+    if contents.nodes:
+        yield from ("", _table(["node", "operator"], [(node.name, node.op) for node in contents.nodes]))
 
 
-def check(found: Check) -> list[RenderableType]:
-    """The verdict first, then what is understood, what is built, and what it needs."""
-    verdict = ("can be built", "green") if found.is_buildable else ("cannot be built", "red")
+def check(result: Check) -> Items:
+    """The verdict and the problems, then the model, what a build makes of it, and what the build needs."""
     active = ""
-    if found.num_active_parameters != found.num_parameters:
-        active = f", {count(found.num_active_parameters)} active"
-    summary = f"   {count(found.num_parameters)} parameters{active}, {found.num_tensors:,} tensors"
-    shown: list[RenderableType] = [Text.assemble((found.name, "bold"), "   ", verdict, summary)]
-    for problem in found.problems[:MAX_PROBLEMS]:
-        shown.append(
-            Text.assemble(
-                ("✗ ", "red"), problem.message, (f"\n  {problem.hint}" if problem.hint else "", "dim")
-            )
-        )
-    if len(found.problems) > MAX_PROBLEMS:
-        shown.append(f"  and {len(found.problems) - MAX_PROBLEMS} more problems (--json has all)")
-    shown += [Text.assemble(("! ", "yellow"), note) for note in found.notes]
-    shown += ["", _pattern(found.layers), "", parts(found.parts), "", _state(found.parts)]
-    shown += ["", _dtypes(found), "", _runtimes(found), "", _tools(found), "", _estimates(found)]
-    return [*shown, "", _inert(found.inert)] if found.inert else shown
-
-
-MAX_PROBLEMS = 10
-
-
-def _dtypes(found: Check) -> Table:
-    table = _table("as built", "dtype", "parameters and state")
-    for kind, by_dtype in found.dtypes.items():
-        for number, (dtype, names) in enumerate(by_dtype.items()):
-            table.add_row(Text("" if number else kind, COLOURS.get(kind, "")), SHORT[dtype], ", ".join(names))
-    return table
-
-
-def _runtimes(found: Check) -> Table:
-    table = _table("runtime", "built", "how, or why not")
-    for runtime in found.runtimes:
-        table.add_row(runtime.name, "yes" if runtime.is_built else "no", runtime.why)
-    return table
-
-
-def _tools(found: Check) -> Table:
-    table = _table("package", "here", "for", "how to get it")
-    for tool in found.tools:
-        table.add_row(
-            tool.package, tool.version or "missing", tool.needed_for, "" if tool.version else tool.get
-        )
-    return table
-
-
-def _estimates(found: Check) -> Table:
-    table = _table("stage", "memory", "writes", "CPU time", right=("memory", "writes", "CPU time"))
-    for stage in found.estimates:
-        written = size(stage.disk_bytes) if stage.disk_bytes else ""
-        name = f"{stage.stage} ({stage.runtime})" if stage.runtime else stage.stage
-        table.add_row(name, f"~{size(stage.memory_bytes)}", written, f"~{duration(stage.cpu_seconds)}")
-    here = f"{size(found.memory_bytes)} here"
-    table.add_row("", here, f"{size(found.disk_free_bytes)} free", f"{found.num_cores} cores", style="dim")
-    return table
-
-
-def report(found: ValidationReport) -> list[RenderableType]:
-    """Each scenario's metrics: how many gates, and the one nearest to its limit or furthest beyond it."""
-    table = _table(
-        "scenario", "metric", "gates", "worst", "limit", "of", "", right=("gates", "worst", "limit")
+    if result.num_active_parameters != result.num_parameters:
+        active = f", {count(result.num_active_parameters)} active"
+    yield Text.assemble(
+        (result.name, "bold"),
+        "   ",
+        ("can be built", "green") if result.is_buildable else ("cannot be built", "red"),
+        f"   {count(result.num_parameters)} parameters{active}, {result.num_tensors:,} tensors",
     )
+    for problem in result.problems[:MAX_PROBLEMS]:
+        hint = f"\n  {problem.hint}" if problem.hint else ""
+        yield Text.assemble(("✗ ", "red"), problem.message, (hint, "dim"))
+    if len(result.problems) > MAX_PROBLEMS:
+        yield f"  and {len(result.problems) - MAX_PROBLEMS} more problems (--json lists all)"
+    yield from (Text.assemble(("! ", "yellow"), note) for note in result.notes)
+    yield from ("", _pattern(result.layers), "", *_parts(result.parts))
+    dtypes = [
+        (_kind("" if number else kind), _dtype(dtype), ", ".join(names))
+        for kind, by_dtype in result.dtypes.items()
+        for number, (dtype, names) in enumerate(by_dtype.items())
+    ]
+    yield from ("", _table(["in the graph", "dtype", "parameters and state"], dtypes))
+    runtimes = [
+        (runtime.name, "yes" if runtime.is_built else "no", runtime.why) for runtime in result.runtimes
+    ]
+    yield from ("", _table(["runtime", "available", "details"], runtimes))
+    tools = [
+        (tool.package, tool.version or "missing", tool.needed_for, "" if tool.version else tool.get)
+        for tool in result.tools
+    ]
+    yield from ("", _table(["package", "version", "needed by", "install with"], tools))
+    yield from ("", _estimates(result))
+    if result.inert:
+        yield from ("", _inert(result.inert))
 
-    before = ""
-    for row in summary(found.gates):
-        worst = row.worst
-        verdict = Text(f"{row.failed} failed", "red") if row.failed else Text("passed", "green")
-        table.add_row(
-            "" if row.scenario == before else row.scenario,
-            row.metric,
-            str(row.count),
-            f"{worst.value:.3g}",
-            f"{worst.limit:.3g}",
-            worst.output,
-            verdict,
+
+def _estimates(result: Check) -> Table:
+    rows = [
+        (
+            f"{stage.stage} ({stage.runtime})" if stage.runtime else stage.stage,
+            f"~{size(stage.memory_bytes)}",
+            size(stage.disk_bytes) if stage.disk_bytes else "",
+            f"~{duration(stage.cpu_seconds)}",
         )
-        before = row.scenario
-    passed = sum(gate.passed for gate in found.gates)
-    colour = "red" if not found.passed else "green" if found.is_whole else "yellow"
-    outcome = (found.verdict, colour)
-    line = f": {passed} of {len(found.gates)} gates; {found.candidate} against {found.reference}"
-    shown: list[RenderableType] = [table, "", Text.assemble(outcome, line)]
-    mismatches = sum(found.routing_mismatches.values())
-    if mismatches:
-        shown.append(Text(f"near ties: {mismatches} routing mismatches; compared on the same experts"))
-    shown += _text(found.text) if found.text else []
-    shown += ["", *bisection(found.bisect)] if found.bisect else []
-    return shown + [Text(f"not compared: {what}", "dim") for what in found.not_compared]
+        for stage in result.estimates
+    ]
+    table = _table(["stage", ">peak memory", ">disk", ">CPU time"], rows)
+    free, cores = f"{size(result.disk_free_bytes)} free", f"{result.num_cores} cores"
+    table.add_row("this machine", size(result.memory_bytes), free, cores, style="dim")
+    return table
 
 
-def _text(found: TextReport) -> list[RenderableType]:
-    """What was built on text, what quantization costs, and which layers it costs most in."""
-    title = f"{found.num_tokens:,} tokens of {found.text}" + (f", before: {found.base}" if found.base else "")
-    figures = _table(title, "mean KL", "same best token", "perplexity ratio")
-    for figure in found.comparisons:
-        figures.add_row(
-            figure.name,
-            f"{figure.mean_kl:.2e} ± {figure.mean_kl_error:.0e}",
-            f"{100 * figure.top1_agreement:.2f}% ± {100 * figure.top1_agreement_error:.2f}%",
-            f"{figure.perplexity_ratio:.5f} ± {figure.perplexity_ratio_error:.5f}",
+def report(validation: ValidationReport) -> Items:
+    """For each scenario and metric the gate that uses most of its limit, then the verdict and its scope."""
+    rows = []
+    scenario = ""
+    for gate, num_gates, num_failed in validation.worst_gates:
+        heading = "" if gate.scenario == scenario else gate.scenario
+        result = Text(f"{num_failed} failed", "red") if num_failed else Text("passed", "green")
+        value, limit = f"{gate.value:.3g}", f"{gate.limit:.3g}"
+        rows.append((heading, gate.metric, str(num_gates), value, limit, gate.output, result))
+        scenario = gate.scenario
+    yield _table(["scenario", "metric", ">gates", ">worst", ">limit", "output", "result"], rows)
+    passed = sum(gate.passed for gate in validation.gates)
+    color = "red" if not validation.passed else "green" if validation.is_whole else "yellow"
+    summary = f": {passed} of {len(validation.gates)} gates passed; {validation.candidate}"
+    yield ""
+    yield Text.assemble((validation.verdict, color), f"{summary}, compared with {validation.reference}")
+    if validation.baseline:
+        yield Text(f"rounding baseline: {validation.baseline}", "dim")
+    if mismatches := sum(validation.routing_mismatches.values()):
+        yield f"routing mismatches (near ties): {mismatches}; compared with the reference on the same experts"
+    if validation.text:
+        yield from _text(validation.text)
+    if validation.bisect:
+        yield from ("", *_bisection(validation.bisect))
+    yield from (Text(f"not compared: {item}", "dim") for item in validation.not_compared)
+
+
+def _text(text: TextReport) -> Items:
+    title = f"{text.num_tokens:,} tokens of {text.text}"
+    if text.base:
+        title += f", unquantized model: {text.base}"
+    comparisons = [
+        (
+            row.name,
+            f"{row.mean_kl:.2e} ± {row.mean_kl_error:.0e}",
+            f"{100 * row.top1_agreement:.2f}% ± {100 * row.top1_agreement_error:.2f}%",
+            f"{row.perplexity_ratio:.5f} ± {row.perplexity_ratio_error:.5f}",
         )
-    if not found.layers:
-        return ["", figures]
-    layers = _table("layer", "kind", "mean KL, this layer alone quantized", right=("layer",))
-    for cost in found.layers[:MAX_LAYERS]:
-        kind = Text(cost.kind, COLOURS.get(cost.kind, ""))
-        layers.add_row(cost.name, kind, f"{cost.mean_kl:.2e} ± {cost.mean_kl_error:.0e}")
-    advice = "--exclude '*.layers.N.mixer' leaves layer N unquantized"
-    return ["", figures, "", layers, Text(advice, "dim")]
+        for row in text.comparisons
+    ]
+    columns = ["comparison", "mean KL (nats)", "top-1 agreement", "perplexity ratio"]
+    yield from ("", _table(columns, comparisons, title))
+    if text.layers:
+        layers = [
+            (row.name, _kind(row.kind), f"{row.mean_kl:.2e} ± {row.mean_kl_error:.0e}")
+            for row in text.layers[:MAX_LAYERS]
+        ]
+        yield from ("", _table(["layer", "kind", "mean KL (nats), only this layer quantized"], layers))
+        yield Text("build --exclude '*.layers.N.mixer' does not quantize layer N", "dim")
 
 
-MAX_LAYERS = 10
+def _bisection(bisection: Bisection) -> Items:
+    scope = f"{bisection.num_values} values inside the layers compared, each layer alone; {bisection.runs_as}"
+    if bisection.diverging:
+        found = f": the first value in each of {len(bisection.diverging)} layers follows; {scope}"
+        yield Text.assemble(("diverges", "red"), found)
+    else:
+        yield Text.assemble(("no value diverges", "green"), f": {scope}")
+    for value in bisection.diverging:
+        yield from ("", _divergent_value(value))
+    if (nearest := bisection.nearest) and not bisection.diverging:
+        percent = f"{100 * nearest.limit_fraction:.0f}%"
+        yield f"closest to its limit: {nearest.tensor} ({nearest.op}), at {percent} of it"
+    if bisection.num_unmatched:
+        yield Text(f"not compared: {bisection.num_unmatched} values without a counterpart in PyTorch", "dim")
+    if bisection.marking_changed:
+        layers = ", ".join(bisection.marking_changed)
+        yield Text(f"exposing inner values changed the results of {layers} bitwise", "yellow")
+
+
+def _divergent_value(value: DivergentValue) -> Table:
+    baseline = "" if value.baseline is None else f", rounding baseline {value.baseline:.3g}"
+    error = "not finite" if value.error is None else f"{value.error:.3g}"
+    index = ", ".join(map(str, value.index))
+    rows: list[tuple[Cell, ...]] = [
+        (Text("layer", "bold"), Text.assemble((value.place, "bold"), f", {value.kind}")),
+        ("node", f"{value.node}, {value.op}"),
+        ("tensor", f"{value.tensor} [{', '.join(value.shape)}]"),
+        ("relative L2", Text.assemble((error, "red"), f", limit {value.limit:.3g}{baseline}")),
+        (
+            "largest difference",
+            f"{_number(value.candidate)} instead of {_number(value.reference)} (step {value.step}, [{index}])",
+        ),
+    ]
+    for number, line in enumerate(value.reads):
+        style = "yellow" if any(word in line for word in CAUSES) else "dim"
+        rows.append(("" if number else "inputs", Text(line, style)))
+    return _grid(rows)
+
+
+def _number(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.6g}"

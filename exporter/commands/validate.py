@@ -101,11 +101,11 @@ def validate(
 
 
 def _write_page(page: Path, bundle: Path, report: ValidationReport, seconds: dict[str, float]) -> None:
-    from nemotrt.exporter.report.html import Bundle, report_html
+    from nemotrt.exporter.report.html import bundle_page
     from nemotrt.exporter.runtime import manifest
 
-    described = Bundle.of(bundle, manifest.read(bundle))
-    text = report_html(report, name=bundle.resolve().name, bundle=described, seconds=seconds)
+    name = bundle.resolve().name
+    text = bundle_page(report, bundle, manifest.read(bundle), name=name, seconds=seconds)
     page.write_text(text, encoding="utf-8")
 
 

@@ -369,7 +369,7 @@ def _validated(
         console.note(f"{passed} of {len(report.gates)} gates passed")
         return json_file.as_json(report)
 
-    return json_file.parsed(_once("validate", key, workspace, console, run), "the workspace's report")
+    return json_file.parse(_once("validate", key, workspace, console, run), "the workspace's report")
 
 
 def describe(gate: Gate) -> str:

@@ -1,51 +1,56 @@
-"""A validation's report as one HTML file that loads nothing: verdict first, then plots and tables."""
+"""The validation report as one HTML file without external resources: verdict, plots, tables."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from nemotrt.exporter.generation.tokenizer import TOKENIZER, Tokenizer
 from nemotrt.exporter.report import plots
-from nemotrt.exporter.report.gate_summary import summary
 from nemotrt.exporter.report.model import Drift, Metric, ValidationReport
 from nemotrt.exporter.report.precision_map import PlacePrecision, precision_map
 from nemotrt.exporter.report.units import digits, size
 from nemotrt.exporter.runtime.graph_file import read_proto
 from nemotrt.exporter.runtime.manifest import Manifest
-from nemotrt.plugins.contract import PoolSpec
 
 SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+MAX_PERCENT = 999
 
 
-@dataclass(frozen=True)
-class Bundle:
-    """What a page says of the bundle beside its report; tokens are shown as ids where there is no tokenizer."""
-
-    manifest: Manifest
-    places: Sequence[PlacePrecision]
-    tokenizer: Tokenizer | None
-
-    @classmethod
-    def of(cls, folder: Path, manifest: Manifest) -> Bundle:
-        """Read from a bundle's folder; raises BundleError on a graph that is none."""
-        graphs = manifest.of_role("graph")
-        places = precision_map(read_proto(folder / graphs[0])) if graphs else []
-        return cls(manifest, places, Tokenizer(folder) if (folder / TOKENIZER).is_file() else None)
+def bundle_page(
+    report: ValidationReport,
+    folder: Path,
+    manifest: Manifest,
+    *,
+    name: str,
+    seconds: Mapping[str, float] | None = None,
+) -> str:
+    """`report_html` with the bundle's graph and tokenizer; raises BundleError for a graph that cannot be read."""
+    graphs = manifest.of_role("graph")
+    places = precision_map(read_proto(folder / graphs[0])) if graphs else []
+    tokenizer = Tokenizer(folder) if (folder / TOKENIZER).is_file() else None
+    return report_html(
+        report, name=name, manifest=manifest, places=places, tokenizer=tokenizer, seconds=seconds
+    )
 
 
 def report_html(
     report: ValidationReport,
     *,
     name: str,
-    bundle: Bundle | None = None,
+    manifest: Manifest | None = None,
+    places: Sequence[PlacePrecision] = (),
+    tokenizer: Tokenizer | None = None,
     seconds: Mapping[str, float] | None = None,
 ) -> str:
-    """The page; `seconds` are what each stage took."""
+    """The page; without a tokenizer, tokens are shown as ids. `seconds` is the duration of each stage."""
     from jinja2 import Environment, StrictUndefined
+
+    def decode(tokens: Sequence[int]) -> str:
+        return tokenizer.decode(tokens) if tokenizer else " ".join(map(str, tokens))
 
     source = files("nemotrt.exporter.report").joinpath("report.html").read_text(encoding="utf-8")
     environment = Environment(
@@ -54,130 +59,78 @@ def report_html(
     environment.filters |= {
         "number": digits,
         "size": size,
+        "thousands": "{:,}".format,
         "power": lambda exponent: f"10{str(exponent).translate(SUPERSCRIPT)}",
-        "text": _text(bundle.tokenizer if bundle else None),
+        "percent": lambda fraction: min(100 * fraction, MAX_PERCENT),
+        "decode": decode,
     }
+    pools = manifest.graph.pools if manifest else ()
+    failed = [gate for gate in report.gates if not gate.passed]
     return environment.from_string(source).render(
         name=name,
         report=report,
-        bundle=bundle,
+        manifest=manifest,
         seconds=seconds or {},
-        failed=sorted(
-            (gate for gate in report.gates if not gate.passed),
-            key=lambda gate: gate.limit_fraction,
-            reverse=True,
-        ),
+        failed=sorted(failed, key=lambda gate: gate.limit_fraction, reverse=True),
         tiles=_tiles(report),
-        rows=summary(report.gates),
         layers=plots.layer_plot(report.layers) if report.layers else None,
-        kinds=list(dict.fromkeys(layer.kind for layer in report.layers)),
-        positions=[(found, plots.kl_plot(found)) for found in report.next_token],
+        next_token=[(tokens, plots.kl_plot(tokens)) for tokens in report.next_token],
         drift=_drift(report.drift) if report.drift else None,
         costs=plots.cost_plot(report.text.layers) if report.text and report.text.layers else None,
-        precision=_precision(bundle.places) if bundle and bundle.places else None,
-        state=_state(bundle.manifest.graph.pools) if bundle else None,
+        precision=_precision(places) if places else None,
+        state_bytes=sum(pool.row_bytes for pool in pools if not pool.is_paged),
+        cache_bytes=sum(pool.row_bytes // pool.page_size for pool in pools if pool.is_paged),
     )
 
 
-def _text(tokenizer: Tokenizer | None) -> Callable[[Sequence[int]], str]:
-    return lambda tokens: tokenizer.decode(tokens) if tokenizer else " ".join(map(str, tokens))
-
-
-@dataclass(frozen=True)
-class Tile:
-    """One figure at the top of the page."""
-
-    title: str
-    figure: str
-    detail: str
-    is_bad: bool = False
-
-
-def _tiles(report: ValidationReport) -> list[Tile]:
-    """What a reader wants to know first, as far as it was measured."""
-    held = sum(gate.passed for gate in report.gates)
-    tiles = [Tile("Gates that hold", f"{held}", f"of {len(report.gates)}", held < len(report.gates))]
-    limited = [gate for gate in report.gates if gate.limit > 0]
-    if limited:
+def _tiles(report: ValidationReport) -> list[tuple[str, str, str, bool]]:
+    """The key figures: title, figure, detail, and whether the figure is bad."""
+    passed = sum(gate.passed for gate in report.gates)
+    tiles = [("Gates passed", f"{passed}", f"of {len(report.gates)}", passed < len(report.gates))]
+    if limited := [gate for gate in report.gates if gate.limit > 0]:
         worst = max(limited, key=lambda gate: gate.limit_fraction)
-        used = min(100 * worst.limit_fraction, 999.0)
-        where = f"{worst.metric} of {worst.output}, {worst.scenario}"
-        tiles.append(Tile("Nearest to its limit", f"{used:.0f} %", where, not worst.passed))
-    decoded = next((found for found in report.next_token if found.scenario == "decode"), None)
-    if decoded:
-        detail = f"± {digits(decoded.mean_error)} nats a token, decoding"
-        tiles.append(Tile("Mean KL", digits(decoded.mean), detail))
-        same = f"± {100 * decoded.top1_agreement_error:.1f}, of {len(decoded.kl)} tokens"
-        tiles.append(Tile("Same best token", f"{100 * decoded.top1_agreement:.4g} %", same))
+        percent = min(100 * worst.limit_fraction, MAX_PERCENT)
+        detail = f"of its limit: {worst.metric} of {worst.output}, {worst.scenario}"
+        tiles.append(("Closest to its limit", f"{percent:.0f} %", detail, not worst.passed))
+    if tokens := next((tokens for tokens in report.next_token if tokens.scenario == "decode"), None):
+        detail = f"± {digits(tokens.mean_error)} nats per token, decoding"
+        tiles.append(("Mean KL divergence", digits(tokens.mean), detail, False))
+        detail = f"± {100 * tokens.top1_agreement_error:.1f} %, {len(tokens.kl)} decoded tokens"
+        tiles.append(("Top-1 agreement", f"{100 * tokens.top1_agreement:.4g} %", detail, False))
     if report.drift:
-        shares = [
-            max(curve.limit_fractions) for curve in report.drift.curves if curve.metric is Metric.RELATIVE_L2
-        ]
-        detail = f"of its limit at worst, {report.drift.steps[-1]:,} steps"
-        tiles.append(Tile("State drift", f"{100 * max(shares):.0f} %", detail, max(shares) > 1))
+        states = [curve for curve in report.drift.curves if curve.metric is Metric.RELATIVE_L2]
+        worst_state = max(max(curve.limit_fractions) for curve in states)
+        detail = f"of its limit at most, {report.drift.steps[-1]:,} decode steps"
+        tiles.append(("State drift", f"{100 * worst_state:.0f} %", detail, worst_state > 1))
     if report.routers:
         mismatches = sum(router.routing_mismatches for router in report.routers)
-        tokens = sum(router.tokens for router in report.routers)
-        tiles.append(Tile("Routing mismatches", f"{mismatches}", f"of {tokens:,}, near ties"))
+        num_tokens = sum(router.tokens for router in report.routers)
+        tiles.append(("Routing mismatches", f"{mismatches}", f"of {num_tokens:,}, all near ties", False))
     return tiles
 
 
 def _drift(drift: Drift) -> dict[str, Any]:
-    """A row for each curve that has limits: its last error, and where it uses most of its limit."""
+    """The plot, and for each curve with limits: its last error, and the step at which it uses most of its limit."""
     rows = []
     for curve in drift.curves:
         if curve.limits:
-            fractions = curve.limit_fractions
-            mark = max(range(len(fractions)), key=fractions.__getitem__)
-            rows.append(
-                {
-                    "output": curve.output,
-                    "metric": curve.metric,
-                    "error": curve.values[-1],
-                    "baseline": curve.baseline[-1] if curve.baseline else None,
-                    "worst": 100 * fractions[mark],
-                    "step": drift.steps[mark],
-                }
-            )
+            fraction, step = max(zip(curve.limit_fractions, drift.steps, strict=True))
+            baseline = curve.baseline[-1] if curve.baseline else None
+            rows.append((curve, curve.values[-1], baseline, fraction, step))
     return {"plot": plots.drift_plot(drift), "rows": rows, "steps": drift.steps[-1]}
 
 
-@dataclass
-class KindPrecision:
-    """All layers of one kind, or the embeddings or the head."""
-
-    kind: str
-    places: int = 0
-    bytes: int = 0
-    bytes_by_dtype: dict[str, int] = field(default_factory=dict)
-    dtypes: dict[str, dict[str, int]] = field(default_factory=dict)
-    """What a layer has → a dtype → how many layers have it in that."""
-
-    def add(self, place: PlacePrecision) -> None:
-        """Count one more."""
-        self.places += 1
-        for dtype, num_bytes in place.bytes_by_dtype.items():
-            self.bytes += num_bytes
-            self.bytes_by_dtype[dtype] = self.bytes_by_dtype.get(dtype, 0) + num_bytes
-        for what, dtype in place.dtypes.items():
-            counts = self.dtypes.setdefault(what, {})
-            counts[dtype] = counts.get(dtype, 0) + 1
-
-
 def _precision(places: Sequence[PlacePrecision]) -> dict[str, Any]:
-    kinds: dict[str, KindPrecision] = {}
+    """The plot, the dtypes in it, and for each kind of layer its count, its bytes and its items by dtype."""
+    kinds: dict[str, dict[str, Any]] = {}
     for place in places:
-        kinds.setdefault(place.kind, KindPrecision(place.kind)).add(place)
-    used = sorted({dtype for place in places for dtype in place.dtypes.values()}, key="fp8bf16fp16fp32".find)
-    return {"plot": plots.precision_plot(places), "kinds": list(kinds.values()), "dtypes": used}
-
-
-def _state(pools: Sequence[PoolSpec]) -> dict[str, int]:
-    """Bytes of one sequence's recurrent state, and of one token in the KV cache."""
-    found = {"sequence": 0, "token": 0}
-    for pool in pools:
-        if pool.is_paged:
-            found["token"] += pool.row_bytes // pool.page_size
-        else:
-            found["sequence"] += pool.row_bytes
-    return found
+        new = {"places": 0, "stored": Counter(), "dtypes": defaultdict(Counter)}
+        kind = kinds.setdefault(place.kind, new)
+        kind["places"] += 1
+        kind["stored"].update(place.bytes_by_dtype)
+        for item, dtype in place.dtypes.items():
+            kind["dtypes"][item][dtype] += 1
+    dtypes = sorted(
+        {dtype for place in places for dtype in place.dtypes.values()}, key="fp8bf16fp16fp32".find
+    )
+    return {"plot": plots.precision_plot(places), "kinds": kinds, "dtypes": dtypes}

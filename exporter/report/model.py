@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from enum import StrEnum
+from itertools import groupby
 
 
 class Metric(StrEnum):
@@ -306,6 +307,19 @@ class ValidationReport:
     def not_finite(self) -> tuple[Gate, ...]:
         """Failed gates that count NaN and infinite values; then no other gate means anything."""
         return tuple(gate for gate in self.gates if gate.metric in NOT_FINITE and not gate.passed)
+
+    @property
+    def worst_gates(self) -> list[tuple[Gate, int, int]]:
+        """For each scenario and metric: the gate that uses most of its limit, and how many gates exist and failed."""
+
+        def group(gate: Gate) -> tuple[str, str]:
+            return gate.scenario, gate.metric
+
+        groups = [list(gates) for _, gates in groupby(sorted(self.gates, key=group), key=group)]
+        return [
+            (max(gates, key=lambda gate: gate.limit_fraction), len(gates), sum(not g.passed for g in gates))
+            for gates in groups
+        ]
 
     @property
     def verdict(self) -> str:

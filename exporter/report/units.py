@@ -1,4 +1,4 @@
-"""Numbers with their units, without false precision."""
+"""Numbers as text: bytes, counts and durations with their units, and errors in three digits."""
 
 from __future__ import annotations
 
@@ -6,35 +6,33 @@ import re
 
 
 def size(num_bytes: int) -> str:
-    """Bytes in decimal units, three digits."""
-    value = float(num_bytes)
-    for unit in ("B", "kB", "MB", "GB"):
-        if value < 999.5:
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.3g} {unit}"
-        value /= 1000
-    return f"{value:.3g} TB"
+    """Bytes in decimal units: 12.8 GB."""
+    return _scaled(num_bytes, (" B", " kB", " MB", " GB", " TB"))
 
 
 def count(number: int) -> str:
-    """A number of parameters: 12.8 B."""
-    value = float(number)
-    for unit in ("", " k", " M"):
-        if value < 999.5:
-            return f"{value:.3g}{unit}"
-        value /= 1000
-    return f"{value:.4g} B"
+    """A large number in decimal units: 12.8 B for 12.8 billion."""
+    return _scaled(number, ("", " k", " M", " B"))
+
+
+def _scaled(number: float, units: tuple[str, ...]) -> str:
+    for unit in units[:-1]:
+        if number < 999.5:
+            return f"{number:.3g}{unit}"
+        number /= 1000
+    return f"{number:.4g}{units[-1]}"
 
 
 def duration(seconds: float) -> str:
-    """Seconds, minutes or hours, without false precision."""
+    """Seconds, minutes or hours as an integer."""
     if seconds < 90:
         return f"{max(1, round(seconds))} s"
     return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.0f} h"
 
 
 def digits(value: float | None) -> str:
-    """Three digits, 1.20e-4 for a small number; nothing for what is not known."""
+    """Three significant digits, `1.20e-4` for a small number; empty for None."""
     if value is None:
         return ""
-    shown = f"{value:.2e}" if 0 < abs(value) < 1e-3 else f"{value:.3g}"
-    return re.sub(r"e([+-])0+(?=\d)", r"e\1", shown)
+    text = f"{value:.2e}" if 0 < abs(value) < 1e-3 else f"{value:.3g}"
+    return re.sub(r"e([+-])0+(?=\d)", r"e\1", text)

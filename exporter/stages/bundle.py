@@ -17,7 +17,7 @@ from nemotrt.exporter.checkpoint.loaded_model import LoadedModel
 from nemotrt.exporter.config import BuildConfig
 from nemotrt.exporter.lowering.external_data import data_path
 from nemotrt.exporter.report import json_file
-from nemotrt.exporter.report.html import Bundle, report_html
+from nemotrt.exporter.report.html import bundle_page
 from nemotrt.exporter.report.model import ValidationReport
 from nemotrt.exporter.runtime import manifest
 from nemotrt.exporter.runtime.graph_summary import describe_graph
@@ -73,7 +73,7 @@ def bundle(
     described = _describe(config, model, graph, engine, report, folder, roles)
     if report is not None:
         name = f"{described.source.name}, {config.precision}"
-        page = report_html(report, name=name, bundle=Bundle.of(folder, described))
+        page = bundle_page(report, folder, described, name=name)
         (folder / json_file.PAGE).write_text(page, encoding="utf-8")
         listed = manifest.describe_file(folder, json_file.PAGE, Role.REPORT)
         files = sorted((*described.files, listed), key=lambda file: file.path)

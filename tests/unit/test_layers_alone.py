@@ -82,8 +82,8 @@ def test_bisect_is_part_of_the_report(bundle: Path, half: Path, tmp_path: Path) 
     page = tmp_path / "report.html"
     result = run("validate", bundle, "--checkpoint", half, "--layers-alone", "--bisect", "--html", page)
     assert result.exit_code == 0, result.output
-    assert "nothing departs" in result.stdout
-    assert "Nothing departs" in page.read_text()
+    assert "no value diverges" in result.stdout
+    assert "No value diverges" in page.read_text()
     wrong = shutil.copytree(bundle, tmp_path / "wrong")
     broken(wrong / "model.onnx", zeroed_expert)
     arguments = ("validate", wrong, "--checkpoint", half, "--layers-alone", "--bisect", "--html", page)

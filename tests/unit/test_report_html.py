@@ -1,8 +1,7 @@
-"""The HTML report: what it holds, how large it is, and what a browser makes of it."""
+"""The report as HTML (its contents, its size, and how a browser renders it), as JSON and as JUnit XML."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
 from dataclasses import replace
@@ -16,7 +15,7 @@ from browser import open_page
 
 from nemotrt.exporter.errors import BundleError
 from nemotrt.exporter.report import json_file
-from nemotrt.exporter.report.html import Bundle, report_html
+from nemotrt.exporter.report.html import report_html
 from nemotrt.exporter.report.junit import junit
 from nemotrt.exporter.report.model import (
     Bisection,
@@ -42,8 +41,8 @@ from nemotrt.plugins.contract import DType, PoolSpec
 KINDS = ("mamba", "moe", "attention", "mlp")
 
 
-def made_up(num_layers: int = 10, num_rows: int = 160) -> ValidationReport:
-    """A report of the size of a real one, one of its gates failed."""
+def sample_report(num_layers: int = 10, num_rows: int = 160) -> ValidationReport:
+    """A report as large as a real one, with one failed gate."""
     generator = np.random.default_rng(0)
     names = [f"layers.{i} adds" for i in range(num_layers)]
     gates = [
@@ -70,7 +69,7 @@ def made_up(num_layers: int = 10, num_rows: int = 160) -> ValidationReport:
         ops=ops,
         drift=drift(num_layers),
         text=text(num_layers),
-        candidate="ONNX Runtime, bf16 as an FP32 twin",
+        candidate="ONNX Runtime, BF16, emulated in FP32",
         reference="PyTorch, FP32",
         baseline="PyTorch, bfloat16",
         tokens={"prompt": 96, "decode": 64, "seed": 0},
@@ -113,12 +112,12 @@ def text(num_layers: int) -> TextReport:
     return TextReport("prose.txt", 10_930, "super", figures, tuple(costs))
 
 
-def bundle(num_layers: int = 10) -> Bundle:
-    """A bundle whose every other layer is in FP8."""
-    whats = ("norm", "in_proj", "conv", "scan", "out_proj", "conv_state", "ssm_state")
+def bundle(num_layers: int = 10) -> dict[str, Any]:
+    """The arguments of `report_html` that describe a bundle with every other layer in FP8."""
+    items = ("norm", "in_proj", "conv", "scan", "out_proj", "conv_state", "ssm_state")
     places = [
         PlacePrecision(
-            f"layers.{i}", KINDS[i % 4], dict.fromkeys(whats, "bf16" if i % 2 else "fp8"), {"bf16": 1_000_000}
+            f"layers.{i}", KINDS[i % 4], dict.fromkeys(items, "bf16" if i % 2 else "fp8"), {"bf16": 1_000_000}
         )
         for i in range(num_layers)
     ]
@@ -126,7 +125,7 @@ def bundle(num_layers: int = 10) -> Bundle:
         PoolSpec("ssm_state.0", DType.FLOAT32, (4, 64, 128)),
         PoolSpec("kv_cache.2", DType.BFLOAT16, (2, 2, 128, 64)),
     )
-    described = manifest.Manifest(
+    summary = manifest.Manifest(
         schema_version=manifest.SCHEMA_VERSION,
         bundle_id="0" * 64,
         files=(manifest.BundleFile("model.onnx.data", 3_805_184, "0" * 64, manifest.Role.WEIGHTS),),
@@ -141,96 +140,103 @@ def bundle(num_layers: int = 10) -> Bundle:
         validation=manifest.ValidationSummary(manifest.Verdict.FAILED, 1, 1, "", ()),
         license="not stated",
     )
-    return Bundle(described, places, None)
+    return {"manifest": summary, "places": places}
 
 
-def test_the_verdict_stands_first_and_what_failed_is_named() -> None:
-    page = report_html(made_up(), name="a<b.bundle")
+def test_the_page_starts_with_the_verdict_and_the_failed_gates() -> None:
+    page = report_html(sample_report(), name="a<b.bundle")
     body = page[page.index("<main>") :]
-    assert body.index("Failed") < body.index("What failed") < body.index("<td>mean KL</td>")
+    assert body.index("Failed") < body.index("Failed gates") < body.index("<td>mean KL</td>")
     assert "a&lt;b.bundle" in page
     assert "a<b" not in page
     assert "TensorRT engine: not executed" in page
 
 
 def test_a_page_of_88_layers_stays_small() -> None:
-    report = made_up(88, 400)
-    page = report_html(replace(report, next_token=report.next_token * 3), name="large", bundle=bundle(88))
+    report = sample_report(88, 400)
+    page = report_html(replace(report, next_token=report.next_token * 3), name="large", **bundle(88))
     assert len(page.encode()) <= 1_500_000
     assert not re.search(r"(src|href)=[^\"]*(http|//)|url\(|@import", page)
 
 
-def test_a_page_says_what_was_measured() -> None:
-    page = report_html(made_up(), name="tiny", bundle=bundle(), seconds={"load": 0.12, "validate": 8.96})
-    assert "131 kB of recurrent state, and 512 B of KV cache a token" in page
+def test_the_page_shows_the_measurements() -> None:
+    page = report_html(sample_report(), name="tiny", **bundle(), seconds={"load": 0.12, "validate": 8.96})
+    assert "131 kB of recurrent state, 512 B of KV cache per token" in page
     assert "load 0.1 s, validate 9.0 s" in page
     assert "1.00110" in page
     assert "10,930 tokens of prose.txt" in page
-    bare = report_html(replace(made_up(), drift=None, text=None, layers=(), routers=()), name="tiny")
-    for heading in ("State drift", "On text", "Each layer alone", "Router agreement", "The bundle"):
-        assert heading in page
-        assert heading not in bare
+    bare = report_html(replace(sample_report(), drift=None, text=None, layers=(), routers=()), name="tiny")
+    for heading in ("drift", "text", "by-layer", "experts", "bundle"):
+        assert f'<h2 id="{heading}">' in page
+        assert f'"{heading}"' not in bare
 
 
-def test_a_report_is_read_as_it_was_written(tmp_path: Path) -> None:
-    path = tmp_path / json_file.NAME
-    nan = Gate("decode", "logits", "mean KL", float("nan"), 1.0)
-    report = replace(made_up(), gates=(*made_up().gates, nan))
-    path.write_text(json_file.text(report))
-    json.loads(path.read_text(), parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
-    found = json_file.read(path)
-    assert np.isnan(found.gates[-1].value)
-    assert replace(found, gates=()) == replace(report, gates=())
-    assert found.gates[:-1] == report.gates[:-1]
-    assert not found.gates[-1].passed
+def test_a_report_is_read_back_from_its_json() -> None:
+    nan = Gate("decode", "logits", Metric.MEAN_KL, float("nan"), 1.0)
+    report = replace(sample_report(), gates=(*sample_report().gates, nan), bisect=diverging())
+    fields = json.loads(
+        json_file.text(report), parse_constant=lambda word: pytest.fail(f"{word} is not JSON")
+    )
+    parsed = json_file.parse(fields, json_file.NAME)
+    assert np.isnan(parsed.gates[-1].value)
+    assert replace(parsed, gates=()) == replace(report, gates=())
+    assert parsed.gates[:-1] == report.gates[:-1]
+    assert not parsed.gates[-1].passed
 
 
 @pytest.mark.parametrize(
-    ("change", "says", "hint"),
+    ("change", "message", "hint"),
     [
-        ({"schema_version": 99}, "has schema 99, this nemo-export reads 3", "upgrade nemo-export"),
-        ({"schema_version": 2}, "has schema 2, this nemo-export reads 3", "validate the bundle again"),
-        ({"schema_version": None}, "is no report: it has no schema_version", ""),
+        ({"schema_version": 99}, "was written by a newer nemo-export", "upgrade nemo-export"),
+        ({"schema_version": 2}, "was written by an older nemo-export", "validate the bundle again"),
+        ({"schema_version": None}, "is not a report: it has no schema_version", ""),
         ({"extra": 1}, "extra is not known", ""),
     ],
 )
-def test_a_report_of_another_schema_is_refused(
-    tmp_path: Path, change: dict[str, Any], says: str, hint: str
-) -> None:
-    path = tmp_path / json_file.NAME
-    path.write_text(json.dumps(json_file.as_json(made_up()) | change))
-    with pytest.raises(BundleError, match=says) as refused:
-        json_file.read(path)
+def test_a_report_of_another_schema_is_refused(change: dict[str, Any], message: str, hint: str) -> None:
+    with pytest.raises(BundleError, match=message) as refused:
+        json_file.parse(json_file.as_json(sample_report()) | change, json_file.NAME)
     assert refused.value.hint == hint
 
 
-def test_a_report_of_nothing_is_shown_as_failed() -> None:
-    page = report_html(ValidationReport("a", "b", "", made_up().tokens, (), {}, ()), name="empty")
+def test_a_report_without_gates_is_shown_as_failed() -> None:
+    page = report_html(ValidationReport("a", "b", "", sample_report().tokens, (), {}, ()), name="empty")
+    assert "Failed" in page
     assert "Passed" not in page
 
 
 def diverging() -> Bisection:
-    """What a bisection gives that found one value."""
-    suspect = DivergentValue(
-        **{field.name: 0 for field in dataclasses.fields(DivergentValue)}
-        | {"place": "layers.3", "tensor": "layers.3.mixer.up_proj", "node": "layers.3.mixer.up_proj"}
-        | {"op": "Gemm", "error": None, "limit": 1e-3}
+    """The result of a bisection that names one value."""
+    value = DivergentValue(
+        place="layers.3",
+        kind="mlp",
+        node="layers.3.mixer.up_proj",
+        op="Gemm",
+        tensor="layers.3.mixer.up_proj",
+        shape=("T", "64"),
+        error=None,
+        baseline=1e-3,
+        limit=3e-3,
+        step=0,
+        index=(1, 2),
+        candidate=None,
+        reference=0.5,
+        reads=("weight: equal",),
     )
-    fields = {field.name: () for field in dataclasses.fields(Bisection)}
-    return Bisection(**fields | {"diverging": (suspect,)})
+    return Bisection("ONNX Runtime", 120, 4, (value,), None, ())
 
 
 def test_junit_has_a_case_for_each_gate() -> None:
-    report = made_up()
+    report = sample_report()
     root = ElementTree.fromstring(junit(report, "tiny"))
     assert len(root.findall(".//testcase")) == len(report.gates) == int(root.attrib["tests"])
     assert [case.attrib["name"] for case in root.iter("testcase") if len(case)] == ["logits: mean KL"]
     assert root.attrib["failures"] == "1"
-    found = ElementTree.fromstring(junit(replace(report, bisect=diverging()), "tiny"))
-    assert found.attrib["failures"] == "2"
-    case = next(suite for suite in found if suite.attrib["name"] == "bisect")[0]
+    bisected = ElementTree.fromstring(junit(replace(report, bisect=diverging()), "tiny"))
+    assert bisected.attrib["failures"] == "2"
+    case = next(suite for suite in bisected if suite.attrib["name"] == "bisect")[0]
     assert case.attrib["name"] == "layers.3.mixer.up_proj: relative L2"
-    assert "not finite where at most" in case[0].attrib["message"]
+    assert "not finite exceeds the limit 0.003" in case[0].attrib["message"]
     empty = ElementTree.fromstring(junit(replace(report, gates=()), "tiny"))
     assert empty.attrib["failures"] == "1"
 
@@ -239,7 +245,7 @@ def test_junit_has_a_case_for_each_gate() -> None:
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 def test_a_browser_shows_it(tmp_path: Path, width: int, dark: bool) -> None:
     path = tmp_path / "report.html"
-    page = report_html(made_up(88, 400), name="large.bundle", bundle=bundle(88))
+    page = report_html(replace(sample_report(88, 400), bisect=diverging()), name="large.bundle", **bundle(88))
     path.write_text(page, encoding="utf-8")
     with open_page(path, width=width, dark=dark) as (shown, errors, requests):
         assert errors == []
@@ -254,6 +260,7 @@ def test_a_browser_shows_it(tmp_path: Path, width: int, dark: bool) -> None:
         assert shown.locator("#ops tbody tr").count() == 88 * 2
         assert shown.locator("#ops").is_hidden()
         assert shown.locator("#costs rect").count() == 88
+        assert shown.locator(".divergent").count() == 1
         background = shown.evaluate("getComputedStyle(document.body).backgroundColor")
         assert (sum(map(int, re.findall(r"\d+", background)[:3])) < 200) == dark
         for table, column in (
