@@ -136,3 +136,10 @@ def node(
         outputs=outputs,
         name=name,
     )
+
+
+def operand(spec: OpSpec, node: ir.Node, name: str) -> ir.Value:
+    """The value that the op's node takes as the input that the SPEC calls `name`."""
+    value = node.inputs[spec.input_index(name)]
+    assert value is not None, "an op has no optional inputs"
+    return value

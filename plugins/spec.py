@@ -83,6 +83,10 @@ class OpSpec:
             if output.name.startswith("next_")
         }
 
+    def input_index(self, name: str) -> int:
+        """The position of the input of this name; raises ValueError if there is none."""
+        return [tensor.name for tensor in self.inputs].index(name)
+
     def sizes(self, shapes: list[tuple[Any, ...]]) -> dict[str, Any]:
         """Each axis' size, read off the inputs' shapes; raises ValueError that names what does not fit.
 

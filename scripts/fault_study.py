@@ -26,6 +26,7 @@ from faults import FAULTS, broken  # noqa: E402
 from nemotrt.exporter.checkpoint.loaded_model import LoadedModel  # noqa: E402
 from nemotrt.exporter.config import BuildConfig  # noqa: E402
 from nemotrt.exporter.report.model import Metric, ValidationReport  # noqa: E402
+from nemotrt.exporter.runtime.graph_file import OnnxGraph  # noqa: E402
 from nemotrt.exporter.stages.load import load  # noqa: E402
 from nemotrt.exporter.stages.lower import lower  # noqa: E402
 from nemotrt.exporter.stages.trace import trace  # noqa: E402
@@ -116,13 +117,13 @@ def study(model: LoadedModel, config: BuildConfig, folder: Path, seeds: int) -> 
     for fault in FAULTS:
         copy = shutil.copytree(right, folder / "broken")
         broken(copy / "model.onnx", fault.inject)
-        report = validate(model, config, copy / "model.onnx", drift_steps=FAULT_DRIFT_STEPS)
+        report = validate(model, config, OnnxGraph.read(copy / "model.onnx"), drift_steps=FAULT_DRIFT_STEPS)
         shutil.rmtree(copy)
         faults[fault.name] = caught_by(report)
         click.echo(f"{fault.name}: {', '.join(faults[fault.name]) or 'MISSED'}", err=True)
     clean = []
     for seed in range(seeds):
-        report = validate(model, config, right / "model.onnx", seed=seed)
+        report = validate(model, config, OnnxGraph.read(right / "model.onnx"), seed=seed)
         used: dict[str, float] = defaultdict(float)
         for metric, share in _strains(report):
             used[metric] = max(used[metric], share)

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from nemotrt.exporter.errors import CompileError, ExportError
 from nemotrt.exporter.runtime.backends import backend, load_module
-from nemotrt.exporter.runtime.graph_file import read_proto
+from nemotrt.exporter.runtime.graph_file import OnnxGraph
 from nemotrt.plugins.spec import DOMAIN
 
 LAYERS = "Engine Layer Information"
@@ -152,7 +152,7 @@ def _parse(parser: Any, path: Path, log: Any) -> Mapping[str, NDArray[np.uint8]]
     """
     from onnx.external_data_helper import ExternalDataInfo, uses_external_data
 
-    graph = read_proto(path)
+    graph = OnnxGraph.read(path).proto
     mapped: dict[str, NDArray[np.uint8]] = {}
     is_parsed = parser.load_model_proto(graph.SerializeToString(), str(path))
     for tensor in filter(uses_external_data, graph.graph.initializer):

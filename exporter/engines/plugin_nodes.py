@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from nemotrt.exporter.engines.shape_profiles import EngineProfile
 from nemotrt.exporter.errors import CompileError
-from nemotrt.exporter.runtime.graph_file import read_proto
+from nemotrt.exporter.runtime.graph_file import OnnxGraph
 from nemotrt.plugins.library import PluginError, PluginLibrary
 from nemotrt.plugins.spec import DOMAIN, VERSION, OpSpec, ops
 
@@ -42,7 +42,7 @@ def plugin_nodes(path: Path) -> tuple[PluginNode, ...]:
     """
     from onnx import helper
 
-    graph = read_proto(path).graph
+    graph = OnnxGraph.read(path).proto.graph
     tensors = _tensors(graph)
     specs = {spec.name: spec for spec in ops()}
     found = []

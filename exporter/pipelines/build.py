@@ -360,11 +360,12 @@ def _validated(
         return None
 
     def run() -> dict[str, Any]:
+        from nemotrt.exporter.runtime.graph_file import OnnxGraph
         from nemotrt.exporter.validation.validate import num_steps, validate
 
         total = num_steps(config.precision, len(model.config.layers))
         with console.stage("validate", "ONNX Runtime against PyTorch", total=total) as advance:
-            report = validate(model, config, graph.path, advance=advance)
+            report = validate(model, config, OnnxGraph.read(graph.path), advance=advance)
         passed = sum(gate.passed for gate in report.gates)
         console.note(f"{passed} of {len(report.gates)} gates passed")
         return json_file.as_json(report)

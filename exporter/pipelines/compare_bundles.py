@@ -29,7 +29,7 @@ from nemotrt.exporter.validation.comparison import (
     observe,
     prompt_of,
 )
-from nemotrt.exporter.validation.graph_dtypes import wanted_dtypes
+from nemotrt.exporter.validation.graph_dtypes import expected_dtypes
 from nemotrt.exporter.validation.references.golden import identity_of
 from nemotrt.exporter.validation.request import ValidationRequest
 from nemotrt.exporter.validation.scenarios import scenarios
@@ -82,7 +82,7 @@ def judge_against(request: ValidationRequest, other: Path, progress: Progress) -
         pair = _Pair(subject_of(request.bundle, None, None), subject_of(other, None, None))
         _check(pair, request.bundle, other)
         candidate, reference = (
-            candidate_of(folder, subject.manifest, request)
+            candidate_of(folder, subject.manifest, request, subject.graph)
             for folder, subject in ((request.bundle, pair.bundle), (other, pair.other))
         )
     estimates.check_memory(pair.finer.model, hint="use a machine with more")
@@ -132,7 +132,7 @@ def _record(pair: _Pair, name: str, reference: Candidate, extent: Extent, advanc
         seen=seen,
         choosing=(),
         baselines={},
-        dtypes=wanted_dtypes(pair.bundle.model, pair.bundle.config),
+        dtypes=expected_dtypes(pair.bundle.model, pair.bundle.config),
         not_compared=ABSENT,
     )
     del runner

@@ -147,11 +147,11 @@ def state_of(config: ModelConfig, state_dtype: DType) -> tuple[PoolSpec, ...]:
 
 
 def _graph(path: Path, layer: int | None, what: str, file: Path, manifest: Manifest | None) -> Inspection:
-    from nemotrt.exporter.runtime.graph_file import read_proto
+    from nemotrt.exporter.runtime.graph_file import OnnxGraph
     from nemotrt.exporter.runtime.graph_summary import describe_graph
 
-    model = read_proto(file)
-    edges = describe_graph(file)
+    graph = OnnxGraph.read(file)
+    model, edges = graph.proto, describe_graph(graph)
     layers = _layers_of(model)
     weights = _initializers(model, file)
     _check_layer(layer, layers)

@@ -13,11 +13,10 @@ from nemotrt.exporter.checkpoint.side_files import parse_config
 from nemotrt.exporter.config import PRECISION_OF_DTYPE, BuildConfig
 from nemotrt.exporter.errors import BundleError, UsageError
 from nemotrt.exporter.runtime import manifest as manifests
-from nemotrt.exporter.runtime.graph_file import read_proto
+from nemotrt.exporter.runtime.graph_file import OnnxGraph
 from nemotrt.exporter.runtime.manifest import Manifest
 from nemotrt.exporter.stages.load import load
 from nemotrt.exporter.validation.candidates import graph_of
-from nemotrt.exporter.validation.graph_dtypes import ELEMENT_TYPES
 from nemotrt.model.checkpoint import Transform, tensor_sources
 from nemotrt.plugins.contract import DType
 
@@ -28,7 +27,7 @@ class Subject:
 
     manifest: Manifest
     config: BuildConfig
-    graph: Path
+    graph: OnnxGraph
     model: LoadedModel
     base: LoadedModel | None
     """None where the bundle is not quantized, or what it was quantized from is not known."""
@@ -38,10 +37,11 @@ def subject_of(bundle: Path, checkpoint: Path | None, base: Path | None) -> Subj
     """The bundle as it is judged again; raises BundleError where it is not whole, UsageError on what is not its own."""
     manifest = manifests.verify(bundle, deep=False)
     config = _config(bundle, manifest, checkpoint or bundle)
+    graph = OnnxGraph.read(graph_of(bundle, manifest))
     source = _from(checkpoint, manifest) if checkpoint else None
     # A build that quantized kept its FP8 weights in the bundle alone.
     was_quantized = config.precision == "fp8" and source is not None and not source.config.recipe
-    model = _from_bundle(bundle, manifest) if source is None or was_quantized else source
+    model = _from_bundle(bundle, manifest, graph) if source is None or was_quantized else source
     before = load(base, _choice(manifest)) if base else source if was_quantized else None
     if before and before.config.recipe:
         raise UsageError(f"{base} is quantized itself", hint="--base is what the bundle was quantized from")
@@ -49,7 +49,7 @@ def subject_of(bundle: Path, checkpoint: Path | None, base: Path | None) -> Subj
         raise UsageError(
             f"{before.folder} is another model than the bundle's", hint="their config.json differ"
         )
-    return Subject(manifest, config, graph_of(bundle, manifest), model, before)
+    return Subject(manifest, config, graph, model, before)
 
 
 def _config(bundle: Path, manifest: Manifest, checkpoint: Path) -> BuildConfig:
@@ -95,15 +95,14 @@ def _choice(manifest: Manifest) -> str:
     return ",".join(map(str, manifest.model.chosen_layers))
 
 
-def _from_bundle(bundle: Path, manifest: Manifest) -> LoadedModel:
+def _from_bundle(bundle: Path, manifest: Manifest, graph: OnnxGraph) -> LoadedModel:
     """The model whose weights lie in the graph's external data, where each parameter has its own name."""
     weights: dict[str, WeightSource] = {}
-    dtype_names = {number: name for name, number in ELEMENT_TYPES.items()}
-    for tensor in read_proto(bundle / manifest.of_role("graph")[0]).graph.initializer:
+    for tensor in graph.proto.graph.initializer:
         place = {entry.key: entry.value for entry in tensor.external_data}
         if not place:
             continue
-        dtype = dtype_names[tensor.data_type]
+        dtype = DType.from_onnx(tensor.data_type)
         lying = StoredTensor(
             name=tensor.name,
             dtype=dtype,

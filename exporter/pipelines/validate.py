@@ -57,7 +57,7 @@ def _by_pytorch(request: ValidationRequest, progress: Progress) -> ValidationRep
         goldens.check_place(request.save_golden, bundle)
     with progress.stage("load", str(checkpoint or bundle)):
         subject = subject_of(bundle, checkpoint, request.base)
-        candidate = candidate_of(bundle, subject.manifest, request)
+        candidate = candidate_of(bundle, subject.manifest, request, subject.graph)
     _check_base(subject, text, request.base)
     tokens = _tokens(subject, bundle, text) if text else ()
     report = (

@@ -13,7 +13,7 @@ from nemotrt.exporter.report import plots
 from nemotrt.exporter.report.model import Drift, Metric, ValidationReport
 from nemotrt.exporter.report.precision_map import PlacePrecision, precision_map
 from nemotrt.exporter.report.units import digits, size
-from nemotrt.exporter.runtime.graph_file import read_proto
+from nemotrt.exporter.runtime.graph_file import OnnxGraph
 from nemotrt.exporter.runtime.manifest import Manifest
 
 SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
@@ -30,7 +30,7 @@ def bundle_page(
 ) -> str:
     """`report_html` with the bundle's graph and tokenizer; raises BundleError for a graph that cannot be read."""
     graphs = manifest.of_role("graph")
-    places = precision_map(read_proto(folder / graphs[0])) if graphs else []
+    places = precision_map(OnnxGraph.read(folder / graphs[0]).model) if graphs else []
     tokenizer = Tokenizer(folder) if (folder / TOKENIZER).is_file() else None
     return report_html(
         report, name=name, manifest=manifest, places=places, tokenizer=tokenizer, seconds=seconds

@@ -1,26 +1,24 @@
-"""The FP32 twin of a graph in BF16 or FP16, for ONNX Runtime's CPU provider.
+"""The FP32 emulation of a graph in BF16, FP16 or FP8, for ONNX Runtime's CPU provider.
 
-That provider computes nothing in BF16. FP16 it takes, but computes in FP32 and drops the roundings between
-operators (1.32: Mul, Add, Gemm, Add became Cast, Mul, Add, Gemm, Add, Cast), so that neither FP16's error
-nor its overflow would show. Below, *half* is either type.
+That provider does not compute in BF16. It accepts FP16, but computes in FP32 and drops the roundings between
+operators (1.32: Mul, Add, Gemm, Add became Cast, Mul, Add, Gemm, Add, Cast), which hides FP16's rounding errors and
+overflows. Below, a *narrow* type is BF16, FP16 or FP8.
 
-What the twin promises: every value that is half in the original is, in the twin, an FP32 value that the half
-type can represent. An operator computes in FP32 and its result is rounded once (Cast there and back), which
-is how a half operator with an FP32 accumulator rounds. Operators that only move elements, and those whose
-result is one of their operands (Max, Relu), make representable values of representable ones and need no
-rounding.
+Every narrow value of the original is an FP32 value in the emulation, and the narrow type can represent it. An
+operator computes in FP32, and its result is rounded once by a Cast to the narrow type and back: a kernel of the
+narrow type with an FP32 accumulator rounds in the same way. Operators that only move elements, and operators whose
+result is one of their operands (Max, Relu), need no rounding: representable operands give representable results.
 
-Pools follow from this: rows of `conv_state` and `kv_cache` are copies (Gather, Where, ScatterND) of values
-that were rounded where they were computed, so the twin's FP32 pools hold the values of the half pools, with
-no cast around them.
+Pools need no Cast either. Rows of `conv_state` and `kv_cache` are copies (Gather, Where, ScatterND) of values that
+were rounded where they were computed, so the FP32 pools hold exactly the values of the narrow pools.
 
-FP8 (E4M3) is a half type here too, which that provider only casts, quantizes and dequantizes. What a QuantizeLinear
-makes stays FP8; what a DequantizeLinear makes is not rounded: TensorRT makes it, the product and its scales one
-operator. Other weights in FP8 are cast to FP16, which holds their values, as a whole.
+The provider casts, quantizes and dequantizes FP8 (E4M3), and does nothing else with it. The result of a QuantizeLinear
+stays FP8. The result of a DequantizeLinear is not rounded, because TensorRT fuses it with the product and the scales.
+Other FP8 weights are cast to FP16, which represents all of their values, as a whole.
 
-Weights stay half and lie where they lie. One that is gathered (embeddings) or handed over by a Scan (experts)
-stays half in memory, and what was taken from it is cast; any other is cast whole, which ONNX Runtime folds
-when it loads the graph.
+Weights stay narrow in their files. A weight that is gathered (embeddings) or sliced by a Scan (experts) stays narrow
+in memory too, and only the gathered rows or slices are cast. Any other weight is cast as a whole; ONNX Runtime folds
+that Cast when it loads the graph.
 """
 
 from __future__ import annotations
@@ -32,29 +30,29 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from nemotrt.exporter.errors import BundleError
+from nemotrt.plugins.contract import DType
 
 if TYPE_CHECKING:
     from onnx import AttributeProto, GraphProto, ModelProto, NodeProto
 
-FLOAT, FLOAT16, BFLOAT16, FP8 = 1, 10, 16, 17
-"""onnx.TensorProto's numbers for the types: see onnx.proto."""
+FLOAT, FLOAT16, FP8 = DType.FLOAT32.onnx, DType.FLOAT16.onnx, DType.FLOAT8_E4M3.onnx
 
-HALVES = frozenset((FLOAT16, BFLOAT16, FP8))
+NARROW = frozenset((FLOAT16, DType.BFLOAT16.onnx, FP8))
 
-STORED = frozenset(
+MOVES = frozenset(
     ("Concat", "Gather", "Identity", "Reshape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze")
 )
-"""Operators that ONNX Runtime's CPU provider runs on both half types (tried with 1.32; Expand is not one)."""
+"""Operators that move elements and that ONNX Runtime's CPU provider runs in BF16 and FP16 (1.32; not Expand)."""
 
-EXACT = STORED.union(
+EXACT = MOVES.union(
     ("Abs", "Expand", "Flatten", "GatherElements", "GatherND", "Max", "Min", "Neg", "Pad", "Relu"),
     ("ScatterElements", "ScatterND", "Tile", "TopK", "Trilu", "Where"),
 )
-"""Operators whose results are half values when their operands are: they need no rounding."""
+"""Operators whose results are representable if their operands are: they need no rounding."""
 
 
-def needs_twin(model: ModelProto) -> bool:
-    """Whether any input, weight or operator of the model, its subgraphs or its functions is half."""
+def needs_emulation(model: ModelProto) -> bool:
+    """Whether the model, its subgraphs or its functions have any narrow value."""
     graphs = [model.graph, *(graph for node in _nodes(model) for graph in _subgraphs(node))]
     declared = [
         value.type.tensor_type.elem_type
@@ -62,14 +60,14 @@ def needs_twin(model: ModelProto) -> bool:
         for value in (*graph.input, *graph.output, *graph.value_info)
     ]
     stored = [tensor.data_type for graph in graphs for tensor in graph.initializer]
-    return not HALVES.isdisjoint(declared + stored) or any(_makes_half(node) for node in _nodes(model))
+    return not NARROW.isdisjoint(declared + stored) or any(_makes_narrow(node) for node in _nodes(model))
 
 
-def fp32_twin(model: ModelProto) -> ModelProto:
-    """A model with FP32 inputs, outputs and arithmetic that rounds wherever the original does.
+def emulate_in_fp32(model: ModelProto) -> ModelProto:
+    """A copy of the model that computes in FP32 and rounds wherever the original does.
 
-    Model-local functions are inlined, so that their inner roundings are kept too. External data stays
-    referenced. Raises BundleError when the original is not a valid graph.
+    Its inputs and outputs are FP32. Functions are inlined, so that values inside them are rounded too. Weights stay
+    references to their files. Raises BundleError if the original is not a valid graph.
     """
     from onnx import inliner, shape_inference
 
@@ -83,34 +81,34 @@ def fp32_twin(model: ModelProto) -> ModelProto:
 
 
 def _nodes(model: ModelProto) -> Iterator[NodeProto]:
-    """Every node, of functions and subgraphs too."""
-    waiting = [*model.graph.node, *(node for function in model.functions for node in function.node)]
-    while waiting:
-        node = waiting.pop()
+    """Every node, including those of functions and subgraphs."""
+    pending = [*model.graph.node, *(node for function in model.functions for node in function.node)]
+    while pending:
+        node = pending.pop()
         yield node
-        waiting += [inner for graph in _subgraphs(node) for inner in graph.node]
+        pending += [inner for graph in _subgraphs(node) for inner in graph.node]
 
 
 def _subgraphs(node: NodeProto) -> list[GraphProto]:
     return [attribute.g for attribute in node.attribute if attribute.HasField("g")]
 
 
-def _makes_half(node: NodeProto) -> bool:
+def _makes_narrow(node: NodeProto) -> bool:
     return any(
-        _casts_to_half(node, attribute) or _is_half_constant(attribute) for attribute in node.attribute
+        _casts_to_narrow(node, attribute) or _is_narrow_constant(attribute) for attribute in node.attribute
     )
 
 
-def _casts_to_half(node: NodeProto, attribute: AttributeProto) -> bool:
-    return node.op_type == "Cast" and attribute.name == "to" and attribute.i in HALVES
+def _casts_to_narrow(node: NodeProto, attribute: AttributeProto) -> bool:
+    return node.op_type == "Cast" and attribute.name == "to" and attribute.i in NARROW
 
 
-def _is_half_constant(attribute: AttributeProto) -> bool:
-    return attribute.HasField("t") and attribute.t.data_type in HALVES
+def _is_narrow_constant(attribute: AttributeProto) -> bool:
+    return attribute.HasField("t") and attribute.t.data_type in NARROW
 
 
 class _Rewriter:
-    """Rewrites graphs in place, outermost first; names are looked up through the scopes around a graph."""
+    """Rewrites graphs in place, the outermost first; a subgraph sees the names of the graphs around it."""
 
     def __init__(self) -> None:
         self._num_names = 0
@@ -121,12 +119,12 @@ class _Rewriter:
         graph: GraphProto,
         dtypes: ChainMap[str, int],
         widened: ChainMap[str, str],
-        kept: frozenset[str] = frozenset(),
+        narrow_inputs: frozenset[str] = frozenset(),
     ) -> None:
-        """Rewrite one graph; `dtypes` are the original's, of this graph and those around it.
+        """Rewrite one graph; `dtypes` maps names to the original dtypes, in this graph and those around it.
 
-        `widened` maps each half name to the FP32 name of its value. A name that it lacks still is half in the
-        twin: a weight, or what was gathered from one. Inputs named in `kept` are such.
+        `widened` maps the name of a narrow value to the name of its FP32 value. A narrow name without an entry is
+        still narrow in the emulation: a weight, rows gathered from one, or an input in `narrow_inputs`.
         """
         outputs = frozenset(value.name for value in graph.output)
         self._weights |= {tensor.name for tensor in graph.initializer}
@@ -137,27 +135,27 @@ class _Rewriter:
             scope.dtypes[tensor.name] = tensor.data_type
         stored = {tensor.name for tensor in graph.initializer}
         for value in graph.input:
-            if value.name in kept and scope.dtypes[value.name] == FP8:
+            if value.name in narrow_inputs and scope.dtypes[value.name] == FP8:
                 value.type.tensor_type.elem_type = FLOAT16
-            elif scope.is_half(value.name) and value.name not in stored and value.name not in kept:
+            elif scope.is_narrow(value.name) and value.name not in stored | narrow_inputs:
                 value.type.tensor_type.elem_type = FLOAT
                 scope.widened[value.name] = value.name
         for node in graph.node:
             scope.rewrite(node)
         for value in graph.output:
-            if scope.is_half(value.name):
+            if scope.is_narrow(value.name):
                 value.type.tensor_type.elem_type = FLOAT
         del graph.node[:], graph.value_info[:]
         graph.node.extend(scope.nodes)
 
-    def fresh(self, name: str, what: str) -> str:
+    def unique(self, name: str, suffix: str) -> str:
         """A name that no value of the model has."""
         self._num_names += 1
-        return f"{name}.{what}.{self._num_names}"
+        return f"{name}.{suffix}.{self._num_names}"
 
 
 class _Scope:
-    """The nodes of one graph, rewritten one by one, in order."""
+    """Rewrites the nodes of one graph in order."""
 
     def __init__(
         self,
@@ -174,84 +172,86 @@ class _Scope:
         self._rewriter = rewriter
         self._outputs = outputs
 
-    def is_half(self, name: str) -> bool:
-        return self.dtypes.get(name) in HALVES
+    def is_narrow(self, name: str) -> bool:
+        return self.dtypes.get(name) in NARROW
 
     def rewrite(self, node: NodeProto) -> None:
-        """Append what stands for the node in the twin."""
-        kept = self._kept_inputs(node)
+        """Append the nodes that emulate this one."""
+        narrow_inputs = self._narrow_inputs(node)
         for graph in _subgraphs(node):
-            inside = frozenset(graph.input[i].name for i in kept)
-            self._rewriter.graph(graph, self.dtypes, self.widened, inside)
-        operands = [name for name in node.input if self.is_half(name)]
-        results = [name for name in node.output if self.is_half(name)]
+            names = frozenset(graph.input[i].name for i in narrow_inputs)
+            self._rewriter.graph(graph, self.dtypes, self.widened, names)
+        operands = [name for name in node.input if self.is_narrow(name)]
+        results = [name for name in node.output if self.is_narrow(name)]
         if not operands and not results:
             self.nodes.append(node)
         elif node.op_type in ("Cast", "CastLike"):
             self._cast(node)
         elif node.op_type in ("QuantizeLinear", "DequantizeLinear"):
             self._scale(node)
-        elif self._stays_half(node, operands):
+        elif self._stays_narrow(node, operands):
             for i, name in enumerate(node.input):
                 if self.dtypes.get(name) == FP8:
-                    node.input[i] = self._as_half(name)
+                    node.input[i] = self._as_fp16(name)
             self.nodes.append(node)
             self._widen_outputs(node)
         else:
-            self._compute(node, results, kept)
+            self._compute(node, results, narrow_inputs)
 
-    def _kept_inputs(self, node: NodeProto) -> tuple[int, ...]:
-        """Which inputs of a Scan are weights that still are half: it hands their rows over where they lie."""
+    def _narrow_inputs(self, node: NodeProto) -> tuple[int, ...]:
+        """Which inputs of a Scan are narrow weights: it slices them without a copy."""
         if node.op_type != "Scan":
             return ()
         count = next(attribute.i for attribute in node.attribute if attribute.name == "num_scan_inputs")
         scanned = range(len(node.input) - count, len(node.input))
-        return tuple(i for i in scanned if self.is_half(node.input[i]) and node.input[i] not in self.widened)
+        return tuple(
+            i for i in scanned if self.is_narrow(node.input[i]) and node.input[i] not in self.widened
+        )
 
-    def _stays_half(self, node: NodeProto, operands: list[str]) -> bool:
-        """Whether the node only moves weights that still are half."""
+    def _stays_narrow(self, node: NodeProto, operands: list[str]) -> bool:
+        """Whether the node only moves elements of narrow weights."""
         is_weights = bool(operands) and not any(name in self.widened for name in operands)
-        return node.op_type in STORED and is_weights
+        return node.op_type in MOVES and is_weights
 
     def _widen_outputs(self, node: NodeProto) -> None:
-        """Under the name of an output of the graph, which is FP32, what the node made of half weights."""
+        """Cast the node's narrow results that are outputs of the graph, whose outputs are FP32."""
         for i, name in enumerate(node.output):
             if name in self._outputs:
-                node.output[i] = self._rewriter.fresh(name, "half")
+                node.output[i] = self._rewriter.unique(name, "narrow")
                 self._append_cast(node.output[i], name, FLOAT, like=node)
                 self.widened[name] = name
 
     def wide(self, name: str) -> str:
-        """The FP32 name of a half value, cast here when no graph around has done it."""
+        """The name of a narrow value in FP32; a Cast is appended unless this graph or one around it has it."""
         if name not in self.widened:
-            self.widened[name] = self._rewriter.fresh(name, "fp32")
+            self.widened[name] = self._rewriter.unique(name, "fp32")
             self._append_cast(name, self.widened[name], FLOAT)
         return self.widened[name]
 
-    def _as_half(self, name: str) -> str:
-        """An FP8 weight in FP16, or what was gathered from one and is so already."""
+    def _as_fp16(self, name: str) -> str:
+        """The name of an FP8 weight in FP16; rows that were gathered from one already are FP16."""
         if name not in self.weights:
             return name
-        half = self._rewriter.fresh(name, "fp16")
-        self._append_cast(name, half, FLOAT16)
-        return half
+        result = self._rewriter.unique(name, "fp16")
+        self._append_cast(name, result, FLOAT16)
+        return result
 
     def _scale(self, node: NodeProto) -> None:
-        """Quantize from FP32, or dequantize to FP32, with a scale in FP32."""
+        """Quantize from FP32, or dequantize to FP32, with an FP32 scale."""
         for i, name in enumerate(node.input):
-            if self.is_half(name) and self.dtypes[name] != FP8:
+            if self.is_narrow(name) and self.dtypes[name] != FP8:
                 node.input[i] = self.wide(name)
         if node.op_type == "DequantizeLinear":
-            kept = [attribute for attribute in node.attribute if attribute.name != "output_dtype"]
+            attributes = [attribute for attribute in node.attribute if attribute.name != "output_dtype"]
             del node.attribute[:]
-            node.attribute.extend(kept)
+            node.attribute.extend(attributes)
             self.widened[node.output[0]] = node.output[0]
         self.nodes.append(node)
 
     def _cast(self, node: NodeProto) -> None:
         source, result = node.input[0], node.output[0]
         source = self.widened.get(source, source)
-        if not self.is_half(result):
+        if not self.is_narrow(result):
             self._append_cast(source, result, self.dtypes[result], like=node)
         elif self.dtypes.get(node.input[0]) == self.dtypes[result]:
             self._append_cast(source, result, FLOAT, like=node)
@@ -259,27 +259,27 @@ class _Scope:
         else:
             self._round(source, result, node)
 
-    def _compute(self, node: NodeProto, results: list[str], kept: tuple[int, ...]) -> None:
+    def _compute(self, node: NodeProto, results: list[str], narrow_inputs: tuple[int, ...]) -> None:
         for i, name in enumerate(node.input):
-            if i in kept and self.dtypes[name] == FP8:
-                node.input[i] = self._as_half(name)
-            elif self.is_half(name) and i not in kept:
+            if i in narrow_inputs and self.dtypes[name] == FP8:
+                node.input[i] = self._as_fp16(name)
+            elif self.is_narrow(name) and i not in narrow_inputs:
                 node.input[i] = self.wide(name)
         for attribute in node.attribute:
-            if _is_half_constant(attribute):
+            if _is_narrow_constant(attribute):
                 _widen_constant(attribute)
         self.nodes.append(node)
         is_exact = _is_exact(node)
         for i, name in enumerate(node.output):
             if name in results and not is_exact:
-                node.output[i] = self._rewriter.fresh(name, "exact")
+                node.output[i] = self._rewriter.unique(name, "exact")
                 self._round(node.output[i], name, node)
             elif name in results:
                 self.widened[name] = name
 
     def _round(self, source: str, result: str, like: NodeProto) -> None:
-        """Cast to the original's type and back, under the original's name."""
-        rounded = self._rewriter.fresh(result, "rounded")
+        """Cast to the original's dtype and back, under the original's name."""
+        rounded = self._rewriter.unique(result, "rounded")
         self._append_cast(source, rounded, self.dtypes[result], like=like)
         self._append_cast(rounded, result, FLOAT, like=like)
         self.widened[result] = result
@@ -294,7 +294,7 @@ class _Scope:
 
 
 def _is_exact(node: NodeProto) -> bool:
-    """Whether a node's results are half values when its operands are; branches and bodies round inside."""
+    """Whether a node needs no rounding; the nodes inside branches and bodies are rounded themselves."""
     if node.op_type in ("Constant", "ConstantOfShape") or _subgraphs(node):
         return True
     reduces = any(

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import re
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nemotrt.exporter.runtime.graph_file import read_proto
+from nemotrt.exporter.runtime.graph_file import OnnxGraph
 from nemotrt.exporter.runtime.manifest import GraphSummary, GraphValue
 from nemotrt.plugins.contract import NEXT, DType, PoolSpec
 
@@ -18,18 +16,13 @@ KIND_OF_OP = {
     "NemoPagedAttention": "attention",
     "NemoMoeDispatch": "moe",
 }
-"""The op that tells a layer's kind in a graph; a layer with none of them is an MLP."""
+"""An op → the kind of a layer that has it; a layer with none of them is an MLP."""
 
 
-PLACE = re.compile(r"(layers\.\d+|embeddings|head)\.")
-"""Where a node stands in the model, as its name begins."""
-
-
-def describe_graph(path: Path) -> GraphSummary:
-    """Inputs, outputs and pools of the file, without its weights; raises BundleError if it is not an ONNX file."""
-    graph = read_proto(path).graph
-    inputs = tuple(_value(value) for value in graph.input)
-    outputs = tuple(_value(value) for value in graph.output)
+def describe_graph(graph: OnnxGraph) -> GraphSummary:
+    """The graph's inputs, outputs and pools."""
+    inputs = tuple(map(_value, graph.proto.graph.input))
+    outputs = tuple(map(_value, graph.proto.graph.output))
     output_names = {value.name for value in outputs}
     pools = tuple(
         PoolSpec(

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from nemotrt.exporter.errors import BundleError, UsageError
 from nemotrt.exporter.runtime.graph_file import (
     CPU,
+    OnnxGraph,
     first_line,
     open_graph,
     read_pools,
@@ -39,39 +40,39 @@ class Session:
 
     def __init__(
         self,
-        onnx_path: Path,
+        graph: OnnxGraph | Path,
         *,
         num_slots: int,
         num_pages: int,
         bound: bool = True,
         threads: int = 0,
         providers: Sequence[str] = (CPU,),
-        shown: Sequence[str] = (),
+        extra_outputs: Sequence[str] = (),
     ) -> None:
         """Load the graph with `num_slots` slots and `num_pages` pages, scratch included.
 
-        `threads` 0 takes all cores. `shown` names values of the graph whose last step
-        is kept in `self.shown`; a session that shows any is not bound. Raises BundleError on a file that is not such a
-        graph, UsageError on what the arguments cannot mean on this machine.
+        `threads` 0 takes all cores. `extra_outputs` names further values of the graph; those of the last step are in
+        `self.extra_values`. Only an unbound session has any. Raises BundleError on a file that is not such a graph,
+        UsageError on arguments that this machine cannot satisfy.
         """
         if num_slots < 2 or num_pages < 2:
             raise UsageError(
                 f"a session of {num_slots} slots and {num_pages} pages has room for nothing",
                 hint="slot 0 and page 0 are scratch: give at least 2 of each",
             )
-        assert not (bound and shown), "bound outputs are the contract's own"
+        assert not (bound and extra_outputs), "a bound session binds the pools and the logits only"
         self._thread = Interruptible()
         self._session, self.runs_as = open_graph(
-            onnx_path,
+            OnnxGraph.read(graph) if isinstance(graph, Path) else graph,
             threads=threads,
             providers=providers,
             thread=self._thread,
-            shown=shown,
+            extra_outputs=extra_outputs,
         )
-        self.shown: dict[str, NDArray[Any]] = {}
-        self._shown = tuple(shown)
+        self.extra_values: dict[str, NDArray[Any]] = {}
+        self._extra_outputs = tuple(extra_outputs)
         self.vocab_size = read_vocab_size(self._session)
-        self.pools = read_pools(self._session, shown)
+        self.pools = read_pools(self._session, extra_outputs)
         self.num_slots, self.num_pages = num_slots, num_pages
         self._inputs = [value.name for value in self._session.get_inputs() if value.name not in self.pools]
         self._values = {name: self._new_pool(pool) for name, pool in self.pools.items()}
@@ -151,14 +152,14 @@ class Session:
         import onnxruntime as ort
 
         values = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in feeds.items()}
-        names = [LOGITS, *self._shown, *(NEXT + name for name in self.pools)]
-        found = self._run(
+        names = [LOGITS, *self._extra_outputs, *(NEXT + name for name in self.pools)]
+        results = self._run(
             lambda options: self._session.run_with_ort_values(names, values | self._values, options)
         )
-        logits, *shown = found[: 1 + len(self._shown)]
-        self.shown = {name: np.array(value.numpy()) for name, value in zip(self._shown, shown, strict=True)}
-        self._values = dict(zip(self.pools, found[1 + len(self._shown) :], strict=True))
-        return np.array(logits.numpy())
+        by_name = dict(zip(names, results, strict=True))
+        self.extra_values = {name: np.array(by_name[name].numpy()) for name in self._extra_outputs}
+        self._values = {name: by_name[NEXT + name] for name in self.pools}
+        return np.array(by_name[LOGITS].numpy())
 
     def _run(self, call: Callable[[ort.RunOptions], Any]) -> Any:
         """What `call` returns; Ctrl-C ends it between two operators."""

@@ -20,6 +20,7 @@ from nemotrt.exporter.report import json_file
 from nemotrt.exporter.report.html import bundle_page
 from nemotrt.exporter.report.model import ValidationReport
 from nemotrt.exporter.runtime import manifest
+from nemotrt.exporter.runtime.graph_file import OnnxGraph
 from nemotrt.exporter.runtime.graph_summary import describe_graph
 from nemotrt.exporter.runtime.manifest import Role, Verdict
 from nemotrt.plugins.spec import DOMAIN
@@ -111,7 +112,7 @@ def _describe(
             config_sha256=hashlib.sha256(raw).hexdigest(),
             files={path.name: path.stat().st_size for path in files},
         ),
-        graph=describe_graph(graph.path),
+        graph=describe_graph(OnnxGraph.read(graph.path)),
         profiles=_profiles(config, graph, engine),
         environment=manifest.BuildEnvironment(machine["os"], machine["arch"], environment.tool_versions()),
         plugins=_plugins(engine),

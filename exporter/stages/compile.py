@@ -18,6 +18,7 @@ from nemotrt.exporter.engines.targets import Target
 from nemotrt.exporter.errors import CompileError
 from nemotrt.exporter.progress import Advance, ignore
 from nemotrt.exporter.runtime.backends import Backend, backend
+from nemotrt.exporter.runtime.graph_file import OnnxGraph
 from nemotrt.exporter.runtime.graph_summary import describe_graph
 from nemotrt.plugins.kernel_store import cache_folder, digest
 from nemotrt.plugins.library import PluginLibrary
@@ -82,7 +83,7 @@ def compile(
     """
     used = backend(target.runtime)
     library, nodes = prepared.library, prepared.nodes
-    summary = describe_graph(graph.path)
+    summary = describe_graph(OnnxGraph.read(graph.path))
 
     paths = {name: folder / name for name in (used.engine, LIBRARY, LOG)}
     for path in paths.values():

@@ -8,12 +8,12 @@ from nemotrt.exporter.errors import BundleError, UsageError
 from nemotrt.exporter.report.model import NotCompared, Omitted
 from nemotrt.exporter.runtime.cuda import CudaError, find_gpu
 from nemotrt.exporter.runtime.engine_file import engine_profile
-from nemotrt.exporter.runtime.graph_file import PROVIDERS
+from nemotrt.exporter.runtime.graph_file import PROVIDERS, OnnxGraph
 from nemotrt.exporter.runtime.manifest import Manifest
 from nemotrt.exporter.validation.comparison import WATCHED, Candidate
 from nemotrt.exporter.validation.request import ValidationRequest
 from nemotrt.exporter.validation.runners.base import EngineRunner, GraphRunner
-from nemotrt.exporter.validation.runners.forced_routing import LedGraphRunner
+from nemotrt.exporter.validation.runners.forced_routing import ForcedRoutingRunner
 from nemotrt.exporter.validation.scenarios import NUM_SLOTS
 
 ENGINE = NotCompared(Omitted.ENGINE, "not executed")
@@ -24,7 +24,7 @@ PARTS_ON_CPU = NotCompared(Omitted.PARTS, "they run on the CPU, not on CUDA")
 WHOLE = NotCompared(Omitted.PARTS, "an engine cannot be split into its layers")
 
 
-def graph_candidate(graph: Path, provider: str = "cpu") -> Candidate:
+def graph_candidate(graph: OnnxGraph, provider: str = "cpu") -> Candidate:
     """A graph in ONNX Runtime: pools updated in place, and pools fed and fetched; `provider` is one of PROVIDERS."""
     providers = PROVIDERS[provider]
 
@@ -45,7 +45,7 @@ def graph_candidate(graph: Path, provider: str = "cpu") -> Candidate:
         open_runner,
         (ENGINE, PARTS_ON_CPU) if on_gpu else (ENGINE,),
         graph,
-        lambda: LedGraphRunner(graph, providers),
+        lambda: ForcedRoutingRunner(graph, providers),
     )
 
 
@@ -69,11 +69,13 @@ def engine_candidate(bundle: Path, manifest: Manifest) -> Candidate:
     return Candidate(profile.runtime, ("captured", "uncaptured"), open_runner, (*hidden, WHOLE))
 
 
-def candidate_of(bundle: Path, manifest: Manifest, request: ValidationRequest) -> Candidate:
-    """The bundle's engine, or its graph; raises BundleError where it has none."""
+def candidate_of(
+    bundle: Path, manifest: Manifest, request: ValidationRequest, graph: OnnxGraph | None = None
+) -> Candidate:
+    """The bundle's engine, or its graph, which is read unless given; raises BundleError where it has none."""
     if request.engine:
         return engine_candidate(bundle, manifest)
-    return graph_candidate(graph_of(bundle, manifest), request.provider or "cpu")
+    return graph_candidate(graph or OnnxGraph.read(graph_of(bundle, manifest)), request.provider or "cpu")
 
 
 def graph_of(bundle: Path, manifest: Manifest) -> Path:

@@ -9,18 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from nemotrt.exporter.progress import Advance, ignore
 from nemotrt.exporter.report.model import Gate, NotCompared, ValidationReport
-from nemotrt.exporter.runtime.graph_file import read_proto
+from nemotrt.exporter.runtime.graph_file import OnnxGraph
 from nemotrt.exporter.runtime.step import StepInputs
 from nemotrt.exporter.validation import gates as judged
 from nemotrt.exporter.validation.gates import Compared, Measured, Noise, Observation
-from nemotrt.exporter.validation.graph_dtypes import WantedDtypes, dtype_gates
+from nemotrt.exporter.validation.graph_dtypes import ExpectedDtypes, dtype_gates
 from nemotrt.exporter.validation.observations import next_token, router_agreement
 from nemotrt.exporter.validation.routing import Choosing, RouterLogits, num_mismatches
 from nemotrt.exporter.validation.runners.base import CandidateRunner, LedRunner, PoolShape, Runner
@@ -67,7 +66,7 @@ class Recording:
     choosing: tuple[Choosing, ...]
     baselines: dict[str, Measured]
     """For each scenario; none where limits are absolute."""
-    dtypes: WantedDtypes
+    dtypes: ExpectedDtypes
     """Of a graph's weights and pools."""
     not_compared: tuple[NotCompared, ...]
 
@@ -85,7 +84,7 @@ class Candidate:
     open: Callable[[int, str], CandidateRunner]
     """From pages in the pool and a way, or WATCHED; NUM_SLOTS slots."""
     not_compared: tuple[NotCompared, ...]
-    graph: Path | None = None
+    graph: OnnxGraph | None = None
     """Whose dtypes are read, and whose layers are compared alone too; none of what cannot be, as an engine."""
     open_led: Callable[[], LedRunner] | None = None
     """None of what does not show by what it chooses experts."""
@@ -116,7 +115,7 @@ def compare(recording: Recording, candidate: Candidate, beside: Beside, advance:
         gates.append(judged.same_bits(name, seen[name], other[name]))
         differences.append(next_token(scenario, against, baseline))
     if candidate.graph:
-        gates += dtype_gates(read_proto(candidate.graph), recording.dtypes)
+        gates += dtype_gates(candidate.graph.model, recording.dtypes)
     extent = recording.extent
     return ValidationReport(
         candidate=f"{candidate.title}, {runs_as}",
@@ -159,7 +158,7 @@ class Leader:
             runner,
             scenario,
             self.recording.noise,
-            step=lambda number: runner.step_as_told(scenario.steps[number], told[number]),
+            step=lambda number: runner.step_with_routing(scenario.steps[number], told[number]),
         )
         return Compared(led, expected)
 

@@ -8,7 +8,6 @@ reference with the unquantized model, and *total* compares the graph with the un
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -19,6 +18,7 @@ from nemotrt.exporter.config import COMPUTE_DTYPES, BuildConfig
 from nemotrt.exporter.progress import Advance, ignore
 from nemotrt.exporter.quantization.text import SEQUENCE, Sequences
 from nemotrt.exporter.report.model import Gate, Metric, TextComparison, TextReport
+from nemotrt.exporter.runtime.graph_file import OnnxGraph
 from nemotrt.exporter.runtime.step import StepInputs, pages_of
 from nemotrt.exporter.validation import metrics
 from nemotrt.exporter.validation.gates import BASELINE_FACTOR
@@ -52,7 +52,7 @@ def measure(
     model: LoadedModel,
     base: LoadedModel | None,
     config: BuildConfig,
-    graph: Path,
+    graph: OnnxGraph,
     text: Sequences,
     name: str,
     *,

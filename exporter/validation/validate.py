@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 from nemotrt.exporter.checkpoint.layer_selection import partial_model
 from nemotrt.exporter.checkpoint.loaded_model import LoadedModel
@@ -15,11 +14,11 @@ from nemotrt.exporter.checkpoint.quant_config import cache_notes
 from nemotrt.exporter.config import BUILD_DRIFT_STEPS, COMPUTE_DTYPES, DRIFT_STEPS, BuildConfig
 from nemotrt.exporter.progress import Advance, ignore
 from nemotrt.exporter.report.model import Drift, Metric, NotCompared, Omitted, ValidationReport
-from nemotrt.exporter.runtime.graph_file import read_proto
+from nemotrt.exporter.runtime.graph_file import OnnxGraph
 from nemotrt.exporter.validation import drift
 from nemotrt.exporter.validation.candidates import ENGINE, graph_candidate
 from nemotrt.exporter.validation.comparison import WATCHED, Candidate, Extent, Recording, compare
-from nemotrt.exporter.validation.graph_dtypes import dtype_gates, wanted_dtypes
+from nemotrt.exporter.validation.graph_dtypes import dtype_gates, expected_dtypes
 from nemotrt.exporter.validation.parts.layerwise import compare_parts
 from nemotrt.exporter.validation.references.pytorch import Follower, record
 
@@ -33,7 +32,7 @@ NO_COST = NotCompared(Omitted.QUANTIZATION_COST, "no text was given (nemo-export
 def validate(
     model: LoadedModel,
     config: BuildConfig,
-    graph: Path,
+    graph: OnnxGraph,
     *,
     seed: int = 0,
     drift_steps: int = BUILD_DRIFT_STEPS,
@@ -86,7 +85,7 @@ PARTS_ALONE = NotCompared(
 def validate_parts(
     model: LoadedModel,
     config: BuildConfig,
-    graph: Path,
+    graph: OnnxGraph,
     *,
     seed: int = 0,
     advance: Advance = ignore,
@@ -102,7 +101,7 @@ def validate_parts(
         reference="PyTorch, FP32",
         baseline="" if dtype == "float32" else f"PyTorch, {dtype}",
         tokens={"prompt": driven.prompt, "decode": driven.decode, "seed": seed},
-        gates=(*dtype_gates(read_proto(graph), wanted_dtypes(model, config)), *parts.gates),
+        gates=(*dtype_gates(graph.model, expected_dtypes(model, config)), *parts.gates),
         routing_mismatches={},
         not_compared=(PARTS_ALONE, ENGINE, *_left_out(model, config)),
         layers=parts.layers,

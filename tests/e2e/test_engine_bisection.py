@@ -13,7 +13,7 @@ from test_engine import KERNEL_SIZES
 from nemotrt.exporter.config import BuildConfig
 from nemotrt.exporter.engines.builder_process import run_builder
 from nemotrt.exporter.runtime.backends import backend
-from nemotrt.exporter.runtime.graph_file import read_proto
+from nemotrt.exporter.runtime.graph_file import OnnxGraph
 from nemotrt.exporter.stages.load import load
 from nemotrt.exporter.stages.lower import lower
 from nemotrt.exporter.stages.trace import trace
@@ -46,14 +46,14 @@ def test_marked_parts_build(tmp_path: Path, precision: str) -> None:
     driven = extent(model, config, 0)
     used = backend("tensorrt-rtx")
     profile = sizes(mixed_steps(driven), driven)
-    found = {cut.place: cut for cut in cuts(read_proto(graph))}
+    found = {cut.place: cut for cut in cuts(OnnxGraph.read(graph).proto)}
     for place in KINDS:
         cut = found[place]
         folder = tmp_path / place
         folder.mkdir()
         inner = [name for node in cut.model.graph.node for name in node.output if name in cut.types]
         marked = cut.showing(inner)
-        request = part_request(marked, graph, profile, used, library().path, folder, (89,))
+        request = part_request(OnnxGraph(marked, graph), profile, used, library().path, folder, (89,))
         result = run_builder(request, used)
         assert result.num_layers > 0
         assert Path(request.output).stat().st_size > 0

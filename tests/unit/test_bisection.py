@@ -35,6 +35,7 @@ from faults import (
 from nemotrt.exporter.checkpoint.loaded_model import LoadedModel
 from nemotrt.exporter.config import BuildConfig
 from nemotrt.exporter.report.model import Bisection
+from nemotrt.exporter.runtime.graph_file import OnnxGraph
 from nemotrt.exporter.stages.load import load
 from nemotrt.exporter.stages.lower import lower
 from nemotrt.exporter.stages.trace import trace
@@ -61,7 +62,7 @@ def build(checkpoint: Path, folder: Path, precision: str) -> Built:
 
 def found(built: Built, *, seed: int = 0, graph: Path | None = None) -> Bisection:
     model, config, path = built
-    return bisect(model, config, graph or path, extent(model, config, seed))
+    return bisect(model, config, OnnxGraph.read(graph or path), extent(model, config, seed))
 
 
 def scaled_down_proj(graph: Graph) -> None:
@@ -166,5 +167,5 @@ class Disturbed(PartSession):
 
 def test_it_is_said_that_marking_changed_the_result(built: Built) -> None:
     model, config, graph = built
-    disturbed = bisect(model, config, graph, extent(model, config, 0), open_part=Disturbed)
+    disturbed = bisect(model, config, OnnxGraph.read(graph), extent(model, config, 0), open_part=Disturbed)
     assert disturbed.marking_changed == ("layers.3",)

@@ -13,6 +13,7 @@ from faults import Graph, broken, half_state
 from nemotrt.exporter.checkpoint.loaded_model import LoadedModel
 from nemotrt.exporter.config import BuildConfig
 from nemotrt.exporter.report.model import Drift, Gate, Metric
+from nemotrt.exporter.runtime.graph_file import OnnxGraph
 from nemotrt.exporter.runtime.strict_json import decode, encode
 from nemotrt.exporter.stages.load import load
 from nemotrt.exporter.stages.lower import lower
@@ -37,7 +38,7 @@ def built(model: LoadedModel, folder: Path, **options: str) -> BuildConfig:
 
 
 def measured(model: LoadedModel, config: BuildConfig, steps: int = STEPS) -> Drift:
-    candidate = graph_candidate(config.output / "model.onnx")
+    candidate = graph_candidate(OnnxGraph.read(config.output / "model.onnx"))
     return drift.measure(model, config, partial(candidate.open, way=WATCHED), num_steps=steps)
 
 
@@ -82,7 +83,7 @@ def test_a_state_that_is_declared_in_fp16_has_its_own_baseline(loaded: LoadedMod
 def test_fp32_is_held_to_its_limit(loaded: LoadedModel, tmp_path: Path) -> None:
     config = built(loaded, tmp_path / "graph", precision="fp32")
     heard: list[int] = []
-    candidate = graph_candidate(tmp_path / "graph" / "model.onnx")
+    candidate = graph_candidate(OnnxGraph.read(tmp_path / "graph" / "model.onnx"))
     found = drift.measure(
         loaded, config, partial(candidate.open, way=WATCHED), num_steps=STEPS, advance=heard.append
     )

@@ -19,6 +19,7 @@ from nemotrt.exporter.report.model import Gate, ValidationReport
 from nemotrt.exporter.runtime import cuda as cuda_module
 from nemotrt.exporter.runtime import engine_file
 from nemotrt.exporter.runtime import manifest as manifests
+from nemotrt.exporter.runtime.graph_file import OnnxGraph
 from nemotrt.exporter.stages.load import load
 from nemotrt.exporter.validation.parts import engine_parts
 from nemotrt.exporter.validation.parts.bisection import bisect
@@ -85,7 +86,7 @@ def test_an_engine_is_bisected_part_by_part(
     broken(graph, dropped_skip)
     broken(graph, swapped_kv_heads)
     parts, model, driven = opened(bundle, built[1])
-    found = bisect(model, built[1], graph, driven, open_part=parts.open)
+    found = bisect(model, built[1], OnnxGraph.read(graph), driven, open_part=parts.open)
     assert [suspect.node for suspect in found.diverging] == ["layers.0.mixer.scan", "layers.2.mixer.k_proj"]
     assert found.runs_as == f"TensorRT-RTX {VERSION} on Fake RTX (SM 89), part by part"
     assert not found.marking_changed
@@ -118,7 +119,7 @@ def test_a_part_that_fails_on_the_gpu_is_said(
     parts, model, driven = opened(*built)
     cuda.failing = "cuMemAlloc_v2"
     with pytest.raises(BundleError, match="no room"):
-        bisect(model, built[1], built[0] / "model.onnx", driven, open_part=parts.open)
+        bisect(model, built[1], OnnxGraph.read(built[0] / "model.onnx"), driven, open_part=parts.open)
 
 
 def test_a_changed_library_runs_nothing(

@@ -13,6 +13,7 @@ from faults import FAULTS, Fault, broken
 from nemotrt.exporter.checkpoint.loaded_model import LoadedModel
 from nemotrt.exporter.config import BuildConfig
 from nemotrt.exporter.report.model import Gate, Metric
+from nemotrt.exporter.runtime.graph_file import OnnxGraph
 from nemotrt.exporter.stages.load import load
 from nemotrt.exporter.stages.lower import lower
 from nemotrt.exporter.stages.trace import trace
@@ -32,7 +33,7 @@ class Right(NamedTuple):
     graph: Path
 
     def failed(self, graph: Path, seed: int = 0, **options: int) -> list[Gate]:
-        report = validate(self.model, self.config, graph, seed=seed, **options)
+        report = validate(self.model, self.config, OnnxGraph.read(graph), seed=seed, **options)
         return [gate for gate in report.gates if not gate.passed]
 
 

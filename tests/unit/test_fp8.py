@@ -25,7 +25,8 @@ from nemotrt.exporter.errors import CheckpointError, UsageError
 from nemotrt.exporter.pipelines import build
 from nemotrt.exporter.pipelines.check import check, of_folder
 from nemotrt.exporter.pipelines.validate import revalidate
-from nemotrt.exporter.runtime.fp32_emulation import fp32_twin
+from nemotrt.exporter.runtime.fp32_emulation import emulate_in_fp32
+from nemotrt.exporter.runtime.graph_file import OnnxGraph
 from nemotrt.exporter.stages.load import load
 from nemotrt.exporter.validation.request import ValidationRequest
 from nemotrt.exporter.validation.validate import validate
@@ -131,7 +132,7 @@ def test_an_expert_may_have_a_scale_for_each_output(tmp_path: Path) -> None:
         for own in ("up", "down"):
             each = [bits(stored[f"{prefix}.{expert}.{own}_proj.weight_scale"]) for expert in range(4)]
             assert found[f"{prefix}.{own}_scale"][1] == b"".join(each)
-    report = validate(load(config.checkpoint), config, graph)
+    report = validate(load(config.checkpoint), config, OnnxGraph.read(graph))
     assert [gate for gate in report.gates if not gate.passed] == []
 
 
@@ -163,10 +164,10 @@ def test_a_linear_is_what_tensorrt_fuses(tmp_path: Path) -> None:
 
 def test_the_graph_is_the_fake_quantized_reference(tmp_path: Path) -> None:
     graph, config = lowered(small(tmp_path / "fp8"), tmp_path)
-    report = validate(load(config.checkpoint), config, graph)
+    report = validate(load(config.checkpoint), config, OnnxGraph.read(graph))
     failed = [gate for gate in report.gates if not gate.passed]
     assert not failed
-    assert "fp8" in report.candidate
+    assert "FP8" in report.candidate
     assert [layer.kind for layer in report.layers] == list(load(config.checkpoint).config.layers)
     assert all(layer.baseline and layer.error <= 3 * layer.baseline for layer in report.layers)
 
@@ -177,7 +178,7 @@ def test_a_forgotten_scale_is_caught(tmp_path: Path) -> None:
     scale = next(t for t in model.graph.initializer if t.name == f"{IN_PROJ}.weight_scale")
     scale.raw_data = (np.frombuffer(scale.raw_data, np.float32) * np.float32(1.1)).tobytes()
     onnx.save(model, tmp_path / "wrong.onnx")
-    report = validate(load(config.checkpoint), config, tmp_path / "wrong.onnx")
+    report = validate(load(config.checkpoint), config, OnnxGraph.read(tmp_path / "wrong.onnx"))
     assert not report.passed
 
 
@@ -209,7 +210,9 @@ def test_a_linear_in_onnx_runtime_is_the_reference(per_channel: bool) -> None:
         ],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=10)
-    session = ort.InferenceSession(fp32_twin(model).SerializeToString(), providers=["CPUExecutionProvider"])
+    session = ort.InferenceSession(
+        emulate_in_fp32(model).SerializeToString(), providers=["CPUExecutionProvider"]
+    )
     (seen,) = session.run(None, {"x": x.numpy()})
     assert np.linalg.norm(seen - expected.numpy()) <= 1e-6 * np.linalg.norm(expected.numpy())
 

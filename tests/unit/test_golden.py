@@ -20,6 +20,7 @@ from nemotrt.exporter.pipelines.opened_bundle import subject_of
 from nemotrt.exporter.pipelines.validate import revalidate
 from nemotrt.exporter.report.model import Metric, ValidationReport
 from nemotrt.exporter.runtime import manifest as manifests
+from nemotrt.exporter.runtime.graph_file import OnnxGraph
 from nemotrt.exporter.validation import gates, routing
 from nemotrt.exporter.validation import validate as stage
 from nemotrt.exporter.validation.candidates import graph_candidate
@@ -28,7 +29,7 @@ from nemotrt.exporter.validation.references import golden as goldens
 from nemotrt.exporter.validation.request import ValidationRequest
 from nemotrt.exporter.validation.routing import Choosing
 from nemotrt.exporter.validation.runners.base import GraphRunner
-from nemotrt.exporter.validation.runners.forced_routing import LedGraphRunner
+from nemotrt.exporter.validation.runners.forced_routing import ForcedRoutingRunner
 from nemotrt.exporter.validation.scenarios import NUM_SLOTS
 from nemotrt.exporter.validation.validate import judge
 
@@ -116,7 +117,7 @@ def test_where_there_is_no_pytorch_a_golden_judges_still(made: SimpleNamespace, 
 
 
 def test_a_golden_finds_a_wrong_weight(made: SimpleNamespace, tmp_path: Path) -> None:
-    candidate = graph_candidate(damaged(made.graph, tmp_path))
+    candidate = graph_candidate(OnnxGraph.read(damaged(made.graph.path, tmp_path)))
     recording = goldens.read(made.golden, made.bundle, made.manifest)
     report = compare(recording, candidate, Leader(recording, candidate).beside, lambda _: None)
     assert not report.passed
@@ -156,15 +157,15 @@ def turned(made: SimpleNamespace, folder: Path, by: float) -> Path:
         preferring.type, preferring.shape = own.type, own.shape
         node.replace_input_with(1, preferring)
 
-    for path in made.graph.parent.glob("model.onnx*"):
+    for path in made.graph.path.parent.glob("model.onnx*"):
         (folder / path.name).write_bytes(path.read_bytes())
-    broken(folder / made.graph.name, prefer)
-    return folder / made.graph.name
+    broken(folder / made.graph.path.name, prefer)
+    return folder / made.graph.path.name
 
 
 def test_a_near_tie_is_compared_on_the_reference_s_choice(made: SimpleNamespace, tmp_path: Path) -> None:
     recording = goldens.read(made.golden, made.bundle, made.manifest)
-    candidate = graph_candidate(turned(made, tmp_path, 0.5))
+    candidate = graph_candidate(OnnxGraph.read(turned(made, tmp_path, 0.5)))
     report = compare(recording, candidate, Leader(recording, candidate).beside, lambda _: None)
     assert sum(report.routing_mismatches.values())
     assert report.passed, [gate for gate in report.gates if not gate.passed]
@@ -176,7 +177,7 @@ def test_a_near_tie_is_compared_on_the_reference_s_choice(made: SimpleNamespace,
 
 def test_what_is_no_near_tie_is_not_excused(made: SimpleNamespace, tmp_path: Path) -> None:
     recording = goldens.read(made.golden, made.bundle, made.manifest)
-    candidate = graph_candidate(turned(made, tmp_path, 2))
+    candidate = graph_candidate(OnnxGraph.read(turned(made, tmp_path, 2)))
     report = compare(recording, candidate, Leader(recording, candidate).beside, lambda _: None)
     assert Metric.ROUTER_SCORE in {gate.metric for gate in report.gates if not gate.passed}
 
@@ -184,7 +185,7 @@ def test_what_is_no_near_tie_is_not_excused(made: SimpleNamespace, tmp_path: Pat
 def test_a_graph_that_is_told_nothing_is_the_graph(made: SimpleNamespace) -> None:
     recording: Recording = made.recording
     plain = GraphRunner(made.graph, num_slots=NUM_SLOTS, num_pages=recording.extent.num_pages, bound=False)
-    led = LedGraphRunner(made.graph)
+    led = ForcedRoutingRunner(made.graph)
     plain.reset(recording.noise)
     led.reset(recording.noise)
     for inputs in recording.plan[3].steps:
@@ -197,14 +198,14 @@ def test_a_graph_that_is_told_nothing_is_the_graph(made: SimpleNamespace) -> Non
 def test_a_graph_that_is_told_an_expert_takes_it(made: SimpleNamespace) -> None:
     recording: Recording = made.recording
     inputs = recording.plan[0].steps[0]
-    runner = LedGraphRunner(made.graph)
+    runner = ForcedRoutingRunner(made.graph)
     runner.reset(recording.noise)
     own = runner.step(inputs)
     shown = runner.router_logits()
     told = [np.full_like(logits_TE, np.nan) for logits_TE in shown]
     told[-1][40] = -shown[-1][40]
     runner.reset(recording.noise)
-    led = runner.step_as_told(inputs, tuple(told))
+    led = runner.step_with_routing(inputs, tuple(told))
     assert np.array_equal(led[:40], own[:40])
     assert not np.array_equal(led[40], own[40])
     assert all(np.array_equal(one, other) for one, other in zip(shown, runner.router_logits(), strict=True))

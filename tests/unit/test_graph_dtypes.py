@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import onnx
+import onnx_ir as ir
 import pytest
 from onnx import ModelProto, TensorProto, helper
 
@@ -14,7 +15,7 @@ from nemotrt.exporter.config import BuildConfig
 from nemotrt.exporter.stages.load import load
 from nemotrt.exporter.stages.lower import lower
 from nemotrt.exporter.stages.trace import trace
-from nemotrt.exporter.validation.graph_dtypes import dtype_gates, wanted_dtypes
+from nemotrt.exporter.validation.graph_dtypes import dtype_gates, expected_dtypes
 
 
 @pytest.fixture(scope="module")
@@ -36,14 +37,14 @@ def graph(loaded: LoadedModel, config: BuildConfig) -> ModelProto:
 def departing(graph: ModelProto, loaded: LoadedModel, config: BuildConfig) -> list[tuple[str, float]]:
     return [
         (gate.output, gate.value)
-        for gate in dtype_gates(graph, wanted_dtypes(loaded, config))
+        for gate in dtype_gates(ir.from_proto(graph), expected_dtypes(loaded, config))
         if not gate.passed
     ]
 
 
 def test_a_right_graph_keeps_every_dtype(graph: ModelProto, loaded: LoadedModel, config: BuildConfig) -> None:
     assert departing(graph, loaded, config) == []
-    assert {gate.output for gate in dtype_gates(graph, wanted_dtypes(loaded, config))} == {
+    assert {gate.output for gate in dtype_gates(ir.from_proto(graph), expected_dtypes(loaded, config))} == {
         "weights", "pools", "ops' FP32 inputs",
     }  # fmt: skip
 

@@ -109,7 +109,7 @@ def test_a_graph_without_some_inputs_takes_the_same_step(tmp_path: Path) -> None
 
 def test_the_session_says_how_it_runs(graphs: dict[str, Path]) -> None:
     said = [open_session(graphs[dtype]).runs_as for dtype in DTYPES]
-    assert said == ["fp32", "fp16 as an FP32 twin", "bf16 as an FP32 twin"]
+    assert said == ["FP32", "FP16, emulated in FP32", "BF16, emulated in FP32"]
 
 
 def changed(**arrays: np.ndarray) -> StepInputs:

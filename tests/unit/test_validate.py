@@ -16,6 +16,7 @@ from faults import broken
 from nemotrt.exporter.checkpoint.loaded_model import LoadedModel
 from nemotrt.exporter.config import BuildConfig
 from nemotrt.exporter.report.model import Gate, Metric, ValidationReport
+from nemotrt.exporter.runtime.graph_file import OnnxGraph
 from nemotrt.exporter.stages.load import load
 from nemotrt.exporter.stages.lower import lower
 from nemotrt.exporter.stages.trace import trace
@@ -48,7 +49,7 @@ def build(model: LoadedModel, folder: Path, precision: str) -> BuildConfig:
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
 def test_a_right_graph_passes(loaded: LoadedModel, tmp_path: Path, precision: str) -> None:
     config = build(loaded, tmp_path / "graph", precision)
-    report = validate(loaded, config, tmp_path / "graph" / "model.onnx")
+    report = validate(loaded, config, OnnxGraph.read(tmp_path / "graph" / "model.onnx"))
     assert report.passed, [gate for gate in report.gates if not gate.passed]
     compared = [gate for gate in report.gates if gate.metric == Metric.RELATIVE_L2]
     pools = {pool.name for pool in loaded.pools(config)}
@@ -89,7 +90,7 @@ def test_a_fault_is_blamed_on_its_own_layer(loaded: LoadedModel, tmp_path: Path)
     config = build(loaded, tmp_path / "graph", "fp16")
     path = tmp_path / "graph" / "model.onnx"
     broken(path, lambda graph: graph.weights["backbone.layers.3.mixer.down_proj.weight"].__imul__(1.02))
-    failed = [gate for gate in validate(loaded, config, path).gates if not gate.passed]
+    failed = [gate for gate in validate(loaded, config, OnnxGraph.read(path)).gates if not gate.passed]
     blamed = {gate.output.split()[0] for gate in failed if gate.scenario == gates.ALONE}
     assert blamed == {"layers.3"}
 
@@ -145,7 +146,7 @@ def test_a_wrong_weight_is_caught(
     config = build(loaded, tmp_path / "graph", "fp32")
     path = tmp_path / "graph" / "model.onnx"
     broken(path, lambda graph: fault(graph.weights))
-    report = validate(loaded, config, path)
+    report = validate(loaded, config, OnnxGraph.read(path))
     assert not report.passed
 
 
@@ -154,7 +155,7 @@ def test_a_wrong_attribute_is_caught(loaded: LoadedModel, tmp_path: Path) -> Non
     path = tmp_path / "graph" / "model.onnx"
     epsilon = ir.AttrFloat32("epsilon", 0.05)
     broken(path, lambda graph: graph.named("layers.3.norm.rms_norm").attributes.add(epsilon))
-    assert not validate(loaded, config, path).passed
+    assert not validate(loaded, config, OnnxGraph.read(path)).passed
 
 
 def judged(

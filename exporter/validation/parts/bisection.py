@@ -22,10 +22,10 @@ from nemotrt.exporter.checkpoint.loaded_model import LoadedModel
 from nemotrt.exporter.config import COMPUTE_DTYPES, BuildConfig
 from nemotrt.exporter.progress import Advance, ignore
 from nemotrt.exporter.report.model import Bisection, DivergentValue
+from nemotrt.exporter.runtime.graph_file import OnnxGraph
 from nemotrt.exporter.stages.lower import value_names
 from nemotrt.exporter.stages.trace import trace
 from nemotrt.exporter.validation.comparison import Extent
-from nemotrt.exporter.validation.graph_dtypes import ELEMENT_TYPES
 from nemotrt.exporter.validation.parts.layerwise import part_noise, trials
 from nemotrt.exporter.validation.parts.part_trial import (
     FLOAT,
@@ -39,22 +39,18 @@ from nemotrt.exporter.validation.parts.part_trial import (
 from nemotrt.exporter.validation.parts.subgraphs import Cut
 from nemotrt.exporter.validation.parts.torch_parts import PartModules, TracedTorchPart
 from nemotrt.exporter.validation.runners.onnx_part import PartSession
-from nemotrt.plugins.contract import STEP_INPUTS, PoolSpec
+from nemotrt.plugins.contract import STEP_INPUTS, DType, PoolSpec
 
 if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto, TensorProto
 
-OpenPart = Callable[["ModelProto", Path], PartRunner]
-"""From a part of a graph, and the graph beside which its weights lie."""
-
-STORED = {number: getattr(torch, name) for name, number in ELEMENT_TYPES.items()}
-"""onnx.TensorProto's numbers of weight types."""
+OpenPart = Callable[[OnnxGraph], PartRunner]
 
 
 def bisect(
     model: LoadedModel,
     config: BuildConfig,
-    graph: Path,
+    graph: OnnxGraph,
     extent: Extent,
     *,
     open_part: OpenPart = PartSession,
@@ -74,7 +70,7 @@ def bisect(
         program = programs[cut.place]
         inside = {name for node in cut.model.graph.node for name in node.output}
         names = [name for name in dict.fromkeys(program.names.values()) if name in inside]
-        runner = _Marked(cut, names, changed, lambda part: open_part(part, graph))
+        runner = _Marked(cut, names, changed, lambda part: open_part(OnnxGraph(part, graph.path)))
         runs_as.append(runner.runs_as)
         reference, baseline = program.parts(modules, cut, pools)
         return PartTrial(cut, runner, reference, baseline, part_noise(cut, pools, extent), names)
@@ -205,7 +201,7 @@ def _suspect(
 
 
 def _first_departing(
-    cut: Cut, done: PartRun, found: Sequence[DivergentValue], model: LoadedModel, graph: Path
+    cut: Cut, done: PartRun, found: Sequence[DivergentValue], model: LoadedModel, graph: OnnxGraph
 ) -> list[DivergentValue]:
     """The value of the earliest step, and of the earliest node, that departs; none where none does."""
     beyond = [suspect for suspect in found if suspect.diverges]
@@ -241,7 +237,7 @@ def _explained(
     found: Sequence[DivergentValue],
     shapes: tuple[tuple[int, ...], tuple[int, ...]] | None,
     model: LoadedModel,
-    graph: Path,
+    graph: OnnxGraph,
 ) -> DivergentValue:
     """With what is known of each input of the value's node: the node, or one of these, is wrong."""
     node = next(node for node in cut.model.graph.node if node.name == suspect.node)
@@ -249,7 +245,7 @@ def _explained(
     reads = [f"shape {list(shapes[0])}, PyTorch's is {list(shapes[1])}"] if shapes else []
     for name in dict.fromkeys(filter(None, node.input)):
         if name in cut.weights:
-            said = _weight(cut.weights[name], model, graph.parent)
+            said = _weight(cut.weights[name], model, graph.path.parent)
         elif name in known:
             said = f"agrees, {known[name].error:.3g} of {known[name].limit:.3g}"
         elif name in cut.pools:
@@ -271,7 +267,7 @@ def _weight(tensor: TensorProto, model: LoadedModel, folder: Path) -> str:
     path, offset = folder / place["location"], int(place["offset"])
     if any(stored.path == path and stored.offset == offset for stored in source.tensors):
         return "the bundle's own weight, which PyTorch took too: --checkpoint compares it"
-    dtype = STORED[tensor.data_type]
+    dtype = DType.from_onnx(tensor.data_type).torch
     stored = np.memmap(path, np.uint8, "r", offset, int(place["length"]))
     position = differing = 0
     for piece in weights.values(source, tuple(tensor.dims), dtype):

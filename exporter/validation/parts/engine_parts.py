@@ -14,6 +14,7 @@ from nemotrt.exporter.errors import UsageError
 from nemotrt.exporter.runtime.backends import Backend, backend
 from nemotrt.exporter.runtime.cuda import CudaError, Device
 from nemotrt.exporter.runtime.engine_file import check_libraries, engine_profile, load_engine
+from nemotrt.exporter.runtime.graph_file import OnnxGraph
 from nemotrt.exporter.runtime.manifest import Manifest
 from nemotrt.exporter.runtime.step import StepInputs
 from nemotrt.exporter.validation.comparison import Extent
@@ -22,7 +23,7 @@ from nemotrt.exporter.validation.scenarios import NUM_SLOTS
 from nemotrt.plugins.spec import DOMAIN
 
 if TYPE_CHECKING:
-    from onnx import ModelProto, ValueInfoProto
+    from onnx import ValueInfoProto
 
 
 class EngineParts:
@@ -39,14 +40,14 @@ class EngineParts:
         except CudaError as error:
             raise UsageError(f"{bundle}'s parts are built and run on a GPU: {error}") from error
 
-    def open(self, model: ModelProto, graph: Path) -> EnginePart:
-        """A part whose weights lie beside `graph`; raises CompileError where TensorRT does not build it."""
+    def open(self, graph: OnnxGraph) -> EnginePart:
+        """A part; raises CompileError where TensorRT does not build it."""
         with tempfile.TemporaryDirectory(prefix="nemo-part-") as folder:
             sms = () if self._backend.needs_gpu else (self._device.gpu.sm,)
-            request = part_request(model, graph, self._sizes, self._backend, self._library, Path(folder), sms)
+            request = part_request(graph, self._sizes, self._backend, self._library, Path(folder), sms)
             run_builder(request, self._backend)
             opened = load_engine(self._backend, (self._library,), Path(request.output))
-        inputs, outputs = _dtypes(model.graph.input), _dtypes(model.graph.output)
+        inputs, outputs = _dtypes(graph.proto.graph.input), _dtypes(graph.proto.graph.output)
         return EnginePart(opened, self._device, inputs, outputs)
 
 
@@ -67,8 +68,7 @@ def sizes(steps: Sequence[StepInputs], extent: Extent) -> EngineProfile:
 
 
 def part_request(
-    model: ModelProto,
-    graph: Path,
+    graph: OnnxGraph,
     profile: EngineProfile,
     used: Backend,
     library: Path,
@@ -76,7 +76,7 @@ def part_request(
     sms: Sequence[int],
 ) -> EngineRequest:
     """How the part is built in `folder`, into which it is written; its weights are linked, not copied."""
-    path = folder / "part.onnx"
+    model, path = graph.proto, folder / "part.onnx"
     path.write_bytes(model.SerializeToString())
     for name in {
         entry.value
@@ -85,7 +85,7 @@ def part_request(
         if entry.key == "location"
     }:
         # The builder maps the file: it takes links, as ONNX's own readers do not.
-        (folder / name).symlink_to((graph.parent / name).resolve())
+        (folder / name).symlink_to((graph.path.parent / name).resolve())
     shapes = {value.name: profile.shapes(_axes(value)) for value in model.graph.input}
     pools = [name.removeprefix("next.") for name in _dtypes(model.graph.output) if name.startswith("next.")]
     return EngineRequest(

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -20,7 +19,7 @@ from nemotrt.exporter.checkpoint.loaded_model import LoadedModel
 from nemotrt.exporter.config import COMPUTE_DTYPES, BuildConfig
 from nemotrt.exporter.progress import Advance, ignore
 from nemotrt.exporter.report.model import Gate, PartError
-from nemotrt.exporter.runtime.graph_file import read_proto
+from nemotrt.exporter.runtime.graph_file import OnnxGraph
 from nemotrt.exporter.runtime.step import StepInputs
 from nemotrt.exporter.validation import gates as judged
 from nemotrt.exporter.validation import metrics
@@ -52,7 +51,7 @@ MakeTrial = Callable[[Cut], PartTrial]
 def compare_parts(
     model: LoadedModel,
     config: BuildConfig,
-    graph: Path,
+    graph: OnnxGraph,
     extent: Extent,
     *,
     advance: Advance = ignore,
@@ -66,7 +65,7 @@ def compare_parts(
     def trial(cut: Cut) -> PartTrial:
         shown = cut.showing([cut.router_logits] if cut.router_logits else [])
         reference = TorchPart(modules, cut, pools, torch.float32)
-        session = PartSession(shown, graph)
+        session = PartSession(OnnxGraph(shown, graph.path))
         runs_as.append(session.runs_as)
         baseline = TorchPart(modules, cut, pools, dtype) if dtype != torch.float32 else None
         noise = part_noise(cut, pools, extent)
@@ -111,14 +110,14 @@ def part_noise(cut: Cut, pools: Sequence[PoolSpec], extent: Extent) -> Noise:
 
 
 def trials(
-    config: BuildConfig, graph: Path, trial: MakeTrial, extent: Extent
+    config: BuildConfig, graph: OnnxGraph, trial: MakeTrial, extent: Extent
 ) -> Iterator[tuple[Cut, PartRun, list[int]]]:
     """What every part gave, and how many tokens each had; what flows in is what the reference gave before it."""
     steps = mixed_steps(extent)
     counts = [int(inputs.query_start[-1]) for inputs in steps]
     dtype = getattr(torch, COMPUTE_DTYPES[config.precision])
     flows: list[Tensor] = [torch.from_numpy(inputs.input_ids) for inputs in steps]
-    for cut in cuts(read_proto(graph)):
+    for cut in cuts(graph.proto):
         running = trial(cut)
         # What flows is rounded, so that all three start from the same bits.
         flows = [

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch import Tensor
 
 from nemotrt.exporter.report.model import Gate, Metric, PartError
+from nemotrt.exporter.runtime.graph_file import OnnxGraph
 from nemotrt.exporter.validation.parts.part_trial import FLOAT, Beside, as_array, error, limit, written
 from nemotrt.exporter.validation.parts.subgraphs import Cut
 from nemotrt.exporter.validation.parts.torch_parts import OpCall
@@ -23,7 +23,10 @@ ALONE = "each op alone"
 
 
 def compare_ops(
-    cut: Cut, graph: Path, calls: Sequence[tuple[Sequence[OpCall], Sequence[OpCall]]], counts: Sequence[int]
+    cut: Cut,
+    graph: OnnxGraph,
+    calls: Sequence[tuple[Sequence[OpCall], Sequence[OpCall]]],
+    counts: Sequence[int],
 ) -> tuple[list[Gate], list[PartError]]:
     """Every output of every op of the part over the steps: its gates, and its error.
 
@@ -47,12 +50,12 @@ def _gates(found: PartError) -> list[Gate]:
 
 
 def _compare(
-    cut: Cut, node: NodeProto, graph: Path, calls: Sequence[tuple[OpCall, OpCall]], counts: Sequence[int]
+    cut: Cut, node: NodeProto, graph: OnnxGraph, calls: Sequence[tuple[OpCall, OpCall]], counts: Sequence[int]
 ) -> list[PartError]:
     spec = calls[0][0].spec
     if spec.name != node.op_type:
         raise AssertionError(f"{node.name} is {node.op_type}, and PyTorch called {spec.name} in its place")
-    session = PartSession(cut.only(node), graph)
+    session = PartSession(OnnxGraph(cut.only(node), graph.path))
     shown = [Beside() for _ in spec.outputs]
     baselines = [Beside() for _ in spec.outputs]
     for (reference, baseline), count in zip(calls, counts, strict=True):

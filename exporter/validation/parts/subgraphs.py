@@ -12,7 +12,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING
 
 from nemotrt.exporter.errors import BundleError
-from nemotrt.exporter.runtime.graph_summary import PLACE
+from nemotrt.plugins.contract import LayerName
 from nemotrt.plugins.spec import DOMAIN
 
 if TYPE_CHECKING:
@@ -94,8 +94,8 @@ def cuts(model: ModelProto) -> list[Cut]:
 
 
 def _place(node: NodeProto) -> str:
-    found = PLACE.match(node.name)
-    return found.group(1) if found else node.name
+    layer = LayerName.parse(node.name)
+    return layer.part if layer else node.name
 
 
 def _cut(model: ModelProto, place: str, nodes: list[NodeProto]) -> Cut:

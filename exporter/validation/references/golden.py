@@ -35,7 +35,7 @@ from nemotrt.exporter.runtime.step import StepInputs
 from nemotrt.exporter.runtime.strict_json import decode, encode, parse_object
 from nemotrt.exporter.validation.comparison import Extent, Recording, noise_of
 from nemotrt.exporter.validation.gates import Array, Measured, Noise, Observation, written_of
-from nemotrt.exporter.validation.graph_dtypes import WantedDtypes
+from nemotrt.exporter.validation.graph_dtypes import ExpectedDtypes
 from nemotrt.exporter.validation.routing import Choosing, RouterLogits
 from nemotrt.exporter.validation.scenarios import Scenario
 from nemotrt.plugins.contract import STEP_INPUTS
@@ -92,7 +92,7 @@ class Header:
     """Of each scenario, in order."""
     routers: tuple[Router, ...]
     baselines: dict[str, Measured]
-    dtypes: WantedDtypes
+    dtypes: ExpectedDtypes
     not_compared: tuple[NotCompared, ...]
     tools: dict[str, str]
     """By name and version: what made it."""

@@ -23,7 +23,7 @@ from nemotrt.exporter.validation.comparison import (
     prompt_of,
 )
 from nemotrt.exporter.validation.gates import Compared, Observation, measured
-from nemotrt.exporter.validation.graph_dtypes import wanted_dtypes
+from nemotrt.exporter.validation.graph_dtypes import expected_dtypes
 from nemotrt.exporter.validation.routing import Choosing, RouterLogits
 from nemotrt.exporter.validation.runners.torch import TorchRunner
 from nemotrt.exporter.validation.scenarios import scenarios
@@ -47,7 +47,7 @@ def record(
     plan = scenarios(prompt_of(extent), continuation, extent.page_size)
     seen, choosing = observe(reference, plan, noise, advance), reference.choosing
     del reference  # one copy of the weights at a time is enough
-    dtypes = wanted_dtypes(model, config)
+    dtypes = expected_dtypes(model, config)
     recording = Recording(REFERENCE, "", extent, plan, noise, seen, choosing, {}, dtypes, left_out)
     return with_baselines(recording, model, config, advance)
 

@@ -4,17 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from nemotrt.exporter.runtime.engine_session import EngineSession
-from nemotrt.exporter.runtime.graph_file import PROVIDERS, read_proto, recurrence_inputs, router_logits_names
+from nemotrt.exporter.runtime.graph_file import PROVIDERS, OnnxGraph
 from nemotrt.exporter.runtime.session import Session
 from nemotrt.exporter.runtime.step import StepInputs
 from nemotrt.exporter.validation.routing import RouterLogits
+from nemotrt.plugins.contract import LayerName
+from nemotrt.plugins.moe_dispatch import SPEC as MOE
+from nemotrt.plugins.onnx_op import operand
+from nemotrt.plugins.selective_scan import SPEC as SCAN
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 Array = NDArray[np.float64]
 
@@ -76,7 +84,7 @@ class CandidateRunner(Runner, Protocol):
 class LedRunner(Runner, Protocol):
     """A runner whose experts can be told to it."""
 
-    def step_as_told(self, inputs: StepInputs, told: RouterLogits) -> Array:
+    def step_with_routing(self, inputs: StepInputs, told: RouterLogits) -> Array:
         """As `step`, by these router logits; by the runner's own where they are NaN."""
 
 
@@ -117,7 +125,7 @@ class GraphRunner(SessionRunner):
 
     def __init__(
         self,
-        graph: Path,
+        graph: OnnxGraph,
         *,
         num_slots: int,
         num_pages: int,
@@ -125,31 +133,47 @@ class GraphRunner(SessionRunner):
         watched: bool = False,
         providers: Sequence[str] = PROVIDERS["cpu"],
     ) -> None:
-        proto = read_proto(graph)
-        self._routers = () if bound else router_logits_names(proto)
-        self._recurrences = recurrence_inputs(proto) if watched else {}
-        shown = [*self._routers, *(name for names in self._recurrences.values() for name in names)]
+        self._routers = () if bound else router_logits_names(graph.model)
+        self._recurrences = recurrence_inputs(graph.model) if watched else {}
+        extra_outputs = [*self._routers, *chain.from_iterable(self._recurrences.values())]
         self._graph = Session(
             graph,
             num_slots=num_slots,
             num_pages=num_pages,
             bound=bound,
-            shown=shown,
+            extra_outputs=extra_outputs,
             providers=providers,
         )
         super().__init__(self._graph)
 
     def router_logits(self) -> RouterLogits:
         """Of the last step's tokens, if unbound."""
-        return tuple(self._graph.shown[name] for name in self._routers)
+        return tuple(self._graph.extra_values[name] for name in self._routers)
 
     def recurrences(self) -> dict[str, Recurrence]:
         """Of the last step, if watched."""
-        shown = self._graph.shown
+        values = self._graph.extra_values
         return {
-            pool: Recurrence(*(shown[name].astype(np.float32) for name in names))
+            pool: Recurrence(*(values[name].astype(np.float32) for name in names))
             for pool, names in self._recurrences.items()
         }
+
+
+def router_logits_names(model: ir.Model) -> tuple[str, ...]:
+    """The names of every MoE layer's router logits, in order."""
+    nodes = (node for node in model.graph if node.op_type == MOE.name)
+    return tuple(str(operand(MOE, node, "router_logits").name) for node in nodes)
+
+
+def recurrence_inputs(model: ir.Model) -> dict[str, tuple[str, ...]]:
+    """The names of x, dt and B of every recurrence, by the name of its state's pool."""
+    inputs = {}
+    for node in model.graph:
+        layer = LayerName.parse(node.name or "")
+        if node.op_type == SCAN.name and layer:
+            names = (operand(SCAN, node, name).name for name in ("x", "dt", "B"))
+            inputs[f"ssm_state.{layer.layer}"] = tuple(map(str, names))
+    return inputs
 
 
 class EngineRunner(SessionRunner):

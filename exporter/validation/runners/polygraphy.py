@@ -20,6 +20,7 @@ from polygraphy.common import TensorMetadata
 from polygraphy.comparator import IterationResult
 
 from nemotrt.exporter.errors import ValidationError
+from nemotrt.exporter.runtime.graph_file import OnnxGraph
 from nemotrt.exporter.runtime.manifest import Manifest
 from nemotrt.exporter.runtime.step import StepInputs
 from nemotrt.exporter.validation import metrics
@@ -76,7 +77,7 @@ def graph_runner(
     bundle: Path, manifest: Manifest, *, num_pages: int, name: str = "ONNX Runtime"
 ) -> StepRunner:
     """A bundle's graph in ONNX Runtime, with NUM_SLOTS slots."""
-    graph = bundle / manifest.of_role("graph")[0]
+    graph = OnnxGraph.read(bundle / manifest.of_role("graph")[0])
     return StepRunner(
         name,
         manifest.graph.pools,

@@ -1,4 +1,4 @@
-"""The FP32 twin of a half-precision graph rounds where the graph does, and computes nothing in half."""
+"""The FP32 emulation of a BF16 or FP16 graph rounds where the graph does, and computes nothing in BF16 or FP16."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from nemotrt.exporter.errors import BundleError
-from nemotrt.exporter.runtime.fp32_emulation import HALVES, STORED, fp32_twin, needs_twin
+from nemotrt.exporter.runtime.fp32_emulation import MOVES, NARROW, emulate_in_fp32, needs_emulation
 from nemotrt.plugins import onnx_op
 from nemotrt.plugins.spec import DOMAIN, VERSION, OpSpec, ops
 
@@ -95,7 +95,7 @@ def test_every_operator_is_rounded_once(half: int) -> None:
     x = random(half, 50, 4)
     linear = r(r(r(x * x) + x).astype(np.float64) @ weight.T.astype(np.float64) + bias)
     gate = r(1 / (1 + np.exp(-linear.astype(np.float64))))
-    (y,) = run(fp32_twin(model), x=x)
+    (y,) = run(emulate_in_fp32(model), x=x)
     # An FP32 sum in another order may fall on the other side of a rounding boundary, now and then.
     assert np.mean(y == r(linear * gate)) > 0.97
     np.testing.assert_array_equal(y, r(y))
@@ -114,12 +114,12 @@ def test_moving_and_choosing_need_no_rounding(half: int) -> None:
         {"y": half},
         {"table": random(half, 1, 4, seed=1).astype(NUMPY[half])},
     )
-    twin = fp32_twin(model)
-    casts = [one for one in all_nodes(twin.graph) if one.op_type == "Cast"]
+    emulated = emulate_in_fp32(model)
+    casts = [one for one in all_nodes(emulated.graph) if one.op_type == "Cast"]
     assert [(one.input[0], one.attribute[0].i) for one in casts] == [("table", TensorProto.FLOAT)]
     x = random(half, 3, 4)
     largest = np.maximum(np.maximum(x, 0), random(half, 1, 4, seed=1))
-    np.testing.assert_array_equal(run(twin, x=x)[0], np.concatenate([x, largest]).T)
+    np.testing.assert_array_equal(run(emulated, x=x)[0], np.concatenate([x, largest]).T)
 
 
 @half_types
@@ -136,13 +136,13 @@ def test_a_gathered_weight_stays_half(half: int) -> None:
         {"y": half},
         {"table": table.astype(NUMPY[half]), "shape": np.asarray([-1], np.int64)},
     )
-    twin = fp32_twin(model)
-    assert [tensor.data_type for tensor in twin.graph.initializer] == [half, TensorProto.INT64]
-    (widened,) = (one for one in twin.graph.node if one.op_type == "Cast" and "flat" in one.input)
+    emulated = emulate_in_fp32(model)
+    assert [tensor.data_type for tensor in emulated.graph.initializer] == [half, TensorProto.INT64]
+    (widened,) = (one for one in emulated.graph.node if one.op_type == "Cast" and "flat" in one.input)
     assert widened.attribute[0].i == TensorProto.FLOAT
     index = np.asarray([[6, 0, 3, 3]], np.float32)
     expected = rounding(half)(table[index.astype(int)].reshape(-1) ** 2)
-    np.testing.assert_array_equal(run(twin, x=index)[0], expected)
+    np.testing.assert_array_equal(run(emulated, x=index)[0], expected)
 
 
 @half_types
@@ -164,13 +164,13 @@ def test_a_weight_that_a_scan_hands_over_stays_half(half: int) -> None:
         {"y": half},
         {"stack": stack.astype(NUMPY[half])},
     )
-    twin = fp32_twin(model)
-    assert [tensor.data_type for tensor in twin.graph.initializer] == [half]
-    (scan,) = (one for one in twin.graph.node if one.op_type == "Scan")
+    emulated = emulate_in_fp32(model)
+    assert [tensor.data_type for tensor in emulated.graph.initializer] == [half]
+    (scan,) = (one for one in emulated.graph.node if one.op_type == "Scan")
     assert scan.input[1] == "stack"
     x = random(half, 2, 4)
     np.testing.assert_allclose(
-        run(twin, x=x)[0], rounding(half)(x @ stack[0] @ stack[1] @ stack[2]), rtol=1e-2
+        run(emulated, x=x)[0], rounding(half)(x @ stack[0] @ stack[1] @ stack[2]), rtol=1e-2
     )
 
 
@@ -183,11 +183,11 @@ def test_a_half_output_straight_from_a_weight_is_widened(half: int) -> None:
         {"y": half},
         {"table": table.astype(NUMPY[half])},
     )
-    twin = fp32_twin(model)
+    emulated = emulate_in_fp32(model)
     # What was gathered is widened, not the table.
-    (gather,) = (one for one in twin.graph.node if one.op_type == "Gather")
+    (gather,) = (one for one in emulated.graph.node if one.op_type == "Gather")
     assert gather.input[0] == "table"
-    (y,) = run(twin, x=np.zeros((1, 4), np.float32))
+    (y,) = run(emulated, x=np.zeros((1, 4), np.float32))
     assert y.dtype == np.float32
     np.testing.assert_array_equal(y, table[np.zeros((1, 4), int)])
 
@@ -202,7 +202,7 @@ def test_weights_that_meet_only_weights_are_computed_with_in_fp32(half: int) -> 
         {"table": table.astype(NUMPY[half]), "scale": scale.astype(NUMPY[half])},
     )
     x, r = random(half, 3, 4), rounding(half)
-    np.testing.assert_array_equal(run(fp32_twin(model), x=x)[0], r(x + r(table * scale)))
+    np.testing.assert_array_equal(run(emulate_in_fp32(model), x=x)[0], r(x + r(table * scale)))
 
 
 @half_types
@@ -255,14 +255,14 @@ def test_rounding_inside_functions_branches_and_loops_is_kept(half: int) -> None
     def twice(v: np.ndarray) -> np.ndarray:
         return r(r(v * v) + v)
 
-    twin = fp32_twin(model)
+    emulated = emulate_in_fp32(model)
     for x in (np.abs(random(half, 6, 4)), -np.abs(random(half, 6, 4))):
         rows = twice(x) if x.sum() > 0 else x
         total, expected = np.zeros(4, np.float32), []
         for row in rows:
             total = r(total + row)
             expected.append(twice(total))
-        last, y = run(twin, x=x)
+        last, y = run(emulated, x=x)
         np.testing.assert_array_equal(y, expected)
         np.testing.assert_array_equal(last, total)
 
@@ -281,42 +281,42 @@ def test_constants_and_casts_between_the_halves_are_followed() -> None:
     x = random(TensorProto.BFLOAT16, 20, 4)
     tenth = rounding(TensorProto.BFLOAT16)(np.asarray([0.1]))
     expected = rounding(TensorProto.FLOAT16)(rounding(TensorProto.BFLOAT16)(x * tenth))
-    np.testing.assert_array_equal(run(fp32_twin(model), x=x)[0], expected)
+    np.testing.assert_array_equal(run(emulate_in_fp32(model), x=x)[0], expected)
 
 
-def test_an_overflow_of_fp16_shows_in_the_twin_and_not_in_onnx_runtime_itself() -> None:
-    # Why FP16 has a twin too. When the second assertion fails, ONNX Runtime rounds between operators.
+def test_an_overflow_of_fp16_shows_in_the_emulation_and_not_in_onnx_runtime_itself() -> None:
+    # Why FP16 is emulated too. When the second assertion fails, ONNX Runtime rounds between operators.
     model = model_of(
         [node("Mul", "x x", "large"), node("Div", "large x", "y")],
         {"x": TensorProto.FLOAT16},
         {"y": TensorProto.FLOAT16},
     )
     x = np.full((1, 4), 1000, np.float32)
-    assert np.isinf(run(fp32_twin(model), x=x)[0]).all()
+    assert np.isinf(run(emulate_in_fp32(model), x=x)[0]).all()
     assert (run(model, x=x.astype(np.float16))[0] == 1000).all()
 
 
-def test_only_half_graphs_need_a_twin() -> None:
+def test_only_narrow_graphs_need_an_emulation() -> None:
     same = [node("Identity", "x", "y")]
-    assert not needs_twin(model_of(same, {"x": TensorProto.FLOAT}, {"y": TensorProto.FLOAT}))
-    assert needs_twin(model_of(same, {"x": TensorProto.BFLOAT16}, {"y": TensorProto.BFLOAT16}))
+    assert not needs_emulation(model_of(same, {"x": TensorProto.FLOAT}, {"y": TensorProto.FLOAT}))
+    assert needs_emulation(model_of(same, {"x": TensorProto.BFLOAT16}, {"y": TensorProto.BFLOAT16}))
     inside = [
         node("Cast", "x", "half", to=TensorProto.FLOAT16),
         node("Cast", "half", "y", to=TensorProto.FLOAT),
     ]
-    assert needs_twin(model_of(inside, {"x": TensorProto.FLOAT}, {"y": TensorProto.FLOAT}))
+    assert needs_emulation(model_of(inside, {"x": TensorProto.FLOAT}, {"y": TensorProto.FLOAT}))
     opsets = [helper.make_opsetid("", 23)]
     function = helper.make_function(DOMAIN, "Half", ["x"], ["y"], inside, opsets)
     call = [node("Half", "x", "y", domain=DOMAIN)]
     float32 = TensorProto.FLOAT
-    assert needs_twin(model_of(call, {"x": float32}, {"y": float32}, functions=[function]))
+    assert needs_emulation(model_of(call, {"x": float32}, {"y": float32}, functions=[function]))
 
 
 def test_a_graph_whose_types_contradict_is_refused() -> None:
     model = model_of([node("Identity", "x", "y")], {"x": TensorProto.BFLOAT16}, {"y": TensorProto.BFLOAT16})
     model.graph.output[0].type.tensor_type.elem_type = TensorProto.INT64
     with pytest.raises(BundleError, match="types cannot be inferred"):
-        fp32_twin(model)
+        emulate_in_fp32(model)
 
 
 SIZES = {"C": 12, "K": 4, "K-1": 3, "S": 4, "T": 9, "B": 3, "B+1": 4, "H": 4, "P": 4, "G": 2, "N": 8} | {
@@ -384,12 +384,12 @@ def op_model(spec: OpSpec, inputs: dict[str, torch.Tensor], half: int) -> onnx.M
 @pytest.mark.parametrize("spec", ops(), ids=lambda spec: spec.label)
 def test_every_op_is_within_its_tolerance_of_the_half_reference(spec: OpSpec, half: int) -> None:
     inputs = op_inputs(spec, half)
-    twin = fp32_twin(op_model(spec, inputs, half))
+    emulated = emulate_in_fp32(op_model(spec, inputs, half))
     feeds = {name: t.float().numpy() if t.is_floating_point() else t.numpy() for name, t in inputs.items()}
     attributes = {attribute.name: ATTRIBUTES[attribute.name] for attribute in spec.attributes}
     expected = spec.reference()(*inputs.values(), **attributes)
     tolerance = spec.tolerances[NAMES[half]].relative_l2
-    for tensor, candidate, reference in zip(spec.outputs, run(twin, **feeds), expected, strict=True):
+    for tensor, candidate, reference in zip(spec.outputs, run(emulated, **feeds), expected, strict=True):
         wanted = reference.float().numpy()
         if tensor.name.startswith("next_"):
             # Row 0 of a pool is scratch: nobody's values.
@@ -403,9 +403,9 @@ def test_every_op_is_within_its_tolerance_of_the_half_reference(spec: OpSpec, ha
 @pytest.mark.parametrize("spec", ops(), ids=lambda spec: spec.label)
 def test_no_half_value_is_computed_with(spec: OpSpec) -> None:
     model = op_model(spec, op_inputs(spec, TensorProto.BFLOAT16), TensorProto.BFLOAT16)
-    typed = onnx.shape_inference.infer_shapes(fp32_twin(model), strict_mode=True)
+    typed = onnx.shape_inference.infer_shapes(emulate_in_fp32(model), strict_mode=True)
     infos = [value for graph in all_graphs(typed.graph) for value in graph.value_info]
-    half = {value.name for value in infos if value.type.tensor_type.elem_type in HALVES}
+    half = {value.name for value in infos if value.type.tensor_type.elem_type in NARROW}
     assert half
     for one in all_nodes(typed.graph):
-        assert one.op_type in STORED | {"Cast"} or not half.intersection(one.input)
+        assert one.op_type in MOVES | {"Cast"} or not half.intersection(one.input)
