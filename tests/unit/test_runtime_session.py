@@ -193,7 +193,7 @@ def rename_axis(model: onnx.ModelProto) -> None:
 
 DAMAGE = {
     "no logits": (rename_output, "no output logits"),
-    "half a pool": (forget_pool, r"input conv_state\.0 is not known"),
+    "half a pool": (forget_pool, r"input conv_state\.0 is unknown"),
     "axis": (rename_axis, r"pool conv_state\.0 has shape \['rows', 48, 3\]"),
     "no weights": (lambda model: model.graph.initializer.pop(), "ONNX Runtime refuses|cannot run"),
 }
