@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
@@ -49,7 +50,7 @@ def report_html(
     """The page; without a tokenizer, tokens are shown as ids. `seconds` is the duration of each stage."""
     from jinja2 import Environment, StrictUndefined
 
-    def decode(tokens: Sequence[int]) -> str:
+    def decoded(tokens: Sequence[int]) -> str:
         return tokenizer.decode(tokens) if tokenizer else " ".join(map(str, tokens))
 
     source = files("nemotrt.exporter.report").joinpath("report.html").read_text(encoding="utf-8")
@@ -62,17 +63,18 @@ def report_html(
         "thousands": "{:,}".format,
         "power": lambda exponent: f"10{str(exponent).translate(SUPERSCRIPT)}",
         "percent": lambda fraction: min(100 * fraction, MAX_PERCENT),
-        "decode": decode,
+        "decoded": decoded,
     }
     pools = manifest.graph.pools if manifest else ()
-    failed = [gate for gate in report.gates if not gate.passed]
+    fraction = operator.attrgetter("limit_fraction")
     return environment.from_string(source).render(
         name=name,
         report=report,
         manifest=manifest,
         seconds=seconds or {},
-        failed=sorted(failed, key=lambda gate: gate.limit_fraction, reverse=True),
-        tiles=_tiles(report),
+        failed=sorted((gate for gate in report.gates if not gate.passed), key=fraction, reverse=True),
+        closest=max((gate for gate in report.gates if gate.limit), key=fraction, default=None),
+        decode=next((tokens for tokens in report.next_token if tokens.scenario == "decode"), None),
         layers=plots.layer_plot(report.layers) if report.layers else None,
         next_token=[(tokens, plots.kl_plot(tokens)) for tokens in report.next_token],
         drift=_drift(report.drift) if report.drift else None,
@@ -83,41 +85,16 @@ def report_html(
     )
 
 
-def _tiles(report: ValidationReport) -> list[tuple[str, str, str, bool]]:
-    """The key figures: title, figure, detail, and whether the figure is bad."""
-    passed = sum(gate.passed for gate in report.gates)
-    tiles = [("Gates passed", f"{passed}", f"of {len(report.gates)}", passed < len(report.gates))]
-    if limited := [gate for gate in report.gates if gate.limit > 0]:
-        worst = max(limited, key=lambda gate: gate.limit_fraction)
-        percent = min(100 * worst.limit_fraction, MAX_PERCENT)
-        detail = f"of its limit: {worst.metric} of {worst.output}, {worst.scenario}"
-        tiles.append(("Closest to its limit", f"{percent:.0f} %", detail, not worst.passed))
-    if tokens := next((tokens for tokens in report.next_token if tokens.scenario == "decode"), None):
-        detail = f"± {digits(tokens.mean_error)} nats per token, decoding"
-        tiles.append(("Mean KL divergence", digits(tokens.mean), detail, False))
-        detail = f"± {100 * tokens.top1_agreement_error:.1f} %, {len(tokens.kl)} decoded tokens"
-        tiles.append(("Top-1 agreement", f"{100 * tokens.top1_agreement:.4g} %", detail, False))
-    if report.drift:
-        states = [curve for curve in report.drift.curves if curve.metric is Metric.RELATIVE_L2]
-        worst_state = max(max(curve.limit_fractions) for curve in states)
-        detail = f"of its limit at most, {report.drift.steps[-1]:,} decode steps"
-        tiles.append(("State drift", f"{100 * worst_state:.0f} %", detail, worst_state > 1))
-    if report.routers:
-        mismatches = sum(router.routing_mismatches for router in report.routers)
-        num_tokens = sum(router.tokens for router in report.routers)
-        tiles.append(("Routing mismatches", f"{mismatches}", f"of {num_tokens:,}, all near ties", False))
-    return tiles
-
-
 def _drift(drift: Drift) -> dict[str, Any]:
-    """The plot, and for each curve with limits: its last error, and the step at which it uses most of its limit."""
+    """The plot, and a row for each curve: its last error, and the step at which it uses most of its limit."""
     rows = []
     for curve in drift.curves:
         if curve.limits:
             fraction, step = max(zip(curve.limit_fractions, drift.steps, strict=True))
             baseline = curve.baseline[-1] if curve.baseline else None
             rows.append((curve, curve.values[-1], baseline, fraction, step))
-    return {"plot": plots.drift_plot(drift), "rows": rows, "steps": drift.steps[-1]}
+    states = [fraction for curve, *_, fraction, _ in rows if curve.metric is Metric.RELATIVE_L2]
+    return {"plot": plots.drift_plot(drift), "rows": rows, "steps": drift.steps[-1], "worst": max(states)}
 
 
 def _precision(places: Sequence[PlacePrecision]) -> dict[str, Any]:
