@@ -98,7 +98,7 @@ def _drift(drift: Drift) -> dict[str, Any]:
 
 
 def _precision(places: Sequence[PlacePrecision]) -> dict[str, Any]:
-    """The plot, the dtypes in it, and for each kind of layer its count, its bytes and its items by dtype."""
+    """The places and their items (linear layers, ops, norms and pools), and a summary for each kind of layer."""
     kinds: dict[str, dict[str, Any]] = {}
     for place in places:
         new = {"places": 0, "stored": Counter(), "dtypes": defaultdict(Counter)}
@@ -107,7 +107,6 @@ def _precision(places: Sequence[PlacePrecision]) -> dict[str, Any]:
         kind["stored"].update(place.bytes_by_dtype)
         for item, dtype in place.dtypes.items():
             kind["dtypes"][item][dtype] += 1
-    dtypes = sorted(
-        {dtype for place in places for dtype in place.dtypes.values()}, key="fp8bf16fp16fp32".find
-    )
-    return {"plot": plots.precision_plot(places), "kinds": kinds, "dtypes": dtypes}
+    rows = dict.fromkeys(item for place in places for item in place.dtypes)
+    used = {dtype for place in places for dtype in place.dtypes.values()}
+    return {"places": places, "rows": list(rows), "used": used, "kinds": kinds}

@@ -10,7 +10,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from nemotrt.exporter.report.model import Drift, Metric, NextToken, PartError, TextComparison
-from nemotrt.exporter.report.precision_map import PlacePrecision
 
 WIDTH, HEIGHT = 720, 240
 LEFT, RIGHT, TOP, BOTTOM = 52, 8, 10, 30
@@ -19,8 +18,6 @@ MIN_VALUE = 1e-12
 """The lowest value on a logarithmic axis; smaller ones are drawn there."""
 MAX_LABELS = 20
 """Layers that are labeled below a plot."""
-ROW_HEIGHT, ROW_LABEL_WIDTH = 18, 176
-"""Of the precision map."""
 
 
 class LogAxis:
@@ -59,12 +56,9 @@ def layer_plot(layers: Sequence[PartError]) -> dict[str, Any]:
 def cost_plot(layers: Sequence[TextComparison]) -> dict[str, Any]:
     """A bar for the mean KL of each quantized layer, with marks one standard error above and below."""
     layers = sorted(layers, key=lambda layer: int(_label(layer.name)))
-    marks = [{sign: layer.mean_kl + s * layer.mean_kl_error for sign, s in SIGNS.items()} for layer in layers]
+    marks = [{"low": x.mean_kl - x.mean_kl_error, "high": x.mean_kl + x.mean_kl_error} for x in layers]
     values = [layer.mean_kl for layer in layers]
     return _bar_plot(LogAxis([*values, *(mark["high"] for mark in marks)]), layers, values, marks)
-
-
-SIGNS = {"low": -1, "high": 1}
 
 
 def _bar_plot(
@@ -136,29 +130,5 @@ def drift_plot(drift: Drift) -> dict[str, Any]:
                 "points": _points(xs, map(axis.y, curve.limit_fractions)),
             }
             for curve in states
-        ],
-    }
-
-
-def precision_plot(places: Sequence[PlacePrecision]) -> dict[str, Any]:
-    """A column for each layer, a row for each linear layer, op, norm and pool, and a cell for its dtype."""
-    rows = list(dict.fromkeys(name for place in places for name in place.dtypes))
-    width = (WIDTH - ROW_LABEL_WIDTH - RIGHT) / len(places)
-    stride = -(-len(places) // (MAX_LABELS + 4))
-    return {
-        "height": TOP + ROW_HEIGHT * len(rows) + BOTTOM,
-        "rows": [(TOP + ROW_HEIGHT * index, name) for index, name in enumerate(rows)],
-        "cell": (round(max(width - 1.2, 1.0), 1), ROW_HEIGHT - 2),
-        "columns": [
-            {
-                "place": place,
-                "x": round(ROW_LABEL_WIDTH + index * width, 1),
-                "center": round(ROW_LABEL_WIDTH + (index + 0.5) * width, 1),
-                "label": _label(place.place) if index % stride == 0 and "." in place.place else "",
-                "cells": [
-                    (TOP + ROW_HEIGHT * rows.index(name), dtype) for name, dtype in place.dtypes.items()
-                ],
-            }
-            for index, place in enumerate(places)
         ],
     }

@@ -256,7 +256,7 @@ def test_a_browser_shows_it(tmp_path: Path, width: int, dark: bool) -> None:
         assert layers.evaluate("svg => svg.getBoundingClientRect().width") > 0.7 * min(width, 900)
         assert shown.locator("svg.kl polyline.curve").count() == 2
         assert shown.locator("#drift-plot polyline").count() == 132
-        assert shown.locator("#map rect").count() == 88 * 7
+        assert shown.locator("#map i[class]").count() == 88 * 7
         assert shown.locator("#ops tbody tr").count() == 88 * 2
         assert shown.locator("#ops").is_hidden()
         assert shown.locator("#costs rect").count() == 88
