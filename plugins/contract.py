@@ -188,7 +188,7 @@ EMBEDDINGS, HEAD = "embeddings", "head"
 _LAYER = re.compile(r"(?:backbone\.|model\.)?layers\.(\d+)(?:\.|$)(.*)")
 _POOL = re.compile(rf"(?:{re.escape(NEXT)})?(conv_state|ssm_state|kv_cache)\.(\d+)")
 _ENDS = re.compile(
-    r"(?:backbone\.|model\.)?(?:(?P<embeddings>embeddings)|(?P<head>head|norm_f|lm_head))(?:\.|$)(.*)"
+    r"(?:backbone\.|model\.)?(?:(?P<embeddings>embeddings?)|(?P<head>head|norm_f|lm_head))(?:\.|$)(.*)"
 )
 
 

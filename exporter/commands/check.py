@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
-from functools import partial
 from pathlib import Path
 
 import click
@@ -66,32 +64,31 @@ def check(
 
     if checkpoint is not None and config_file is None and tensors_file is None:
         with console.stage("read", f"{checkpoint.resolve().name}, headers"):
-            subject = checks.of_folder(checkpoint, layers)
+            headers = checks.read_headers(checkpoint, layers)
     elif checkpoint is None and config_file and tensors_file:
         if deep:
             raise UsageError("--deep reads weights, and a table has none", hint="name a checkpoint's folder")
         with console.stage("read", f"{config_file.name}, {tensors_file.name}"):
-            subject = checks.of_table(config_file, tensors_file, layers)
+            headers = checks.read_table(config_file, tensors_file, layers)
     else:
         raise UsageError(
             "check wants a checkpoint, or --config and --tensors", hint="see nemo-export check --help"
         )
-    run = partial(
-        checks.check, subject, precision or "", Path(), runtime=runtime, sms=sms, link=weights == "link"
+    result = checks.check(
+        headers,
+        precision or "",
+        runtime=runtime,
+        sms=sms,
+        link=weights == "link",
+        deep=deep,
+        progress=console,
     )
-    if deep:
-        with console.stage(
-            "scan", "every weight", total=checks.scan_bytes(subject), is_bytes=True
-        ) as advance:
-            found = run(advance)
-    else:
-        found = run()
     if as_json:
-        click.echo(json.dumps(dataclasses.asdict(found), indent=2))
+        click.echo(json.dumps(result.as_dict(), indent=2))
     else:
         from nemotrt.exporter.commands import tables
 
-        tables.show(tables.check(found))
-    if found.problems:
-        number = len(found.problems)
-        raise CheckpointError(f"{number} problem{'s' * (number > 1)} would stop a build of {found.name}")
+        tables.show(tables.check(result))
+    if result.problems:
+        number = len(result.problems)
+        raise CheckpointError(f"{number} problem{'s' * (number > 1)} would stop a build of {result.name}")

@@ -11,8 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 from nemotrt.exporter.checkpoint.layer_selection import partial_model
-from nemotrt.exporter.pipelines.check import Check
-from nemotrt.exporter.pipelines.inspect import Graph, Inspection, Part
+from nemotrt.exporter.pipelines.check import PACKAGES, Check
+from nemotrt.exporter.pipelines.inspect import Inspection, Part
 from nemotrt.exporter.report.model import Bisection, DivergentValue, TextReport, ValidationReport
 from nemotrt.exporter.report.units import count, duration, size
 from nemotrt.exporter.runtime.manifest import Manifest
@@ -83,7 +83,7 @@ def inspection(contents: Inspection) -> Items:
         yield from _layer(contents)
         return
     if contents.graph:
-        yield from _graph(contents.graph)
+        yield from _graph(contents)
     if contents.manifest:
         files = [
             (file.path, file.role, f"{file.size:,}", file.sha256[:16]) for file in contents.manifest.files
@@ -148,17 +148,19 @@ def _bundle(manifest: Manifest) -> Table:
     return _grid(rows)
 
 
-def _graph(graph: Graph) -> Items:
-    operators = list(graph.ops.items())
+def _graph(contents: Inspection) -> Items:
+    operators = list(contents.ops.items())
     num_rows = -(-len(operators) // 3)
     rows = [
         [cell for name, nodes in operators[row::num_rows] for cell in (name, str(nodes))]
         for row in range(num_rows)
     ]
-    opsets = ", ".join(f"{domain} {version}" for domain, version in graph.opsets.items())
-    functions = ", ".join(f"{name} ({nodes} nodes)" for name, nodes in graph.functions.items())
+    opsets = ", ".join(f"{domain} {version}" for domain, version in contents.opsets.items())
+    functions = ", ".join(f"{name} ({nodes} nodes)" for name, nodes in contents.functions.items())
     yield from ("", _table(["operator", ">nodes"] * 3, rows), "")
-    yield f"{graph.num_nodes} nodes, opset {opsets}" + (f"; functions: {functions}" if functions else "")
+    yield f"{sum(contents.ops.values())} nodes, opset {opsets}" + (
+        f"; functions: {functions}" if functions else ""
+    )
 
 
 def _inert(fields: Mapping[str, str]) -> Table:
@@ -181,7 +183,7 @@ def _layer(contents: Inspection) -> Items:
         _table(["tensor", "dtype", "shape", ">bytes", "file"], tensors, f"layer {contents.layer}"),
     )
     if contents.nodes:
-        yield from ("", _table(["node", "operator"], [(node.name, node.op) for node in contents.nodes]))
+        yield from ("", _table(["node", "operator"], contents.nodes.items()))
 
 
 def check(result: Check) -> Items:
@@ -197,7 +199,7 @@ def check(result: Check) -> Items:
     )
     for problem in result.problems[:MAX_PROBLEMS]:
         hint = f"\n  {problem.hint}" if problem.hint else ""
-        yield Text.assemble(("✗ ", "red"), problem.message, (hint, "dim"))
+        yield Text.assemble(("✗ ", "red"), str(problem), (hint, "dim"))
     if len(result.problems) > MAX_PROBLEMS:
         yield f"  and {len(result.problems) - MAX_PROBLEMS} more problems (--json lists all)"
     yield from (Text.assemble(("! ", "yellow"), note) for note in result.notes)
@@ -208,13 +210,12 @@ def check(result: Check) -> Items:
         for number, (dtype, names) in enumerate(by_dtype.items())
     ]
     yield from ("", _table(["in the graph", "dtype", "parameters and state"], dtypes))
-    runtimes = [
-        (runtime.name, "yes" if runtime.is_built else "no", runtime.why) for runtime in result.runtimes
-    ]
+    runtimes = [(name, "yes", how) for name, how in result.runtimes.items()]
+    runtimes += [(name, "no", reason) for name, reason in result.unavailable_runtimes.items()]
     yield from ("", _table(["runtime", "available", "details"], runtimes))
     tools = [
-        (tool.package, tool.version or "missing", tool.needed_for, "" if tool.version else tool.get)
-        for tool in result.tools
+        (package, version or "missing", PACKAGES[package][0], "" if version else PACKAGES[package][1])
+        for package, version in result.tools.items()
     ]
     yield from ("", _table(["package", "version", "needed by", "install with"], tools))
     yield from ("", _estimates(result))
@@ -228,7 +229,7 @@ def _estimates(result: Check) -> Table:
             f"{stage.stage} ({stage.runtime})" if stage.runtime else stage.stage,
             f"~{size(stage.memory_bytes)}",
             size(stage.disk_bytes) if stage.disk_bytes else "",
-            f"~{duration(stage.cpu_seconds)}",
+            f"~{duration(stage.cpu_seconds)}" if stage.cpu_seconds else "",
         )
         for stage in result.estimates
     ]

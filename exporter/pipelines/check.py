@@ -1,4 +1,4 @@
-"""All that can be known of a build before it writes: what is understood, what stands in its way, what it will need."""
+"""What a build would produce, need and refuse, determined before it starts."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import re
 import shutil
 from collections import defaultdict
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,23 +20,42 @@ from nemotrt.exporter.checkpoint.quant_config import cache_notes, stored_recipe,
 from nemotrt.exporter.checkpoint.safetensors_reader import DTYPES, StoredTensor, open_checkpoint, read_json
 from nemotrt.exporter.checkpoint.side_files import check_side_files, parse_config, read_config
 from nemotrt.exporter.checkpoint.tensor_matching import Survey, match
-from nemotrt.exporter.config import COMPUTE_DTYPES, PRECISION_OF_DTYPE, PRESETS
-from nemotrt.exporter.engines.targets import AUTO, ONNX, settle
+from nemotrt.exporter.config import COMPUTE_DTYPES, PRECISION_OF_DTYPE, PRESETS, BuildConfig
+from nemotrt.exporter.engines.kernel_support import check_supported
+from nemotrt.exporter.engines.plugin_library import is_at_hand
+from nemotrt.exporter.engines.targets import AUTO, ONNX, Target, settle
 from nemotrt.exporter.errors import CheckpointError, CompileError, ExportError, UsageError
 from nemotrt.exporter.generation.tokenizer import TOKENIZER
 from nemotrt.exporter.pipelines import estimates
-from nemotrt.exporter.pipelines.inspect import Part, Weight, parts, state_of
-from nemotrt.exporter.pipelines.runtime_facts import RuntimeFact, engine_target, engines, runtime_facts
-from nemotrt.exporter.progress import Advance
+from nemotrt.exporter.pipelines.inspect import Part, Weight, parts
+from nemotrt.exporter.progress import SILENT, Progress
 from nemotrt.exporter.quantization.presets import recipe_of
+from nemotrt.exporter.runtime.backends import BACKENDS
 from nemotrt.model.config import ModelConfig
+from nemotrt.model.pools import pool_specs
+from nemotrt.plugins.contract import DType, LayerName
 
 FIRST_EXPERT = re.compile(r"(.*\.experts\.)0(\..*)")
 
+PACKAGES = {
+    "torch": ("every stage", "pip install 'torch>=2.11'"),
+    "onnx": ("lower", "pip install 'onnx>=1.18'"),
+    "onnx-ir": ("lower", "pip install 'onnx-ir>=1.0'"),
+    "onnxruntime": ("validate, generate", "pip install 'nemo-export[cpu]'"),
+}
+"""Package → the stages that need it, and how to install it."""
+
+HOW_ONNX_RUNS = {
+    "fp32": "ONNX Runtime runs it on the CPU as it is",
+    "fp16": "ONNX Runtime emulates it in FP32 on a CPU, rounding as the graph does",
+    "bf16": "ONNX Runtime emulates it in FP32 on a CPU, where it has no BF16 arithmetic",
+    "fp8": "ONNX Runtime emulates it in FP32 on a CPU, where it has no BF16 or FP8 arithmetic",
+}
+
 
 @dataclass(frozen=True)
-class Subject:
-    """What is checked: a configuration and a table of tensors, and the folder that both are of, if there is one."""
+class Headers:
+    """A checkpoint's configuration and its table of tensors; `folder` is None if there are no weight files."""
 
     name: str
     config: ModelConfig
@@ -45,99 +65,91 @@ class Subject:
 
 
 @dataclass(frozen=True)
-class Problem:
-    """What a build would refuse, and what to do about it."""
-
-    message: str
-    hint: str
-
-
-@dataclass(frozen=True)
-class Tool:
-    """A package, its version here or nothing, what needs it, and how to get it."""
-
-    package: str
-    version: str
-    needed_for: str
-    get: str
-
-
-@dataclass(frozen=True)
 class Check:
-    """The answer: every field is in the JSON that --json prints."""
+    """Everything that `check` determines; `as_dict` is what --json prints."""
 
     name: str
-    is_buildable: bool
-    problems: tuple[Problem, ...]
+    problems: tuple[ExportError, ...]
+    """Reasons why a build would stop."""
     notes: tuple[str, ...]
     num_tensors: int
     num_parameters: int
     num_active_parameters: int
-    """Parameters that one token passes: of the routed experts only those that it is sent to."""
+    """Parameters that one token passes: of the routed experts only those that it is routed to."""
     layers: dict[int, str]
-    """Each layer's index in the checkpoint → its kind."""
+    """Layer index in the checkpoint → kind."""
     parts: tuple[Part, ...]
     inert: dict[str, str]
     precision: str
     dtypes: dict[str, dict[str, tuple[str, ...]]]
-    """As built: a kind of layer → a dtype → its parameters and pools."""
-    runtimes: tuple[RuntimeFact, ...]
-    tools: tuple[Tool, ...]
+    """Kind of layer → dtype in the graph → its parameters and pools."""
+    runtimes: dict[str, str]
+    """Runtime that a build here can target → how it runs the bundle."""
+    unavailable_runtimes: dict[str, str]
+    """Runtime → why a build here cannot target it."""
+    tools: dict[str, str]
+    """Package of PACKAGES → installed version, or empty."""
     memory_bytes: int
     disk_free_bytes: int
     num_cores: int
     estimates: tuple[estimates.StageEstimate, ...]
     values_scanned: bool
 
+    @property
+    def is_buildable(self) -> bool:
+        """Whether nothing would stop a build."""
+        return not self.problems
 
-def of_folder(checkpoint: Path, layers: str = "") -> Subject:
-    """A checkpoint folder's configuration and headers; raises CheckpointError on one that cannot be read.
+    def as_dict(self) -> dict[str, Any]:
+        """All fields as JSON values."""
+        runtimes = [(name, True, how) for name, how in self.runtimes.items()]
+        runtimes += [(name, False, why) for name, why in self.unavailable_runtimes.items()]
+        fields = dataclasses.asdict(dataclasses.replace(self, problems=()))
+        del fields["unavailable_runtimes"]
+        return (
+            {"name": self.name, "is_buildable": self.is_buildable}
+            | fields
+            | {
+                "problems": [{"message": str(error), "hint": error.hint} for error in self.problems],
+                "runtimes": [{"name": name, "is_built": built, "why": why} for name, built, why in runtimes],
+                "tools": [
+                    {"package": name, "version": self.tools[name], "needed_for": stages, "get": command}
+                    for name, (stages, command) in PACKAGES.items()
+                ],
+            }
+        )
 
-    With `layers`, those of some layers, as a build takes them.
-    """
+
+def read_headers(checkpoint: Path, layers: str = "") -> Headers:
+    """The headers of a checkpoint folder, or only those of `layers`; raises CheckpointError on unreadable files."""
     config, stored = read_config(checkpoint), open_checkpoint(checkpoint)
-    return _subject(str(checkpoint), with_recipe(config, stored, checkpoint), stored, checkpoint, (), layers)
+    headers = Headers(str(checkpoint), with_recipe(config, stored, checkpoint), stored, checkpoint)
+    return _only_layers(headers, layers)
 
 
-def _subject(
-    name: str,
-    config: ModelConfig,
-    stored: Mapping[str, StoredTensor],
-    folder: Path | None,
-    notes: tuple[str, ...],
-    layers: str,
-) -> Subject:
-    if layers:
-        config, stored = only_layers(config, stored, layers)
-        if config.chosen_layers:
-            notes = (*notes, f"{partial_model(config.chosen_layers)}: the bundle would say so")
-    return Subject(name, config, stored, folder, notes)
+def read_table(config_file: Path, tensors_file: Path, layers: str = "") -> Headers:
+    """Headers from a configuration and a table {name: [dtype, shape]}, where expert 0 may stand for all experts.
 
-
-def of_table(config_file: Path, tensors_file: Path, layers: str = "") -> Subject:
-    """A configuration and a table {name: [dtype, shape]}, where expert 0 may stand for all experts.
-
-    Raises CheckpointError on an entry that is no dtype of safetensors and shape.
+    Raises CheckpointError on an entry that is not a safetensors dtype and a shape.
     """
     config = parse_config(config_file)
     table = read_json(tensors_file)
     stored: dict[str, StoredTensor] = {}
-    stands_for_all = False
+    notes: tuple[str, ...] = ()
     for name, entry in table.items():
         names = [name]
         first = FIRST_EXPERT.fullmatch(name)
         if first and f"{first[1]}1{first[2]}" not in table:
             names = [f"{first[1]}{expert}{first[2]}" for expert in range(config.n_routed_experts)]
-            stands_for_all = True
-        dtype, width, shape = _entry(tensors_file, name, entry)
+            notes = (f"expert 0 of the table stands for all {config.n_routed_experts}",)
+        dtype, width, shape = _table_entry(tensors_file, name, entry)
         length = math.prod(shape) * width
         stored |= {each: StoredTensor(each, dtype, shape, tensors_file, 0, length) for each in names}
-    note = f"expert 0 of the table stands for all {config.n_routed_experts}"
     config = config.with_recipe(stored_recipe(config, stored))
-    return _subject(tensors_file.name, config, stored, None, (note,) if stands_for_all else (), layers)
+    return _only_layers(Headers(tensors_file.name, config, stored, None, notes), layers)
 
 
-def _entry(file: Path, name: str, entry: Any) -> tuple[str, int, tuple[int, ...]]:
+def _table_entry(file: Path, name: str, entry: Any) -> tuple[str, int, tuple[int, ...]]:
     try:
         dtype, shape = entry
         sizes = tuple(shape)
@@ -150,89 +162,100 @@ def _entry(file: Path, name: str, entry: Any) -> tuple[str, int, tuple[int, ...]
     return *DTYPES[dtype], sizes
 
 
+def _only_layers(headers: Headers, layers: str) -> Headers:
+    if not layers:
+        return headers
+    config, stored = only_layers(headers.config, headers.stored, layers)
+    notes = headers.notes
+    if config.chosen_layers:
+        notes = (*notes, f"{partial_model(config.chosen_layers)}: the bundle would say so")
+    return dataclasses.replace(headers, config=config, stored=stored, notes=notes)
+
+
 def check(
-    subject: Subject,
-    precision: str,
-    where: Path,
-    scan: Advance | None = None,
+    headers: Headers,
+    precision: str = "",
     *,
+    output_folder: Path = Path(),
     runtime: str = AUTO,
     sms: tuple[int, ...] = (),
     link: bool = False,
+    deep: bool = False,
+    progress: Progress = SILENT,
 ) -> Check:
-    """What a build of the subject at `precision` (the checkpoint's own if empty) would do, beside `where`.
+    """What a build at `precision` (default: the checkpoint's own) into `output_folder` would produce and need.
 
-    With `scan` every value is read too, and it hears of the bytes. A problem is an entry here, not an error; it is
-    none that an engine cannot be built where neither `runtime` nor `sms` asks for one. Raises UsageError on those
-    that cannot be meant.
+    With `deep`, every weight is read and converted. Problems are returned, not raised; an engine that cannot be built
+    is a problem only if `runtime` or `sms` requests it. Raises UsageError if those two contradict each other.
     """
-    config = subject.config
+    config = headers.config
     precision = precision or ("fp8" if config.recipe else PRECISION_OF_DTYPE[config.dtype])
-    survey = match(config, subject.stored)
-    built, refused = _as_built(config, precision)
-    problems = [*survey.problems, *refused, *_problems_around(subject, built, runtime, sms, precision)]
-    if scan is not None:
-        problems += _scan(survey, _dtypes(config, precision), scan)
-    work = estimates.work(
+    tensors = match(config, headers.stored)
+    built, recipe_problems = _as_built(config, precision)
+    problems = [
+        *tensors.problems,
+        *recipe_problems,
+        *_other_problems(headers, built, runtime, sms, precision),
+    ]
+    if deep:
+        problems += _scan(tensors.weights, _parameter_dtypes(config, precision), progress)
+    stages = estimates.stages(
         built,
-        survey.weights,
-        len(subject.stored),
+        tensors.weights,
+        len(headers.stored),
         precision,
         link=link,
-        is_stored=subject.folder is not None,
-        engines=engines(built, runtime, sms, precision),
+        is_stored=headers.folder is not None,
+        engines=buildable_engines(built, runtime, sms, precision),
     )
-    stages = estimates.stages(work)
-    free = shutil.disk_usage(where).free
+    runtimes, unavailable = _runtimes(built, precision)
+    free = shutil.disk_usage(output_folder).free
+    weights = [Weight(t.name, t.dtype, t.shape, t.length, "") for t in headers.stored.values()]
     return Check(
-        name=subject.name,
-        is_buildable=not problems,
-        problems=tuple(Problem(str(error), error.hint) for error in problems),
-        notes=(*subject.notes, *_notes(subject, survey, stages, free)),
-        num_tensors=len(subject.stored),
-        num_parameters=work.parameters,
-        num_active_parameters=work.parameters - _idle_parameters(config),
+        name=headers.name,
+        problems=tuple(problems),
+        notes=(*headers.notes, *_notes(headers, tensors), *_shortages(stages, free), *_missing_packages()),
+        num_tensors=len(headers.stored),
+        num_parameters=estimates.num_parameters(tensors.weights.values()),
+        num_active_parameters=estimates.num_active_parameters(config, tensors.weights.values()),
         layers=config.numbered_layers,
-        parts=parts(
-            config.numbered_layers,
-            [Weight(t.name, t.dtype, t.shape, t.length, "") for t in subject.stored.values()],
-            state_of(config, COMPUTE_DTYPES["fp32"]),
-        ),
+        parts=parts(config.numbered_layers, weights, pool_specs(config, page_size=1, dtype=config.dtype)),
         inert=config.inert,
         precision=precision,
-        dtypes=_dtypes_by_kind(built, _dtypes(built, precision), precision),
-        runtimes=runtime_facts(built, precision),
-        tools=_tools(),
+        dtypes=_dtypes_by_kind(built, precision),
+        runtimes=runtimes,
+        unavailable_runtimes=unavailable,
+        tools=_installed_packages(),
         memory_bytes=environment.memory_bytes(),
         disk_free_bytes=free,
         num_cores=environment.num_cores(),
         estimates=stages,
-        values_scanned=scan is not None,
+        values_scanned=deep,
     )
 
 
-def _problems_around(
-    subject: Subject, built: ModelConfig, runtime: str, sms: tuple[int, ...], precision: str
-) -> list[ExportError]:
-    """Those of the checkpoint's other files, and of an engine that was asked for."""
-    problems: list[ExportError] = []
-    if (folder := subject.folder) is not None:
-        problems += _raised(lambda: check_side_files(folder, subject.config))
-    if sms or runtime not in (AUTO, ONNX):
-        problems += _raised(lambda: engine_target(built, runtime, sms, precision))
-    elif runtime == ONNX:
-        settle(runtime, sms, precision)
-    return problems
-
-
 def _as_built(config: ModelConfig, precision: str) -> tuple[ModelConfig, list[ExportError]]:
-    """The configuration with what a build quantizes by its flags' defaults, and why it would quantize nothing."""
+    """The configuration with the modules that a build quantizes by default, or why it would quantize nothing."""
     if precision != "fp8" or config.recipe:
         return config, []
     try:
         return config.with_recipe(recipe_of(config, PRESETS[0], (), kv_cache=True)), []
     except UsageError as error:
         return config, [error]
+
+
+def _other_problems(
+    headers: Headers, built: ModelConfig, runtime: str, sms: tuple[int, ...], precision: str
+) -> list[ExportError]:
+    """Problems of the checkpoint's other files, and of an engine that was requested."""
+    problems: list[ExportError] = []
+    if (folder := headers.folder) is not None:
+        problems += _raised(lambda: check_side_files(folder, headers.config))
+    if sms or runtime not in (AUTO, ONNX):
+        problems += _raised(lambda: engine_target(built, runtime, sms, precision))
+    elif runtime == ONNX:
+        settle(runtime, sms, precision)
+    return problems
 
 
 def _raised(call: Callable[[], object]) -> list[ExportError]:
@@ -243,111 +266,132 @@ def _raised(call: Callable[[], object]) -> list[ExportError]:
     return []
 
 
-def _scan(survey: Survey, dtypes: Mapping[str, str], advance: Advance) -> list[ExportError]:
-    """What reading every value finds: one problem a parameter, its first."""
+def _scan(
+    sources: Mapping[str, WeightSource], dtypes: Mapping[str, DType], progress: Progress
+) -> list[ExportError]:
+    """The first problem of each parameter's values."""
+    from nemotrt.exporter.checkpoint import weights
 
-    def read(parameter: str, source: WeightSource) -> None:
-        import torch
-
-        from nemotrt.exporter.checkpoint import weights
-
-        dtype = getattr(torch, dtypes[parameter])
-        for tensor in source.tensors:
-            for piece in weights.convert(tensor, source.transform, dtype):
-                advance(len(piece) * tensor.length // math.prod(tensor.shape))
-
-    found: list[ExportError] = []
-    for parameter, source in survey.weights.items():
-        found += _raised(lambda parameter=parameter, source=source: read(parameter, source))  # type: ignore[misc]
-    return found
-
-
-def scan_bytes(subject: Subject) -> int:
-    """Bytes that a scan of every value reads."""
-    sources = match(subject.config, subject.stored).weights.values()
-    return sum(tensor.length for source in sources for tensor in source.tensors)
+    problems: list[ExportError] = []
+    total = sum(tensor.length for source in sources.values() for tensor in source.tensors)
+    with progress.stage("scan", "every weight", total=total, is_bytes=True) as advance:
+        for parameter, source in sources.items():
+            dtype = dtypes[parameter].torch
+            try:
+                for tensor in source.tensors:
+                    for values in weights.convert(tensor, source.transform, dtype):
+                        advance(len(values) * tensor.length // math.prod(tensor.shape))
+            except CheckpointError as error:
+                problems.append(error)
+    return problems
 
 
-def _idle_parameters(config: ModelConfig) -> int:
-    """Parameters of the routed experts that a token is not sent to."""
-    idle = config.n_routed_experts - config.num_experts_per_tok
-    expert = 2 * config.moe_intermediate_size * config.expert_size
-    return config.layers.count("moe") * idle * expert
-
-
-def _dtypes(config: ModelConfig, precision: str) -> dict[str, str]:
-    """The dtype that each parameter is built in."""
-    import torch
-
+def _parameter_dtypes(config: ModelConfig, precision: str) -> dict[str, DType]:
     from nemotrt.model.hybrid import NemotronH
 
-    network = NemotronH(config, dtype=getattr(torch, COMPUTE_DTYPES[precision]), device="meta")
-    return {name: str(value.dtype).removeprefix("torch.") for name, value in network.state_dict().items()}
+    network = NemotronH(config, dtype=COMPUTE_DTYPES[precision].torch, device="meta")
+    return {name: DType.from_torch(value.dtype) for name, value in network.state_dict().items()}
 
 
-def _dtypes_by_kind(
-    config: ModelConfig, dtypes: Mapping[str, str], precision: str
-) -> dict[str, dict[str, tuple[str, ...]]]:
-    """The first layer of each kind, and what stands beside the layers: a dtype → what is in it."""
-    found: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
-    first = {kind: index for index, kind in reversed(config.numbered_layers.items())}
+def _dtypes_by_kind(config: ModelConfig, precision: str) -> dict[str, dict[str, tuple[str, ...]]]:
+    """Kind of layer, `embeddings` or `head` → dtype → parameters and pools of the first such layer."""
+    dtypes, dtype = _parameter_dtypes(config, precision), COMPUTE_DTYPES[precision]
+    dtypes |= {pool.name: pool.dtype for pool in pool_specs(config, dtype=dtype)}
+    first_layers = {kind: index for index, kind in reversed(config.numbered_layers.items())}
+    names: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     for name, dtype in dtypes.items():
-        for kind, index in first.items():
-            prefix = f"backbone.layers.{index}."
-            if name.startswith(prefix):
-                own = name.removeprefix(prefix)
-                is_norm = own == "mixer.norm.weight"  # not the block's, which is norm.weight
-                found[kind][dtype].append(own if is_norm else own.removeprefix("mixer."))
-        if not name.startswith("backbone.layers."):
-            found["beside"][dtype].append(name.removeprefix("backbone."))
-    pools = state_of(dataclasses.replace(config, dtype=COMPUTE_DTYPES[precision]), COMPUTE_DTYPES["fp32"])
-    for pool in pools:
-        pool_kind, number = pool.name.split(".")
-        layer = config.numbered_layers[int(number)]
-        if first[layer] == int(number):
-            found[layer][pool.dtype].append(pool_kind)
+        parsed = LayerName.parse(name)
+        assert parsed is not None, name
+        if parsed.layer is None:
+            names[parsed.part][dtype].append(name.removeprefix("backbone."))
+        elif first_layers[kind := config.numbered_layers[parsed.layer]] == parsed.layer:
+            # The mixer's norm keeps its prefix, because the block has a norm.weight too.
+            prefix = "" if parsed.inner == "mixer.norm.weight" else "mixer."
+            names[kind][dtype].append(parsed.inner.removeprefix(prefix))
     return {
-        kind: {dtype: tuple(names) for dtype, names in by_dtype.items()} for kind, by_dtype in found.items()
+        kind: {dtype: tuple(inner) for dtype, inner in by_dtype.items()} for kind, by_dtype in names.items()
     }
 
 
-def _tools() -> tuple[Tool, ...]:
-    """What a build needs of this machine."""
-    versions = environment.tool_versions()
-    runtime = versions.get("onnxruntime") or versions.get("onnxruntime-gpu") or ""
-    return (
-        Tool("torch", versions.get("torch", ""), "every stage", "pip install 'torch>=2.11'"),
-        Tool("onnx", versions.get("onnx", ""), "lower", "pip install 'onnx>=1.18'"),
-        Tool("onnx-ir", versions.get("onnx-ir", ""), "lower", "pip install 'onnx-ir>=1.0'"),
-        Tool("onnxruntime", runtime, "validate, generate", "pip install 'nemo-export[cpu]'"),
+def _runtimes(config: ModelConfig, precision: str) -> tuple[dict[str, str], dict[str, str]]:
+    """The runtimes that a build on this machine can target, and how; the others, and why not."""
+    runtimes, unavailable = {str(ONNX): HOW_ONNX_RUNS[precision]}, {}
+    for backend in BACKENDS:
+        try:
+            target = engine_target(config, backend.runtime, (), precision)
+            runtimes[backend.runtime] = f"an engine for {target.gpus}"
+        except (CompileError, UsageError) as error:
+            unavailable[backend.runtime] = f"{error}: {error.hint}"
+    return runtimes, unavailable
+
+
+def buildable_engines(
+    config: ModelConfig, runtime: str, sms: tuple[int, ...], precision: str
+) -> dict[str, int]:
+    """Runtime for which an engine can be built here → number of GPU generations without a compiled library."""
+    num_uncompiled = {}
+    for backend in BACKENDS:
+        if runtime in (AUTO, backend.runtime):
+            with suppress(CompileError, UsageError):
+                target = engine_target(config, backend.runtime, sms, precision)
+                is_compiled = is_at_hand(BuildConfig(Path(), Path(), precision=precision), target.sms)
+                num_uncompiled[backend.runtime] = 0 if is_compiled else len(target.sms)
+    return num_uncompiled
+
+
+def engine_target(config: ModelConfig, runtime: str, sms: tuple[int, ...], precision: str) -> Target:
+    """The engine that a build with default flags would make; raises CompileError or UsageError like the build."""
+    target = settle(runtime, sms, precision)
+    build = BuildConfig(Path(), Path(), precision=precision)
+    pools = pool_specs(
+        config,
+        page_size=build.page_size,
+        dtype=COMPUTE_DTYPES[precision],
+        state_dtype=COMPUTE_DTYPES[build.state_dtype],
     )
+    check_supported(config, build, pools, target.sms)
+    return target
 
 
-def _notes(
-    subject: Subject, survey: Survey, stages: tuple[estimates.StageEstimate, ...], free: int
-) -> list[str]:
-    """What a build would go along with, and its owner should know."""
-    found = [*cache_notes(subject.config)]
-    if survey.not_exported:
-        found.append(f"{len(survey.not_exported)} tensors of multi-token prediction (mtp.*) are not exported")
-    if subject.folder is None:
-        found.append("no weights were looked at: the table stands for them")
-    elif not (subject.folder / TOKENIZER).is_file():
-        found.append(f"there is no {TOKENIZER}: the bundle will take token ids, and no text")
-    memory = environment.memory_bytes()
+def _notes(headers: Headers, tensors: Survey) -> list[str]:
+    """What a build accepts and its user should know."""
+    notes = [*cache_notes(headers.config)]
+    if tensors.not_exported:
+        notes.append(
+            f"{len(tensors.not_exported)} tensors of multi-token prediction (mtp.*) are not exported"
+        )
+    if headers.folder is None:
+        notes.append("no weights were read: there is only a table of tensors")
+    elif not (headers.folder / TOKENIZER).is_file():
+        notes.append(f"there is no {TOKENIZER}: the bundle will take token ids only, no text")
+    return notes
+
+
+def _shortages(stages: tuple[estimates.StageEstimate, ...], free: int) -> list[str]:
+    notes, memory = [], environment.memory_bytes()
     for stage in stages:
         name = f"{stage.stage} for {stage.runtime}" if stage.runtime else stage.stage
         if stage.memory_bytes > memory:
-            found.append(
-                f"{name} needs about {stage.memory_bytes / 1e9:.3g} GB of memory, this machine has"
-                f" {memory / 1e9:.3g} GB"
-                + (f": {estimates.WITHOUT_WHOLE_STEPS}" if stage.stage == "validate" else "")
+            hint = f": {estimates.WITHOUT_WHOLE_STEPS}" if stage.stage == "validate" else ""
+            notes.append(
+                f"{name} needs about {stage.memory_bytes / 1e9:.3g} GB of memory,"
+                f" this machine has {memory / 1e9:.3g} GB{hint}"
             )
         if stage.disk_bytes > free:
-            found.append(f"{name} writes {stage.disk_bytes / 1e9:.3g} GB, {free / 1e9:.3g} GB are free here")
-    found += [
-        f"{tool.package} is missing for {tool.needed_for}: {tool.get}"
-        for tool in _tools()
-        if not tool.version
+            notes.append(f"{name} writes {stage.disk_bytes / 1e9:.3g} GB, {free / 1e9:.3g} GB are free here")
+    return notes
+
+
+def _installed_packages() -> dict[str, str]:
+    versions = environment.tool_versions()
+    versions.setdefault("onnxruntime", versions.get("onnxruntime-gpu", ""))
+    return {package: versions.get(package, "") for package in PACKAGES}
+
+
+def _missing_packages() -> list[str]:
+    versions = _installed_packages()
+    return [
+        f"{name} is missing for {stages}: {command}"
+        for name, (stages, command) in PACKAGES.items()
+        if not versions[name]
     ]
-    return found

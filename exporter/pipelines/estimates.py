@@ -1,151 +1,161 @@
-"""What a build will need, from headers alone: no tensor is read.
+"""Memory, disk space and time that a build needs, computed from sizes alone.
 
-Bytes written are exact but for the graph itself. Memory and time are measured constants, by which
-`python scripts/estimates.py` finds each stage's estimate within a quarter of what then happens: memory is anonymous,
-without the pages of mapped files, which go when it is short; time is of one core of the machine of docs/performance.md.
+No tensor is read. Bytes written are exact except for the graph's nodes. Memory is anonymous memory: pages of mapped
+files do not count, because the system drops them when memory is short. Time is an order of magnitude.
+`python scripts/estimates.py` compares all three with a real build.
 """
 
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from nemotrt.exporter.checkpoint.loaded_model import LoadedModel, WeightSource
-from nemotrt.exporter.checkpoint.safetensors_reader import StoredTensor
 from nemotrt.exporter.config import COMPUTE_DTYPES
 from nemotrt.exporter.environment import memory_bytes, num_cores
-from nemotrt.exporter.errors import CompileError, UsageError
+from nemotrt.exporter.errors import CompileError, ExportError, UsageError
 from nemotrt.model.config import ModelConfig
+from nemotrt.model.recipe import EXPERTS
+from nemotrt.plugins.contract import EMBEDDINGS, HEAD, DType, LayerName
 
 if TYPE_CHECKING:
     from nemotrt.exporter.lowering.external_data import Placed
 
-BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "fp8": 1}
+WEIGHT_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "fp8": 1}
 
-BASE_MEMORY = 500_000_000
-"""PyTorch and the traced graphs, without weights."""
-
-RUNNER_MEMORY = 1.3
-"""Of a reference's weights, with what its steps need."""
-
-LOGITS_ROWS = 511
-"""Rows of logits that a validation keeps for each runner, as float64."""
-LOGITS_COPIES = 6
-"""Four runners', and those that the gates work on."""
-
+# Memory, in bytes
+LOAD_MEMORY, PROGRAM_MEMORY = 25_000_000, 300_000_000
+"""The program before and after it imports PyTorch and traces the graph."""
+TENSOR_MEMORY = 800
+"""Description of one stored tensor."""
+QUANTIZE_MEMORY, ENGINE_MEMORY, KERNEL_WORKER_MEMORY = 190_000_000, 200_000_000, 200_000_000
+"""PyTorch during calibration; TensorRT-RTX 1.7 in addition to the engine; a process that compiles kernels."""
+VALIDATION_MEMORY, WEIGHTS_IN_FP32 = 500_000_000, 1.3 * 4
+"""PyTorch with both graphs; bytes for each parameter of a reference in FP32, with what its steps need."""
 PART_BYTES = {"fp32": 8, "fp16": 12, "bf16": 12, "fp8": 12}
-"""Of a parameter of a part that is compared alone: PyTorch's in FP32, the floor's, the graph's, and its FP32 twin's."""
-EXPERT_COPIES = 2
-"""Of the experts, which no one widens as a whole: PyTorch's stack, and the graph's own bytes."""
-PART_ROWS = 159
-"""Rows of logits that the head alone gives."""
+"""Bytes for each parameter of a part that is compared alone: PyTorch's in FP32, the rounding baseline's, the graph's
+and its FP32 emulation's. Experts are never widened as a whole: PyTorch's stack, and the graph's own bytes."""
+LOGITS_BYTES = 6 * 8
+"""Bytes for each logit that a validation holds: float64, four runners' and two copies for the gates."""
+LOGITS_ROWS, PART_LOGITS_ROWS = 511, 159
+"""Rows of logits that a validation, and the head alone, give."""
+CALIBRATION_TOKENS, STEP_TOKENS, ACTIVATIONS = 3000, 1024, 22
+"""Tokens of the built-in text, tokens a step, and rows of the hidden size in FP32 that a layer needs for a token."""
 
-CALIBRATION_TOKENS, STEP_TOKENS = 3000, 1024
-"""Of the built-in text, and those that pass a layer at once."""
-
-ENGINE_MEMORY = 200_000_000
-"""Of TensorRT-RTX 1.7, beside the engine that it builds in memory; the graph's weights are mapped."""
-ENGINE_FILES = 15_000_000
-"""Bytes of the plugin library and of what TensorRT says of an engine."""
-
-LOAD_MEMORY, TENSOR_MEMORY = 25_000_000, 800
-"""Of the program, and of each tensor of the checkpoint, of which half stays; writing takes the other half again."""
-TRACE_MEMORY, LOWER_MEMORY = 275_000_000, 15_000_000
-"""Of PyTorch with the traced graphs, and what writing weights adds."""
+# Files, in bytes
 GRAPH_FILE, GRAPH_LAYER = 35_000, 8_000
-"""Bytes of the graph without weights: the ops' bodies, and each layer's nodes."""
+"""The graph without weights: the ops' bodies, and the nodes of one layer."""
+ENGINE_FILES = 15_000_000
+"""The plugin library, and TensorRT's description of the engine."""
 
-LOAD_SECONDS, TENSOR_SECONDS = 0.05, 10e-6
-"""CPU seconds of reading a checkpoint's headers, and for each of its tensors."""
-QUANTIZE_MEMORY, ACTIVATIONS = 190_000_000, 22
-"""Of PyTorch; and what a layer computes with, in rows of the hidden size in FP32 for each token of a step."""
-QUANTIZE_BASE, EXPERT_SECONDS, CALIBRATE_SECONDS, QUANTIZE_SECONDS = 1.4, 0.013, 36e-12, 6.5e-9
-"""CPU seconds of PyTorch's start, for each expert, for each token and parameter that it passes, and for each
-parameter."""
-IMPORT_SECONDS = 1.25
-"""CPU seconds in which PyTorch and ONNX are loaded, in the trace."""
-KIND_SECONDS = 0.07
-"""And for each kind of layer that is traced."""
-LOWER_SECONDS, LAYER_SECONDS = 0.04, 0.005
-"""CPU seconds of the graph's bodies, and of each layer's nodes."""
-READ_SECONDS, WRITE_SECONDS, CAST_SECONDS = 0.19e-9, 0.31e-9, 0.16e-9
-"""CPU seconds a byte of weights: read and judged; written; and written of those that change their dtype."""
-PIECE_BYTES, PIECE_SECONDS = 4 << 20, 45e-6
-"""What is read and written at once, and CPU seconds for each and for each tensor, a hole too."""
-BUNDLE_SECONDS, HASH_SECONDS = 0.15, 0.62e-9
-"""CPU seconds of the report's pages, and for each byte that is hashed."""
-BUNDLE_MEMORY = 70_000_000
-"""What stays of a validation."""
-VALIDATE_SECONDS = {"fp32": 0.13e-6, "fp16": 0.21e-6, "bf16": 0.21e-6, "fp8": 0.21e-6}
-"""CPU seconds a parameter, and VALIDATE_BASE for the steps themselves: of a dense model and one of experts."""
-VALIDATE_BASE = 6.0
-KERNELS, KERNEL_SECONDS, LINK_SECONDS = 48, 0.27, 5.0
-"""Kernels of one SM and dtype, CPU seconds for each that is not in the cache, and those of linking them."""
-WORKER_MEMORY = 200_000_000
-"""Of a process that compiles kernels, one a core."""
-ENGINE_BASE_SECONDS, ENGINE_SECONDS = 1.4, 4.6e-9
-"""CPU seconds of TensorRT-RTX's builder, and for each byte of weights."""
+# Rates, in CPU seconds of the machine of docs/performance.md
+BYTES_A_SECOND = 1e9
+"""Weights that are read, converted and written, or hashed."""
+VALIDATED_A_SECOND = 5e6
+"""Parameters that are validated, or that calibration runs all its tokens through."""
+KERNELS_SECONDS, ENGINE_BYTES_A_SECOND = 15.0, 2e8
+"""Compiling and linking the kernels of one GPU generation and dtype; weights that become an engine."""
+START_SECONDS, VALIDATION_SECONDS = 2.0, 10.0
+"""Imports and fixed work of each stage after the first; a validation's steps, whatever the model's size."""
 
 WITHOUT_WHOLE_STEPS = (
-    "--no-validate builds without it; then nemo-export validate --layers-alone takes a layer at a time"
+    "--no-validate skips it; then nemo-export validate --layers-alone takes one layer at a time"
 )
-"""What to do where a validation does not fit."""
 
 
 @dataclass(frozen=True)
 class StageEstimate:
-    """What one stage needs: bytes of memory at its peak, bytes written to disk, and CPU seconds."""
+    """What one stage needs: peak memory, bytes written to disk, and CPU seconds to one significant digit."""
 
     stage: str
     memory_bytes: int
     disk_bytes: int
     cpu_seconds: float
     runtime: str = ""
-    """The only runtime whose builds have it; empty where all have."""
+    """The only runtime whose builds have the stage; empty if all have it."""
 
 
-@dataclass(frozen=True)
-class Quantizing:
-    """What making an FP8 checkpoint depends on, which a build begins with where its own is none."""
-
-    active_parameters: int
-    """Of the layers, those that a token passes."""
-    num_experts: int
-    """Of all layers."""
-    memory_bytes: int
-    """Of the largest part that is in memory at once, with what it computes with."""
-    written_bytes: int
+def num_parameters(sources: Iterable[WeightSource]) -> int:
+    """Elements of all stored tensors."""
+    return sum(math.prod(tensor.shape) for source in sources for tensor in source.tensors)
 
 
-@dataclass(frozen=True)
-class Work:
-    """What the cost of a build depends on; bytes are those of weights."""
-
-    num_tensors: int
-    num_built: int
-    """Tensors that the graph is built from: with the scales of those that are quantized before."""
-    layers: tuple[str, ...]
-    parameters: int
-    vocab_size: int
-    precision: str
-    graph_bytes: int
-    read_bytes: int
-    """Without holes of a sparse checkpoint, as the two below."""
-    written_bytes: int
-    """To the graph's data file, what fills its pages included."""
-    cast_bytes: int
-    """Of them, those that are stored in another dtype."""
-    bundle_bytes: int
-    """Of the files with weights in the bundle, the linked ones as a whole."""
-    quantizing: Quantizing | None
-    engines: Mapping[str, int]
-    """Runtimes whose engines can be built → SMs for which kernels are to be compiled before that."""
+def num_active_parameters(config: ModelConfig, sources: Iterable[WeightSource]) -> int:
+    """Parameters that one token passes: of the routed experts only those that it is routed to."""
+    idle = config.n_routed_experts - config.num_experts_per_tok
+    expert = 2 * config.moe_intermediate_size * config.expert_size
+    return num_parameters(sources) - config.layers.count("moe") * idle * expert
 
 
-def work(
+def graph_bytes(model: LoadedModel, precision: str) -> int:
+    """Bytes of the graph's weights; the few that stay in FP32 are counted like the others."""
+    return num_parameters(model.weights.values()) * WEIGHT_BYTES[precision]
+
+
+def num_references(precision: str, layers: Sequence[str]) -> float:
+    """FP32 copies of the weights that a validation holds at once.
+
+    With experts, the rounding baseline (half the size) stays in memory next to a reference with forced routing.
+    """
+    return 1.5 if precision != "fp32" and "moe" in layers else 1.0
+
+
+def check_memory(model: LoadedModel, *, hint: str, copies: float = 1.0) -> None:
+    """Raise UsageError if `copies` FP32 copies of the model in PyTorch need more memory than the machine has."""
+    parameters = copies * num_parameters(model.weights.values())
+    memory = _validation_memory(parameters, model.config.vocab_size)
+    _check_available(memory, "the comparison with PyTorch", UsageError, hint)
+
+
+def check_part_memory(model: LoadedModel, precision: str) -> None:
+    """Raise UsageError if comparing the largest part alone with PyTorch needs more memory than the machine has."""
+
+    def size(part: str, is_expert: bool, source: WeightSource) -> int:
+        per_parameter = 2 * WEIGHT_BYTES[precision] if is_expert else PART_BYTES[precision]
+        return per_parameter * num_parameters([source])
+
+    parts = _bytes_by_part(model.weights, size)
+    parts[HEAD] += LOGITS_BYTES * PART_LOGITS_ROWS * model.config.vocab_size
+    ((largest, num_bytes),) = parts.most_common(1)
+    what = f"comparing {largest} alone with PyTorch"
+    _check_available(VALIDATION_MEMORY + num_bytes, what, UsageError, "use a machine with more")
+
+
+def check_engine_memory(weight_bytes: int) -> None:
+    """Raise CompileError if building an engine of so many bytes needs more memory than the machine has."""
+    hint = "--runtime onnx builds the bundle without engines"
+    _check_available(ENGINE_MEMORY + weight_bytes, "building the engine", CompileError, hint)
+
+
+def _check_available(num_bytes: int, what: str, error: type[ExportError], hint: str) -> None:
+    available = memory_bytes()
+    if num_bytes > available:
+        raise error(
+            f"{what} needs about {num_bytes / 1e9:.3g} GB of memory, this machine has {available / 1e9:.3g} GB",
+            hint=hint,
+        )
+
+
+def _validation_memory(parameters: float, vocab_size: int) -> int:
+    return int(VALIDATION_MEMORY + WEIGHTS_IN_FP32 * parameters + LOGITS_BYTES * LOGITS_ROWS * vocab_size)
+
+
+def _bytes_by_part(
+    sources: Mapping[str, WeightSource], size: Callable[[str, bool, WeightSource], int]
+) -> Counter[str]:
+    """Part of the model → sum of `size(part, is_expert, source)` over its parameters."""
+    parts: Counter[str] = Counter()
+    for name, source in sources.items():
+        if parsed := LayerName.parse(name):
+            is_expert = name.endswith((f".{EXPERTS}.up", f".{EXPERTS}.down"))
+            parts[parsed.part] += size(parsed.part, is_expert, source)
+    return parts
+
+
+def stages(
     config: ModelConfig,
     sources: Mapping[str, WeightSource],
     num_tensors: int,
@@ -154,219 +164,109 @@ def work(
     link: bool,
     is_stored: bool,
     engines: Mapping[str, int],
-) -> Work:
-    """What a build of the sources has to do; `is_stored` if the files that they name are there to be looked at."""
-    import torch
+) -> tuple[StageEstimate, ...]:
+    """Each stage of a build, in order.
 
+    `is_stored` says that the sources' files exist, so that holes of sparse files are not counted; `engines` maps a
+    runtime whose engines can be built here to the number of GPU generations whose kernels must be compiled first.
+    """
     from nemotrt.exporter.checkpoint import weights
     from nemotrt.exporter.lowering import external_data
 
-    placed = external_data.lay_out(
-        weights.wanted(config, sources, getattr(torch, COMPUTE_DTYPES[precision])), link=link
-    )
-    own = [one for one in placed if one.linked is None]
-    changed = [one for one in own if any(getattr(torch, t.dtype) != one.dtype for t in one.source.tensors)]
-    quantized = [one for one in changed if one.dtype.itemsize == BYTES["fp8"]]
-    cast = [one for one in changed if one.dtype.itemsize != BYTES["fp8"]]
-    linked = {one.linked for one in placed if one.linked is not None}
+    dtype = COMPUTE_DTYPES[precision].torch
+    layout = external_data.lay_out(weights.wanted(config, sources, dtype), link=link)
+    copied = [placed for placed in layout if placed.linked is None]
+    quantized = [placed for placed in copied if _is_quantized_here(placed)]
     count = external_data.num_real if is_stored else _length
-    return Work(
-        num_tensors=num_tensors,
-        num_built=num_tensors + 2 * sum(len(one.source.tensors) for one in quantized),
-        layers=config.layers,
-        parameters=num_parameters(tensor for source in sources.values() for tensor in source.tensors),
-        vocab_size=config.vocab_size,
-        precision=precision,
-        graph_bytes=_length(placed),
-        read_bytes=count(placed),
-        written_bytes=count(own) + external_data.end_of(own) - _length(own),
-        cast_bytes=count(cast),
-        bundle_bytes=external_data.end_of(placed) + sum(path.stat().st_size for path in linked if is_stored),
-        quantizing=_quantizing(config, sources, quantized) if quantized else None,
-        engines=engines,
+    written = count(copied) + external_data.end_of(copied) - _length(copied)
+    weight_bytes, parameters = _length(layout), num_parameters(sources.values())
+    # Quantization adds two scales to each tensor.
+    graph_tensors = num_tensors + 2 * sum(len(placed.source.tensors) for placed in quantized)
+    program = PROGRAM_MEMORY + TENSOR_MEMORY * graph_tensors
+    linked = {placed.linked for placed in layout if placed.linked is not None}
+    hashed = external_data.end_of(layout) + sum(path.stat().st_size for path in linked if is_stored)
+    estimates = [_estimate("load", LOAD_MEMORY + TENSOR_MEMORY * num_tensors, seconds=0.0)]
+    if quantized:
+        estimates.append(_quantize_stage(config, sources, quantized))
+    estimates += [
+        _estimate("trace", program),
+        _estimate(
+            "lower",
+            program,
+            written + GRAPH_FILE + GRAPH_LAYER * len(config.layers),
+            seconds=START_SECONDS + (count(layout) + written) / BYTES_A_SECOND,
+        ),
+    ]
+    for runtime, num_sms in engines.items():
+        estimates += _engine_stages(
+            program, weight_bytes, num_sms * (2 if precision == "fp8" else 1), runtime
+        )
+    references = num_references(precision, config.layers)
+    estimates += [
+        _estimate(
+            "validate",
+            _validation_memory(references * parameters, config.vocab_size),
+            seconds=VALIDATION_SECONDS + parameters / VALIDATED_A_SECOND,
+        ),
+        _estimate("bundle", program, seconds=START_SECONDS + hashed / BYTES_A_SECOND),
+    ]
+    for runtime in engines:
+        seconds = START_SECONDS + (hashed + weight_bytes) / BYTES_A_SECOND
+        estimates.append(_estimate("bundle", program, seconds=seconds, runtime=runtime))
+    return tuple(estimates)
+
+
+def _estimate(
+    stage: str, memory: int, written: int = 0, *, seconds: float = START_SECONDS, runtime: str = ""
+) -> StageEstimate:
+    return StageEstimate(stage, memory, written, float(f"{seconds:.1g}"), runtime)
+
+
+def _quantize_stage(
+    config: ModelConfig, sources: Mapping[str, WeightSource], quantized: Sequence[Placed]
+) -> StageEstimate:
+    """Calibration holds one part in FP32 at a time; stacks of experts and embeddings stay in their stored dtype."""
+
+    def size(part: str, is_expert: bool, source: WeightSource) -> int:
+        return _stored(source) if is_expert or part == EMBEDDINGS else 4 * num_parameters([source])
+
+    parts = _bytes_by_part(sources, size)
+    del parts[HEAD]
+    row_bytes = 4 * config.hidden_size
+    for part in parts:
+        parts[part] += 0 if part == EMBEDDINGS else ACTIVATIONS * STEP_TOKENS * row_bytes
+    saved = sum(_stored(placed.source) - placed.length for placed in quantized)
+    return _estimate(
+        "quantize",
+        QUANTIZE_MEMORY + max(parts.values()) + CALIBRATION_TOKENS * row_bytes,
+        sum(map(_stored, sources.values())) - saved,
+        seconds=START_SECONDS + num_active_parameters(config, sources.values()) / VALIDATED_A_SECOND,
     )
 
 
-def _quantizing(
-    config: ModelConfig, sources: Mapping[str, WeightSource], quantized: Iterable[Placed]
-) -> Quantizing:
-    """Of a model whose `quantized` weights become FP8; stacks of experts and embeddings are held as they are stored."""
-    used = config.num_experts_per_tok / max(1, config.n_routed_experts)
-    activations = 4 * config.hidden_size * ACTIVATIONS * STEP_TOKENS
-    active, written = 0.0, 0
-    parts: dict[str, int] = {}
-    for name, source in sources.items():
-        count, place, length = num_parameters(source.tensors), _place(name), _stored_length(source)
-        written += length
-        if place != "head":
-            is_as_stored = _is_expert(name) or place == "embeddings"
-            parts.setdefault(place, 0 if place == "embeddings" else activations)
-            parts[place] += length if is_as_stored else 4 * count
-        if place.startswith("layers."):
-            active += count * (used if _is_expert(name) else 1)
-    written -= sum(_stored_length(one.source) - one.length for one in quantized)
-    return Quantizing(
-        active_parameters=int(active),
-        num_experts=config.layers.count("moe") * config.n_routed_experts,
-        memory_bytes=max(parts.values()) + 4 * config.hidden_size * CALIBRATION_TOKENS,
-        written_bytes=written,
-    )
+def _engine_stages(memory: int, weight_bytes: int, num_kernel_sets: int, runtime: str) -> list[StageEstimate]:
+    """`memory` is that of the process itself. Kernels without a linked library count as not yet compiled."""
+    workers = KERNEL_WORKER_MEMORY * num_cores() if num_kernel_sets else 0
+    return [
+        _estimate("kernels", memory + workers, seconds=KERNELS_SECONDS * num_kernel_sets, runtime=runtime),
+        _estimate(
+            "compile",
+            memory + ENGINE_MEMORY + weight_bytes,
+            weight_bytes + ENGINE_FILES,
+            seconds=START_SECONDS + weight_bytes / ENGINE_BYTES_A_SECOND,
+            runtime=runtime,
+        ),
+    ]
 
 
-def _stored_length(source: WeightSource) -> int:
+def _is_quantized_here(placed: Placed) -> bool:
+    fp8 = DType.FLOAT8_E4M3
+    return placed.dtype == fp8.torch and any(tensor.dtype != fp8 for tensor in placed.source.tensors)
+
+
+def _stored(source: WeightSource) -> int:
     return sum(tensor.length for tensor in source.tensors)
 
 
-def _place(name: str) -> str:
-    """The part that a parameter belongs to: `layers.7`, `embeddings` or `head`."""
-    found = re.match(r"backbone\.(layers\.\d+|embeddings)\.", name)
-    return found[1] if found else "head"
-
-
-def _is_expert(name: str) -> bool:
-    return name.endswith((".experts.up", ".experts.down"))
-
-
-def _length(placed: Iterable[Placed]) -> int:
-    return sum(one.length for one in placed)
-
-
-def num_parameters(tensors: Iterable[StoredTensor]) -> int:
-    """Elements of all tensors together."""
-    return sum(math.prod(tensor.shape) for tensor in tensors)
-
-
-def graph_bytes(model: LoadedModel, precision: str) -> int:
-    """Bytes of the graph's weights, the FP32 ones counted as the others: they are a few rows each."""
-    return _parameters_of(model) * BYTES[precision]
-
-
-def check_memory(model: LoadedModel, *, hint: str, copies: float = 1.0) -> None:
-    """Raise UsageError when so many copies in PyTorch, in FP32, need more memory than there is."""
-    parameters = int(copies * _parameters_of(model))
-    wanted, there = _validate_memory(parameters, model.config.vocab_size), memory_bytes()
-    if wanted > there:
-        raise UsageError(
-            f"the comparison with PyTorch needs about {wanted / 1e9:.3g} GB of memory,"
-            f" this machine has {there / 1e9:.3g} GB",
-            hint=hint,
-        )
-
-
-def check_part_memory(model: LoadedModel, precision: str) -> None:
-    """Raise UsageError when comparing the largest part with PyTorch, alone, needs more memory than there is."""
-    parts: dict[str, int] = {}
-    for name, weight in model.weights.items():
-        place = _place(name)
-        per_parameter = EXPERT_COPIES * BYTES[precision] if _is_expert(name) else PART_BYTES[precision]
-        parts[place] = parts.get(place, 0) + per_parameter * num_parameters(weight.tensors)
-    parts["head"] += LOGITS_COPIES * PART_ROWS * model.config.vocab_size * 8
-    largest = max(parts, key=lambda place: parts[place])
-    wanted, there = BASE_MEMORY + parts[largest], memory_bytes()
-    if wanted > there:
-        raise UsageError(
-            f"comparing {largest} alone with PyTorch needs about {wanted / 1e9:.3g} GB of memory,"
-            f" this machine has {there / 1e9:.3g} GB",
-            hint="use a machine with more",
-        )
-
-
-def _parameters_of(model: LoadedModel) -> int:
-    return num_parameters(tensor for weight in model.weights.values() for tensor in weight.tensors)
-
-
-def num_references(precision: str, layers: Sequence[str]) -> float:
-    """Copies of the weights in FP32 that a validation has side by side.
-
-    With experts, the model whose loss is measured stays, at half the size, beside a reference on its choices.
-    """
-    return 1.5 if precision != "fp32" and "moe" in layers else 1.0
-
-
-def _validate_memory(parameters: float, vocab_size: int) -> int:
-    logits = LOGITS_COPIES * LOGITS_ROWS * vocab_size * 8
-    return int(BASE_MEMORY + RUNNER_MEMORY * 4 * parameters + logits)
-
-
-def engine_memory(weight_bytes: int) -> int:
-    """Bytes that the builder of an engine with so many bytes of weights has at its peak, the mapped graph left out."""
-    return ENGINE_MEMORY + weight_bytes
-
-
-def check_engine_memory(weight_bytes: int) -> None:
-    """Raise CompileError when building the engine needs more memory than there is."""
-    wanted, there = engine_memory(weight_bytes), memory_bytes()
-    if wanted > there:
-        raise CompileError(
-            f"building the engine needs about {wanted / 1e9:.3g} GB of memory, this machine has {there / 1e9:.3g} GB",
-            hint="--runtime onnx builds the bundle without engines",
-        )
-
-
-def stages(work: Work) -> tuple[StageEstimate, ...]:
-    """Each stage of a build, in order."""
-    read, tensors = TENSOR_MEMORY * work.num_tensors, TENSOR_MEMORY * work.num_built
-    lower = tensors + TRACE_MEMORY + LOWER_MEMORY
-    bundle = lower + BUNDLE_MEMORY
-    num_layers, kinds = len(work.layers), len(set(work.layers))
-    written = work.written_bytes + GRAPH_FILE + GRAPH_LAYER * num_layers
-    streamed = (
-        PIECE_SECONDS * (work.num_built + work.graph_bytes / PIECE_BYTES)
-        + READ_SECONDS * work.read_bytes
-        + WRITE_SECONDS * work.written_bytes
-        + CAST_SECONDS * work.cast_bytes
-    )
-    bundles = [
-        ("", work.bundle_bytes),
-        *((runtime, work.bundle_bytes + work.graph_bytes) for runtime in work.engines),
-    ]
-    return (
-        StageEstimate("load", LOAD_MEMORY + read, 0, LOAD_SECONDS + TENSOR_SECONDS * work.num_tensors),
-        *_quantize_stage(work.quantizing, work.parameters),
-        StageEstimate("trace", tensors // 2 + TRACE_MEMORY, 0, IMPORT_SECONDS + KIND_SECONDS * kinds),
-        StageEstimate("lower", lower, written, LOWER_SECONDS + LAYER_SECONDS * num_layers + streamed),
-        *(
-            stage
-            for runtime, sms in work.engines.items()
-            for stage in _engine_stages(work, runtime, sms, lower)
-        ),
-        StageEstimate(
-            "validate",
-            _validate_memory(work.parameters * num_references(work.precision, work.layers), work.vocab_size),
-            0,
-            VALIDATE_BASE + VALIDATE_SECONDS[work.precision] * work.parameters,
-        ),
-        *(
-            StageEstimate("bundle", bundle, 0, BUNDLE_SECONDS + HASH_SECONDS * hashed, runtime)
-            for runtime, hashed in bundles
-        ),
-    )
-
-
-def _quantize_stage(work: Quantizing | None, parameters: int) -> Iterator[StageEstimate]:
-    if work:
-        seconds = (
-            QUANTIZE_BASE
-            + EXPERT_SECONDS * work.num_experts
-            + CALIBRATE_SECONDS * CALIBRATION_TOKENS * work.active_parameters
-            + QUANTIZE_SECONDS * parameters
-        )
-        yield StageEstimate("quantize", QUANTIZE_MEMORY + work.memory_bytes, work.written_bytes, seconds)
-
-
-def _engine_stages(work: Work, runtime: str, num_sms: int, memory: int) -> tuple[StageEstimate, ...]:
-    """Of a process that has so much memory itself. No kernel of an SM without a library is taken to be in the cache."""
-    kernels = KERNELS * num_sms * (2 if work.precision == "fp8" else 1)
-    workers = WORKER_MEMORY * num_cores() if kernels else 0
-    seconds = KERNEL_SECONDS * kernels + LINK_SECONDS if kernels else 0
-    engine = work.graph_bytes
-    return (
-        StageEstimate("kernels", memory + workers, 0, seconds, runtime),
-        StageEstimate(
-            "compile",
-            memory + engine_memory(engine),
-            engine + ENGINE_FILES,
-            ENGINE_BASE_SECONDS + ENGINE_SECONDS * engine,
-            runtime,
-        ),
-    )
+def _length(layout: Iterable[Placed]) -> int:
+    return sum(placed.length for placed in layout)

@@ -21,7 +21,7 @@ FLAGS: dict[str, tuple[tuple[str, ...], str]] = {
         "nvidia/Nemotron-Nano does not exist; .*nothing is downloaded here, name a local folder",
     ),
     "path-is-a-file": (("verify", "checkpoint/config.json"), "config.json is not a folder"),
-    "path-is-neither": (("inspect", "."), "is no checkpoint, ONNX file or bundle"),
+    "path-is-neither": (("inspect", "."), "is not a checkpoint, an ONNX file or a bundle"),
     "option-unknown": ((*BUILD, "--presicion", "fp16"), "No such option.*--presicion"),
     "command-unknown": (("biuld", "checkpoint"), "No such command .*biuld"),
     "output-not-given": (("build", "checkpoint"), "Missing option '--output'"),

@@ -1,4 +1,4 @@
-"""What `check` says that a build needs, against a build: what does not depend on the machine."""
+"""The estimates of `check` against a real build, for everything that does not depend on the machine's speed."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ from nemotrt.exporter.checkpoint.safetensors_reader import SINGLE
 from nemotrt.exporter.config import BuildConfig
 from nemotrt.exporter.engines import plugin_library
 from nemotrt.exporter.lowering.external_data import data_path
-from nemotrt.exporter.pipelines import build, estimates
-from nemotrt.exporter.pipelines import check as checks
+from nemotrt.exporter.pipelines import build, check, estimates
 from nemotrt.exporter.pipelines.estimates import StageEstimate
 from nemotrt.exporter.pipelines.quantize import Quantization, quantize_checkpoint
 
@@ -24,17 +23,18 @@ ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "scripts" / "estimates.py"
 EXAMPLE = ROOT / "examples" / "tiny"
 WIDER = {"hidden_size": 256, "vocab_size": 2048}
-"""Weights that take more place than the graph's nodes."""
+"""Large enough that weights take more space than the graph's nodes."""
 
 
 def estimated(checkpoint: Path, precision: str = "", **options: Any) -> dict[str, StageEstimate]:
-    found = checks.check(checks.of_folder(checkpoint), precision, Path(), runtime="onnx", **options)
-    return {stage.stage: stage for stage in found.estimates}
+    headers = check.read_headers(checkpoint)
+    result = check.check(headers, precision, **{"runtime": "onnx", **options})
+    return {stage.stage: stage for stage in result.estimates}
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 @pytest.mark.parametrize("how", ["copy", "link"])
-def test_what_is_written(tmp_path: Path, precision: str, how: str) -> None:
+def test_bytes_written_are_exact_except_for_the_nodes(tmp_path: Path, precision: str, how: str) -> None:
     checkpoint = write_checkpoint(tmp_path / "checkpoint", **WIDER)
     config = BuildConfig(
         checkpoint, tmp_path / "out", precision=precision, runtime="onnx", weights=how, validate=False
@@ -49,51 +49,48 @@ def test_what_is_written(tmp_path: Path, precision: str, how: str) -> None:
     assert stage.disk_bytes - nodes == data_path(graph).stat().st_size
 
 
-def test_a_table_is_estimated_as_the_folder_that_it_is_of(checkpoint: Path, tmp_path: Path) -> None:
-    folder = checks.of_folder(checkpoint)
+def test_a_table_gives_the_estimates_of_its_checkpoint(checkpoint: Path, tmp_path: Path) -> None:
+    headers = check.read_headers(checkpoint)
     names = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
-    table = {name: [names[tensor.dtype], tensor.shape] for name, tensor in folder.stored.items()}
+    table = {name: [names[tensor.dtype], tensor.shape] for name, tensor in headers.stored.items()}
     (tmp_path / "table.json").write_text(json.dumps(table))
-    subject = checks.of_table(checkpoint / "config.json", tmp_path / "table.json")
-    assert checks.check(subject, "", Path()).estimates == checks.check(folder, "", Path()).estimates
+    from_table = check.read_table(checkpoint / "config.json", tmp_path / "table.json")
+    assert check.check(from_table).estimates == check.check(headers).estimates
 
 
-def test_engines_are_estimated_for_runtimes_that_build_here(
+def test_runtimes_that_build_here_have_their_own_stages(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checks, "engines", lambda *_: {"tensorrt-rtx": 2})
-    found = checks.check(checks.of_folder(checkpoint), "", Path()).estimates
-    engines = [(stage.stage, stage.runtime) for stage in found if stage.runtime]
+    monkeypatch.setattr(check, "buildable_engines", lambda *_: {"tensorrt-rtx": 2})
+    stages = check.check(check.read_headers(checkpoint)).estimates
+    engines = [(stage.stage, stage.runtime) for stage in stages if stage.runtime]
     assert engines == [(name, "tensorrt-rtx") for name in ("kernels", "compile", "bundle")]
-    alone = next(stage for stage in found if stage.stage == "lower").memory_bytes
-    assert (
-        next(stage for stage in found if stage.stage == "compile").memory_bytes
-        > alone + estimates.ENGINE_MEMORY
-    )
+    memory = {stage.stage: stage.memory_bytes for stage in stages}
+    assert memory["compile"] > memory["lower"] + estimates.ENGINE_MEMORY
 
 
-def test_memory_of_a_build(tmp_path: Path) -> None:
+def test_memory_of_a_build() -> None:
     """In a process of its own, which has loaded nothing else."""
-    command = [sys.executable, SCRIPT, "run", EXAMPLE, tmp_path / "out", "--runtime", "onnx"]
-    took = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+    command = [sys.executable, SCRIPT, EXAMPLE, "--json"]
+    measured = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
     stages = estimated(EXAMPLE)
-    assert list(stages) == list(took)
+    assert list(stages) == list(measured)
     for name, stage in stages.items():
-        assert stage.memory_bytes == pytest.approx(took[name]["memory_bytes"], rel=0.25), name
+        assert stage.memory_bytes == pytest.approx(measured[name]["memory_bytes"], rel=0.25), name
 
 
-def test_quantizing_is_a_stage_of_its_own(tmp_path: Path) -> None:
+def test_quantization_is_a_stage(tmp_path: Path) -> None:
     stages = estimated(EXAMPLE, "fp8")
     assert list(stages) == ["load", "quantize", "trace", "lower", "validate", "bundle"]
     assert "quantize" not in estimated(EXAMPLE, "fp16")
-    wanted = Quantization(None, "conservative", (), "auto")
-    quantize_checkpoint(EXAMPLE, tmp_path / "fp8", wanted)
+    options = Quantization(None, "conservative", (), "auto")
+    quantize_checkpoint(EXAMPLE, tmp_path / "fp8", options)
     written = (tmp_path / "fp8" / SINGLE).stat().st_size
     assert stages["quantize"].disk_bytes == pytest.approx(written, rel=0.05)
     assert "quantize" not in estimated(tmp_path / "fp8", "fp8")
 
 
-def test_kernels_that_are_linked_already_take_nothing(
+def test_linked_kernels_take_no_time(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = BuildConfig(Path(), Path(), precision="fp16")
@@ -104,7 +101,13 @@ def test_kernels_that_are_linked_already_take_nothing(
     assert plugin_library.is_at_hand(config, (120, 89))
     assert not plugin_library.is_at_hand(config, (89,))
     for missing in (2, 0):
-        monkeypatch.setattr(checks, "engines", lambda *_, missing=missing: {"tensorrt-rtx": missing})
-        found = checks.check(checks.of_folder(checkpoint), "", Path()).estimates
-        kernels = next(stage for stage in found if stage.stage == "kernels")
+        monkeypatch.setattr(check, "buildable_engines", lambda *_, missing=missing: {"tensorrt-rtx": missing})
+        kernels = estimated(checkpoint, runtime="auto")["kernels"]
         assert (kernels.cpu_seconds > 0) == (missing > 0)
+
+
+def test_time_is_an_order_of_magnitude() -> None:
+    """No estimate has more than one significant digit."""
+    stages = estimated(EXAMPLE, "bf16").values()
+    assert len(stages) > 4
+    assert all(stage.cpu_seconds == float(f"{stage.cpu_seconds:.0e}") for stage in stages)

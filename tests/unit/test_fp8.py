@@ -23,7 +23,7 @@ from nemotrt.exporter.checkpoint.quant_config import describe, pattern_matcher
 from nemotrt.exporter.config import BuildConfig
 from nemotrt.exporter.errors import CheckpointError, UsageError
 from nemotrt.exporter.pipelines import build
-from nemotrt.exporter.pipelines.check import check, of_folder
+from nemotrt.exporter.pipelines.check import check, read_headers
 from nemotrt.exporter.pipelines.validate import revalidate
 from nemotrt.exporter.runtime.fp32_emulation import emulate_in_fp32
 from nemotrt.exporter.runtime.graph_file import OnnxGraph
@@ -346,7 +346,7 @@ UNSCALED = "stores no scales for it: 1 is taken"
 
 def test_a_cache_without_scales_is_said_everywhere(tmp_path: Path) -> None:
     checkpoint = nano(tmp_path / "nano")
-    assert [note for note in check(of_folder(checkpoint), "", tmp_path).notes if UNSCALED in note]
+    assert [note for note in check(read_headers(checkpoint)).notes if UNSCALED in note]
     # The first four kinds of Nano's layers would take longer than they tell: layers 5 and 6 have attention and experts.
     config = BuildConfig(checkpoint=checkpoint, output=tmp_path / "b", runtime="onnx", layers="5:7")
     result = build.build(config)
@@ -371,16 +371,16 @@ def test_a_published_checkpoint_can_have_a_bf16_cache(tmp_path: Path) -> None:
 
 
 def test_check_knows_an_fp8_checkpoint(tmp_path: Path) -> None:
-    found = check(of_folder(small(tmp_path / "fp8")), "", tmp_path)
+    found = check(read_headers(small(tmp_path / "fp8")))
     assert (found.is_buildable, found.precision) == (True, "fp8")
     assert "in_proj.weight" in found.dtypes["mamba"]["float8_e4m3fn"]
     assert "kv_cache" in found.dtypes["attention"]["float8_e4m3fn"]
 
 
 def test_check_refuses_fp8_on_a_gpu_without_it(tmp_path: Path) -> None:
-    subject = of_folder(small(tmp_path / "fp8"))
+    headers = read_headers(small(tmp_path / "fp8"))
     with pytest.raises(UsageError, match="SM 86 has no FP8 tensor cores"):
-        check(subject, "", tmp_path, runtime="tensorrt-rtx", sms=(86,))
+        check(headers, runtime="tensorrt-rtx", sms=(86,))
 
 
 def test_a_weight_is_widened_exactly() -> None:

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from nemotrt.exporter.checkpoint.layer_selection import chosen_layers
 from nemotrt.exporter.checkpoint.safetensors_reader import SINGLE
 from nemotrt.exporter.errors import CheckpointError, UsageError
-from nemotrt.exporter.pipelines.check import check, of_folder
+from nemotrt.exporter.pipelines.check import check, read_headers
 from nemotrt.exporter.stages.load import load
 from nemotrt.model.config import ModelConfig
 
@@ -97,7 +97,7 @@ def test_a_tensor_of_no_layer_of_the_model_is_still_too_much(tmp_path: Path) -> 
 
 
 def test_a_check_is_of_the_chosen_layers(checkpoint: Path) -> None:
-    found = check(of_folder(checkpoint, "1,4"), "", checkpoint)
+    found = check(read_headers(checkpoint, "1,4"))
     assert found.is_buildable
     assert found.layers == {1: "moe", 4: "mamba"}
     assert {part.kind: part.num_layers for part in found.parts} == {
@@ -105,4 +105,4 @@ def test_a_check_is_of_the_chosen_layers(checkpoint: Path) -> None:
     }  # fmt: skip
     assert "ssm_state" in found.dtypes["mamba"]["float32"]
     assert any(note.startswith("layers 1, 4 of its checkpoint only") for note in found.notes)
-    assert found.num_parameters < check(of_folder(checkpoint), "", checkpoint).num_parameters
+    assert found.num_parameters < check(read_headers(checkpoint)).num_parameters

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from nemotrt.exporter.config import PRESETS, BuildConfig
 from nemotrt.exporter.errors import UsageError
 from nemotrt.exporter.pipelines import build
-from nemotrt.exporter.pipelines.check import check, of_folder
+from nemotrt.exporter.pipelines.check import check, read_headers
 from nemotrt.exporter.pipelines.validate import revalidate
 from nemotrt.exporter.quantization.presets import exclusions, recipe_of
 from nemotrt.exporter.quantization.text import sequences
@@ -171,7 +171,7 @@ def test_the_dearest_layer_is_found(tmp_path: Path) -> None:
     tensors = load_file(file)
     tensors["backbone.layers.3.mixer.up_proj.input_scale"] /= 100  # most of the input saturates
     save_file(tensors, file)
-    graph, config = lowered(tmp_path / "fp8", tmp_path)
+    graph, config = lowered(tmp_path / "fp8")
     found = text_quality.measure(load(tmp_path / "fp8"), base, config, graph, text, "random")
     assert found.layers[0].name == "layers.3"
     assert found.layers[0].mean_kl > 3 * found.layers[1].mean_kl
@@ -202,7 +202,7 @@ def test_a_text_in_lines_is_one_sequence_a_line(tmp_path: Path) -> None:
 
 
 def test_check_says_what_a_build_would_quantize(tmp_path: Path) -> None:
-    found = check(of_folder(write_checkpoint(tmp_path / "plain")), "fp8", tmp_path)
+    found = check(read_headers(write_checkpoint(tmp_path / "plain")), "fp8")
     assert found.is_buildable
     assert {"up_proj.weight", "down_proj.weight"} <= set(found.dtypes["mlp"]["float8_e4m3fn"])
     assert "kv_cache" in found.dtypes["attention"]["float8_e4m3fn"]
@@ -217,7 +217,7 @@ def test_what_the_example_loses_on_held_out_text(tmp_path: Path, preset: str, lo
     recipe = recipe_of(base.config, preset, (), kv_cache=True, per_output=True)
     (tmp_path / "fp8").mkdir()
     quantize(base, recipe, sequences(TINY, None, base.config.bos_token_id), tmp_path / "fp8")
-    graph, config = lowered(tmp_path / "fp8", tmp_path)
+    graph, config = lowered(tmp_path / "fp8")
     text = sequences(TINY, TINY / "heldout.txt", base.config.bos_token_id)
     found = text_quality.measure(load(tmp_path / "fp8"), base, config, graph, text, "held out")
     failed = {(gate.output, gate.metric) for gate in text_quality.gates(found) if not gate.passed}
