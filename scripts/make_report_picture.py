@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Writes docs/report.svg: the table that `nemo-export validate` shows of a bundle, as a terminal shows it."""
+"""Writes docs/report.svg: the output of `nemo-export validate` in a terminal, as an SVG image."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from nemotrt.exporter.validation.request import ValidationRequest
 
 PICTURE = Path(__file__).resolve().parents[1] / "docs" / "report.svg"
 FORMAT = re.sub(r"@font-face \{\{.*?\}\}\s*", "", CONSOLE_SVG_FORMAT, flags=re.DOTALL)
-"""Rich's frame with the reader's own fonts: a page that loads a picture should load nothing else."""
+"""Rich's SVG template without its web fonts, so that the image loads nothing."""
 
 
 @click.command()
 @click.argument("bundle", type=click.Path(exists=True, path_type=Path))
 @click.option("--checkpoint", type=click.Path(exists=True, path_type=Path), required=True)
 def main(bundle: Path, checkpoint: Path) -> None:
-    """Validate BUNDLE again, and write the picture of its report."""
+    """Validate BUNDLE and write the image of its report."""
     report = revalidate(ValidationRequest(bundle, checkpoint))
     screen = RichConsole(record=True, width=100, file=io.StringIO(), markup=False, highlight=False)
     for item in tables.report(report):

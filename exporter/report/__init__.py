@@ -1,1 +1,1 @@
-"""What a validation found: the data, and its JSON, HTML and JUnit forms."""
+"""The result of a validation: its data, and its JSON, HTML and JUnit forms."""
