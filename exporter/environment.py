@@ -1,9 +1,8 @@
-"""What this machine has and can do, asked once and said in words."""
+"""Facts about this machine and its installed packages, and process-wide settings of its libraries."""
 
 from __future__ import annotations
 
 import ctypes
-import mmap
 import os
 import platform
 from contextlib import suppress
@@ -20,24 +19,19 @@ PACKAGES = (
     "tensorrt-rtx-cu13",
     "tensorrt",
 )
-"""Packages whose versions decide what a build gives."""
+"""Packages whose versions affect the result of a build."""
 
 CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
-"""A container's limit: a number, or `max` (https://docs.kernel.org/admin-guide/cgroup-v2.html)."""
-
-CPU_FLAGS = Path("/proc/cpuinfo")
-MAX_TILE_PALETTE = bytes.fromhex("53 b81d000000 31c9 0fa2 5b c3")
-"""push rbx; mov eax, 0x1d; xor ecx, ecx; cpuid; pop rbx; ret: leaf 1D has the palettes of AMX's tiles."""
-WITHOUT_AMX = ("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_FP16")
+"""A container's memory limit: a number, or `max` (https://docs.kernel.org/admin-guide/cgroup-v2.html)."""
 
 
 def tool_versions() -> dict[str, str]:
-    """The installed ones of PACKAGES → their versions, and Python's."""
-    found = {"python": platform.python_version()}
+    """The versions of Python and of the installed PACKAGES."""
+    versions = {"python": platform.python_version()}
     for package in PACKAGES:
         with suppress(metadata.PackageNotFoundError):
-            found[package] = metadata.version(package)
-    return found
+            versions[package] = metadata.version(package)
+    return versions
 
 
 def machine() -> dict[str, str]:
@@ -46,11 +40,11 @@ def machine() -> dict[str, str]:
 
 
 def memory_bytes() -> int:
-    """Bytes of memory that this process may have: the machine's, or its container's where that is less."""
-    whole = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    """Bytes of memory that this process may use: the machine's, or its container's if that has less."""
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     with suppress(OSError, ValueError):
-        return min(whole, int(CGROUP_LIMIT.read_text()))
-    return whole
+        return min(total, int(CGROUP_LIMIT.read_text()))
+    return total
 
 
 def num_cores() -> int:
@@ -59,34 +53,19 @@ def num_cores() -> int:
 
 
 def give_back_memory() -> None:
-    """Have the C library give the pages that it keeps for later allocations back to the system, where it can.
+    """Return freed memory to the system, if the C library can.
 
-    glibc kept 0.8 GB of what comparing a model of 321 M parameters had freed.
+    After the validation of a model with 321 M parameters, glibc held 0.8 GB of freed memory.
     """
     if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
         trim(0)
 
 
-def hide_unusable_amx() -> None:
-    """Keep PyTorch's oneDNN from AMX where the processor announces it and has no tile palette.
+def disable_amx() -> None:
+    """Keep PyTorch's oneDNN from AMX, unless the user has set ONEDNN_MAX_CPU_ISA; call it before the first product.
 
-    Some virtual machines pass AMX's flags on and not CPUID's leaf 1D. oneDNN then loads palette 0, and its first
-    BF16 product ends the process with an illegal instruction. To be called before that product.
+    The reference then computes alike on every x86 processor with AVX-512. Some virtual machines announce AMX and end
+    the process with an illegal instruction at its first use. The cost: on a processor with AMX, BF16 and FP16 products
+    of the rounding baseline run on AVX-512 units. FP32 products, most of a validation, do not use AMX.
     """
-    if platform.machine() != "x86_64" or not CPU_FLAGS.is_file() or WITHOUT_AMX[0] in os.environ:
-        return
-    if " amx_tile " in CPU_FLAGS.read_text() and _max_tile_palette() == 0:
-        os.environ[WITHOUT_AMX[0]] = WITHOUT_AMX[1]
-
-
-def _max_tile_palette() -> int | None:
-    """CPUID's answer; None where the system runs no code that a program writes."""
-    try:
-        with mmap.mmap(-1, mmap.PAGESIZE, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC) as page:
-            page.write(MAX_TILE_PALETTE)
-            byte = ctypes.c_char.from_buffer(page)
-            palette: int = ctypes.CFUNCTYPE(ctypes.c_uint32)(ctypes.addressof(byte))()
-            del byte  # a page that is looked into cannot be closed
-            return palette
-    except OSError:
-        return None
+    os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_FP16")

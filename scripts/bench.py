@@ -32,10 +32,11 @@ from nemotrt.exporter.lowering import external_data
 from nemotrt.exporter.runtime.session import Session
 from nemotrt.exporter.runtime.step import StepInputs
 from nemotrt.exporter.stages.load import load
-from nemotrt.exporter.stages.lower import Streaming, lower
+from nemotrt.exporter.stages.lower import lower
 from nemotrt.exporter.stages.trace import trace
 from nemotrt.exporter.workspace import sync
 from nemotrt.plugins import onnx_op
+from nemotrt.plugins.contract import DType
 from nemotrt.plugins.selective_scan import SPEC as SCAN
 
 EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "tiny"
@@ -164,7 +165,7 @@ def graph(checkpoint: Path, layers: str) -> None:
     started = time.perf_counter()
     with tempfile.TemporaryDirectory(dir=checkpoint.parent) as folder:
         model = load(checkpoint, layers)
-        lowered = lower(model, trace(model, config), Path(folder) / "model.onnx", Streaming(link=True))
+        lowered = lower(model, trace(model, config), Path(folder) / "model.onnx", link=True)
     seconds = time.perf_counter() - started
     report({"layers": len(model.config.layers), "nodes": lowered.nodes, "seconds": seconds})
 
@@ -172,7 +173,7 @@ def graph(checkpoint: Path, layers: str) -> None:
 def _made_a_hole(path: Path, placed: tuple[external_data.Placed, ...], **_: Any) -> int:
     """As external_data.write, of no byte."""
     with path.open("wb") as file:
-        file.truncate(external_data.end_of(placed))
+        file.truncate(external_data.data_bytes(placed))
     return 0
 
 
@@ -197,8 +198,8 @@ def writing(checkpoint: Path, repeats: int) -> None:
     with tempfile.TemporaryDirectory(dir=checkpoint.parent) as folder:
         calls: dict[str, Callable[[], int]] = {"cp": partial(_copied, checkpoint, Path(folder) / "copy")}
         model = load(checkpoint)
-        for dtype in (torch.bfloat16, torch.float16):
-            placed = external_data.lay_out(weights.wanted(model.config, model.weights, dtype), link=False)
+        for dtype in (DType.BFLOAT16, DType.FLOAT16):
+            placed = external_data.lay_out(weights.parameters(model.config, model.weights, dtype), link=False)
             calls[str(dtype)] = partial(_written, placed, Path(folder) / "data")
         for call in calls.values():
             call()  # of memory that a machine has not used for a while the first pages cost the most
@@ -230,7 +231,7 @@ def _copied(source: Path, target: Path) -> int:
 
 def _written(placed: tuple[external_data.Placed, ...], target: Path) -> int:
     """Real bytes of weights in one data file, on the disk, and then removed."""
-    written = external_data.write(target, placed, advance=lambda _: None, keep=lambda _: None)
+    written = external_data.write(target, placed, advance=lambda _: None, synced=lambda _: None)
     sync(target)
     target.unlink()
     return written

@@ -68,7 +68,7 @@ def record(tensors: dict[str, torch.Tensor]) -> dict[str, dict[str, Any]]:
 
 def main() -> None:
     """Write the record."""
-    environment.hide_unusable_amx()
+    environment.disable_amx()
     with tempfile.TemporaryDirectory() as folder:
         made = {name: record(quantized(preset, Path(folder) / name)) for name, preset in PRESETS.items()}
     RECORD.write_text(

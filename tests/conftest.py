@@ -21,6 +21,6 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def pytest_configure() -> None:
     # Tensors are tiny: a second thread only waits, and the tests run on all cores already.
     torch.set_num_threads(1)
-    environment.hide_unusable_amx()
+    environment.disable_amx()
     # A shell that runs the tests in the background has them ignore Ctrl-C, and so every child that is to answer it.
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -1,1 +1,1 @@
-"""A checkpoint in the Hugging Face layout: read strictly, matched to the model, and written."""
+"""Read, check and write checkpoints in the Hugging Face layout."""

@@ -1,4 +1,4 @@
-"""A checkpoint that is understood: its configuration, and where each parameter's bytes lie."""
+"""A loaded checkpoint: its configuration, and where each parameter's bytes are stored."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from nemotrt.exporter.checkpoint.safetensors_reader import StoredTensor
 from nemotrt.exporter.config import COMPUTE_DTYPES, BuildConfig
 from nemotrt.model.checkpoint import Transform
 from nemotrt.model.config import ModelConfig
+from nemotrt.model.pools import pool_specs
 from nemotrt.plugins.contract import PoolSpec
 
 
 @dataclass(frozen=True)
 class WeightSource:
-    """Where a parameter's bytes lie: one stored tensor, or several that are stacked along a new first axis."""
+    """The stored tensors of a parameter: one, or several that are stacked along a new first axis."""
 
-    parameter: str
     tensors: tuple[StoredTensor, ...]
     transform: Transform
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A checkpoint that is understood and complete; no tensor of it was read."""
+    """A checkpoint whose files and headers have been checked; its tensors have not been read."""
 
     folder: Path
     config: ModelConfig
@@ -31,12 +31,10 @@ class LoadedModel:
     not_exported: tuple[str, ...]
     side_files: tuple[str, ...]
     origin: LoadedModel | None = None
-    """What these weights were quantized from by this tool, where they were."""
+    """The checkpoint that the build quantized these weights from, if it did."""
 
     def pools(self, config: BuildConfig) -> tuple[PoolSpec, ...]:
         """The pools of the graph that `config` asks for, in layer order."""
-        from nemotrt.model.pools import pool_specs
-
         dtype = COMPUTE_DTYPES[config.precision]
         return pool_specs(
             self.config,

@@ -1,59 +1,42 @@
-"""Safetensors files, opened strictly and read in pieces: headers are judged before a byte of data is touched.
+"""Open safetensors files: their headers are checked before any data is read, and data is read in pieces.
 
-The format: 8 bytes of header length, a JSON header {name: {dtype, shape, data_offsets}}, then the tensors' bytes,
-without holes or overlaps (https://huggingface.co/docs/safetensors). Nothing here maps a file, so that memory is
-bounded by the piece that is asked for.
+A file has 8 bytes of header length, a JSON header {name: {dtype, shape, data_offsets}}, and the tensors' bytes without
+gaps or overlaps (https://huggingface.co/docs/safetensors). No file is mapped, so a piece at a time is in memory.
 """
 
 from __future__ import annotations
 
 import gc
-import json
 import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from nemotrt.exporter.errors import CheckpointError
+from nemotrt.exporter.runtime.strict_json import parse_object, read_object
+from nemotrt.plugins.contract import DType
 
 MAX_HEADER_BYTES = 100_000_000
-"""What the safetensors library accepts: a longer header is an attack or a truncation, not a model."""
-
-DTYPES = {
-    "F64": ("float64", 8),
-    "F32": ("float32", 4),
-    "F16": ("float16", 2),
-    "BF16": ("bfloat16", 2),
-    "F8_E4M3": ("float8_e4m3fn", 1),
-    "F8_E5M2": ("float8_e5m2", 1),
-    "F8_E8M0": ("float8_e8m0fnu", 1),
-    "I64": ("int64", 8),
-    "I32": ("int32", 4),
-    "I16": ("int16", 2),
-    "I8": ("int8", 1),
-    "U8": ("uint8", 1),
-    "BOOL": ("bool", 1),
-}
-"""The format's dtype → torch's name and bytes an element."""
+"""The safetensors library's own limit."""
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 LFS_POINTER = b"version https://git-lfs.github.com/"
-"""What a file begins with where Git LFS has not put the content in its place yet."""
+"""The first bytes of a file whose content Git LFS has not downloaded yet."""
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor as it lies in a file: `length` bytes from `offset` on."""
+    """A tensor in a file: its `length` bytes start at `offset`."""
 
     name: str
-    dtype: str
-    """torch's name: bfloat16, float8_e4m3fn."""
+    dtype: DType
     shape: tuple[int, ...]
     path: Path
     offset: int
@@ -61,8 +44,8 @@ class StoredTensor:
 
 
 @contextmanager
-def _uncollected() -> Iterator[None]:
-    """Without looks for garbage: among a large checkpoint's tensors, which are none, they take half the time."""
+def _garbage_collection_off() -> Iterator[None]:
+    """Garbage collection takes half the time of opening a large checkpoint, and finds nothing."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -72,61 +55,60 @@ def _uncollected() -> Iterator[None]:
             gc.enable()
 
 
-@_uncollected()
+@_garbage_collection_off()
 def open_checkpoint(folder: Path) -> dict[str, StoredTensor]:
-    """Every tensor of a checkpoint folder by name, from its index or its one file; no tensor is read.
+    """Every tensor of a checkpoint folder by name, from its index or its single file; no data is read.
 
-    Raises CheckpointError on a missing, truncated or malformed file, a name that two shards hold, an index that
-    points outside the folder or disagrees with its shards, and on checkpoints that only hold pickles.
+    Raises CheckpointError on a missing, truncated or malformed file, a name that two shards contain, an index that
+    points outside the folder or disagrees with its shards, and a checkpoint that only has pickles.
     """
-    if os.path.lexists(folder / INDEX) and os.path.lexists(folder / SINGLE):
+    has_index, has_single = (os.path.lexists(folder / name) for name in (INDEX, SINGLE))
+    if has_index and has_single:
         raise CheckpointError(
             f"{folder} has both {SINGLE} and {INDEX}", hint="remove the one that is not the model's"
         )
-    if os.path.lexists(folder / INDEX):
+    if has_index:
         return _open_index(folder)
-    if os.path.lexists(folder / SINGLE):
+    if has_single:
         return read_header(file_inside(folder, SINGLE))
     pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
     if pickles:
         raise CheckpointError(
-            f"{folder} holds only pickled weights ({pickles[0]}), which can run code when loaded",
+            f"{folder} has only pickled weights ({pickles[0]}), which can run code when loaded",
             hint="convert them with transformers: model.save_pretrained(folder) writes safetensors",
         )
     raise CheckpointError(
         f"{folder} has neither {SINGLE} nor {INDEX}",
-        hint="name a checkpoint folder in the Hugging Face layout",
+        hint="pass a checkpoint folder in the Hugging Face layout",
     )
 
 
 def _open_index(folder: Path) -> dict[str, StoredTensor]:
-    raw = read_json(file_inside(folder, INDEX))
-    weight_map = raw.get("weight_map")
+    weight_map = read_json(file_inside(folder, INDEX)).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
-        raise CheckpointError(f"{INDEX}: weight_map is not a map from tensor to file")
+        raise CheckpointError(f"{INDEX}: weight_map does not map tensors to files")
     tensors: dict[str, StoredTensor] = {}
     for shard in sorted(set(weight_map.values())):
-        found = read_header(file_inside(folder, shard))
-        for name, tensor in found.items():
+        for name, tensor in read_header(file_inside(folder, shard)).items():
             if name in tensors:
                 raise CheckpointError(f"{name} is in two shards: {tensors[name].path.name} and {shard}")
-            if weight_map.get(name) != shard:
-                listed = weight_map.get(name, "nothing")
+            if (listed := weight_map.get(name, "nothing")) != shard:
                 raise CheckpointError(f"{name} is in {shard}, but {INDEX} lists it in {listed}")
             tensors[name] = tensor
     for name, shard in weight_map.items():
         if name not in tensors:
-            raise CheckpointError(f"{INDEX} lists {name} in {shard}, which does not hold it")
+            raise CheckpointError(f"{INDEX} lists {name} in {shard}, which does not contain it")
     return tensors
 
 
 def file_inside(folder: Path, name: str) -> Path:
-    """The file `name` of the folder; a link only where the Hugging Face cache keeps its blobs.
+    """The path of the file `name` in the folder.
 
-    Raises CheckpointError on a path, a missing file, and a link that leads out: a build would copy what it leads to.
+    Raises CheckpointError on a path, a missing file, and a link out of the folder, whose target a build would copy;
+    only links to the blobs of a Hugging Face cache are followed.
     """
     if Path(name).name != name:
-        raise CheckpointError(f"{INDEX} names {name}, which is not a file of {folder}")
+        raise CheckpointError(f"{INDEX} lists {name}, which is not a file of {folder}")
     path = folder / name
     if not path.is_file():
         raise CheckpointError(f"{path} is missing", hint="download the checkpoint again")
@@ -136,45 +118,29 @@ def file_inside(folder: Path, name: str) -> Path:
         if target.parent not in (folder.resolve(), blobs):
             raise CheckpointError(
                 f"{path} is a link to {target}, outside the checkpoint",
-                hint="copy the file into the folder; only links into a Hugging Face cache's blobs are followed",
+                hint="copy the file into the folder; only links to a Hugging Face cache's blobs are followed",
             )
     return path
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object without duplicate keys; raises CheckpointError that names the file and the place."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique_keys)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{path} is not a JSON object")
-    return found
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        names = [name for name, _ in pairs]
-        duplicate = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"duplicate key {duplicate}")
-    return found
+    """The JSON object in a file of the checkpoint; raises CheckpointError as `read_object` does."""
+    return read_object(path, CheckpointError)
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
-    """Every tensor of one file by name; raises CheckpointError that names the file and what is wrong with it."""
+    """Every tensor of one file by name; raises CheckpointError that names the file and the problem."""
     return read_header_and_metadata(path)[0]
 
 
 def read_header_and_metadata(path: Path) -> tuple[dict[str, StoredTensor], dict[str, Any]]:
-    """As `read_header`, and the text that the file's writer put beside the tensors."""
+    """As `read_header`, together with the header's `__metadata__`."""
     size = path.stat().st_size
     with path.open("rb") as file:
         prefix = file.read(8)
         if prefix == LFS_POINTER[:8]:
             raise CheckpointError(
-                f"{path} is Git LFS's pointer to the weights, not the weights",
-                hint="git lfs pull fetches them",
+                f"{path} is a Git LFS pointer, not the weights", hint="run git lfs pull in the folder"
             )
         header_bytes = int.from_bytes(prefix, "little")
         if len(prefix) < 8 or header_bytes > size - 8:
@@ -182,12 +148,7 @@ def read_header_and_metadata(path: Path) -> tuple[dict[str, StoredTensor], dict[
         if header_bytes > MAX_HEADER_BYTES:
             raise CheckpointError(f"{path} has a header of {header_bytes} bytes, over {MAX_HEADER_BYTES}")
         text = file.read(header_bytes)
-    try:
-        header = json.loads(text, object_pairs_hook=_unique_keys)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} has a malformed header: {error}", hint="download it again") from error
-    if not isinstance(header, dict):
-        raise CheckpointError(f"{path} has a header that is not a JSON object")
+    header = parse_object(text, f"the header of {path}", partial(CheckpointError, hint="download it again"))
     metadata = header.pop("__metadata__", None)
     tensors = {name: _stored(path, name, entry, 8 + header_bytes) for name, entry in header.items()}
     _check_layout(path, tensors, 8 + header_bytes, size)
@@ -196,46 +157,46 @@ def read_header_and_metadata(path: Path) -> tuple[dict[str, StoredTensor], dict[
 
 def _stored(path: Path, name: str, entry: Any, data_start: int) -> StoredTensor:
     try:
-        dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-        numbers = [*shape, begin, end]
+        shape, (begin, end) = tuple(entry["shape"]), entry["data_offsets"]
+        dtype, numbers = str(entry["dtype"]), [*shape, begin, end]
     except (TypeError, KeyError, ValueError) as error:
         raise CheckpointError(f"{path}: {name} has no dtype, shape or data_offsets") from error
     if not all(type(number) is int and number >= 0 for number in numbers):
-        raise CheckpointError(f"{path}: {name} has a shape or offset that is not a count")
-    if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise CheckpointError(
-            f"{path}: {name} has dtype {dtype}, which is not known", hint="known: " + " ".join(DTYPES)
-        )
-    torch_name, width = DTYPES[dtype]
-    if end - begin != math.prod(shape) * width:
+        raise CheckpointError(f"{path}: {name} has a shape or offset that is not a non-negative integer")
+    try:
+        known_dtype = DType.from_safetensors(dtype)
+    except ValueError as error:
+        known = " ".join(dtype.safetensors for dtype in DType)
+        raise CheckpointError(f"{path}: {name} has unknown dtype {dtype}", hint=f"known: {known}") from error
+    if end - begin != math.prod(shape) * known_dtype.itemsize:
         raise CheckpointError(f"{path}: {name} is {dtype} {list(shape)}, but its bytes are {begin} to {end}")
-    return StoredTensor(name, torch_name, shape, path, data_start + begin, end - begin)
+    return StoredTensor(name, known_dtype, shape, path, data_start + begin, end - begin)
 
 
 def _check_layout(path: Path, tensors: dict[str, StoredTensor], data_start: int, size: int) -> None:
     position = data_start
     for tensor in sorted(tensors.values(), key=lambda tensor: (tensor.offset, tensor.length)):
         if tensor.offset != position:
-            what = "overlaps another tensor" if tensor.offset < position else "leaves a hole before it"
+            what = "overlaps another tensor" if tensor.offset < position else "leaves a gap before it"
             raise CheckpointError(f"{path}: {tensor.name} {what}")
         position += tensor.length
     if position > size:
         raise CheckpointError(
-            f"{path} is truncated: {size} bytes, its header promises {position}", hint="download it again"
+            f"{path} is truncated: it has {size} bytes, its header promises {position}",
+            hint="download it again",
         )
     if position < size:
         raise CheckpointError(f"{path} has {size - position} bytes that belong to no tensor")
 
 
 def read_pieces(tensor: StoredTensor, piece_bytes: int) -> Iterator[bytearray]:
-    """The tensor's bytes in order, in pieces of at most `piece_bytes`; a piece is the caller's to keep."""
+    """The tensor's bytes in order, in pieces of at most `piece_bytes`; the caller owns each piece."""
     with tensor.path.open("rb", buffering=0) as file:
         file.seek(tensor.offset)
-        left = tensor.length
-        while left:
-            piece = bytearray(min(piece_bytes, left))
-            read = file.readinto(piece)
-            if read != len(piece):
+        remaining = tensor.length
+        while remaining:
+            piece = bytearray(min(piece_bytes, remaining))
+            if file.readinto(piece) != len(piece):
                 raise CheckpointError(f"{tensor.path} ended while {tensor.name} was read")
             yield piece
-            left -= read
+            remaining -= len(piece)

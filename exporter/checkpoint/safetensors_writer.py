@@ -1,4 +1,4 @@
-"""Safetensors files, written a piece at a time: sizes are known before any value is."""
+"""Write safetensors files piece by piece: all sizes are known before any value is."""
 
 from __future__ import annotations
 
@@ -8,31 +8,33 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from nemotrt.exporter.checkpoint.safetensors_reader import DTYPES, INDEX, SINGLE
+from nemotrt.exporter.checkpoint.safetensors_reader import INDEX, SINGLE
+from nemotrt.plugins.contract import DType
 
 SHARD_BYTES = 5_000_000_000
-"""As transformers cuts them."""
+"""The size of the shards that transformers writes."""
 
-NAMES = {torch_name: (name, width) for name, (torch_name, width) in DTYPES.items()}
+METADATA = {"format": "pt"}
+"""What readers of checkpoints expect in the header."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor to be written: torch's name of its dtype, its shape, and what gives its bytes in pieces."""
+    """A tensor to write; `pieces` yields its bytes in order."""
 
     name: str
-    dtype: str
+    dtype: DType
     shape: tuple[int, ...]
     pieces: Callable[[], Iterator[bytes | bytearray]]
 
     @property
     def length(self) -> int:
         """Bytes of the values."""
-        return math.prod(self.shape) * NAMES[self.dtype][1]
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 def write_shards(folder: Path, entries: Sequence[Entry]) -> None:
-    """The entries in model.safetensors, or in several files and their index."""
+    """Write the entries to model.safetensors, or to several files and their index."""
     shards: list[list[Entry]] = [[]]
     filled = 0
     for entry in entries:
@@ -54,21 +56,18 @@ def write_shards(folder: Path, entries: Sequence[Entry]) -> None:
     (folder / INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
 
 
-PYTORCH = {"format": "pt"}
-"""What readers of checkpoints look for."""
-
-
-def write_file(path: Path, entries: Sequence[Entry], metadata: Mapping[str, str] = PYTORCH) -> None:
-    """The entries in one file, with text of one's own in its header."""
+def write_file(path: Path, entries: Sequence[Entry], metadata: Mapping[str, str] = METADATA) -> None:
+    """Write the entries to one file, with `metadata` in its header."""
     header: dict[str, object] = {"__metadata__": dict(metadata)}
     position = 0
     for entry in entries:
+        end = position + entry.length
         header[entry.name] = {
-            "dtype": NAMES[entry.dtype][0],
+            "dtype": entry.dtype.safetensors,
             "shape": entry.shape,
-            "data_offsets": [position, position + entry.length],
+            "data_offsets": [position, end],
         }
-        position += entry.length
+        position = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:

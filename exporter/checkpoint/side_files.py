@@ -1,4 +1,4 @@
-"""Everything in a checkpoint folder but its weights: config.json, the tokenizer, the license."""
+"""Read and check a checkpoint's files other than its weights: configuration, tokenizer, license."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ SIDE_FILES = (
     "LICENSE",
     "NOTICE",
 )
-"""Files of the checkpoint that go into the bundle as they are, where present."""
+"""Files that a bundle copies unchanged from the checkpoint, if it has them."""
 
 
 def side_files(checkpoint: Path) -> tuple[str, ...]:
-    """Those that are there; a link that leads nowhere is, too, and is refused later."""
+    """The names of the side files in the folder, broken links included: `check_side_files` refuses those."""
     paths = {name: checkpoint / name for name in SIDE_FILES}
     return tuple(name for name, path in paths.items() if path.is_file() or path.is_symlink())
 
@@ -34,10 +34,10 @@ def side_files(checkpoint: Path) -> tuple[str, ...]:
 def read_config(checkpoint: Path) -> ModelConfig:
     """The configuration of a checkpoint folder; raises CheckpointError that names the field."""
     if not checkpoint.is_dir():
-        raise CheckpointError(f"{checkpoint} is not a folder", hint="name the folder that holds config.json")
+        raise CheckpointError(f"{checkpoint} is not a folder", hint="pass the folder that has config.json")
     if not os.path.lexists(checkpoint / "config.json"):
         raise CheckpointError(
-            f"{checkpoint} has no config.json", hint="name a checkpoint folder in the Hugging Face layout"
+            f"{checkpoint} has no config.json", hint="pass a checkpoint folder in the Hugging Face layout"
         )
     return parse_config(file_inside(checkpoint, "config.json"))
 
@@ -57,15 +57,16 @@ def parse_config(path: Path) -> ModelConfig:
 
 
 def check_side_files(checkpoint: Path, config: ModelConfig) -> None:
-    """Raise CheckpointError when the tokenizer or another file that goes into the bundle is broken.
+    """Raise CheckpointError when the tokenizer or another side file is broken.
 
-    A checkpoint without a tokenizer is whole: its bundle then takes token ids, and no text.
+    A checkpoint may have no tokenizer: its bundle then takes token ids only.
     """
-    for name in side_files(checkpoint):
+    names = side_files(checkpoint)
+    for name in names:
         path = file_inside(checkpoint, name)
         if path.suffix == ".json":
             read_json(path)
-    if TOKENIZER not in side_files(checkpoint):
+    if TOKENIZER not in names:
         return
     try:
         tokenizer = Tokenizer(checkpoint)
@@ -74,5 +75,5 @@ def check_side_files(checkpoint: Path, config: ModelConfig) -> None:
     if tokenizer.vocab_size > config.vocab_size:
         raise CheckpointError(
             f"{checkpoint / TOKENIZER} has {tokenizer.vocab_size} tokens, config.json {config.vocab_size}",
-            hint="the tokenizer is another model's",
+            hint="the tokenizer belongs to another model",
         )

@@ -1,4 +1,4 @@
-"""Which stored tensors fill which parameter, and every problem that stands in the way of an export."""
+"""Match a checkpoint's tensors to the model's parameters, and report every problem with them."""
 
 from __future__ import annotations
 
@@ -11,58 +11,54 @@ from nemotrt.exporter.checkpoint.safetensors_reader import StoredTensor
 from nemotrt.exporter.errors import CheckpointError
 from nemotrt.model.checkpoint import Source, TensorError, is_mtp, stored_names, tensor_sources
 from nemotrt.model.config import ModelConfig
+from nemotrt.plugins.contract import DType
 
-FLOATING = ("float64", "float32", "float16", "bfloat16")
-"""Dtypes that a weight may be stored in."""
+WEIGHT_DTYPES = (DType.FLOAT64, DType.FLOAT32, DType.FLOAT16, DType.BFLOAT16)
+"""The dtypes of weights that are not quantized."""
 
-
-FP8 = "float8_e4m3fn"
-
-
-QUANTIZED = {
-    FP8: "FP8",
-    "float8_e5m2": "FP8 (E5M2)",
-    "float8_e8m0fnu": "MXFP8",
-    "uint8": "packed 4-bit values",
+SCHEME_OF_DTYPE = {
+    DType.FLOAT8_E5M2: "FP8 (E5M2)",
+    DType.FLOAT8_E8M0: "MXFP8",
+    DType.UINT8: "packed 4-bit values",
 }
-"""A dtype that only quantized weights have → what it is called."""
+"""A dtype that only unsupported quantization schemes store → the scheme."""
 
-
-FOREIGN = {
+SCHEME_OF_SUFFIX = {
     ".weight_scale_2": "NVFP4",
     ".qweight": "INT4 (AWQ or GPTQ)",
     ".weight_scale_inv": "block-scaled FP8",
     ".weight_packed": "packed 4-bit values",
     ".pre_quant_scale": "INT4 (AWQ)",
 }
-"""How a tensor's name ends that only a quantization has which is not supported → that quantization."""
-
+"""The end of a tensor's name that only an unsupported quantization scheme uses → the scheme."""
 
 SCALES = ("weight_scale", "input_scale", "k_scale", "v_scale")
-"""Last parts of the names that quantization adds to a checkpoint."""
+"""Ends of the names of the tensors that quantization adds."""
+
+OTHER_CHECKPOINT = "the description of the quantization and the weights are of different checkpoints"
 
 
 @dataclass(frozen=True)
-class Survey:
-    """What a table of stored tensors gives a configuration, and all that stands in the way of an export."""
+class MatchedTensors:
+    """The stored tensors of each parameter, and the problems that prevent an export."""
 
     weights: dict[str, WeightSource]
-    """By parameter; those that are missing or misshapen left out."""
+    """By parameter, without those that are missing or have another shape or dtype."""
     not_exported: tuple[str, ...]
     problems: tuple[CheckpointError, ...]
 
 
-def match(config: ModelConfig, stored: Mapping[str, StoredTensor]) -> Survey:
-    """Each parameter's stored tensors, and every problem: missing, misshapen, extra, not as the recipe says."""
-    if foreign := _foreign(config, stored):
-        return Survey({}, (), (foreign,))
+def match(config: ModelConfig, stored: Mapping[str, StoredTensor]) -> MatchedTensors:
+    """Match each parameter; a tensor that is missing, extra, or has an unexpected shape or dtype is a problem."""
+    if problem := _scheme_problem(config, stored):
+        return MatchedTensors({}, (), (problem,))
     shapes = {name: tensor.shape for name, tensor in stored.items()}
     problems: list[CheckpointError] = []
     weights: dict[str, WeightSource] = {}
     used: set[str] = set()
     for parameter, source in tensor_sources(config).items():
         try:
-            weights[parameter] = _find(config, parameter, source, stored, shapes)
+            weights[parameter] = _weight_source(config, parameter, source, stored, shapes)
             used.update(tensor.name for tensor in weights[parameter].tensors)
         except CheckpointError as error:
             problems.append(error)
@@ -70,29 +66,28 @@ def match(config: ModelConfig, stored: Mapping[str, StoredTensor]) -> Survey:
             used.update(stored[name].name for name in names & stored.keys())
     unused = [name for name in sorted(stored) if stored[name].name not in used]
     problems += [_extra(name) for name in unused if not is_mtp(name)]
-    return Survey(weights, tuple(name for name in unused if is_mtp(name)), tuple(problems))
+    return MatchedTensors(weights, tuple(filter(is_mtp, unused)), tuple(problems))
 
 
-def _foreign(config: ModelConfig, stored: Mapping[str, StoredTensor]) -> CheckpointError | None:
-    """The one problem of a checkpoint that is quantized as nothing here is, or quantized and not described."""
-    for sign, scheme in FOREIGN.items():
-        if found := sorted(name for name in stored if name.endswith(sign)):
-            return CheckpointError(f"the checkpoint is quantized as {scheme} ({found[0]})", hint=SUPPORTED)
-    quantized = sorted(name for name, tensor in stored.items() if tensor.dtype in QUANTIZED)
-    own = [name for name in quantized if stored[name].dtype != FP8]
-    if own:
-        # Powers of two, in a type of their own or as bare bytes.
-        is_mx = own[0].endswith(".weight_scale")
-        what = "MXFP8" if is_mx else QUANTIZED[stored[own[0]].dtype]
-        return CheckpointError(f"the checkpoint is quantized as {what} ({own[0]})", hint=SUPPORTED)
-    if quantized and not config.recipe:
+def _scheme_problem(config: ModelConfig, stored: Mapping[str, StoredTensor]) -> CheckpointError | None:
+    """The problem of a checkpoint with an unsupported scheme, or with a description that contradicts the dtypes."""
+    for suffix, scheme in SCHEME_OF_SUFFIX.items():
+        if name := min((name for name in stored if name.endswith(suffix)), default=""):
+            return CheckpointError(f"the checkpoint is quantized as {scheme} ({name})", hint=SUPPORTED)
+    if name := min((name for name in stored if stored[name].dtype in SCHEME_OF_DTYPE), default=""):
+        # MXFP8 stores its scales, powers of two, as E8M0 or as bytes.
+        is_mx = name.endswith(".weight_scale")
+        scheme = "MXFP8" if is_mx else SCHEME_OF_DTYPE[stored[name].dtype]
+        return CheckpointError(f"the checkpoint is quantized as {scheme} ({name})", hint=SUPPORTED)
+    fp8 = min((name for name in stored if stored[name].dtype == DType.FLOAT8_E4M3), default="")
+    if fp8 and not config.recipe:
         return CheckpointError(
-            f"{quantized[0]} is FP8, but neither config.json nor {HF_QUANT_CONFIG} describes a quantization",
-            hint=f"copy the {HF_QUANT_CONFIG} of the model's repository into the folder",
+            f"{fp8} is FP8, but neither config.json nor {HF_QUANT_CONFIG} describes a quantization",
+            hint=f"copy {HF_QUANT_CONFIG} from the model's repository into the folder",
         )
-    if config.recipe and not quantized:
+    if config.recipe and not fp8:
         return CheckpointError(
-            "the checkpoint says that it is quantized, but no stored tensor is",
+            "the configuration describes a quantization, but no stored tensor is quantized",
             hint="the configuration and the weights are of different checkpoints",
         )
     return None
@@ -101,8 +96,8 @@ def _foreign(config: ModelConfig, stored: Mapping[str, StoredTensor]) -> Checkpo
 def _extra(name: str) -> CheckpointError:
     if name.endswith(SCALES):
         return CheckpointError(
-            f"{name} is in the checkpoint, which says that this is not quantized",
-            hint="the description of the quantization and the weights are of different checkpoints",
+            f"{name} is in the checkpoint, but its module is not quantized by the description",
+            hint=OTHER_CHECKPOINT,
         )
     return CheckpointError(
         f"{name} is in the checkpoint, but not in the model that config.json describes",
@@ -110,7 +105,7 @@ def _extra(name: str) -> CheckpointError:
     )
 
 
-def _find(
+def _weight_source(
     config: ModelConfig,
     parameter: str,
     source: Source,
@@ -122,21 +117,21 @@ def _find(
         tensors = tuple(stored[name] for name in stored_names(source, shapes))
     except TensorError as error:
         raise CheckpointError(
-            str(error), hint="the configuration and the weights do not belong together"
+            str(error), hint="the configuration and the weights are of different models"
         ) from error
-    # in_proj.weight, and experts.up: its scales' names have a last part of their own.
-    module, _, own = parameter.rpartition(".")
-    is_fp8 = module in config.recipe.modules and own in ("weight", "up", "down")
+    # `in_proj.weight` or `experts.up`, and neither of their scales.
+    module, _, attribute = parameter.rpartition(".")
+    is_fp8 = module in config.recipe.modules and attribute in ("weight", "up", "down")
     for tensor in tensors:
-        if is_fp8 != (tensor.dtype == FP8):
-            wanted = "is FP8 by the checkpoint's description" if is_fp8 else "is not quantized by it"
+        if is_fp8 != (tensor.dtype == DType.FLOAT8_E4M3):
             raise CheckpointError(
-                f"{tensor.name} is stored as {tensor.dtype}, and {wanted}",
-                hint="the description of the quantization and the weights are of different checkpoints",
+                f"{tensor.name} is stored as {tensor.dtype}, but the checkpoint's description says it is"
+                f" {'FP8' if is_fp8 else 'not quantized'}",
+                hint=OTHER_CHECKPOINT,
             )
-        if not is_fp8 and tensor.dtype not in FLOATING:
+        if not is_fp8 and tensor.dtype not in WEIGHT_DTYPES:
             raise CheckpointError(
-                f"{tensor.name} is stored as {tensor.dtype}, which is no weight format that this tool reads",
+                f"{tensor.name} is stored as {tensor.dtype}, which is not a supported dtype of weights",
                 hint="use the BF16, FP16 or FP32 checkpoint",
             )
-    return WeightSource(parameter, tensors, source.transform)
+    return WeightSource(tensors, source.transform)

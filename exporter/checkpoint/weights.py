@@ -1,4 +1,4 @@
-"""A checkpoint's values as a parameter wants them, a piece at a time, every one judged on its way."""
+"""Convert a checkpoint's values to a parameter's shape and dtype, piece by piece, and check every value."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import math
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping
 from functools import cache
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from nemotrt.exporter import environment
 from nemotrt.exporter.checkpoint.loaded_model import WeightSource
 from nemotrt.exporter.checkpoint.safetensors_reader import StoredTensor, read_pieces
 from nemotrt.exporter.errors import CheckpointError
@@ -20,163 +20,159 @@ from nemotrt.model.config import ModelConfig
 from nemotrt.model.hybrid import NemotronH
 from nemotrt.plugins.contract import DType
 
-Wanted = tuple[WeightSource, tuple[int, ...], torch.dtype]
-"""Where a parameter's values come from, and in what shape and dtype the graph has it."""
+environment.disable_amx()  # here, because PyTorch computes nothing before it has weights
+
+Parameter = tuple[WeightSource, tuple[int, ...], DType]
+"""Where a parameter's values are stored, and its shape and dtype in the graph."""
 
 PIECE_BYTES = 4 << 20
-"""What is in memory of a checkpoint at any time, times a small factor; 16 MiB pieces cost five times the CPU time."""
+"""Bytes of a checkpoint that are read at a time. Pieces of 16 MiB take five times the CPU time."""
 
-INFINITY_BITS: dict[torch.dtype, tuple[Any, int]] = {
-    torch.float64: (np.uint64, 0x7FF0_0000_0000_0000),
-    torch.float32: (np.uint32, 0x7F80_0000),
-    torch.float16: (np.uint16, 0x7C00),
-    torch.bfloat16: (np.uint16, 0x7F80),
-    torch.float8_e4m3fn: (np.uint8, 0x7F),
+INFINITY_BITS = {
+    DType.FLOAT64: 0x7FF0_0000_0000_0000,
+    DType.FLOAT32: 0x7F80_0000,
+    DType.FLOAT16: 0x7C00,
+    DType.BFLOAT16: 0x7F80,
+    DType.FLOAT8_E4M3: 0x7F,
 }
-"""A dtype's bits as an integer type, and infinity's: NaNs are the bit patterns above it, sign aside. FP8 (E4M3) has
-no infinity, and one NaN."""
+"""The bits of infinity; without the sign, a NaN has the same bits or larger ones. E4M3 has no infinity and one NaN."""
+
+IN_ORDER = (Transform.COPY, Transform.RESHAPE)
+"""Transforms that change neither the values nor their order."""
+
+BLOCK_VALUES = 1 << 17
+"""Values that are converted at a time through FP32: they fit a core's cache."""
 
 
-UNCHANGED = (Transform.COPY, Transform.RESHAPE)
-"""Transforms that keep the values in order."""
-
-WIDENED = 1 << 17
-"""Values that are in FP32 at a time on their way between two narrow dtypes: they stay in a core's own cache."""
-
-
-def wanted(config: ModelConfig, sources: Mapping[str, WeightSource], dtype: torch.dtype) -> list[Wanted]:
-    """Each parameter of a model whose linears compute in `dtype`, as far as there are sources; tied ones are one."""
-    network = NemotronH(config, dtype=dtype, device="meta")
-    values = network.state_dict(keep_vars=True)
-    first: dict[int, str] = {}
-    for name, value in values.items():
-        first.setdefault(id(value), name)
+def parameters(config: ModelConfig, sources: Mapping[str, WeightSource], dtype: DType) -> list[Parameter]:
+    """The parameters that have a source, for a model that computes in `dtype`; tied parameters appear once."""
+    network = NemotronH(config, dtype=dtype.torch, device="meta")
+    first_names: dict[int, str] = {}
+    tensors = network.state_dict(keep_vars=True)
+    for name, tensor in tensors.items():
+        first_names.setdefault(id(tensor), name)
     return [
-        (sources[name], tuple(values[name].shape), values[name].dtype)
-        for name in first.values()
+        (sources[name], tuple(tensors[name].shape), DType.from_torch(tensors[name].dtype))
+        for name in first_names.values()
         if name in sources
     ]
 
 
-def convert(tensor: StoredTensor, transform: Transform, dtype: torch.dtype) -> Iterator[Tensor]:
-    """The tensor's values in order as flat pieces of `dtype`; raises as `converted`."""
+def convert(tensor: StoredTensor, transform: Transform, dtype: DType) -> Iterator[Tensor]:
+    """The tensor's values in order, as flat pieces of `dtype`; raises as `convert_piece` does."""
     for piece in read_pieces(tensor, PIECE_BYTES):
-        yield converted(tensor, piece, transform, dtype)
+        yield convert_piece(tensor, piece, transform, dtype)
 
 
-def converted(
+def convert_piece(
     tensor: StoredTensor,
     piece: bytearray | memoryview,
     transform: Transform,
-    dtype: torch.dtype,
-    room: Tensor | None = None,
+    dtype: DType,
+    buffer: Tensor | None = None,
 ) -> Tensor:
-    """A piece of the tensor's bytes as flat values of `dtype`; in the piece's own memory where nothing changes.
+    """Some of the tensor's bytes as flat values of `dtype`, which share the piece's memory if nothing changes.
 
-    Else in `room`, flat bytes of which there are enough, or in new memory. Raises CheckpointError that names the
-    tensor on a NaN, an infinity, a scale that is none, or a value that overflows `dtype`.
+    Otherwise they are in `buffer` (bytes, large enough), or in new memory. Raises CheckpointError, naming the tensor,
+    on a NaN, an infinity, a scale that is not positive, and a value that overflows `dtype`.
     """
-    stored = torch.frombuffer(piece, dtype=getattr(torch, tensor.dtype))
-    largest = _largest_bits(stored)
-    if largest >= INFINITY_BITS[stored.dtype][1]:
+    stored = torch.frombuffer(piece, dtype=tensor.dtype.torch)
+    max_bits = _max_bits(stored)
+    if max_bits >= INFINITY_BITS[tensor.dtype]:
         what = "NaN" if torch.isnan(stored.float()).any() else "an infinity"
         raise CheckpointError(
             f"{tensor.name} holds {what}", hint="the checkpoint is damaged; download it again"
         )
     if transform in (Transform.SCALE, Transform.LARGEST) and not (stored > 0).all():
         raise CheckpointError(
-            f"{tensor.name} is {stored.min().item():g}; a scale is above 0",
-            hint="quantize the model again: nothing was calibrated there",
+            f"{tensor.name} is {stored.min().item():g}, but a scale must be above 0",
+            hint="the module was not calibrated; quantize the model again",
         )
-    wanted = stored
+    values, values_dtype = stored, tensor.dtype
     if transform is Transform.NEG_EXP:
-        wanted = -torch.exp(stored.float())
-        largest = _largest_bits(wanted)
-    if largest >= first_overflow(wanted.dtype, dtype):
-        name = DType.from_torch(dtype).label
+        values, values_dtype = -torch.exp(stored.float()), DType.FLOAT32
+        max_bits = _max_bits(values)
+    if max_bits >= first_overflow(values_dtype, dtype):
         raise CheckpointError(
-            f"{tensor.name} holds {stored.abs().max().item():g}, too large for {name}",
+            f"{tensor.name} holds {stored.abs().max().item():g}, too large for {dtype.label}",
             hint="use --precision bf16 or fp32",
         )
-    return _cast(wanted, dtype, room)
+    return _cast(values, dtype.torch, buffer)
 
 
-def _largest_bits(values: Tensor) -> int:
-    """The bits of the value that is farthest from 0, sign aside: two passes and no copy.
+def _max_bits(values: Tensor) -> int:
+    """The bits of the value with the largest magnitude, without its sign, in two passes and no copy.
 
-    They grow with the magnitude, through infinity to NaN; seen as signed, negative values are below all.
+    The bits grow with the magnitude, through infinity to NaN. Seen as signed integers, negative values come last.
     """
-    integer, _ = INFINITY_BITS[values.dtype]
-    bits = values.view(torch.uint8).numpy().view(integer)
-    sign = 1 << (bits.itemsize * 8 - 1)
-    signed = bits.view(f"i{bits.itemsize}")
-    largest: int = max(int(signed.max(initial=0)), int(bits.max(initial=0)) - sign)
-    return largest
+    size = values.dtype.itemsize
+    bits = values.view(torch.uint8).numpy()
+    max_positive = bits.view(f"i{size}").max(initial=0)
+    max_negative = int(bits.view(f"u{size}").max(initial=0)) - (1 << (size * 8 - 1))
+    return max(int(max_positive), max_negative)
 
 
 @cache
-def first_overflow(stored: torch.dtype, dtype: torch.dtype) -> int:
-    """The bits of the least positive value of `stored` that is not finite in `dtype`; infinity's where none is."""
-    integer, infinity = INFINITY_BITS[stored]
+def first_overflow(stored: DType, dtype: DType) -> int:
+    """The bits of the smallest positive value of `stored` that is not finite in `dtype`: at most infinity's."""
 
     def overflows(bits: int) -> bool:
-        value = torch.from_numpy(np.array([bits], integer).view(np.uint8)).view(stored)
-        return not math.isfinite(value.to(dtype).item())
+        value = torch.from_numpy(np.array([bits], f"u{stored.itemsize}").view(np.uint8)).view(stored.torch)
+        return not math.isfinite(value.to(dtype.torch).item())
 
-    return bisect_left(range(infinity), True, key=overflows)
+    return bisect_left(range(INFINITY_BITS[stored]), True, key=overflows)
 
 
-def _cast(values: Tensor, dtype: torch.dtype, room: Tensor | None) -> Tensor:
+def _cast(values: Tensor, dtype: torch.dtype, buffer: Tensor | None) -> Tensor:
     if values.dtype is dtype:
         return values
-    length = len(values) * dtype.itemsize
-    found = (torch.empty(length, dtype=torch.uint8) if room is None else room[:length]).view(dtype)
+    size = len(values) * dtype.itemsize
+    result = (torch.empty(size, dtype=torch.uint8) if buffer is None else buffer[:size]).view(dtype)
     if {values.dtype, dtype} != {torch.bfloat16, torch.float16}:
-        return found.copy_(values)
-    # PyTorch converts these two into each other one by one; through FP32, which holds both, by vectors.
-    for begin in range(0, len(values), WIDENED):
-        part = slice(begin, begin + WIDENED)
-        found[part].copy_(values[part].float())
-    return found
+        return result.copy_(values)
+    # PyTorch converts between these two without SIMD; through FP32, which represents both exactly, it uses SIMD.
+    for begin in range(0, len(values), BLOCK_VALUES):
+        block = slice(begin, begin + BLOCK_VALUES)
+        result[block].copy_(values[block].float())
+    return result
 
 
-def values(source: WeightSource, shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[Tensor]:
-    """The parameter's values in order as flat pieces of `dtype`: its tensors', or the constant that stands for none."""
+def values(source: WeightSource, shape: tuple[int, ...], dtype: DType) -> Iterator[Tensor]:
+    """The parameter's values in order, as flat pieces of `dtype`."""
     constants = {Transform.ZEROS: 0.0, Transform.ONES: 1.0}
     if source.transform in constants:
-        yield torch.full((math.prod(shape),), constants[source.transform], dtype=dtype)
+        yield torch.full((math.prod(shape),), constants[source.transform], dtype=dtype.torch)
     pieces = (piece for tensor in source.tensors for piece in convert(tensor, source.transform, dtype))
     if source.transform is Transform.LARGEST:
         yield torch.stack([piece.max() for piece in pieces]).max().reshape(1)
     elif source.transform is Transform.SCALE:
-        times = math.prod(shape) // sum(math.prod(tensor.shape) for tensor in source.tensors)
-        yield from (piece.repeat_interleave(times) for piece in pieces)
+        repeats = math.prod(shape) // sum(math.prod(tensor.shape) for tensor in source.tensors)
+        yield from (piece.repeat_interleave(repeats) for piece in pieces)
     else:
         yield from pieces
 
 
-def read(source: WeightSource, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """The parameter as one tensor, for the PyTorch reference."""
-    whole = torch.empty(math.prod(shape), dtype=dtype)
+def read(source: WeightSource, shape: tuple[int, ...], dtype: DType) -> Tensor:
+    """The parameter as one tensor."""
+    parameter = torch.empty(math.prod(shape), dtype=dtype.torch)
     position = 0
     for piece in values(source, shape, dtype):
-        whole[position : position + len(piece)] = piece
+        parameter[position : position + len(piece)] = piece
         position += len(piece)
-    return whole.reshape(shape)
+    return parameter.reshape(shape)
 
 
-def lies_as_wanted(source: WeightSource, dtype: torch.dtype) -> bool:
-    """Whether one stored tensor holds the parameter's values in `dtype`, in order."""
-    is_one = len(source.tensors) == 1 and source.transform in UNCHANGED
-    return is_one and getattr(torch, source.tensors[0].dtype) is dtype
+def is_stored_as(source: WeightSource, dtype: DType) -> bool:
+    """Whether a single stored tensor holds the parameter's values in `dtype`, in order."""
+    return len(source.tensors) == 1 and source.transform in IN_ORDER and source.tensors[0].dtype == dtype
 
 
-def lying(source: WeightSource, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """As `read`, in the file's own pages where it holds the parameter as it is wanted: not to be written to."""
-    if not lies_as_wanted(source, dtype):
+def read_or_map(source: WeightSource, shape: tuple[int, ...], dtype: DType) -> Tensor:
+    """As `read`, but mapped from the file where it stores the parameter as it is; do not write to it."""
+    if not is_stored_as(source, dtype):
         return read(source, shape, dtype)
     (tensor,) = source.tensors
     stored = np.memmap(tensor.path, np.uint8, "c", tensor.offset, tensor.length)
     for begin in range(0, tensor.length, PIECE_BYTES):
-        converted(tensor, stored[begin : begin + PIECE_BYTES].data, source.transform, dtype)
-    return torch.from_numpy(stored).view(dtype).reshape(shape)
+        convert_piece(tensor, stored[begin : begin + PIECE_BYTES].data, source.transform, dtype)
+    return torch.from_numpy(stored).view(dtype.torch).reshape(shape)

@@ -61,7 +61,7 @@ def generate(
         engine=engine,
     )
     if chosen := manifests.read(bundle).model.chosen_layers:
-        log.warning("this is a partial model, %s: its text means nothing", partial_model(chosen))
+        log.warning("this is %s; its text means nothing", partial_model(chosen))
     events = generation.generate(bundle, prompts, config)
     if as_json:
         for event in events:

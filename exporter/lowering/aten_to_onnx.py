@@ -1,7 +1,7 @@
-"""Writes an exported PyTorch graph as ONNX nodes: one table entry an operator, one node where ONNX has it.
+"""Translate an exported PyTorch graph to ONNX nodes, with a table entry for each operator.
 
-Only what the model uses is here; anything else is a LowerError that names it. Precision is explicit in the traced
-graph, so every entry keeps the dtypes that PyTorch recorded.
+The table has the operators that the model uses; another one raises LowerError. Precision is explicit in the traced
+graph, so every value keeps the dtype that PyTorch recorded.
 """
 
 from __future__ import annotations
@@ -19,28 +19,20 @@ from torch import fx
 from nemotrt.exporter.errors import LowerError
 from nemotrt.model import fp8  # noqa: F401  registers torch.ops.nemo.fp8_linear
 from nemotrt.plugins import onnx_op, torch_op
+from nemotrt.plugins.contract import DType
 from nemotrt.plugins.spec import DOMAIN, OpSpec, ops
 
-DTYPES = {
-    torch.float32: ir.DataType.FLOAT,
-    torch.float16: ir.DataType.FLOAT16,
-    torch.bfloat16: ir.DataType.BFLOAT16,
-    torch.float8_e4m3fn: ir.DataType.FLOAT8E4M3FN,
-    torch.int64: ir.DataType.INT64,
-    torch.int32: ir.DataType.INT32,
-    torch.bool: ir.DataType.BOOL,
-}
 aten = torch.ops.aten
 
 
 class Constants:
-    """Small constants of the whole graph, each written once, as initialisers."""
+    """The graph's small constants: one initializer for each distinct value."""
 
     def __init__(self) -> None:
         self.values: dict[tuple[Any, ...], ir.Value] = {}
 
     def __call__(self, operand: Any) -> ir.Value:
-        """The initialiser of a number, list or array."""
+        """The initializer of a number, list or array."""
         array = onnx_op.as_array(operand)
         key = (array.dtype.str, array.shape, array.tobytes())
         if key not in self.values:
@@ -52,24 +44,24 @@ class Constants:
 class Translator(onnx_op.Operators):
     """Writes the nodes of one traced module under a name prefix.
 
-    `symbols` maps PyTorch's symbols to the names of the contract's axes, for the shapes recorded in the graph.
+    `symbols` maps PyTorch's symbolic sizes to the names of the contract's axes.
     """
 
     def __init__(self, prefix: str, symbols: Mapping[str, str], constants: Constants) -> None:
         super().__init__(prefix=f"{prefix}." if prefix else "")
         self.forms: list[tuple[OpSpec, dict[str, Any], dict[str, Any]]] = []
-        """The ops met: SPEC, static sizes, attributes."""
+        """For each node of an op: SPEC, static sizes, attributes."""
         self._symbols = symbols
         self._constant = constants
         self._values: dict[fx.Node, Any] = {}
         self._names: Counter[str] = Counter()
 
     def constant(self, operand: Any) -> ir.Value:
-        """The graph's initialiser of a number, list or array."""
+        """The graph's initializer of a number, list or array."""
         return self._constant(operand)
 
     def translate(self, graph: fx.Graph, placeholders: Mapping[str, ir.Value]) -> list[ir.Value]:
-        """Write every node of the graph; gives the values of its outputs."""
+        """Write every node of the graph and return the values of its outputs."""
         for node in graph.nodes:
             if node.op == "placeholder":
                 self._values[node] = placeholders[node.name]
@@ -80,7 +72,7 @@ class Translator(onnx_op.Operators):
         raise LowerError("the traced graph has no output")
 
     def names(self) -> dict[str, str]:
-        """The traced nodes that were written, by their names, and what the graph calls their values."""
+        """The names of the traced nodes → the names of their values in the ONNX graph."""
         return {
             node.name: str(value.name)
             for node, value in self._values.items()
@@ -92,7 +84,7 @@ class Translator(onnx_op.Operators):
         if spec is None and node.target not in OPERATORS:
             raise LowerError(
                 f"no ONNX form for {node.target} in {self.scope(node)}",
-                hint=f"add it to the table of {__name__.removeprefix('nemotrt.')}",
+                hint=f"add it to OPERATORS in {__name__.removeprefix('nemotrt.')}",
             )
         if node.kwargs and spec is None:
             raise LowerError(
@@ -118,13 +110,13 @@ class Translator(onnx_op.Operators):
         return outputs if len(outputs) > 1 else outputs[0]
 
     def scope(self, node: fx.Node) -> str:
-        """Where the model says the node is: `layers.7.mixer`."""
+        """The module that the node belongs to: `layers.7.mixer`."""
         stack = list(node.meta.get("nn_module_stack", {}).values())
         path = stack[-1][0].removeprefix("L['self']").lstrip(".") if stack else ""
         return f"{self._prefix}{path}".strip(".")
 
     def _name(self, node: fx.Node, before: int) -> None:
-        """Name what was written for one traced node by its place in the model: a linear is its module."""
+        """Name the nodes written for one traced node after its module and operator; a linear, after its module."""
         operator_name = str(node.target).removeprefix("aten.").partition(".")[0]
         base = self.scope(node) if node.target in LINEARS else f"{self.scope(node)}.{operator_name}"
         repeated = self._names[base]
@@ -145,17 +137,23 @@ class Translator(onnx_op.Operators):
             zip(result, recorded, strict=True) if isinstance(recorded, list | tuple) else [(result, recorded)]
         )
         for value, tensor in pairs:
-            value.dtype = DTYPES[tensor.dtype]
+            value.dtype = _onnx_dtype(tensor)
             value.shape = self.shape(tensor.shape)
 
     def shape(self, sizes: Sequence[Any]) -> ir.Shape:
-        """Recorded sizes as an ONNX shape, symbols by the contract's names."""
+        """Recorded sizes as an ONNX shape with the contract's names of axes."""
         return ir.Shape(
             [size if isinstance(size, int) else self._symbols.get(str(size), str(size)) for size in sizes]
         )
 
 
 Write = Callable[..., Any]
+"""Writes a traced node: called with the translator, the node and the ONNX values of its arguments."""
+
+
+def _onnx_dtype(recorded: Any) -> ir.DataType:
+    """The ONNX dtype of a recorded tensor."""
+    return ir.DataType(DType.from_torch(recorded.dtype).onnx)
 
 
 def _linear(
@@ -174,9 +172,9 @@ def _fp8_linear(
     input_scale: ir.Value,
     bias: ir.Value | None,
 ) -> ir.Value:
-    # What TensorRT makes one FP8 product of: nothing between Q, DQ and Gemm, scales in FP32 as they are stored,
-    # and a weight that is stored FP8 and only dequantized.
-    dtype = DTYPES[node.meta["val"].dtype]
+    # TensorRT fuses this pattern into one FP8 product: nothing between Q, DQ and Gemm, scales in FP32 as they are
+    # stored, and a weight that is stored in FP8 and only dequantized.
+    dtype = _onnx_dtype(node.meta["val"])
 
     def dequantized(values: ir.Value, scale: ir.Value) -> ir.Value:
         axis = {"axis": 0} if scale.shape else {}
@@ -197,18 +195,18 @@ def _rms_norm(
 ) -> ir.Value:
     dtype = node.meta["val"].dtype
     if dtype != torch.float32:
-        raise LowerError(f"{op.scope(node)} normalises in {dtype}, where FP32 is meant")
+        raise LowerError(f"{op.scope(node)} normalizes in {dtype}; it must be FP32")
     scale = weight if weight is not None else np.ones(normalized)
     return op.RMSNormalization(x, scale, axis=-len(normalized), epsilon=eps)  # type: ignore[no-any-return]
 
 
 def _reshape(op: Translator, node: fx.Node, x: ir.Value, *_: Any) -> ir.Value:
-    # A size that is not fixed stands first (tokens, sequences), before and after: 0 keeps it.
+    # Only the first axis (tokens, sequences) may be dynamic, and must stay as it is: a size of 0 copies it.
     sizes, before = node.meta["val"].shape, node.args[0].meta["val"].shape  # type: ignore[union-attr]
-    is_kept = isinstance(sizes[0], int) or str(sizes[0]) == str(before[0])
-    if not is_kept or not all(isinstance(size, int) for size in sizes[1:]):
+    is_unchanged = isinstance(sizes[0], int) or str(sizes[0]) == str(before[0])
+    if not is_unchanged or not all(isinstance(size, int) for size in sizes[1:]):
         raise LowerError(
-            f"{op.scope(node)} reshapes {tuple(before)} to {tuple(sizes)}: only a first axis that stays may vary"
+            f"{op.scope(node)} reshapes {tuple(before)} to {tuple(sizes)}: only an unchanged first axis may be dynamic"
         )
     return op.Reshape(x, [size if isinstance(size, int) else 0 for size in sizes])  # type: ignore[no-any-return]
 
@@ -222,14 +220,16 @@ def _silu(op: Translator, _: fx.Node, x: ir.Value) -> ir.Value:
 
 
 def _cast(op: Translator, node: fx.Node, x: ir.Value, *_: Any) -> ir.Value:
-    # PyTorch records a cast to the same dtype; it is not a node.
-    wanted = DTYPES[node.meta["val"].dtype]
-    return x if x.dtype == wanted else op.cast(x, wanted)
+    # PyTorch also records casts to the same dtype.
+    dtype = _onnx_dtype(node.meta["val"])
+    return x if x.dtype == dtype else op.cast(x, dtype)
 
 
-def _square(op: Translator, _: fx.Node, x: ir.Value, exponent: int = 2) -> ir.Value:
+def _square(op: Translator, node: fx.Node, x: ir.Value, exponent: int = 2) -> ir.Value:
     if exponent != 2:
-        raise LowerError(f"a power of {exponent}, where only squares are meant")
+        raise LowerError(
+            f"{op.scope(node)} raises to the power of {exponent}; only squares have an ONNX form"
+        )
     return op.Mul(x, x)  # type: ignore[no-any-return]
 
 

@@ -1,6 +1,6 @@
-"""A graph's external data: laid out first, then written by several threads, in an order that can be gone on with.
+"""Lay out a graph's external data, write it with several threads, and resume a write that was interrupted.
 
-What a tensor's file has as a hole stays one: of a sparse checkpoint only the bytes that are there are written.
+Sparse regions of the checkpoint stay sparse: only bytes that are on disk are written.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -27,30 +28,31 @@ from nemotrt.exporter.environment import num_cores
 from nemotrt.exporter.errors import CheckpointError, UsageError
 from nemotrt.exporter.progress import Advance
 from nemotrt.exporter.runtime import uncached
+from nemotrt.plugins.contract import DType
 
 ALIGNMENT = 4096
 """Tensors start on a page, so that a runtime can map each of them."""
 
-PENDING = 16
-"""Pieces under way or waiting: enough for every thread, and little to wait for when a build is interrupted."""
+MAX_PENDING = 16
+"""Pieces that are queued or in progress: enough for every thread, and few to wait for after an interrupt."""
 
-KEPT_BYTES = 1 << 28
-"""How much is written between two records of how far it is."""
+SYNC_BYTES = 1 << 28
+"""Bytes that are written between two syncs of the data file."""
 
 FICLONE = 0x40049409
-"""The ioctl that makes a file share another's blocks until either is written: see ioctl_ficlone(2)."""
+"""The ioctl that makes a file share another's blocks, copy-on-write: see ioctl_ficlone(2)."""
 
-MOST_WIDENED = 4
-"""Times the bytes that a piece may grow to: from FP8 to FP32."""
+MAX_GROWTH = 4
+"""Factor by which a conversion can grow a piece: from FP8 to FP32."""
 
 
 @dataclass(frozen=True)
 class Placed:
-    """A parameter and where its bytes lie: in the data file, or in the checkpoint's own (`linked`)."""
+    """A parameter and the place of its bytes: in the data file, or in the checkpoint's file `linked`."""
 
     source: WeightSource
     shape: tuple[int, ...]
-    dtype: torch.dtype
+    dtype: DType
     offset: int
     linked: Path | None = None
 
@@ -60,17 +62,30 @@ class Placed:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
+class _Piece(NamedTuple):
+    """Some bytes of a parameter."""
+
+    placed: Placed
+    offset: int
+    """Of the bytes in the data file, or in the checkpoint's."""
+    length: int
+    tensor: StoredTensor | None = None
+    """The stored tensor whose bytes from `start` to `stop` are converted; None for a parameter written at once."""
+    start: int = 0
+    stop: int = 0
+
+
 def data_path(graph: Path) -> Path:
-    """Where a graph's external data lies: beside it, so that every ONNX reader accepts it."""
+    """The path of a graph's external data: ONNX readers only accept it next to the graph."""
     return graph.with_name(graph.name + ".data")
 
 
-def lay_out(parameters: Iterable[weights.Wanted], *, link: bool) -> tuple[Placed, ...]:
-    """Where each parameter goes; with `link`, one that the checkpoint holds as it is wanted stays there."""
+def lay_out(parameters: Iterable[weights.Parameter], *, link: bool) -> tuple[Placed, ...]:
+    """The place of each parameter; with `link`, one that the checkpoint stores as the graph takes it stays there."""
     placed = []
     end = 0
     for source, shape, dtype in parameters:
-        if link and weights.lies_as_wanted(source, dtype):
+        if link and weights.is_stored_as(source, dtype):
             (tensor,) = source.tensors
             placed.append(Placed(source, shape, dtype, tensor.offset, tensor.path))
         else:
@@ -80,174 +95,159 @@ def lay_out(parameters: Iterable[weights.Wanted], *, link: bool) -> tuple[Placed
     return tuple(placed)
 
 
-def end_of(placed: Iterable[Placed]) -> int:
-    """Bytes of the data file."""
-    return max((one.offset + one.length for one in placed if one.linked is None), default=0)
+def data_bytes(placed: Iterable[Placed]) -> int:
+    """The size of the data file."""
+    return max((place.offset + place.length for place in placed if place.linked is None), default=0)
 
 
 def write(
     path: Path,
     placed: tuple[Placed, ...],
     *,
-    done: int = 0,
+    resume_from: int = 0,
     advance: Advance,
-    keep: Callable[[int], None],
+    synced: Callable[[int], None],
 ) -> int:
-    """Write the data file, and judge what stays in the checkpoint; gives the bytes that were written.
+    """Write the data file, check the linked parameters too, and return the number of bytes written.
 
-    Values are judged as `weights.converted` does. Bytes pass in the order of `placed`, the linked ones too: `advance`
-    hears of them, `keep` of how many are behind what is on the disk for good, and `done` says what it heard last.
+    Progress counts the parameters' bytes in the order of `placed`, linked ones included: `advance` is called with each
+    increment, `synced` with the total that has reached the disk. `resume_from` is the last total that an interrupted
+    write reported to `synced`. Raises CheckpointError as `weights.convert_piece` does.
     """
-    pieces = list(_left(placed, done))
-    written = 0
+    written, position = 0, resume_from
     with (
-        path.open("r+b" if done else "wb") as file,
+        path.open("r+b" if resume_from else "wb") as file,
         ThreadPoolExecutor(num_cores() + 1, initializer=partial(torch.set_num_threads, 1)) as pool,
     ):
-        file.truncate(end_of(placed))
-        advance(done)
-        kept = _Kept(pool, file.fileno(), keep)
-        passed = done
+        file.truncate(data_bytes(placed))
+        advance(resume_from)
+        syncer = _Syncer(pool, file.fileno(), synced)
         try:
-            for piece, new in _in_order(pool, pieces, file.fileno()):
-                written += new
-                advance(piece.end - piece.begin)
-                passed += piece.end - piece.begin
-                kept.reached(passed, new)
+            for length, piece_written in _transfer_all(pool, _remaining(placed, resume_from), file.fileno()):
+                written += piece_written
+                position += length
+                advance(length)
+                syncer.reached(position, piece_written)
         finally:
             pool.shutdown(cancel_futures=True)
     return written
 
 
-def _left(placed: Iterable[Placed], done: int) -> Iterator[_Piece]:
-    """The pieces that are not among the first `done` bytes."""
-    passed = 0
-    for one in placed:
-        for piece in _pieces(one):
-            passed += piece.end - piece.begin
-            if passed > done:
-                yield piece
+def _remaining(placed: Iterable[Placed], resume_from: int) -> list[_Piece]:
+    """The pieces that end after the first `resume_from` bytes."""
+    pieces, position = [], 0
+    for piece in _pieces(placed):
+        position += piece.length
+        if position > resume_from:
+            pieces.append(piece)
+    return pieces
 
 
-class _Kept:
-    """Brings the file to the disk now and then, beside the writing, and tells how far it is there."""
+class _Syncer:
+    """Syncs the file in the background from time to time, and reports the progress that is on disk."""
 
-    def __init__(self, pool: ThreadPoolExecutor, file: int, keep: Callable[[int], None]) -> None:
-        self._pool, self._file, self._keep = pool, file, keep
-        self._passed = self._written = 0
-        self._syncing: Future[None] | None = None
+    def __init__(self, pool: ThreadPoolExecutor, file: int, synced: Callable[[int], None]) -> None:
+        self._pool, self._file, self._synced = pool, file, synced
+        self._position = self._written = 0
+        self._sync: Future[None] | None = None
 
-    def reached(self, passed: int, written: int) -> None:
-        """All of the first `passed` bytes are where they belong, for the last of which `written` had to be written."""
+    def reached(self, position: int, written: int) -> None:
+        """All bytes before `position` are in the file; `written` of them are new."""
         self._written += written
-        if self._syncing is not None and self._syncing.done():
-            self._syncing.result()
-            self._keep(self._passed)
-            self._syncing = None
-        if self._syncing is None and self._written >= KEPT_BYTES:
-            self._passed, self._written = passed, 0
-            self._syncing = self._pool.submit(os.fdatasync, self._file)
+        if self._sync is not None and self._sync.done():
+            self._sync.result()
+            self._synced(self._position)
+            self._sync = None
+        if self._sync is None and self._written >= SYNC_BYTES:
+            self._position, self._written = position, 0
+            self._sync = self._pool.submit(os.fdatasync, self._file)
 
 
-@dataclass(frozen=True)
-class _Piece:
-    """Some of a parameter's bytes: from `begin` to `end` in the data file, or in the checkpoint's own."""
-
-    placed: Placed
-    begin: int
-    end: int
-    tensor: StoredTensor | None = None
-    """What they come from, from its byte `start` on; None for a parameter that is made at once."""
-    start: int = 0
-    stop: int = 0
-
-
-def _pieces(placed: Placed) -> Iterator[_Piece]:
-    """A parameter in pieces of stored tensors where values keep their order, else as a whole."""
-    if placed.source.transform not in weights.UNCHANGED:
-        yield _Piece(placed, placed.offset, placed.offset + placed.length)
-        return
-    position = placed.offset
-    for tensor in placed.source.tensors:
-        width = getattr(torch, tensor.dtype).itemsize
-        for start in range(0, tensor.length, weights.PIECE_BYTES):
-            stop = min(start + weights.PIECE_BYTES, tensor.length)
-            end = position + (stop - start) // width * placed.dtype.itemsize
-            yield _Piece(placed, position, end, tensor, start, stop)
-            position = end
-    assert position == placed.offset + placed.length, placed.source.parameter
+def _pieces(placed: Iterable[Placed]) -> Iterator[_Piece]:
+    """Pieces of stored tensors where values keep their order; other parameters as a whole."""
+    for place in placed:
+        if place.source.transform not in weights.IN_ORDER:
+            yield _Piece(place, place.offset, place.length)
+            continue
+        offset = place.offset
+        for tensor in place.source.tensors:
+            for start in range(0, tensor.length, weights.PIECE_BYTES):
+                stop = min(start + weights.PIECE_BYTES, tensor.length)
+                length = (stop - start) // tensor.dtype.itemsize * place.dtype.itemsize
+                yield _Piece(place, offset, length, tensor, start, stop)
+                offset += length
+        assert offset == place.offset + place.length
 
 
-def _in_order(pool: ThreadPoolExecutor, pieces: list[_Piece], target: int) -> Iterator[tuple[_Piece, int]]:
-    """Each piece with the bytes written for it, in order, some of them at a time."""
-    waiting: deque[tuple[_Piece, Future[int]]] = deque()
+def _transfer_all(
+    pool: ThreadPoolExecutor, pieces: Iterable[_Piece], target: int
+) -> Iterator[tuple[int, int]]:
+    """Transfer the pieces in parallel; yields each one's length and the bytes written for it, in order."""
+    pending: deque[tuple[int, Future[int]]] = deque()
     for piece in pieces:
-        waiting.append((piece, pool.submit(_transfer, piece, target)))
-        if len(waiting) >= PENDING:
-            done, future = waiting.popleft()
-            yield done, future.result()
-    for done, future in waiting:
-        yield done, future.result()
+        pending.append((piece.length, pool.submit(_transfer, piece, target)))
+        if len(pending) >= MAX_PENDING:
+            length, future = pending.popleft()
+            yield length, future.result()
+    for length, future in pending:
+        yield length, future.result()
 
 
-class _Buffer(threading.local):
-    """A thread's own memory for a piece: fresh memory for each costs as much time as reading it."""
+class _Buffers(threading.local):
+    """A thread's own memory for a piece; allocating it for each piece would take as long as reading."""
 
     def __init__(self) -> None:
-        self.view = memoryview(bytearray(weights.PIECE_BYTES))
-        self.room = torch.empty(MOST_WIDENED * weights.PIECE_BYTES, dtype=torch.uint8)
+        self.stored = memoryview(bytearray(weights.PIECE_BYTES))
+        self.converted = torch.empty(MAX_GROWTH * weights.PIECE_BYTES, dtype=torch.uint8)
 
 
-_buffer = _Buffer()
+_buffers = _Buffers()
 _writing = threading.Lock()
-"""A file takes one writer at a time: threads that wait for it in the kernel burn a core that could convert."""
+"""The kernel lets one thread at a time write to a file; the others would spin on a core that can convert."""
 
 
 def _transfer(piece: _Piece, target: int) -> int:
-    """Read, judge, convert and write one piece; gives the bytes written."""
+    """Read, check, convert and write a piece; returns the bytes written."""
     placed, tensor = piece.placed, piece.tensor
     if tensor is None:
-        found = torch.cat(list(weights.values(placed.source, placed.shape, placed.dtype)))
-        return _write(target, found, piece.begin)
+        values = torch.cat(list(weights.values(placed.source, placed.shape, placed.dtype)))
+        return _write(target, values, piece.offset)
     with tensor.path.open("rb", buffering=0) as file:
         begin, length = tensor.offset + piece.start, piece.stop - piece.start
         if is_hole(file.fileno(), begin, begin + length):
             return 0
-        stored = _buffer.view[:length]
+        stored = _buffers.stored[:length]
         if uncached.read_into(stored, file.fileno(), begin) != length:
             raise CheckpointError(f"{tensor.path} ended while {tensor.name} was read")
-    found = weights.converted(tensor, stored, placed.source.transform, placed.dtype, _buffer.room)
-    if placed.linked is not None:
-        return 0
-    return _write(target, found, piece.begin)
+    values = weights.convert_piece(tensor, stored, placed.source.transform, placed.dtype, _buffers.converted)
+    return 0 if placed.linked else _write(target, values, piece.offset)
 
 
-def _write(target: int, found: torch.Tensor, offset: int) -> int:
-    data = found.view(torch.uint8).numpy().data
+def _write(target: int, values: torch.Tensor, offset: int) -> int:
+    data = values.view(torch.uint8).numpy().data
     with _writing:
         uncached.write(data, target, offset)
     return len(data)
 
 
-def num_real(placed: Iterable[Placed]) -> int:
-    """Bytes of the parameters, without those that a sparse checkpoint has as holes."""
+def allocated_bytes(placed: Iterable[Placed]) -> int:
+    """Bytes of the parameters, without the sparse regions of the checkpoint."""
     total = 0
     with ExitStack() as stack:
         files: dict[Path, int] = {}
-        for piece in (piece for one in placed for piece in _pieces(one)):
-            tensor = piece.tensor
-            if tensor is not None:
+        for piece in _pieces(placed):
+            if tensor := piece.tensor:
                 if tensor.path not in files:
                     files[tensor.path] = stack.enter_context(tensor.path.open("rb", buffering=0)).fileno()
-                begin = tensor.offset
-                if is_hole(files[tensor.path], begin + piece.start, begin + piece.stop):
+                begin, end = tensor.offset + piece.start, tensor.offset + piece.stop
+                if is_hole(files[tensor.path], begin, end):
                     continue
-            total += piece.end - piece.begin
+            total += piece.length
     return total
 
 
 def is_hole(file: int, begin: int, end: int) -> bool:
-    """Whether nothing is stored there: it reads as zeros."""
+    """Whether the file has no allocated bytes in the range, which then reads as zeros."""
     try:
         return os.lseek(file, begin, os.SEEK_DATA) >= end
     except OSError as error:
@@ -255,10 +255,9 @@ def is_hole(file: int, begin: int, end: int) -> bool:
 
 
 def link(shard: Path, folder: Path) -> None:
-    """The shard's content in the folder under its own name, and no byte copied.
+    """Put the shard into the folder under its own name, without copying its bytes.
 
-    A clone where the file system has them (XFS, Btrfs), which is a file of its own, else a hard link. Raises UsageError
-    where neither can be.
+    The file system clones it (XFS, Btrfs), or else it becomes a hard link. Raises UsageError when neither is possible.
     """
     target, source = folder / shard.name, shard.resolve()
     target.unlink(missing_ok=True)

@@ -84,7 +84,7 @@ def build(config: BuildConfig, progress: Progress = SILENT) -> dict[str, Any]:
         for name, reason in model.config.inert.items():
             console.note(f"{name} changes nothing: {reason}", logging.DEBUG)
         if taken := model.config.chosen_layers:
-            console.note(f"{partial_model(taken)}: the bundle says so")
+            console.note(f"{partial_model(taken)} (the bundle says so)")
         if model.not_exported:
             console.note(f"{len(model.not_exported)} tensors (mtp.*) are not exported")
         for note in cache_notes(model.config, config.kv_dtype):
@@ -245,16 +245,15 @@ def _identity(config: BuildConfig, model: LoadedModel) -> list[Any]:
 
 
 def _check_disk(config: BuildConfig, model: LoadedModel) -> None:
-    import torch
 
     from nemotrt.exporter.checkpoint import weights
     from nemotrt.exporter.lowering import external_data
 
-    dtype = getattr(torch, COMPUTE_DTYPES[config.precision])
+    dtype = COMPUTE_DTYPES[config.precision]
     placed = external_data.lay_out(
-        weights.wanted(model.config, model.weights, dtype), link=config.weights == "link"
+        weights.parameters(model.config, model.weights, dtype), link=config.weights == "link"
     )
-    wanted = external_data.num_real(one for one in placed if one.linked is None)
+    wanted = external_data.allocated_bytes(one for one in placed if one.linked is None)
     if config.runtime != ONNX:
         wanted += estimates.graph_bytes(model, config.precision)  # an engine has the weights once more
     free = shutil.disk_usage(config.output.parent).free
@@ -288,7 +287,7 @@ def _lowered(
     path = workspace.folder / GRAPH
 
     def run() -> dict[str, Any]:
-        from nemotrt.exporter.stages.lower import Streaming, lower
+        from nemotrt.exporter.stages.lower import lower
         from nemotrt.exporter.stages.trace import trace
 
         _check_disk(config, model)
@@ -303,7 +302,13 @@ def _lowered(
         link = config.weights == "link"
         with console.stage("lower", what, total=total, is_bytes=True) as advance:
             graph = lower(
-                model, traced, path, Streaming(link, done, advance, partial(workspace.keep, "lower", key))
+                model,
+                traced,
+                path,
+                link=link,
+                resume_from=done,
+                advance=advance,
+                synced=partial(workspace.keep, "lower", key),
             )
         ops = ", ".join(f"{count} {op}" for op, count in graph.ops.items())
         console.note(f"{graph.nodes} nodes; {ops}", logging.DEBUG)

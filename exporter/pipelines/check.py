@@ -17,9 +17,9 @@ from nemotrt.exporter import environment
 from nemotrt.exporter.checkpoint.layer_selection import only_layers, partial_model
 from nemotrt.exporter.checkpoint.loaded_model import WeightSource
 from nemotrt.exporter.checkpoint.quant_config import cache_notes, stored_recipe, with_recipe
-from nemotrt.exporter.checkpoint.safetensors_reader import DTYPES, StoredTensor, open_checkpoint, read_json
+from nemotrt.exporter.checkpoint.safetensors_reader import StoredTensor, open_checkpoint, read_json
 from nemotrt.exporter.checkpoint.side_files import check_side_files, parse_config, read_config
-from nemotrt.exporter.checkpoint.tensor_matching import Survey, match
+from nemotrt.exporter.checkpoint.tensor_matching import MatchedTensors, match
 from nemotrt.exporter.config import COMPUTE_DTYPES, PRECISION_OF_DTYPE, PRESETS, BuildConfig
 from nemotrt.exporter.engines.kernel_support import check_supported
 from nemotrt.exporter.engines.plugin_library import is_at_hand
@@ -142,24 +142,25 @@ def read_table(config_file: Path, tensors_file: Path, layers: str = "") -> Heade
         if first and f"{first[1]}1{first[2]}" not in table:
             names = [f"{first[1]}{expert}{first[2]}" for expert in range(config.n_routed_experts)]
             notes = (f"expert 0 of the table stands for all {config.n_routed_experts}",)
-        dtype, width, shape = _table_entry(tensors_file, name, entry)
-        length = math.prod(shape) * width
+        dtype, shape = _table_entry(tensors_file, name, entry)
+        length = math.prod(shape) * dtype.itemsize
         stored |= {each: StoredTensor(each, dtype, shape, tensors_file, 0, length) for each in names}
     config = config.with_recipe(stored_recipe(config, stored))
     return _only_layers(Headers(tensors_file.name, config, stored, None, notes), layers)
 
 
-def _table_entry(file: Path, name: str, entry: Any) -> tuple[str, int, tuple[int, ...]]:
+def _table_entry(file: Path, name: str, entry: Any) -> tuple[DType, tuple[int, ...]]:
     try:
         dtype, shape = entry
         sizes = tuple(shape)
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{file}: {name} is not [dtype, shape]") from error
-    if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise CheckpointError(f"{file}: {name} has dtype {dtype}", hint="known: " + " ".join(DTYPES))
+    known = {dtype.safetensors: dtype for dtype in DType}
+    if not isinstance(dtype, str) or dtype not in known:
+        raise CheckpointError(f"{file}: {name} has dtype {dtype}", hint="known: " + " ".join(known))
     if not all(type(size) is int and size >= 0 for size in sizes):
         raise CheckpointError(f"{file}: {name} has shape {shape}, which is not a list of counts")
-    return *DTYPES[dtype], sizes
+    return known[dtype], sizes
 
 
 def _only_layers(headers: Headers, layers: str) -> Headers:
@@ -168,7 +169,7 @@ def _only_layers(headers: Headers, layers: str) -> Headers:
     config, stored = only_layers(headers.config, headers.stored, layers)
     notes = headers.notes
     if config.chosen_layers:
-        notes = (*notes, f"{partial_model(config.chosen_layers)}: the bundle would say so")
+        notes = (*notes, f"{partial_model(config.chosen_layers)} (the bundle would say so)")
     return dataclasses.replace(headers, config=config, stored=stored, notes=notes)
 
 
@@ -276,7 +277,7 @@ def _scan(
     total = sum(tensor.length for source in sources.values() for tensor in source.tensors)
     with progress.stage("scan", "every weight", total=total, is_bytes=True) as advance:
         for parameter, source in sources.items():
-            dtype = dtypes[parameter].torch
+            dtype = dtypes[parameter]
             try:
                 for tensor in source.tensors:
                     for values in weights.convert(tensor, source.transform, dtype):
@@ -353,7 +354,7 @@ def engine_target(config: ModelConfig, runtime: str, sms: tuple[int, ...], preci
     return target
 
 
-def _notes(headers: Headers, tensors: Survey) -> list[str]:
+def _notes(headers: Headers, tensors: MatchedTensors) -> list[str]:
     """What a build accepts and its user should know."""
     notes = [*cache_notes(headers.config)]
     if tensors.not_exported:

@@ -173,18 +173,18 @@ def stages(
     from nemotrt.exporter.checkpoint import weights
     from nemotrt.exporter.lowering import external_data
 
-    dtype = COMPUTE_DTYPES[precision].torch
-    layout = external_data.lay_out(weights.wanted(config, sources, dtype), link=link)
+    dtype = COMPUTE_DTYPES[precision]
+    layout = external_data.lay_out(weights.parameters(config, sources, dtype), link=link)
     copied = [placed for placed in layout if placed.linked is None]
     quantized = [placed for placed in copied if _is_quantized_here(placed)]
-    count = external_data.num_real if is_stored else _length
-    written = count(copied) + external_data.end_of(copied) - _length(copied)
+    count = external_data.allocated_bytes if is_stored else _length
+    written = count(copied) + external_data.data_bytes(copied) - _length(copied)
     weight_bytes, parameters = _length(layout), num_parameters(sources.values())
     # Quantization adds two scales to each tensor.
     graph_tensors = num_tensors + 2 * sum(len(placed.source.tensors) for placed in quantized)
     program = PROGRAM_MEMORY + TENSOR_MEMORY * graph_tensors
     linked = {placed.linked for placed in layout if placed.linked is not None}
-    hashed = external_data.end_of(layout) + sum(path.stat().st_size for path in linked if is_stored)
+    hashed = external_data.data_bytes(layout) + sum(path.stat().st_size for path in linked if is_stored)
     estimates = [_estimate("load", LOAD_MEMORY + TENSOR_MEMORY * num_tensors, seconds=0.0)]
     if quantized:
         estimates.append(_quantize_stage(config, sources, quantized))
@@ -261,7 +261,7 @@ def _engine_stages(memory: int, weight_bytes: int, num_kernel_sets: int, runtime
 
 def _is_quantized_here(placed: Placed) -> bool:
     fp8 = DType.FLOAT8_E4M3
-    return placed.dtype == fp8.torch and any(tensor.dtype != fp8 for tensor in placed.source.tensors)
+    return placed.dtype == fp8 and any(tensor.dtype != fp8 for tensor in placed.source.tensors)
 
 
 def _stored(source: WeightSource) -> int:

@@ -102,16 +102,15 @@ def _from_bundle(bundle: Path, manifest: Manifest, graph: OnnxGraph) -> LoadedMo
         place = {entry.key: entry.value for entry in tensor.external_data}
         if not place:
             continue
-        dtype = DType.from_onnx(tensor.data_type)
         lying = StoredTensor(
             name=tensor.name,
-            dtype=dtype,
+            dtype=DType.from_onnx(tensor.data_type),
             shape=tuple(tensor.dims),
             path=bundle / place["location"],
             offset=int(place["offset"]),
             length=int(place["length"]),
         )
-        weights[tensor.name] = WeightSource(tensor.name, (lying,), Transform.COPY)
+        weights[tensor.name] = WeightSource((lying,), Transform.COPY)
     stored = {name: source.tensors[0] for name, source in weights.items()}
     config = with_recipe(parse_config(bundle / "config.json"), stored, bundle)
     if manifest.partial:

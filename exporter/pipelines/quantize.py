@@ -14,7 +14,7 @@ from nemotrt.exporter.checkpoint.loaded_model import LoadedModel
 from nemotrt.exporter.errors import UsageError
 from nemotrt.exporter.progress import SILENT, Progress
 from nemotrt.exporter.quantization.presets import recipe_of
-from nemotrt.exporter.quantization.text import MOST, sequences
+from nemotrt.exporter.quantization.text import MAX_TOKENS, sequences
 from nemotrt.exporter.stages.load import load
 from nemotrt.exporter.workspace import sync
 
@@ -65,8 +65,8 @@ def calibrated(
     note(f"{made.num_modules} modules in FP8{cache}; left as they are: {kept or 'none'}")
     if kinds["mamba"] and wanted.preset == "conservative":
         note("--preset published quantizes Mamba layers too: smaller, faster, less exact")
-    if count == MOST:
-        note(f"only the first {MOST:,} tokens of the text were taken")
+    if count == MAX_TOKENS:
+        note(f"only the first {MAX_TOKENS:,} tokens of the text were taken")
     if starved := made.starved_experts:
         shown = ", ".join(starved[:MAX_EXPERTS_SAID]) + (" …" if len(starved) > MAX_EXPERTS_SAID else "")
         note(f"{len(starved)} experts saw too few tokens and take their layer's largest range: {shown}")

@@ -11,7 +11,7 @@ from nemotrt.exporter.errors import UsageError
 from nemotrt.exporter.pipelines import estimates
 from nemotrt.exporter.pipelines.opened_bundle import Subject, subject_of
 from nemotrt.exporter.progress import SILENT, Progress
-from nemotrt.exporter.quantization.text import MOST, Sequences, sequences
+from nemotrt.exporter.quantization.text import MAX_TOKENS, Sequences, sequences
 from nemotrt.exporter.report.model import NotCompared, Omitted, ValidationReport
 from nemotrt.exporter.runtime import manifest as manifests
 from nemotrt.exporter.validation.candidates import candidate_of
@@ -170,8 +170,8 @@ def _with_text(
         )
     answered = (Omitted.TEXT, Omitted.QUANTIZATION_COST)
     left_out = [entry for entry in report.not_compared if entry.what not in answered]
-    if total >= MOST:
-        left_out.append(NotCompared(Omitted.TEXT, f"{name} beyond its first {MOST:,} tokens"))
+    if total >= MAX_TOKENS:
+        left_out.append(NotCompared(Omitted.TEXT, f"{name} beyond its first {MAX_TOKENS:,} tokens"))
     return dataclasses.replace(
         report,
         gates=(*report.gates, *text_quality.gates(measured)),

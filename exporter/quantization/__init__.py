@@ -1,1 +1,1 @@
-"""FP8 made here: which modules, measured on which text, with which ranges."""
+"""Quantize a model to FP8: which modules, on which text, and with which scales."""

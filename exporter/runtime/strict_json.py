@@ -5,40 +5,41 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections.abc import Callable
 from enum import EnumType
 from pathlib import Path
 from types import UnionType
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
-from nemotrt.exporter.errors import BundleError
+from nemotrt.exporter.errors import BundleError, ExportError
 
 MAX_BYTES = 64 << 20
-"""More than any bundle's JSON: a longer file is not one."""
+"""Far more than any JSON file of a bundle or checkpoint has."""
 
 Entry = TypeVar("Entry")
 
 
-def read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; raises BundleError that names the file and what is wrong with it."""
+def read_object(path: Path, error: Callable[[str], ExportError] = BundleError) -> dict[str, Any]:
+    """The JSON object in a file; raises the given error, which names the file and the problem."""
     try:
         if path.stat().st_size > MAX_BYTES:
-            raise BundleError(f"{path} has {path.stat().st_size} bytes, over {MAX_BYTES}")
-        return parse_object(path.read_text(encoding="utf-8"), str(path))
-    except OSError as error:
-        raise BundleError(f"{path} cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise BundleError(f"{path} is not valid JSON: {error}") from error
+            raise error(f"{path} has {path.stat().st_size} bytes, over {MAX_BYTES}")
+        return parse_object(path.read_bytes(), str(path), error)
+    except OSError as cause:
+        raise error(f"{path} cannot be read: {cause.strerror}") from cause
 
 
-def parse_object(text: str, where: str) -> dict[str, Any]:
-    """The JSON object in a text; raises BundleError that says where it is from and what is wrong with it."""
+def parse_object(
+    text: str | bytes, where: str, error: Callable[[str], ExportError] = BundleError
+) -> dict[str, Any]:
+    """The JSON object in a text (UTF-8); raises the given error, which names `where` and the problem."""
     try:
-        found = json.loads(text, object_pairs_hook=_unique)
-    except (ValueError, RecursionError) as error:
-        raise BundleError(f"{where} is not valid JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise BundleError(f"{where} is not a JSON object")
-    return found
+        entry = json.loads(str(text, "utf-8") if isinstance(text, bytes) else text, object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as cause:
+        raise error(f"{where} is not valid JSON: {cause}") from cause
+    if not isinstance(entry, dict):
+        raise error(f"{where} is not a JSON object")
+    return entry
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

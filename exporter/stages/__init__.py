@@ -1,1 +1,1 @@
-"""The stages of a build, one verb a file."""
+"""The stages of a build, one file each."""

@@ -1,7 +1,7 @@
-"""Trace: the model's parts as PyTorch graphs, one `torch.export` for each distinct part, on meta tensors.
+"""Trace: the model's parts as PyTorch graphs, with one `torch.export` for each distinct part, on meta tensors.
 
-Layers of one kind differ only in their weights, so each kind is traced once, or once for each set of its weights that
-is FP8: cost does not grow with depth.
+Layers of one kind differ only in their weights. Each kind is traced once, or once for each combination of FP8 and other
+weights, so the time does not grow with depth.
 """
 
 from __future__ import annotations
@@ -10,78 +10,71 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.export import Dim, ExportedProgram
 
 from nemotrt.exporter.artifacts import TracedModel, TracedPart
 from nemotrt.exporter.checkpoint.loaded_model import LoadedModel
 from nemotrt.exporter.config import COMPUTE_DTYPES, BuildConfig
 from nemotrt.model.hybrid import NemotronH
+from nemotrt.model.pools import empty_pools
 from nemotrt.model.step import Step
 from nemotrt.plugins.contract import PoolSpec
 
-# Sizes to trace with: distinct, and above 1, which PyTorch would take for a constant.
+# Sizes to trace with. They must be distinct, and above 1, which PyTorch would specialize on.
 TOKENS, SEQUENCES, SLOTS, PAGES, TABLE, ROWS = 11, 3, 5, 7, 2, 4
 
 
 def trace(model: LoadedModel, config: BuildConfig) -> TracedModel:
-    """Every part of the model in order; layers of one kind, with the same weights in FP8, share a program."""
+    """Every part of the model in order; layers of one kind with the same dtypes of weights share a program."""
     dtype = COMPUTE_DTYPES[config.precision]
     pools = model.pools(config)
-    network = NemotronH(model.config, dtype=getattr(torch, dtype), device="meta")
-    tokens = torch.zeros(TOKENS, dtype=torch.int64, device="meta")
-    x_TD = torch.zeros(TOKENS, model.config.hidden_size, dtype=getattr(torch, dtype), device="meta")
-    rows = torch.zeros(ROWS, dtype=torch.int32, device="meta")
+    network = NemotronH(model.config, dtype=dtype.torch, device="meta")
+    with torch.device("meta"):
+        tokens = torch.zeros(TOKENS, dtype=torch.int64)
+        x_TD = torch.zeros(TOKENS, model.config.hidden_size, dtype=dtype.torch)
+        rows = torch.zeros(ROWS, dtype=torch.int32)
+        step = Step(
+            query_start=torch.zeros(SEQUENCES + 1, dtype=torch.int32),
+            context_len=torch.zeros(SEQUENCES, dtype=torch.int32),
+            slot=torch.zeros(SEQUENCES, dtype=torch.int32),
+            page_table=torch.zeros(SEQUENCES, TABLE, dtype=torch.int32),
+        )
 
-    # Tied embeddings are one parameter, which goes by the first of its names.
+    # Tied embeddings are one parameter, under the first of its names.
     names = {id(parameter): name for name, parameter in network.named_parameters()}
 
     def part(
-        module: nn.Module, program: ExportedProgram, prefix: str, own: tuple[PoolSpec, ...] = ()
+        module: nn.Module, program: ExportedProgram, prefix: str, pools: tuple[PoolSpec, ...] = ()
     ) -> TracedPart:
         parameters = {name: names[id(parameter)] for name, parameter in module.named_parameters()}
-        return TracedPart(program, prefix, parameters, own)
+        return TracedPart(program, prefix, parameters, pools)
 
     embeddings, head = network.backbone.embeddings, network.head()
     parts = [part(embeddings, _export(embeddings, (tokens,)), "embeddings")]
     programs: dict[tuple[str, frozenset[tuple[str, torch.dtype]]], ExportedProgram] = {}
     for index, kind in model.config.numbered_layers.items():
-        own = tuple(pool for pool in pools if pool.layer == index)
+        layer_pools = tuple(pool for pool in pools if pool.layer == index)
         block = network.backbone.layers[str(index)]
         form = (kind, frozenset((name, value.dtype) for name, value in block.named_parameters()))
         if form not in programs:
-            programs[form] = _export(block, (x_TD, _step(), *(_pool(pool) for pool in own)))
-        parts.append(part(block, programs[form], f"layers.{index}", own))
+            arguments = (x_TD, step, *empty_pools(layer_pools, SLOTS, PAGES, "meta"))
+            programs[form] = _export(block, arguments)
+        parts.append(part(block, programs[form], f"layers.{index}", layer_pools))
     parts.append(part(head, _export(head, (x_TD, rows)), "head"))
     return TracedModel(tuple(parts), pools, dict(network.state_dict()), dtype)
 
 
-def _step() -> Step:
-    def integers(*shape: int) -> Tensor:
-        return torch.zeros(shape, dtype=torch.int32, device="meta")
-
-    return Step(
-        query_start=integers(SEQUENCES + 1),
-        context_len=integers(SEQUENCES),
-        slot=integers(SEQUENCES),
-        page_table=integers(SEQUENCES, TABLE),
-    )
-
-
-def _pool(pool: PoolSpec) -> Tensor:
-    return torch.zeros(pool.shape(SLOTS, PAGES), dtype=pool.dtype.torch, device="meta")
-
-
 def _export(module: nn.Module, arguments: Sequence[Any]) -> ExportedProgram:
-    """The module's graph with every first axis free, and the page table's second."""
+    """The module's graph, in which the first axis of each input is dynamic, and the page table's second."""
 
-    def free(argument: Any) -> Any:
+    def dynamic(argument: Any) -> Any:
+        first: Any = {0: Dim.DYNAMIC}
         if isinstance(argument, Step):
-            first: Any = {0: Dim.DYNAMIC}
             return Step(first, first, first, page_table=first | {1: Dim.DYNAMIC})
-        return {0: Dim.DYNAMIC}
+        return first
 
-    shapes: list[Any] = [free(argument) for argument in arguments]
-    if len(arguments) > 2:  # a block's pools are varargs, which dynamic_shapes wants as one tuple
+    shapes: list[Any] = [dynamic(argument) for argument in arguments]
+    if len(arguments) > 2:  # a block's pools are varargs, which dynamic_shapes takes as one tuple
         shapes[2:] = [tuple(shapes[2:])]
     return torch.export.export(module, tuple(arguments), dynamic_shapes=tuple(shapes))

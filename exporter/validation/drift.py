@@ -36,7 +36,7 @@ from nemotrt.exporter.validation.runners.torch import (
     torch_step,
 )
 from nemotrt.exporter.validation.scenarios import NUM_SLOTS
-from nemotrt.plugins.contract import PoolSpec
+from nemotrt.plugins.contract import DType, PoolSpec
 from nemotrt.plugins.selective_scan.reference import reference as scan
 
 SEQUENCES = 2
@@ -351,4 +351,4 @@ class _Replay:
 
 def _head_weight(model: LoadedModel, spec: PoolSpec, which: str) -> Tensor:
     name = f"backbone.layers.{spec.layer}.mixer.{which}"
-    return weights.read(model.weights[name], spec.row_shape[:1], torch.float32)
+    return weights.read(model.weights[name], spec.row_shape[:1], DType.FLOAT32)

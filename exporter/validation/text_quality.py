@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from nemotrt.exporter.checkpoint.loaded_model import LoadedModel
 from nemotrt.exporter.config import COMPUTE_DTYPES, BuildConfig
 from nemotrt.exporter.progress import Advance, ignore
-from nemotrt.exporter.quantization.text import SEQUENCE, Sequences
+from nemotrt.exporter.quantization.text import SEQUENCE_TOKENS, Sequences
 from nemotrt.exporter.report.model import Gate, Metric, TextComparison, TextReport
 from nemotrt.exporter.runtime.graph_file import OnnxGraph
 from nemotrt.exporter.runtime.step import StepInputs, pages_of
@@ -63,7 +63,7 @@ def measure(
     `advance` hears of the sequences that were run, `num_runs` in all.
     """
     dtype, pools = COMPUTE_DTYPES[config.precision], model.pools(config)
-    pages = 1 + pages_of(SEQUENCE, config.page_size)
+    pages = 1 + pages_of(SEQUENCE_TOKENS, config.page_size)
     runners = _Runners(
         built=GraphRunner(graph, num_slots=2, num_pages=pages, bound=False),
         reference=TorchRunner(model, pools, torch.float32),

@@ -240,7 +240,7 @@ TENSORS = {
         replaced("up_proj.weight", lambda tensor: tensor.to(torch.float8_e4m3fn)),
     ),
     "fp8-only-said": Case(
-        "the checkpoint says that it is quantized, but no stored tensor is",
+        "the configuration describes a quantization, but no stored tensor is quantized",
         config={"quantization_config": {"quant_method": "modelopt", "quant_algo": "FP8"}},
     ),
     "nan": Case(
@@ -280,7 +280,8 @@ FILES = {
     ),
     "not-safetensors": Case("is truncated: 19 bytes", text(SINGLE, "<!DOCTYPE html><p>\n")),
     "git-lfs-pointer": Case(
-        "is Git LFS's pointer to the weights", text(SINGLE, "version https://git-lfs.github.com/spec/v1\noid")
+        "is a Git LFS pointer, not the weights",
+        text(SINGLE, "version https://git-lfs.github.com/spec/v1\noid"),
     ),
     "empty-pickle": Case(r"only pickled weights \(pytorch_model\.bin\)", only_pickles(b"")),
     "pickle-with-code": Case(r"only pickled weights", only_pickles(b"cos\nsystem\n(S'touch was-here'\ntR.")),
@@ -290,7 +291,7 @@ FILES = {
         header(lambda entries: json.dumps(entries)[:-1].encode() + b', "lm_head.weight": {}}'),
     ),
     "header-overlap": Case("overlaps another tensor", header(shift(-4, -4))),
-    "header-hole": Case("leaves a hole before it", header(shift(4, 4))),
+    "header-hole": Case("leaves a gap before it", header(shift(4, 4))),
     "header-offsets-reversed": Case(r"but its bytes are 8 to 4", header(set_last("data_offsets", [8, 4]))),
     "header-out-of-range": Case(
         "is truncated: .* its header promises",
@@ -309,10 +310,10 @@ FILES = {
             os.truncate(folder / SINGLE, BIG + 8),
         )[1],
     ),
-    "header-not-json": Case("has a malformed header", header(lambda _: b"{not json}")),
-    "header-unknown-dtype": Case("dtype F4, which is not known", header(set_last("dtype", "F4"))),
+    "header-not-json": Case("the header of .* is not valid JSON", header(lambda _: b"{not json}")),
+    "header-unknown-dtype": Case("has unknown dtype F4", header(set_last("dtype", "F4"))),
     "header-negative-shape": Case(
-        "has a shape or offset that is not a count", header(set_last("shape", [-1, -1]))
+        "has a shape or offset that is not a non-negative integer", header(set_last("shape", [-1, -1]))
     ),
     "truncated-shard": Case(
         "shard-2.safetensors is truncated",
@@ -322,9 +323,9 @@ FILES = {
         "shard-2.safetensors is missing", sharded(lambda folder, _: (folder / "shard-2.safetensors").unlink())
     ),
     "index-outside": Case(
-        r"names \.\./x\.safetensors, which is not a file of", sharded(mapped("../x.safetensors"))
+        r"lists \.\./x\.safetensors, which is not a file of", sharded(mapped("../x.safetensors"))
     ),
-    "index-absolute": Case("names /etc/passwd, which is not a file of", sharded(mapped("/etc/passwd"))),
+    "index-absolute": Case("lists /etc/passwd, which is not a file of", sharded(mapped("/etc/passwd"))),
     "index-through-link": Case(
         "shard-2.safetensors is a link to .* outside the checkpoint", sharded(linked_outside)
     ),
@@ -333,7 +334,7 @@ FILES = {
         sharded(mapped("shard-1.safetensors")),
     ),
     "index-of-nothing": Case(
-        r"lists surprise in shard-1\.safetensors, which does not hold it",
+        r"lists surprise in shard-1\.safetensors, which does not contain it",
         sharded(lambda folder, found: index(folder, found | {"surprise": "shard-1.safetensors"})),
     ),
     "index-duplicate-key": Case("duplicate key lm_head.weight", sharded(repeated)),

@@ -100,7 +100,7 @@ SCHEMES = {
         config=described(quant_algo="FP8", kv_cache_quant_algo="NVFP4"),
     ),
     "dynamic-scales": Case(
-        "input_activations of config_groups are not static 8-bit floats",
+        "input_activations of config_groups must be static 8-bit floats",
         config=described(
             quant_algo="FP8",
             config_groups={
@@ -122,11 +122,11 @@ SCALES = {
         r"k_proj\.k_scale is missing", fp8(**{"backbone.layers.2.mixer.k_proj.k_scale": None})
     ),
     "scale-zero": Case(
-        r"in_proj\.weight_scale is 0; a scale is above 0",
+        r"in_proj\.weight_scale is 0, but a scale must be above 0",
         fp8(**{f"{IN_PROJ}.weight_scale": torch.tensor(0.0)}),
     ),
     "scale-negative": Case(
-        r"experts\.3\.up_proj\.weight_scale is -1; a scale is above 0",
+        r"experts\.3\.up_proj\.weight_scale is -1, but a scale must be above 0",
         fp8(**{f"{EXPERT}.weight_scale": torch.tensor(-1.0)}),
     ),
     "scale-nan": Case(
@@ -140,11 +140,11 @@ SCALES = {
         fp8(**{f"{IN_PROJ}.weight": torch.full((132, 32), torch.nan).to(torch.float8_e4m3fn)}),
     ),
     "weight-not-fp8": Case(
-        r"in_proj\.weight is stored as bfloat16, and is FP8 by the checkpoint's description",
+        r"in_proj\.weight is stored as bfloat16, but the checkpoint's description says it is FP8",
         fp8(**{f"{IN_PROJ}.weight": torch.ones(132, 32, dtype=torch.bfloat16)}),
     ),
     "weight-fp8-and-excluded": Case(
-        r"q_proj\.weight is stored as float8_e4m3fn, and is not quantized by it",
+        r"q_proj\.weight is stored as float8_e4m3fn, but the checkpoint's description says it is not quantized",
         fp8(**{"backbone.layers.2.mixer.q_proj.weight": torch.ones(32, 32).to(torch.float8_e4m3fn)}),
     ),
     "precision-that-undoes-it": Case(
@@ -160,7 +160,7 @@ TEXTS = {
     "text-short": saying(
         r"short\.txt has \d+ tokens; at least 256 are needed", calibrated_on("short.txt", "few words")
     ),
-    "text-not-text": saying("is not text in UTF-8", calibrated_on("noise.txt", bytes(range(256)) * 4)),
+    "text-not-text": saying("is not UTF-8 text", calibrated_on("noise.txt", bytes(range(256)) * 4)),
     "jsonl-not-json": saying(
         r"bad\.jsonl, line 2, is not valid JSON", calibrated_on("bad.jsonl", '{"text": "a"}\n{')
     ),
@@ -168,14 +168,14 @@ TEXTS = {
         r"bare\.jsonl, line 1, has no text", calibrated_on("bare.jsonl", '{"prompt": "a"}')
     ),
     "nothing-left-to-quantize": Case(
-        "everything is excluded from quantization",
+        "all modules are excluded from quantization",
         tokenizer(lambda _: None),
         model={"hybrid_override_pattern": "M", "vocab_size": 1024},
         options=("--precision", "fp8"),
         code=2,
     ),
     "exclude-fits-nothing": Case(
-        r"--exclude \*\.qproj fits no module that can be quantized",
+        r"--exclude \*\.qproj matches no module that can be quantized",
         tokenizer(lambda _: None),
         model=MLP_ONLY | {"vocab_size": 1024},
         options=("--precision", "fp8", "--exclude", "*.qproj"),

@@ -234,11 +234,11 @@ def test_a_disk_that_another_program_fills(
     write = external_data._write
     written: list[int] = []
 
-    def fill_and_write(target: int, found: torch.Tensor, offset: int) -> int:
+    def fill_and_write(target: int, values: torch.Tensor, offset: int) -> int:
         written.append(offset)
         if len(written) > 5 and not (place / "other").exists():
             (place / "other").write_bytes(bytes(shutil.disk_usage(place).free))
-        return write(target, found, offset)
+        return write(target, values, offset)
 
     monkeypatch.setattr(external_data, "_write", fill_and_write)
     refused(run(*BUILD, place / "out"), "No space left on device", 2)

@@ -43,7 +43,7 @@ def bundle(whole: Path) -> Path:
     output = whole.parent / "bundle"
     result = run("build", whole, "--output", output, "--layers", "1:3,4", "--runtime", "onnx")
     assert result.exit_code == 0, result.output
-    assert "layers 1, 2, 4 of its checkpoint only: the bundle says so" in result.stderr
+    assert "a partial model: layers 1, 2, 4 (the bundle says so)" in result.stderr
     return output
 
 
@@ -60,8 +60,8 @@ def test_the_manifest_says_which_layers_it_has(bundle: Path) -> None:
 
 def test_the_report_says_that_it_is_partial(bundle: Path) -> None:
     report = json.loads((bundle / "report.json").read_text())
-    assert any("layers 1, 2, 4 of its checkpoint only" in entry["detail"] for entry in report["not_compared"])
-    assert "layers 1, 2, 4 of its checkpoint only" in (bundle / "report.html").read_text()
+    assert any("a partial model: layers 1, 2, 4" in entry["detail"] for entry in report["not_compared"])
+    assert "a partial model: layers 1, 2, 4" in (bundle / "report.html").read_text()
     assert manifests.read(bundle).of_role("report") == ("report.html", "report.json")
 
 
@@ -71,7 +71,7 @@ def test_it_is_compared_again_with_its_checkpoint_and_without(bundle: Path, whol
 
 
 def test_inspect_shows_its_layers_by_their_own_index(bundle: Path) -> None:
-    assert "layers 1, 2, 4 of its checkpoint only" in run("inspect", bundle).stdout
+    assert "a partial model: layers 1, 2, 4" in run("inspect", bundle).stdout
     assert "layers.4.mixer.scan" in run("inspect", bundle, "--layer", 4).stdout
     refused = run("inspect", bundle, "--layer", 0)
     assert refused.exit_code == 2
@@ -81,7 +81,7 @@ def test_inspect_shows_its_layers_by_their_own_index(bundle: Path) -> None:
 def test_it_writes_text_and_says_what_that_is_worth(bundle: Path) -> None:
     result = run("generate", bundle, "--prompt", "the cat", "--max-new-tokens", 3)
     assert result.exit_code == 0, result.output
-    assert "a partial model, layers 1, 2, 4 of its checkpoint only: its text means nothing" in result.stderr
+    assert "this is a partial model: layers 1, 2, 4; its text means nothing" in result.stderr
 
 
 def test_a_build_of_other_layers_takes_nothing_from_an_interrupted_one(whole: Path) -> None:

@@ -1,4 +1,4 @@
-"""The data file: the same bytes however it is cut, gone on with, or left in the checkpoint; holes stay holes."""
+"""The data file has the same bytes for any piece size, resumed or linked; sparse regions stay sparse."""
 
 from __future__ import annotations
 
@@ -19,12 +19,21 @@ from nemotrt.exporter.checkpoint.safetensors_reader import StoredTensor, read_he
 from nemotrt.exporter.config import BuildConfig
 from nemotrt.exporter.errors import CheckpointError, UsageError
 from nemotrt.exporter.lowering import external_data
-from nemotrt.exporter.lowering.external_data import Placed, data_path, end_of, lay_out, link, num_real, write
+from nemotrt.exporter.lowering.external_data import (
+    Placed,
+    allocated_bytes,
+    data_bytes,
+    data_path,
+    lay_out,
+    link,
+    write,
+)
 from nemotrt.exporter.pipelines import build
 from nemotrt.exporter.runtime import manifest
 from nemotrt.exporter.runtime.session import Session
 from nemotrt.exporter.stages.load import load
 from nemotrt.model.checkpoint import Transform
+from nemotrt.plugins.contract import DType
 
 
 @pytest.fixture
@@ -37,128 +46,128 @@ def stored(tmp_path: Path) -> dict[str, torch.Tensor]:
 def sources(
     tmp_path: Path, stored: dict[str, torch.Tensor]
 ) -> tuple[WeightSource, WeightSource, WeightSource]:
-    """One tensor, two stacked, and one that is changed."""
+    """One tensor, two stacked ones, and one that is transformed."""
     save_file(stored | {"t2": stored["t1"] * 2}, tmp_path / "model.safetensors")
-    found = read_header(tmp_path / "model.safetensors")
+    tensors = read_header(tmp_path / "model.safetensors")
     return (
-        WeightSource("one", (found["t0"],), Transform.COPY),
-        WeightSource("stack", (found["t1"], found["t2"]), Transform.COPY),
-        WeightSource("changed", (found["t3"],), Transform.NEG_EXP),
+        WeightSource((tensors["t0"],), Transform.COPY),
+        WeightSource((tensors["t1"], tensors["t2"]), Transform.COPY),
+        WeightSource((tensors["t3"],), Transform.NEG_EXP),
     )
 
 
 def laid_out(
-    sources: tuple[WeightSource, WeightSource, WeightSource], dtype: torch.dtype, *, link: bool = False
+    sources: tuple[WeightSource, WeightSource, WeightSource], dtype: DType, *, link: bool = False
 ) -> tuple[Placed, ...]:
     shapes = ((3, 1000), (2, 3, 1001), (3, 1003))
     return lay_out([(source, shape, dtype) for source, shape in zip(sources, shapes, strict=True)], link=link)
 
 
-def run(path: Path, placed: tuple[Placed, ...], done: int = 0) -> list[int]:
-    kept: list[int] = []
-    write(path, placed, done=done, advance=lambda _: None, keep=kept.append)
-    return kept
+def run(path: Path, placed: tuple[Placed, ...], resume_from: int = 0) -> list[int]:
+    synced: list[int] = []
+    write(path, placed, resume_from=resume_from, advance=lambda _: None, synced=synced.append)
+    return synced
 
 
 def values(path: Path, placed: Placed) -> torch.Tensor:
     data = bytearray((placed.linked or path).read_bytes()[placed.offset : placed.offset + placed.length])
-    return torch.frombuffer(data, dtype=placed.dtype).reshape(placed.shape)
+    return torch.frombuffer(data, dtype=placed.dtype.torch).reshape(placed.shape)
 
 
 @pytest.mark.parametrize("piece", [1 << 22, 256])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("dtype", [DType.BFLOAT16, DType.FLOAT16, DType.FLOAT32])
 def test_every_value_is_in_its_place(
     tmp_path: Path,
     stored: dict[str, torch.Tensor],
     sources: tuple[WeightSource, WeightSource, WeightSource],
-    dtype: torch.dtype,
+    dtype: DType,
     piece: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(weights, "PIECE_BYTES", piece)
-    monkeypatch.setattr(external_data, "_buffer", external_data._Buffer())
+    monkeypatch.setattr(external_data, "_buffers", external_data._Buffers())
     placed = laid_out(sources, dtype)
     run(tmp_path / "data", placed)
     expected = [
-        stored["t0"].to(dtype),
-        torch.stack([stored["t1"], stored["t1"] * 2]).to(dtype),
-        (-torch.exp(stored["t3"].float())).to(dtype),
+        stored["t0"].to(dtype.torch),
+        torch.stack([stored["t1"], stored["t1"] * 2]).to(dtype.torch),
+        (-torch.exp(stored["t3"].float())).to(dtype.torch),
     ]
     for one, wanted in zip(placed, expected, strict=True):
         assert torch.equal(values(tmp_path / "data", one), wanted)
         assert one.offset % external_data.ALIGNMENT == 0
-    assert (tmp_path / "data").stat().st_size == external_data.end_of(placed)
+    assert (tmp_path / "data").stat().st_size == external_data.data_bytes(placed)
 
 
-reach = external_data._Kept.reached
+reach = external_data._Syncer.reached
 
 
-def reach_slowly(self: external_data._Kept, passed: int, written: int) -> None:
-    """As when the disk is faster than the writing."""
-    if self._syncing is not None:
-        self._syncing.result()
-    reach(self, passed, written)
+def reach_slowly(self: external_data._Syncer, position: int, written: int) -> None:
+    """As when the disk is faster than the conversion."""
+    if self._sync is not None:
+        self._sync.result()
+    reach(self, position, written)
 
 
-def test_it_goes_on_from_what_was_kept(
+def test_a_write_resumes_from_what_was_synced(
     tmp_path: Path, sources: tuple[WeightSource, WeightSource, WeightSource], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(weights, "PIECE_BYTES", 512)
-    monkeypatch.setattr(external_data, "_buffer", external_data._Buffer())
-    monkeypatch.setattr(external_data, "KEPT_BYTES", 1024)
-    monkeypatch.setattr(external_data._Kept, "reached", reach_slowly)
-    placed = laid_out(sources, torch.bfloat16)
-    kept = run(tmp_path / "whole", placed)
-    assert kept == sorted(kept)
-    assert kept
+    monkeypatch.setattr(external_data, "_buffers", external_data._Buffers())
+    monkeypatch.setattr(external_data, "SYNC_BYTES", 1024)
+    monkeypatch.setattr(external_data._Syncer, "reached", reach_slowly)
+    placed = laid_out(sources, DType.BFLOAT16)
+    synced = run(tmp_path / "whole", placed)
+    assert synced == sorted(synced)
+    assert synced
     whole = (tmp_path / "whole").read_bytes()
-    for done in (kept[0], kept[-1]):
-        # What lay past the record is not trusted, and what lay before it is not written again.
-        end = file_offset(placed, done)
+    for resume_from in (synced[0], synced[-1]):
+        # Bytes after this position are written again, bytes before it are not.
+        end = file_offset(placed, resume_from)
         (tmp_path / "again").write_bytes(b"\xee" * end + b"\xff" * (len(whole) - end))
-        run(tmp_path / "again", placed, done)
-        found = (tmp_path / "again").read_bytes()
-        assert found[:end] == b"\xee" * end
+        run(tmp_path / "again", placed, resume_from)
+        data = (tmp_path / "again").read_bytes()
+        assert data[:end] == b"\xee" * end
         for one in placed:
             begin = max(one.offset, end)
-            assert found[begin : one.offset + one.length] == whole[begin : one.offset + one.length]
+            assert data[begin : one.offset + one.length] == whole[begin : one.offset + one.length]
 
 
-def file_offset(placed: tuple[Placed, ...], passed: int) -> int:
-    """Where in the file the byte lies before which so many have passed."""
-    for one in placed:
-        if passed <= one.length:
-            return one.offset + passed
-        passed -= one.length
-    raise AssertionError(passed)
+def file_offset(placed: tuple[Placed, ...], position: int) -> int:
+    """The offset in the file of a position that counts the parameters' bytes."""
+    for place in placed:
+        if position <= place.length:
+            return place.offset + position
+        position -= place.length
+    raise AssertionError(position)
 
 
-def test_what_is_linked_is_not_judged_twice(
+def test_a_linked_parameter_is_not_checked_again_on_resuming(
     tmp_path: Path, sources: tuple[WeightSource, WeightSource, WeightSource], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    placed = laid_out(sources, torch.bfloat16, link=True)
+    placed = laid_out(sources, DType.BFLOAT16, link=True)
     run(tmp_path / "data", placed)
-    judged: list[str] = []
-    genuine = weights.converted
+    checked: list[str] = []
+    convert_piece = weights.convert_piece
 
     def note(tensor: StoredTensor, *arguments: Any) -> torch.Tensor:
-        judged.append(tensor.name)
-        return genuine(tensor, *arguments)
+        checked.append(tensor.name)
+        return convert_piece(tensor, *arguments)
 
-    monkeypatch.setattr(weights, "converted", note)
+    monkeypatch.setattr(weights, "convert_piece", note)
     run(tmp_path / "data", placed, placed[0].length)
-    assert sorted(judged) == ["t1", "t2", "t3"]
+    assert sorted(checked) == ["t1", "t2", "t3"]
 
 
-def test_a_linked_parameter_is_judged_and_not_written(
+def test_a_linked_parameter_is_checked_and_not_written(
     tmp_path: Path, sources: tuple[WeightSource, WeightSource, WeightSource]
 ) -> None:
-    placed = laid_out(sources, torch.bfloat16, link=True)
+    placed = laid_out(sources, DType.BFLOAT16, link=True)
     assert [one.linked is not None for one in placed] == [True, False, False]
     run(tmp_path / "data", placed)
     assert (
         (tmp_path / "data").stat().st_size
-        == external_data.end_of(placed)
+        == external_data.data_bytes(placed)
         < 2 * 3 * 1001 * 2 + 3 * 1003 * 2 + 8192
     )
     tensor = sources[0].tensors[0]
@@ -169,7 +178,7 @@ def test_a_linked_parameter_is_judged_and_not_written(
         run(tmp_path / "data", placed)
 
 
-def test_a_hole_stays_a_hole(tmp_path: Path) -> None:
+def test_sparse_regions_stay_sparse(tmp_path: Path) -> None:
     size = 64 << 20
     path = tmp_path / "model.safetensors"
     header = b'{"t":{"dtype":"BF16","shape":[%d],"data_offsets":[0,%d]}}' % (size // 2, size)
@@ -177,19 +186,19 @@ def test_a_hole_stays_a_hole(tmp_path: Path) -> None:
     with path.open("wb") as file:
         file.write(len(header).to_bytes(8, "little") + header)
         file.truncate(8 + len(header) + size)
-    source = WeightSource("t", (read_header(path)["t"],), Transform.COPY)
+    source = WeightSource((read_header(path)["t"],), Transform.COPY)
     if os.stat(path).st_blocks * 512 >= size:
         pytest.skip("this file system has no holes")
-    placed = lay_out([(source, (size // 2,), torch.float32)], link=False)
-    written = write(tmp_path / "data", placed, advance=lambda _: None, keep=lambda _: None)
+    placed = lay_out([(source, (size // 2,), DType.FLOAT32)], link=False)
+    written = write(tmp_path / "data", placed, advance=lambda _: None, synced=lambda _: None)
     assert (
-        written == num_real(placed) <= weights.PIECE_BYTES * 2
+        written == allocated_bytes(placed) <= weights.PIECE_BYTES * 2
     )  # the piece that shares a block with the header
     assert (tmp_path / "data").stat().st_size == 2 * size
     assert os.stat(tmp_path / "data").st_blocks * 512 <= written + 65536
 
 
-def test_a_link_that_cannot_be_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_impossible_link_is_a_usage_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "shard").write_bytes(b"x")
     (tmp_path / "bundle").mkdir()
 
@@ -210,7 +219,7 @@ def built(checkpoint: Path, output: Path, **options: str) -> Path:
     return output
 
 
-def test_a_linked_bundle_is_whole_and_computes_the_same(checkpoint: Path, tmp_path: Path) -> None:
+def test_a_linked_bundle_is_complete_and_computes_the_same(checkpoint: Path, tmp_path: Path) -> None:
     copied, linked = (
         built(checkpoint, tmp_path / "copied"),
         built(checkpoint, tmp_path / "linked", weights="link"),
@@ -225,41 +234,41 @@ def test_a_linked_bundle_is_whole_and_computes_the_same(checkpoint: Path, tmp_pa
     np.testing.assert_array_equal(*logits)
 
 
-def test_a_build_that_is_killed_in_its_weights_goes_on(
+def test_a_build_that_is_interrupted_in_its_weights_resumes(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = data_path(built(checkpoint, tmp_path / "whole") / "model.onnx").read_bytes()
-    monkeypatch.setattr(external_data, "KEPT_BYTES", 4096)
+    monkeypatch.setattr(external_data, "SYNC_BYTES", 4096)
 
     reached: list[int] = []
 
-    def reach_and_stop(self: external_data._Kept, passed: int, written: int) -> None:
-        reached.append(passed)
-        reach_slowly(self, passed, written)
+    def reach_and_stop(self: external_data._Syncer, position: int, written: int) -> None:
+        reached.append(position)
+        reach_slowly(self, position, written)
         if len(reached) == 20:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(external_data._Kept, "reached", reach_and_stop)
+    monkeypatch.setattr(external_data._Syncer, "reached", reach_and_stop)
     with pytest.raises(KeyboardInterrupt):
         built(checkpoint, tmp_path / "out")
-    monkeypatch.setattr(external_data._Kept, "reached", reach)
-    done: list[int] = []
+    monkeypatch.setattr(external_data._Syncer, "reached", reach)
+    resumed: list[int] = []
     genuine_write = external_data.write
 
     def note(*arguments: object, **options: int) -> int:
-        done.append(options["done"])
+        resumed.append(options["resume_from"])
         return genuine_write(*arguments, **options)  # type: ignore[arg-type]
 
     monkeypatch.setattr(external_data, "write", note)
     assert data_path(built(checkpoint, tmp_path / "out") / "model.onnx").read_bytes() == expected
-    assert done[0] > 0
+    assert resumed[0] > 0
 
 
 @pytest.mark.parametrize("how", ["copy", "link"])
 @pytest.mark.parametrize("tied", [False, True])
-def test_what_will_be_written_is_known_before(tmp_path: Path, how: str, tied: bool) -> None:
+def test_the_size_of_the_data_file_is_known_before(tmp_path: Path, how: str, tied: bool) -> None:
     model = load(write_checkpoint(tmp_path / "checkpoint", tie_word_embeddings=tied))
-    placed = lay_out(weights.wanted(model.config, model.weights, torch.float32), link=how == "link")
+    placed = lay_out(weights.parameters(model.config, model.weights, DType.FLOAT32), link=how == "link")
     data = data_path(built(tmp_path / "checkpoint", tmp_path / "out", weights=how) / "model.onnx")
-    assert end_of(placed) == data.stat().st_size
-    assert num_real(placed) == sum(one.length for one in placed)
+    assert data_bytes(placed) == data.stat().st_size
+    assert allocated_bytes(placed) == sum(one.length for one in placed)

@@ -1,10 +1,10 @@
-"""What the machine is asked, and what is done about a processor that promises more than it has."""
+"""The process-wide settings of libraries."""
 
 from __future__ import annotations
 
 import os
-import platform
-from pathlib import Path
+import subprocess
+import sys
 
 import pytest
 
@@ -13,35 +13,20 @@ from nemotrt.exporter import environment
 VARIABLE = "ONEDNN_MAX_CPU_ISA"
 
 
-@pytest.mark.parametrize(
-    ("flags", "palette", "hidden"),
-    [
-        ("avx512f amx_tile avx512_fp16", 0, "AVX512_CORE_FP16"),
-        ("avx512f amx_tile avx512_fp16", 1, None),
-        ("avx512f amx_tile avx512_fp16", None, None),
-        ("avx512f avx512_fp16", 0, None),
-    ],
-)
-def test_amx_without_tiles_is_hidden(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: str, palette: int | None, hidden: str | None
+@pytest.mark.parametrize(("before", "after"), [(None, "AVX512_CORE_FP16"), ("AVX2", "AVX2")])
+def test_amx_is_disabled_unless_the_user_chose_an_instruction_set(
+    monkeypatch: pytest.MonkeyPatch, before: str | None, after: str
 ) -> None:
-    (tmp_path / "cpuinfo").write_text(f"flags\t\t: fpu {flags} arat\n")
-    monkeypatch.setattr(environment, "CPU_FLAGS", tmp_path / "cpuinfo")
-    monkeypatch.setattr(environment, "_max_tile_palette", lambda: palette)
-    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
-    monkeypatch.setenv(VARIABLE, "")
-    monkeypatch.delenv(VARIABLE)
-    environment.hide_unusable_amx()
-    assert os.environ.get(VARIABLE) == hidden
+    monkeypatch.setenv(VARIABLE, before or "")
+    if before is None:
+        monkeypatch.delenv(VARIABLE)
+    environment.disable_amx()
+    assert os.environ[VARIABLE] == after
 
 
-def test_what_the_user_set_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(environment, "_max_tile_palette", lambda: 0)
-    monkeypatch.setenv(VARIABLE, "AVX2")
-    environment.hide_unusable_amx()
-    assert os.environ[VARIABLE] == "AVX2"
-
-
-@pytest.mark.skipif(platform.machine() != "x86_64", reason="CPUID is x86-64's")
-def test_the_processor_answers() -> None:
-    assert environment._max_tile_palette() in (0, 1, None)
+def test_reading_weights_disables_amx() -> None:
+    """PyTorch computes nothing before the module is imported that reads its weights."""
+    code = "import os; import nemotrt.exporter.checkpoint.weights; print(os.environ['ONEDNN_MAX_CPU_ISA'])"
+    clean = {name: value for name, value in os.environ.items() if name != VARIABLE}
+    done = subprocess.run([sys.executable, "-c", code], env=clean, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "AVX512_CORE_FP16"

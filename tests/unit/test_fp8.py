@@ -19,7 +19,7 @@ from fp8_checkpoints import NANO_BF16, description, lowered, nano, small, super_
 from onnx import TensorProto
 from safetensors.torch import load_file, save_file
 
-from nemotrt.exporter.checkpoint.quant_config import describe, pattern_matcher
+from nemotrt.exporter.checkpoint.quant_config import parse_description, pattern_matcher
 from nemotrt.exporter.config import BuildConfig
 from nemotrt.exporter.errors import CheckpointError, UsageError
 from nemotrt.exporter.pipelines import build
@@ -246,14 +246,14 @@ def test_a_quantized_module_that_is_said_not_to_be(tmp_path: Path) -> None:
         small(tmp_path / "fp8"), description(["*.in_proj", "backbone.layers.2*", "*latent*"])
     )
     with pytest.raises(
-        CheckpointError, match=r"in_proj.weight is stored as float8_e4m3fn, and is not quantized"
+        CheckpointError, match=r"in_proj.weight is stored as float8_e4m3fn, but .* says it is not quantized"
     ):
         load(folder)
 
 
 def test_a_plain_module_that_is_said_to_be_quantized(tmp_path: Path) -> None:
     folder = with_description(small(tmp_path / "fp8"), description(["*latent*"]))
-    with pytest.raises(CheckpointError, match=r"q_proj.weight is stored as bfloat16, and is FP8 by"):
+    with pytest.raises(CheckpointError, match=r"q_proj.weight is stored as bfloat16, but .* says it is FP8"):
         load(folder)
 
 
@@ -263,7 +263,7 @@ def test_two_descriptions_must_agree(tmp_path: Path) -> None:
         "quantization": {"quant_algo": "FP8", "kv_cache_quant_algo": "FP8", "exclude_modules": ["lm_head"]}
     }
     (folder / "hf_quant_config.json").write_text(json.dumps(said))
-    with pytest.raises(CheckpointError, match="say different things"):
+    with pytest.raises(CheckpointError, match="disagree about"):
         load(folder)
 
 
@@ -291,13 +291,13 @@ def test_hf_quant_config_alone_is_enough(tmp_path: Path) -> None:
         ({"quant_method": "fp8", "weight_block_size": [128, 128]}, "block-scaled FP8"),
         ({"quant_algo": "MIXED_PRECISION", "quantized_layers": {"a": {"quant_algo": "NVFP4"}}}, "NVFP4"),
         ({"quant_algo": "FP8", "kv_cache_quant_algo": "NVFP4"}, "the KV cache is quantized as NVFP4"),
-        ({"quant_algo": "FP8", "group_size": 16}, "group_size is not understood"),
+        ({"quant_algo": "FP8", "group_size": 16}, "group_size is not a known field"),
     ],
 )
 def test_other_schemes_are_refused_by_name(said: dict[str, Any], scheme: str) -> None:
     with pytest.raises(CheckpointError, match=scheme) as refused:
-        describe(said, "config.json")
-    assert "FP8 is supported" in refused.value.hint
+        parse_description(said, "config.json")
+    assert "supported: FP8" in refused.value.hint
 
 
 def test_a_marker_that_modelopt_left_behind_is_no_part_of_a_name() -> None:
@@ -341,7 +341,7 @@ def test_an_fp8_checkpoint_is_not_dequantized(tmp_path: Path) -> None:
         build.build(config)
 
 
-UNSCALED = "stores no scales for it: 1 is taken"
+UNSCALED = "stores no scales for it, so a scale of 1 is used"
 
 
 def test_a_cache_without_scales_is_said_everywhere(tmp_path: Path) -> None:

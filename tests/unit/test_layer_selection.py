@@ -42,18 +42,18 @@ def test_the_first_of_each_kind_is_in_the_order_of_the_model() -> None:
 @pytest.mark.parametrize(
     ("choice", "message"),
     [
-        ("", "is no choice of layers"),
-        ("kinds", "is no choice of layers"),
-        ("-1", "is no choice of layers"),
-        ("1:2:3", "is no choice of layers"),
-        ("0,,1", "is no choice of layers"),
+        ("", "does not select layers"),
+        ("kinds", "does not select layers"),
+        ("-1", "does not select layers"),
+        ("1:2:3", "does not select layers"),
+        ("0,,1", "does not select layers"),
         ("2:2", "2:2 is an empty range"),
         ("3:1", "3:1 is an empty range"),
         ("6", "the model has 6 layers"),
         ("0:7", "the model has 6 layers"),
-        ("2,0", "is not in the order in which layers run"),
-        ("1,1", "is not in the order in which layers run"),
-        ("0:3,2", "is not in the order in which layers run"),
+        ("2,0", "must list each layer once"),
+        ("1,1", "must list each layer once"),
+        ("0:3,2", "must list each layer once"),
     ],
 )
 def test_a_choice_that_means_none_is_refused(choice: str, message: str) -> None:
@@ -104,5 +104,5 @@ def test_a_check_is_of_the_chosen_layers(checkpoint: Path) -> None:
         "embeddings": 0, "moe": 1, "mamba": 1, "head": 0,
     }  # fmt: skip
     assert "ssm_state" in found.dtypes["mamba"]["float32"]
-    assert any(note.startswith("layers 1, 4 of its checkpoint only") for note in found.notes)
+    assert any(note.startswith("a partial model: layers 1, 4") for note in found.notes)
     assert found.num_parameters < check(read_headers(checkpoint)).num_parameters

@@ -1,4 +1,4 @@
-"""Loading: every parameter finds its tensors, and every problem is named, all of them at once."""
+"""Loading matches every parameter to its tensors, and reports every problem at once."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ from nemotrt.exporter.errors import CheckpointError
 from nemotrt.exporter.stages.load import load
 from nemotrt.model.checkpoint import tensor_sources
 from nemotrt.model.config import ModelConfig
+from nemotrt.plugins.contract import DType
 
 
-def table(config: dict[str, Any], dtype: str = "float32") -> dict[str, StoredTensor]:
+def table(config: dict[str, Any], dtype: DType = DType.FLOAT32) -> dict[str, StoredTensor]:
     """The stored tensors of a whole checkpoint, as headers describe them."""
     return {
         name: StoredTensor(name, dtype, tuple(tensor.shape), Path("x"), 0, tensor.nbytes)
@@ -29,7 +30,7 @@ def table(config: dict[str, Any], dtype: str = "float32") -> dict[str, StoredTen
     }
 
 
-def stored(name: str, dtype: str, *shape: int) -> StoredTensor:
+def stored(name: str, dtype: DType, *shape: int) -> StoredTensor:
     return StoredTensor(name, dtype, shape, Path("x"), 0, 1)
 
 
@@ -54,14 +55,14 @@ def test_tied_embeddings_are_used_twice(tmp_path: Path) -> None:
 def test_every_problem_is_found(config: ModelConfig) -> None:
     tensors = table(CONFIG)
     del tensors["lm_head.weight"], tensors["backbone.layers.0.mixer.A_log"]
-    tensors["backbone.layers.0.mixer.D"] = stored("backbone.layers.0.mixer.D", "float32", 5)
-    tensors["backbone.layers.0.mixer.dt_bias"] = stored("backbone.layers.0.mixer.dt_bias", "int64", 4)
-    tensors["backbone.layers.9.norm.weight"] = stored("backbone.layers.9.norm.weight", "float32", 32)
+    tensors["backbone.layers.0.mixer.D"] = stored("backbone.layers.0.mixer.D", DType.FLOAT32, 5)
+    tensors["backbone.layers.0.mixer.dt_bias"] = stored("backbone.layers.0.mixer.dt_bias", DType.INT64, 4)
+    tensors["backbone.layers.9.norm.weight"] = stored("backbone.layers.9.norm.weight", DType.FLOAT32, 32)
     messages = [str(problem) for problem in match(config, tensors).problems]
     assert messages == [
         "backbone.layers.0.mixer.A_log is missing",
         "backbone.layers.0.mixer.D has shape [5], but the configuration requires [4]",
-        "backbone.layers.0.mixer.dt_bias is stored as int64, which is no weight format that this tool reads",
+        "backbone.layers.0.mixer.dt_bias is stored as int64, which is not a supported dtype of weights",
         "lm_head.weight is missing",
         "backbone.layers.9.norm.weight is in the checkpoint, but not in the model that config.json describes",
     ]
@@ -76,10 +77,10 @@ def test_a_build_names_the_first_problem_and_counts_the_others(tmp_path: Path) -
 
 
 def test_multi_token_prediction_is_recognised_and_left_out(config: ModelConfig) -> None:
-    mtp = stored("mtp.layers.0.enorm.weight", "float32", 32)
-    survey = match(config, table(CONFIG) | {mtp.name: mtp})
-    assert survey.problems == ()
-    assert survey.not_exported == (mtp.name,)
+    mtp = stored("mtp.layers.0.enorm.weight", DType.FLOAT32, 32)
+    matched = match(config, table(CONFIG) | {mtp.name: mtp})
+    assert matched.problems == ()
+    assert matched.not_exported == (mtp.name,)
 
 
 @pytest.mark.parametrize("stacked", [False, True])
@@ -91,21 +92,21 @@ def test_experts_one_by_one_or_stacked(config: ModelConfig, stacked: bool) -> No
                 prefix = f"backbone.layers.{layer}.mixer.experts."
                 for expert in range(4):
                     del tensors[f"{prefix}{expert}.{name}.weight"]
-                tensors[f"{prefix}{name}"] = stored(f"{prefix}{name}", "float32", *shape)
-    survey = match(config, tensors)
-    assert survey.problems == ()
-    assert len(survey.weights["backbone.layers.1.mixer.experts.up"].tensors) == (1 if stacked else 4)
+                tensors[f"{prefix}{name}"] = stored(f"{prefix}{name}", DType.FLOAT32, *shape)
+    matched = match(config, tensors)
+    assert matched.problems == ()
+    assert len(matched.weights["backbone.layers.1.mixer.experts.up"].tensors) == (1 if stacked else 4)
 
 
 def quantized(config: dict[str, Any]) -> dict[str, StoredTensor]:
     """The table with its projections in FP8, each with the scales that ModelOpt writes."""
-    tensors = table(config, "bfloat16")
+    tensors = table(config, DType.BFLOAT16)
     for name in list(tensors):
         if name.endswith("_proj.weight"):
-            tensors[name] = stored(name, "float8_e4m3fn", *tensors[name].shape)
+            tensors[name] = stored(name, DType.FLOAT8_E4M3, *tensors[name].shape)
             for scale in ("weight_scale", "input_scale"):
                 scale_name = name.removesuffix("weight") + scale
-                tensors[scale_name] = stored(scale_name, "float32")
+                tensors[scale_name] = stored(scale_name, DType.FLOAT32)
     return tensors
 
 
@@ -118,26 +119,26 @@ def test_fp8_that_nothing_describes_is_one_clear_problem(config: ModelConfig) ->
 
 
 def test_packed_four_bit_weights_are_one_clear_problem(config: ModelConfig) -> None:
-    tensors = table(CONFIG, "bfloat16")
+    tensors = table(CONFIG, DType.BFLOAT16)
     name = "backbone.layers.3.mixer.up_proj.weight"
-    tensors[name] = stored(name, "uint8", 48, 16)
+    tensors[name] = stored(name, DType.UINT8, 48, 16)
     problems = match(config, tensors).problems
     assert [str(problem) for problem in problems] == [
         f"the checkpoint is quantized as packed 4-bit values ({name})"
     ]
-    tensors[f"{name}_scale_2"] = stored(f"{name}_scale_2", "float32")
+    tensors[f"{name}_scale_2"] = stored(f"{name}_scale_2", DType.FLOAT32)
     assert "quantized as NVFP4" in str(match(config, tensors).problems[0])
 
 
 def test_scales_without_quantized_weights_are_extra_tensors(config: ModelConfig) -> None:
-    scale = stored("backbone.layers.0.mixer.in_proj.weight_scale", "float32")
+    scale = stored("backbone.layers.0.mixer.in_proj.weight_scale", DType.FLOAT32)
     problems = match(config, table(CONFIG) | {scale.name: scale}).problems
     assert [str(problem).split()[0] for problem in problems] == [scale.name]
 
 
 def test_a_quantization_that_nothing_has(tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path / "fp8", quantization_config={"quant_algo": "FP8"})
-    with pytest.raises(CheckpointError, match="says that it is quantized, but no stored tensor is"):
+    with pytest.raises(CheckpointError, match="describes a quantization, but no stored tensor is quantized"):
         load(folder)
 
 

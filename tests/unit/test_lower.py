@@ -168,5 +168,5 @@ def test_an_op_too_few_is_refused(loaded: LoadedModel, tmp_path: Path) -> None:
     traced = trace(loaded, config)
     layers = ("mamba", *loaded.config.layers[1:-1], "mlp")
     other = replace(loaded, config=replace(loaded.config, layers=layers))
-    with pytest.raises(LowerError, match="the configuration asks for"):
+    with pytest.raises(LowerError, match="the configuration needs"):
         lower(other, traced, tmp_path / "model.onnx")

@@ -50,14 +50,14 @@ def test_super_s_published_preset_quantizes_every_mamba_layer() -> None:
 
 def test_what_leaves_nothing_says_what_would_not() -> None:
     config = parsed(NANO | {"hybrid_override_pattern": "M*M*"})
-    with pytest.raises(UsageError, match="everything is excluded") as refused:
+    with pytest.raises(UsageError, match="all modules are excluded") as refused:
         recipe_of(config, "conservative", (), kv_cache=True)
     assert "--preset published" in refused.value.hint
 
 
 def test_a_pattern_that_fits_nothing(tmp_path: Path) -> None:
     config = load(write_checkpoint(tmp_path / "plain")).config
-    with pytest.raises(UsageError, match="fits no module"):
+    with pytest.raises(UsageError, match="matches no module"):
         recipe_of(config, "published", ("*.qproj",), kv_cache=True)
 
 
@@ -113,17 +113,21 @@ def test_a_layer_that_gives_nothing_but_zero_is_named(tmp_path: Path) -> None:
     model = load(checkpoint)
     (tmp_path / "fp8").mkdir()
     recipe = recipe_of(model.config, "published", (), kv_cache=True)
-    with pytest.raises(UsageError, match=rf"{IN_PROJ} saw nothing but 0"):
+    with pytest.raises(UsageError, match=rf"{IN_PROJ} has only zeros"):
         quantize(model, recipe, TEXT, tmp_path / "fp8")
 
 
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        # Keys of 1e38 · 1e38 are infinite; what flows on is NaN.
-        ("backbone.layers.3.norm.weight", 3e38, "layer 3 gives NaN or infinity on the calibration text"),
-        ("backbone.layers.2.mixer.k_proj.weight", 0.0, "layers.2.mixer.k_proj.k_scale saw nothing but 0"),
-        ("backbone.layers.3.mixer.up_proj.weight", 0.0, "layers.3.mixer.down_proj saw nothing but 0"),
+        # Keys of 1e38 · 1e38 are infinite, and the hidden states NaN.
+        (
+            "backbone.layers.3.norm.weight",
+            3e38,
+            "the output of layer 3 has NaN or infinity on the calibration text",
+        ),
+        ("backbone.layers.2.mixer.k_proj.weight", 0.0, "layers.2.mixer.k_proj.k_scale has only zeros"),
+        ("backbone.layers.3.mixer.up_proj.weight", 0.0, "layers.3.mixer.down_proj has only zeros"),
     ],
 )
 def test_a_layer_that_cannot_be_calibrated_is_named(

@@ -90,17 +90,17 @@ def test_a_file_that_shrinks_while_it_is_read(file: Path) -> None:
     [
         ({"a": entry(0, 4), "b": entry(2, 6)}, b"123456", "b overlaps another tensor"),
         ({"a": entry(0, 4), "b": entry(0, 4)}, b"1234", "overlaps another tensor"),
-        ({"a": entry(0, 2), "b": entry(3, 5)}, b"12345", "b leaves a hole before it"),
-        ({"a": entry(1, 3)}, b"123", "a leaves a hole before it"),
+        ({"a": entry(0, 2), "b": entry(3, 5)}, b"12345", "b leaves a gap before it"),
+        ({"a": entry(1, 3)}, b"123", "a leaves a gap before it"),
         ({"a": entry(0, 8)}, b"1234", "truncated"),
         ({"a": entry(0, 2)}, b"1234", "2 bytes that belong to no tensor"),
         ({"a": entry(4, 2, [])}, b"1234", r"a is U8 \[\], but its bytes are 4 to 2"),
         ({"a": entry(0, 4, [2, 1])}, b"1234", r"a is U8 \[2, 1\], but its bytes are 0 to 4"),
-        ({"a": entry(0, 4, [-2, -2])}, b"1234", "not a count"),
-        ({"a": entry(0, 4, [4.0])}, b"1234", "not a count"),  # type: ignore[list-item]
-        ({"a": entry(0, 4, [True])}, b"1234", "not a count"),
-        ({"a": entry(0, 4, dtype="F4")}, b"1234", "dtype F4, which is not known"),
-        ({"a": entry(0, 4) | {"dtype": []}}, b"1234", "is not known"),
+        ({"a": entry(0, 4, [-2, -2])}, b"1234", "not a non-negative integer"),
+        ({"a": entry(0, 4, [4.0])}, b"1234", "not a non-negative integer"),  # type: ignore[list-item]
+        ({"a": entry(0, 4, [True])}, b"1234", "not a non-negative integer"),
+        ({"a": entry(0, 4, dtype="F4")}, b"1234", "has unknown dtype F4"),
+        ({"a": entry(0, 4) | {"dtype": []}}, b"1234", "has unknown dtype"),
         ({"a": entry(0, 4) | {"data_offsets": [0]}}, b"1234", "no dtype, shape or data_offsets"),
         ({"a": {"dtype": "U8"}}, b"", "no dtype, shape or data_offsets"),
         ({"a": None}, b"", "no dtype, shape or data_offsets"),
@@ -116,12 +116,12 @@ def test_a_header_that_contradicts_the_format(
 @pytest.mark.parametrize(
     ("header", "message"),
     [
-        (b"", "malformed header"),
-        (b"{", "malformed header"),
-        (b"\xff\xfe{}", "malformed header"),
+        (b"", "header of .* is not valid JSON"),
+        (b"{", "header of .* is not valid JSON"),
+        (b"\xff\xfe{}", "header of .* is not valid JSON"),
         (b"[]", "not a JSON object"),
         (b'{"a": {}, "a": {}}', "duplicate key a"),
-        (b"[" * 100_000, "malformed header"),
+        (b"[" * 100_000, "header of .* is not valid JSON"),
     ],
 )
 def test_a_header_that_is_no_json_object(tmp_path: Path, header: bytes, message: str) -> None:
@@ -252,15 +252,15 @@ def keep_a_single_file_too(folder: Path, weight_map: dict[str, str]) -> None:
     ("damage", "message"),
     [
         (drop_shard, "model-1.safetensors is missing"),
-        (name_a_file_outside, "names ../model.safetensors, which is not a file of"),
-        (name_an_absolute_file, "names /etc/passwd, which is not a file of"),
+        (name_a_file_outside, "lists ../model.safetensors, which is not a file of"),
+        (name_an_absolute_file, "lists /etc/passwd, which is not a file of"),
         (link_outside, "is a link to .*outside, outside the checkpoint"),
-        (list_what_no_shard_holds, "lists other in model-0.safetensors, which does not hold it"),
+        (list_what_no_shard_holds, "lists other in model-0.safetensors, which does not contain it"),
         (list_too_little, "scalar is in model-1.safetensors, but .* lists it in nothing"),
         (list_in_the_wrong_shard, "scalar is in model-1.safetensors, but .* lists it in model-0.safetensors"),
         (store_twice, "is in two shards"),
-        (map_to_numbers, "weight_map is not a map from tensor to file"),
-        (leave_out_the_map, "weight_map is not a map from tensor to file"),
+        (map_to_numbers, "weight_map does not map tensors to files"),
+        (leave_out_the_map, "weight_map does not map tensors to files"),
         (keep_a_single_file_too, "has both model.safetensors and"),
     ],
 )

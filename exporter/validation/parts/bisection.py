@@ -20,10 +20,10 @@ from nemotrt.exporter.artifacts import TracedPart
 from nemotrt.exporter.checkpoint import weights
 from nemotrt.exporter.checkpoint.loaded_model import LoadedModel
 from nemotrt.exporter.config import COMPUTE_DTYPES, BuildConfig
+from nemotrt.exporter.lowering.graph_writer import value_names
 from nemotrt.exporter.progress import Advance, ignore
 from nemotrt.exporter.report.model import Bisection, DivergentValue
 from nemotrt.exporter.runtime.graph_file import OnnxGraph
-from nemotrt.exporter.stages.lower import value_names
 from nemotrt.exporter.stages.trace import trace
 from nemotrt.exporter.validation.comparison import Extent
 from nemotrt.exporter.validation.parts.layerwise import part_noise, trials
@@ -267,7 +267,7 @@ def _weight(tensor: TensorProto, model: LoadedModel, folder: Path) -> str:
     path, offset = folder / place["location"], int(place["offset"])
     if any(stored.path == path and stored.offset == offset for stored in source.tensors):
         return "the bundle's own weight, which PyTorch took too: --checkpoint compares it"
-    dtype = DType.from_onnx(tensor.data_type).torch
+    dtype = DType.from_onnx(tensor.data_type)
     stored = np.memmap(path, np.uint8, "r", offset, int(place["length"]))
     position = differing = 0
     for piece in weights.values(source, tuple(tensor.dims), dtype):

@@ -19,7 +19,6 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nemotrt.exporter import environment
 from nemotrt.exporter.checkpoint import weights
 from nemotrt.exporter.checkpoint.loaded_model import LoadedModel
 from nemotrt.exporter.runtime.step import StepInputs
@@ -31,7 +30,7 @@ from nemotrt.model.block import Block
 from nemotrt.model.hybrid import NemotronH
 from nemotrt.model.recipe import EXPERTS
 from nemotrt.plugins import torch_op
-from nemotrt.plugins.contract import STEP_INPUTS, PoolSpec
+from nemotrt.plugins.contract import STEP_INPUTS, DType, PoolSpec
 from nemotrt.plugins.spec import OpSpec, ops
 
 OPS = {torch_op.overload(spec): spec for spec in ops()}
@@ -48,7 +47,7 @@ class PartModules:
         self._model = model
         self._empty: dict[torch.dtype, NemotronH] = {}
         self._place = ""
-        self._held: dict[tuple[str, torch.dtype], Tensor] = {}
+        self._held: dict[tuple[str, DType], Tensor] = {}
 
     def module(self, place: str, dtype: torch.dtype) -> nn.Module:
         """The one at `embeddings`, `layers.7` or `head`, with the checkpoint's weights in `dtype`."""
@@ -70,11 +69,11 @@ class PartModules:
 
     def _weight(self, name: str, parameter: Tensor) -> Tensor:
         source = self._model.weights[name]
-        dtype = parameter.dtype
-        if dtype == torch.float32 and self._place != "head" and name.endswith(WIDENED_AS_THEY_ARE_READ):
-            dtype = getattr(torch, source.tensors[0].dtype)
+        dtype = DType.from_torch(parameter.dtype)
+        if dtype == DType.FLOAT32 and self._place != "head" and name.endswith(WIDENED_AS_THEY_ARE_READ):
+            dtype = source.tensors[0].dtype
         if (name, dtype) not in self._held:
-            self._held[name, dtype] = weights.lying(source, tuple(parameter.shape), dtype)
+            self._held[name, dtype] = weights.read_or_map(source, tuple(parameter.shape), dtype)
         return self._held[name, dtype]
 
 
@@ -110,7 +109,6 @@ class TorchPart:
     """The part of the model that a cut is of, in one dtype, on pools of its own; row 0 of a pool is scratch."""
 
     def __init__(self, modules: PartModules, cut: Cut, pools: Sequence[PoolSpec], dtype: torch.dtype) -> None:
-        environment.hide_unusable_amx()
         self._cut, self._dtype = cut, dtype
         self._module = modules.module(cut.place, dtype)
         self._num_threads = num_threads(self._module.state_dict())

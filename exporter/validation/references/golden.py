@@ -38,7 +38,7 @@ from nemotrt.exporter.validation.gates import Array, Measured, Noise, Observatio
 from nemotrt.exporter.validation.graph_dtypes import ExpectedDtypes
 from nemotrt.exporter.validation.routing import Choosing, RouterLogits
 from nemotrt.exporter.validation.scenarios import Scenario
-from nemotrt.plugins.contract import STEP_INPUTS
+from nemotrt.plugins.contract import STEP_INPUTS, DType
 
 SCHEMA_VERSION = 2
 HEADER, DIGEST = "golden", "sha256"
@@ -192,7 +192,7 @@ def _baseline_outputs(recording: Recording, name: str) -> Iterator[tuple[str, in
 
 
 def _entry(name: str, values: NDArray[Any]) -> Entry:
-    return Entry(name, str(values.dtype), values.shape, lambda: iter([values.tobytes()]))
+    return Entry(name, DType(str(values.dtype)), values.shape, lambda: iter([values.tobytes()]))
 
 
 def _digest(text: str, tensors: Mapping[str, NDArray[Any]]) -> str:

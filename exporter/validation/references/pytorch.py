@@ -27,7 +27,7 @@ from nemotrt.exporter.validation.graph_dtypes import expected_dtypes
 from nemotrt.exporter.validation.routing import Choosing, RouterLogits
 from nemotrt.exporter.validation.runners.torch import TorchRunner
 from nemotrt.exporter.validation.scenarios import scenarios
-from nemotrt.plugins.contract import PoolSpec
+from nemotrt.plugins.contract import DType, PoolSpec
 
 REFERENCE = "PyTorch, FP32"
 
@@ -112,7 +112,7 @@ def choosing_of(model: LoadedModel) -> tuple[Choosing, ...]:
             weights.read(
                 model.weights[f"backbone.layers.{layer}.mixer.gate.e_score_correction_bias"],
                 shape,
-                torch.float32,
+                DType.FLOAT32,
             ).numpy(),
             config.num_experts_per_tok,
             config.n_group,

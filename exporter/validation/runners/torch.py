@@ -10,7 +10,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from nemotrt.exporter import environment
 from nemotrt.exporter.checkpoint import weights
 from nemotrt.exporter.checkpoint.loaded_model import LoadedModel
 from nemotrt.exporter.runtime.step import StepInputs
@@ -20,7 +19,7 @@ from nemotrt.exporter.validation.runners.router_hook import RouterTap
 from nemotrt.model.fp8 import widen
 from nemotrt.model.hybrid import NemotronH
 from nemotrt.model.step import Step
-from nemotrt.plugins.contract import PoolSpec
+from nemotrt.plugins.contract import DType, PoolSpec
 from nemotrt.plugins.e4m3 import FP8
 
 SMALL_MODEL_BYTES = 64 << 20
@@ -63,13 +62,12 @@ class TorchRunner:
     """The reference model in one dtype, on the CPU."""
 
     def __init__(self, model: LoadedModel, pools: tuple[PoolSpec, ...], dtype: torch.dtype) -> None:
-        environment.hide_unusable_amx()
         self._specs = pools
         self._dtype = dtype
         with torch.device("meta"):
             self._network = NemotronH(model.config, dtype=dtype)
         state = {
-            name: weights.read(model.weights[name], tuple(parameter.shape), parameter.dtype)
+            name: weights.read(model.weights[name], tuple(parameter.shape), DType.from_torch(parameter.dtype))
             for name, parameter in self._network.state_dict().items()
         }
         self._network.load_state_dict(state, assign=True)
