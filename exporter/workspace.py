@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import IO, Any, Self
 
 from nemotrt.exporter.errors import BundleError, UsageError
-from nemotrt.exporter.runtime import manifest
+from nemotrt.exporter.runtime import files, manifest
 
 JOURNAL, LOCK = "journal.json", "lock"
 SO_FAR = " so far"
@@ -203,7 +203,7 @@ class Workspace:
         return int(self.result(stage + SO_FAR, key) or 0)
 
     def _write_journal(self) -> None:
-        write_whole(self.root / JOURNAL, json.dumps({"version": VERSION, "stages": self._journal}))
+        files.write_atomic(self.root / JOURNAL, json.dumps({"version": VERSION, "stages": self._journal}))
 
     def _files(self) -> dict[str, list[int]]:
         """Size and time of every file in the folder, by its path below it."""
@@ -220,7 +220,8 @@ class Workspace:
         self._journal = {}
         # The journal first: what it promises must not be half removed if this is interrupted.
         (self.root / JOURNAL).unlink(missing_ok=True)
-        (self.root / f".{JOURNAL}.writing").unlink(missing_ok=True)
+        for partial in self.root.glob(f".{JOURNAL}.*"):
+            partial.unlink(missing_ok=True)
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def publish(self) -> None:
@@ -229,29 +230,12 @@ class Workspace:
         if os.path.lexists(self.output):
             self.output.rename(self._replaced)
         self.folder.rename(self.output)
-        _sync_one(self.output.parent)
+        files.sync(self.output.parent)
         self.clear()
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file so that it is there whole or not at all."""
-    temporary = path.with_name(f".{path.name}.writing")
-    temporary.write_text(text, encoding="utf-8")
-    _sync_one(temporary)
-    temporary.rename(path)
-    _sync_one(path.parent)
 
 
 def sync(folder: Path) -> None:
     """Bring every file and folder below to the disk."""
     for path in [*folder.rglob("*"), folder]:
         if not path.is_symlink():
-            _sync_one(path)
-
-
-def _sync_one(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+            files.sync(path)

@@ -29,6 +29,7 @@ from make_random_checkpoint import write_checkpoint
 from nemotrt.exporter.checkpoint import weights
 from nemotrt.exporter.config import BuildConfig
 from nemotrt.exporter.lowering import external_data
+from nemotrt.exporter.runtime import ort as onnxruntime
 from nemotrt.exporter.runtime.session import Session
 from nemotrt.exporter.runtime.step import StepInputs
 from nemotrt.exporter.stages.load import load
@@ -333,9 +334,9 @@ def scan() -> None:
         name="scan",
     )
     model = ir.Model(graph, ir_version=10, functions=[onnx_op.function(SCAN, sizes, attributes)])
-    import onnxruntime as ort
-
-    session = ort.InferenceSession(ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"])
+    session = onnxruntime.load().InferenceSession(
+        ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"]
+    )
     generator = np.random.default_rng(0)
 
     def feeds(tokens: int) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from pathlib import Path
 
@@ -19,6 +20,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def pytest_configure() -> None:
+    os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # several tests import ONNX Runtime themselves
     # Tensors are tiny: a second thread only waits, and the tests run on all cores already.
     torch.set_num_threads(1)
     environment.disable_amx()

@@ -27,7 +27,7 @@ from nemotrt.exporter.checkpoint.safetensors_reader import StoredTensor
 from nemotrt.exporter.environment import num_cores
 from nemotrt.exporter.errors import CheckpointError, UsageError
 from nemotrt.exporter.progress import Advance
-from nemotrt.exporter.runtime import uncached
+from nemotrt.exporter.runtime import files
 from nemotrt.plugins.contract import DType
 
 ALIGNMENT = 4096
@@ -217,7 +217,7 @@ def _transfer(piece: _Piece, target: int) -> int:
         if is_hole(file.fileno(), begin, begin + length):
             return 0
         stored = _buffers.stored[:length]
-        if uncached.read_into(stored, file.fileno(), begin) != length:
+        if files.read_into(stored, file.fileno(), begin) != length:
             raise CheckpointError(f"{tensor.path} ended while {tensor.name} was read")
     values = weights.convert_piece(tensor, stored, placed.source.transform, placed.dtype, _buffers.converted)
     return 0 if placed.linked else _write(target, values, piece.offset)
@@ -226,7 +226,7 @@ def _transfer(piece: _Piece, target: int) -> int:
 def _write(target: int, values: torch.Tensor, offset: int) -> int:
     data = values.view(torch.uint8).numpy().data
     with _writing:
-        uncached.write(data, target, offset)
+        files.write(data, target, offset)
     return len(data)
 
 

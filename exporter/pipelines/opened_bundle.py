@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from nemotrt.exporter.checkpoint.side_files import parse_config
 from nemotrt.exporter.config import PRECISION_OF_DTYPE, BuildConfig
 from nemotrt.exporter.errors import BundleError, UsageError
 from nemotrt.exporter.runtime import manifest as manifests
+from nemotrt.exporter.runtime.files import sha256
 from nemotrt.exporter.runtime.graph_file import OnnxGraph
 from nemotrt.exporter.runtime.manifest import Manifest
 from nemotrt.exporter.stages.load import load
@@ -76,7 +76,7 @@ def _from(checkpoint: Path, manifest: Manifest) -> LoadedModel:
     model = load(checkpoint, _choice(manifest))
     stored = {tensor.path for weight in model.weights.values() for tensor in weight.tensors}
     sizes = {path.name: path.stat().st_size for path in stored}
-    digest = hashlib.sha256((checkpoint / "config.json").read_bytes()).hexdigest()
+    digest = sha256(checkpoint / "config.json")
     differing = "config.json" if digest != manifest.source.config_sha256 else ""
     for name, size in manifest.source.files.items():
         if sizes.pop(name, None) != size:

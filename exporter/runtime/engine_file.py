@@ -12,7 +12,8 @@ from typing import Any
 from nemotrt.exporter.errors import BundleError
 from nemotrt.exporter.runtime.backends import BACKENDS, Backend, backend, load_module
 from nemotrt.exporter.runtime.cuda import Gpu
-from nemotrt.exporter.runtime.manifest import Manifest, Profile, file_hash
+from nemotrt.exporter.runtime.files import sha256
+from nemotrt.exporter.runtime.manifest import Manifest, Profile
 
 REBUILD = "build the bundle again on this machine, or with this machine's TensorRT"
 
@@ -105,7 +106,7 @@ def create_context(opened: OpenEngine) -> Any:
 def _check_hash(bundle: Path, manifest: Manifest, name: str) -> None:
     file = next(file for file in manifest.files if file.path == name)
     path = bundle / name
-    if file_hash(path) != file.sha256:
+    if sha256(path) != file.sha256:
         raise BundleError(f"{path} was changed after it was built", hint="copy or build the bundle again")
 
 

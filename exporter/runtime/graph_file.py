@@ -9,12 +9,12 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from functools import cached_property
-from importlib.util import find_spec
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nemotrt.exporter.errors import BundleError, UsageError
+from nemotrt.exporter.runtime import ort as onnxruntime
 from nemotrt.exporter.runtime.fp32_emulation import emulate_in_fp32, needs_emulation
 from nemotrt.exporter.runtime.interruptible import Interruptible
 from nemotrt.plugins.contract import LOGITS, NEXT, STEP_INPUTS, DType, PoolSpec
@@ -100,11 +100,9 @@ def open_graph(
     The values named in `extra_outputs` become outputs too. Raises BundleError if ONNX Runtime refuses the graph,
     UsageError if ONNX Runtime or a provider is missing.
     """
-    if find_spec("onnxruntime") is None:
-        raise UsageError("ONNX Runtime is not installed", hint="pip install 'nemo-export[cpu]'")
     import onnx
-    import onnxruntime as ort
 
+    ort = onnxruntime.load()
     missing = [name for name in providers if name not in ort.get_available_providers()]
     if missing:
         raise UsageError(
@@ -139,9 +137,7 @@ def _create(
     thread: Interruptible,
     disabled_optimizers: Sequence[str],
 ) -> ort.InferenceSession:
-    import onnxruntime as ort
-    from onnxruntime.capi import onnxruntime_pybind11_state as state
-
+    ort, state = onnxruntime.load(), onnxruntime.errors()
     try:
         return thread.run(
             lambda: ort.InferenceSession(

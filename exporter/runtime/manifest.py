@@ -16,7 +16,7 @@ from enum import StrEnum
 from pathlib import Path, PurePosixPath
 
 from nemotrt.exporter.errors import BundleError
-from nemotrt.exporter.runtime import uncached
+from nemotrt.exporter.runtime.files import sha256
 from nemotrt.exporter.runtime.strict_json import decode, encode, read_object
 from nemotrt.plugins.contract import PoolSpec
 
@@ -216,7 +216,7 @@ def describe_files(bundle: Path, roles: Mapping[str, Role]) -> tuple[BundleFile,
 
 def describe_file(bundle: Path, path: str, role: Role) -> BundleFile:
     """One file of the folder, with its hash."""
-    return BundleFile(path, (bundle / path).stat().st_size, file_hash(bundle / path), role)
+    return BundleFile(path, (bundle / path).stat().st_size, sha256(bundle / path), role)
 
 
 def write(bundle: Path, manifest: Manifest) -> Manifest:
@@ -287,7 +287,7 @@ def examine(bundle: Path, manifest: Manifest, *, deep: bool) -> Findings:
     changed = [
         path
         for path, file in listed.items()
-        if path in sizes and (sizes[path] != file.size or (deep and file_hash(bundle / path) != file.sha256))
+        if path in sizes and (sizes[path] != file.size or (deep and sha256(bundle / path) != file.sha256))
     ]
     return Findings(
         added=tuple(sorted(sizes.keys() - listed.keys())),
@@ -334,11 +334,3 @@ def _walk(bundle: Path) -> tuple[dict[str, int], dict[str, str]]:
 
 def _reraise(error: OSError) -> None:
     raise error
-
-
-def file_hash(path: Path) -> str:
-    """A file's SHA-256; raises BundleError if it cannot be read."""
-    try:
-        return uncached.sha256(path)
-    except OSError as error:
-        raise BundleError(f"{path} cannot be read: {error.strerror}") from error

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nemotrt.exporter.errors import BundleError, UsageError
+from nemotrt.exporter.runtime import ort as onnxruntime
 from nemotrt.exporter.runtime.graph_file import (
     CPU,
     OnnxGraph,
@@ -123,10 +124,8 @@ class Session:
         return self._values[name]
 
     def _new_pool(self, pool: PoolSpec) -> ort.OrtValue:
-        import onnxruntime as ort
-
         shape = list(pool.shape(self.num_slots, self.num_pages))
-        value = ort.OrtValue.ortvalue_from_shape_and_type(shape, pool.dtype.numpy.type)
+        value = onnxruntime.load().OrtValue.ortvalue_from_shape_and_type(shape, pool.dtype.numpy.type)
         # A comparison of pools reads rows that no step has written: they must be the same in every run.
         value.numpy()[...] = 0
         return value
@@ -149,8 +148,7 @@ class Session:
         return logits_RV
 
     def _step_unbound(self, feeds: dict[str, NDArray[Any]]) -> NDArray[np.float32]:
-        import onnxruntime as ort
-
+        ort = onnxruntime.load()
         values = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in feeds.items()}
         names = [LOGITS, *self._extra_outputs, *(NEXT + name for name in self.pools)]
         results = self._run(
@@ -163,10 +161,8 @@ class Session:
 
     def _run(self, call: Callable[[ort.RunOptions], Any]) -> Any:
         """What `call` returns; Ctrl-C ends it between two operators."""
-        import onnxruntime as ort
-        from onnxruntime.capi import onnxruntime_pybind11_state as state
-
-        options = ort.RunOptions()
+        state = onnxruntime.errors()
+        options = onnxruntime.load().RunOptions()
 
         def terminate() -> None:
             options.terminate = True

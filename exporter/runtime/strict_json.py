@@ -1,4 +1,4 @@
-"""JSON into frozen dataclasses, strictly: every missing, unknown, repeated or mistyped field is an error."""
+"""JSON objects and frozen dataclasses: a missing, unknown, duplicate or mistyped field is an error."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable
 from enum import EnumType
 from pathlib import Path
-from types import UnionType
+from types import NoneType, UnionType
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from nemotrt.exporter.errors import BundleError, ExportError
@@ -43,16 +43,16 @@ def parse_object(
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    fields: dict[str, Any] = {}
     for name, value in pairs:
-        if name in found:
+        if name in fields:
             raise ValueError(f"duplicate key {name}")
-        found[name] = value
-    return found
+        fields[name] = value
+    return fields
 
 
 def decode(kind: type[Entry], fields: dict[str, Any], file: str) -> Entry:
-    """The fields as a dataclass; raises BundleError that names the file and the field, as `files[3].size`."""
+    """The fields as a dataclass; raises BundleError that names the file and the field, such as `files[3].size`."""
     try:
         return _dataclass(kind, fields, "")  # type: ignore[no-any-return]
     except ValueError as error:
@@ -64,16 +64,13 @@ def _dataclass(kind: Any, value: Any, where: str) -> Any:
         raise ValueError(f"{where} is not an object")
     hints = get_type_hints(kind)
     prefix = f"{where}." if where else ""
-    strays = sorted(set(value) ^ set(hints))
-    if strays:
-        raise ValueError(f"{prefix}{strays[0]} is {'not known' if strays[0] in value else 'missing'}")
+    for name in sorted(value.keys() ^ hints.keys()):
+        raise ValueError(f"{prefix}{name} is {'not known' if name in value else 'missing'}")
     return kind(**{name: _value(hint, value[name], prefix + name) for name, hint in hints.items()})
 
 
 def _value(hint: Any, value: Any, where: str) -> Any:
     origin, arguments = get_origin(hint), get_args(hint)
-    if dataclasses.is_dataclass(hint):
-        return _dataclass(hint, value, where)
     if origin is tuple:
         if not isinstance(value, list):
             raise ValueError(f"{where} is not a list")
@@ -82,13 +79,19 @@ def _value(hint: Any, value: Any, where: str) -> Any:
         if not isinstance(value, dict):
             raise ValueError(f"{where} is not an object")
         return {name: _value(arguments[1], item, f"{where}.{name}") for name, item in value.items()}
-    if isinstance(hint, EnumType):
-        return _member(hint, value, where)
     accepted = arguments if origin is UnionType else (hint,)
-    entry = next((kind for kind in arguments if dataclasses.is_dataclass(kind)), None)
-    if origin is UnionType and entry and value is not None:
+    entry = next((kind for kind in accepted if dataclasses.is_dataclass(kind)), None)
+    if entry and not (value is None and NoneType in accepted):
         return _dataclass(entry, value, where)
-    if hint is float and value is None:
+    return _scalar(accepted, value, where)
+
+
+def _scalar(accepted: tuple[Any, ...], value: Any, where: str) -> Any:
+    if isinstance(kind := accepted[0], EnumType):
+        if value not in list(kind):
+            raise ValueError(f"{where} is {json.dumps(value)[:40]}, not one of {', '.join(kind)}")
+        return kind(value)
+    if accepted == (float,) and value is None:
         return math.nan  # JSON has no NaN; a report has null instead
     # bool is an int to isinstance, but not to JSON.
     if type(value) not in accepted:
@@ -97,16 +100,8 @@ def _value(hint: Any, value: Any, where: str) -> Any:
     return value
 
 
-def _member(kind: Any, value: Any, where: str) -> Any:
-    try:
-        return kind(value)
-    except ValueError:
-        names = ", ".join(kind)
-        raise ValueError(f"{where} is {json.dumps(value)[:40]}, not one of {names}") from None
-
-
 def encode(entry: Any, *, indent: int | None = 2) -> str:
-    """A dataclass as JSON text; without `indent` in the one form that hashes are taken of."""
+    """A dataclass as JSON text; `indent` None gives the canonical form, which is hashed."""
     fields = dataclasses.asdict(entry)
     if indent is None:
         return json.dumps(fields, sort_keys=True, separators=(",", ":"), ensure_ascii=True)

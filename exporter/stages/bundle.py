@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import re
 import shutil
@@ -20,6 +19,7 @@ from nemotrt.exporter.report import json_file
 from nemotrt.exporter.report.html import bundle_page
 from nemotrt.exporter.report.model import ValidationReport
 from nemotrt.exporter.runtime import manifest
+from nemotrt.exporter.runtime.files import sha256
 from nemotrt.exporter.runtime.graph_file import OnnxGraph
 from nemotrt.exporter.runtime.graph_summary import describe_graph
 from nemotrt.exporter.runtime.manifest import Role, Verdict
@@ -109,7 +109,7 @@ def _describe(
         ),
         source=manifest.Source(
             name=origin.folder.resolve().name,
-            config_sha256=hashlib.sha256(raw).hexdigest(),
+            config_sha256=sha256(origin.folder / "config.json"),
             files={path.name: path.stat().st_size for path in files},
         ),
         graph=describe_graph(OnnxGraph.read(graph.path)),

@@ -13,7 +13,6 @@ import signal
 import sys
 from pathlib import Path
 
-import onnxruntime  # noqa: F401
 import rich.progress  # noqa: F401
 
 import nemotrt.exporter.pipelines.build
@@ -23,6 +22,9 @@ import nemotrt.exporter.stages.lower
 import nemotrt.exporter.stages.trace
 import nemotrt.exporter.validation.validate  # noqa: F401
 from nemotrt.exporter.cli import main
+from nemotrt.exporter.runtime import ort
+
+ort.load()
 
 
 def run(arguments: list[str], stderr: Path) -> int:

@@ -72,6 +72,35 @@ def test_tensorrt_is_known_to_engines_and_runtime_only() -> None:
     }
 
 
+def imports_onnxruntime(node: ast.AST) -> bool:
+    """Whether code below the node imports ONNX Runtime; an import for type checkers alone does not count."""
+    if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+        return False
+    if isinstance(node, ast.Import | ast.ImportFrom | ast.Call):
+        text = ast.unparse(node)
+        if text.startswith(("import onnxruntime", "from onnxruntime", "import_module('onnxruntime")):
+            return True
+    return any(map(imports_onnxruntime, ast.iter_child_nodes(node)))
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import onnxruntime as ort",
+        "def late():\n    from onnxruntime.capi import state",
+        "import_module('onnxruntime')",
+    ],
+)
+def test_an_import_of_onnx_runtime_is_noticed(source: str) -> None:
+    assert imports_onnxruntime(ast.parse(source))
+
+
+def test_onnx_runtime_is_imported_in_one_place() -> None:
+    """That place turns its telemetry off first."""
+    importing = {relative(path) for path in SOURCES if imports_onnxruntime(ast.parse(path.read_text()))}
+    assert importing == {"exporter/runtime/ort.py"}
+
+
 def test_the_root_of_the_application_is_small() -> None:
     assert len(list((ROOT / "exporter").glob("*.py"))) <= 10
 

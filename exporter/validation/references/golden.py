@@ -30,6 +30,7 @@ from nemotrt.exporter.checkpoint.safetensors_reader import read_header_and_metad
 from nemotrt.exporter.checkpoint.safetensors_writer import Entry, write_file
 from nemotrt.exporter.errors import BundleError, CheckpointError, NotFiniteError, UsageError
 from nemotrt.exporter.report.model import NotCompared, Omitted
+from nemotrt.exporter.runtime.files import replacing
 from nemotrt.exporter.runtime.manifest import Manifest
 from nemotrt.exporter.runtime.step import StepInputs
 from nemotrt.exporter.runtime.strict_json import decode, encode, parse_object
@@ -177,12 +178,8 @@ def save(path: Path, recording: Recording, identity: Identity) -> None:
     text = encode(header)
     metadata = {HEADER: text, DIGEST: _digest(text, tensors)}
     entries = [_entry(name, values) for name, values in tensors.items()]
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        write_file(unfinished, entries, metadata)
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with replacing(path) as partial:
+        write_file(partial, entries, metadata)
 
 
 def _baseline_outputs(recording: Recording, name: str) -> Iterator[tuple[str, int]]:

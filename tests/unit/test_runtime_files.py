@@ -1,4 +1,4 @@
-"""Files that pass without staying in the page cache: the same bytes, where the system can and where it cannot."""
+"""Files are read, written and hashed alike with and without a system's bypass of the page cache, and replaced whole."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from nemotrt.exporter.runtime import uncached
+from nemotrt.exporter.errors import BundleError
+from nemotrt.exporter.runtime import files
 
 CONTENT = bytes(range(256)) * 100
 
@@ -41,12 +42,12 @@ def test_every_byte_passes(
         monkeypatch.setattr(os, name, refusing(refusal, getattr(os, name), refused))
     path = tmp_path / "file"
     with path.open("w+b", buffering=0) as file:
-        uncached.write(memoryview(CONTENT), file.fileno(), 7)
+        files.write(memoryview(CONTENT), file.fileno(), 7)
         buffer = memoryview(bytearray(len(CONTENT) + 10))
-        assert uncached.read_into(buffer, file.fileno(), 7) == len(CONTENT)
+        assert files.read_into(buffer, file.fileno(), 7) == len(CONTENT)
     assert path.read_bytes() == bytes(7) + CONTENT
     assert buffer[: len(CONTENT)] == CONTENT
-    assert uncached.sha256(path) == hashlib.sha256(bytes(7) + CONTENT).hexdigest()
+    assert files.sha256(path) == hashlib.sha256(bytes(7) + CONTENT).hexdigest()
     assert bool(refused) == bool(refusal)
 
 
@@ -56,4 +57,26 @@ def test_an_error_of_the_disk_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(os, "pwritev", fail)
     with (tmp_path / "file").open("wb") as file, pytest.raises(OSError, match="Input/output error"):
-        uncached.write(memoryview(CONTENT), file.fileno(), 0)
+        files.write(memoryview(CONTENT), file.fileno(), 0)
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    files.write_atomic(path, "first")
+
+    def fail_halfway() -> None:
+        with files.replacing(path) as partial:
+            partial.write_text("sec")
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail_halfway()
+    assert path.read_text() == "first"
+    files.write_atomic(path, "second")
+    assert path.read_text() == "second"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_that_cannot_be_hashed_is_named(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match=r"missing cannot be read: No such file"):
+        files.sha256(tmp_path / "missing")
