@@ -30,9 +30,9 @@ def write_manifest(folder: Path) -> None:
         manifests.Manifest(
             schema_version=manifests.SCHEMA_VERSION,
             bundle_id="",
-            files=manifests.describe_files(folder, {"graph": "graph"}),
+            files=manifests.describe_files(folder, {"graph": manifests.Role.GRAPH}),
             model=manifests.ModelSummary((), {}, "fp32", 1, ()),
-            source=manifests.Source("none", "", ()),
+            source=manifests.Source("none", "", {}),
             graph=empty,
             profiles=(),
             environment=manifests.BuildEnvironment("", "", {}),
