@@ -8,7 +8,6 @@ import re
 import shutil
 from collections import defaultdict
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,10 +26,10 @@ from nemotrt.exporter.engines.targets import AUTO, ONNX, Target, settle
 from nemotrt.exporter.errors import CheckpointError, CompileError, ExportError, UsageError
 from nemotrt.exporter.generation.tokenizer import TOKENIZER
 from nemotrt.exporter.pipelines import estimates
-from nemotrt.exporter.pipelines.inspect import Part, Weight, parts
+from nemotrt.exporter.pipelines.inspect import Part, Weight, parts_of
 from nemotrt.exporter.progress import SILENT, Progress
 from nemotrt.exporter.quantization.presets import recipe_of
-from nemotrt.exporter.runtime.backends import BACKENDS
+from nemotrt.exporter.runtime.backends import BACKENDS, backend
 from nemotrt.model.config import ModelConfig
 from nemotrt.model.pools import pool_specs
 from nemotrt.plugins.contract import DType, LayerName
@@ -198,8 +197,8 @@ def check(
         *recipe_problems,
         *_other_problems(headers, built, runtime, sms, precision),
     ]
-    if deep:
-        problems += _scan(tensors.weights, _parameter_dtypes(config, precision), progress)
+    problems += _scan(config, tensors.weights, precision, progress) if deep else []
+    targets, unavailable = _engine_targets(built, precision)
     stages = estimates.stages(
         built,
         tensors.weights,
@@ -207,9 +206,8 @@ def check(
         precision,
         link=link,
         is_stored=headers.folder is not None,
-        engines=buildable_engines(built, runtime, sms, precision),
+        engines=_num_uncompiled(targets, runtime, sms, precision),
     )
-    runtimes, unavailable = _runtimes(built, precision)
     free = shutil.disk_usage(output_folder).free
     weights = [Weight(t.name, t.dtype, t.shape, t.length, "") for t in headers.stored.values()]
     return Check(
@@ -220,11 +218,12 @@ def check(
         num_parameters=estimates.num_parameters(tensors.weights.values()),
         num_active_parameters=estimates.num_active_parameters(config, tensors.weights.values()),
         layers=config.numbered_layers,
-        parts=parts(config.numbered_layers, weights, pool_specs(config, page_size=1, dtype=config.dtype)),
+        parts=parts_of(config.numbered_layers, weights, pool_specs(config, page_size=1, dtype=config.dtype)),
         inert=config.inert,
         precision=precision,
         dtypes=_dtypes_by_kind(built, precision),
-        runtimes=runtimes,
+        runtimes={"onnx": HOW_ONNX_RUNS[precision]}
+        | {name: target.title for name, target in targets.items()},
         unavailable_runtimes=unavailable,
         tools=_installed_packages(),
         memory_bytes=environment.memory_bytes(),
@@ -268,12 +267,13 @@ def _raised(call: Callable[[], object]) -> list[ExportError]:
 
 
 def _scan(
-    sources: Mapping[str, WeightSource], dtypes: Mapping[str, DType], progress: Progress
+    config: ModelConfig, sources: Mapping[str, WeightSource], precision: str, progress: Progress
 ) -> list[ExportError]:
     """The first problem of each parameter's values."""
     from nemotrt.exporter.checkpoint import weights
 
     problems: list[ExportError] = []
+    dtypes = _parameter_dtypes(config, precision)
     total = sum(tensor.length for source in sources.values() for tensor in source.tensors)
     with progress.stage("scan", "every weight", total=total, is_bytes=True) as advance:
         for parameter, source in sources.items():
@@ -314,30 +314,27 @@ def _dtypes_by_kind(config: ModelConfig, precision: str) -> dict[str, dict[str, 
     }
 
 
-def _runtimes(config: ModelConfig, precision: str) -> tuple[dict[str, str], dict[str, str]]:
-    """The runtimes that a build on this machine can target, and how; the others, and why not."""
-    runtimes, unavailable = {str(ONNX): HOW_ONNX_RUNS[precision]}, {}
-    for backend in BACKENDS:
+def _engine_targets(config: ModelConfig, precision: str) -> tuple[dict[str, Target], dict[str, str]]:
+    """Runtime → the engine that a build on this machine would make by default; the others → why not."""
+    targets, unavailable = {}, {}
+    for candidate in BACKENDS:
         try:
-            target = engine_target(config, backend.runtime, (), precision)
-            runtimes[backend.runtime] = f"an engine for {target.gpus}"
+            targets[candidate.runtime] = engine_target(config, candidate.runtime, (), precision)
         except (CompileError, UsageError) as error:
-            unavailable[backend.runtime] = f"{error}: {error.hint}"
-    return runtimes, unavailable
+            unavailable[candidate.runtime] = f"{error}: {error.hint}"
+    return targets, unavailable
 
 
-def buildable_engines(
-    config: ModelConfig, runtime: str, sms: tuple[int, ...], precision: str
+def _num_uncompiled(
+    targets: Mapping[str, Target], runtime: str, sms: tuple[int, ...], precision: str
 ) -> dict[str, int]:
-    """Runtime for which an engine can be built here → number of GPU generations without a compiled library."""
-    num_uncompiled = {}
-    for backend in BACKENDS:
-        if runtime in (AUTO, backend.runtime):
-            with suppress(CompileError, UsageError):
-                target = engine_target(config, backend.runtime, sms, precision)
-                is_compiled = is_at_hand(BuildConfig(Path(), Path(), precision=precision), target.sms)
-                num_uncompiled[backend.runtime] = 0 if is_compiled else len(target.sms)
-    return num_uncompiled
+    """Runtime whose engine a build would make → number of GPU generations without a compiled plugin library."""
+    build = BuildConfig(Path(), Path(), precision=precision)
+    return {
+        name: 0 if is_at_hand(build, sms or target.sms) else len(sms or target.sms)
+        for name, target in targets.items()
+        if runtime in (AUTO, name) and not (sms and backend(name).needs_gpu)
+    }
 
 
 def engine_target(config: ModelConfig, runtime: str, sms: tuple[int, ...], precision: str) -> Target:

@@ -115,7 +115,7 @@ def _inspect_checkpoint(folder: Path, layer: int | None) -> Inspection:
         what="checkpoint",
         path=str(folder),
         layers=config.numbered_layers,
-        parts=parts(config.numbered_layers, weights, pool_specs(config, page_size=1, dtype=config.dtype)),
+        parts=parts_of(config.numbered_layers, weights, pool_specs(config, page_size=1, dtype=config.dtype)),
         inert=config.inert,
         layer=layer,
         weights=_weights_of_layer(weights, layer),
@@ -137,7 +137,7 @@ def _inspect_graph(
         what=what,
         path=str(path),
         layers=layers,
-        parts=parts(layers, weights, summary.pools),
+        parts=parts_of(layers, weights, summary.pools),
         graph=summary,
         opsets={entry.domain or "ai.onnx": entry.version for entry in model.opset_import},
         ops=dict(Counter(operator for _, operator in nodes).most_common()),
@@ -200,7 +200,7 @@ def _weights_of_layer(weights: Iterable[Weight], layer: int | None) -> tuple[Wei
     return tuple(weight for weight in weights if _layer_index(weight.name) == layer)
 
 
-def parts(
+def parts_of(
     layers: Mapping[int, str], weights: Iterable[Weight], pools: Iterable[PoolSpec]
 ) -> tuple[Part, ...]:
     """The embeddings, the layers by kind with the largest first, the head, constants, multi-token prediction.
@@ -219,11 +219,27 @@ def parts(
             state_bytes[_kind(pool.name, layers)] += pool.row_bytes
     num_layers = Counter(layers.values())
     kinds = sorted(num_layers, key=lambda kind: -sum(weight.bytes for weight in weights_by_kind[kind]))
-    return tuple(
-        _part(kind, num_layers[kind], weights_by_kind[kind], state_bytes[kind], cache_bytes[kind])
-        for kind in (EMBEDDINGS, *kinds, HEAD, OTHER, MTP)
-        if weights_by_kind[kind]
-    )
+    parts = []
+    for kind in (EMBEDDINGS, *kinds, HEAD, OTHER, MTP):
+        if not (weights_of_kind := weights_by_kind[kind]):
+            continue
+        by_dtype: Counter[str] = Counter()
+        for weight in weights_of_kind:
+            by_dtype[weight.dtype] += weight.bytes
+        num_parameters = sum(math.prod(weight.shape) for weight in weights_of_kind)
+        parts.append(
+            Part(
+                kind,
+                num_layers[kind],
+                len(weights_of_kind),
+                num_parameters,
+                by_dtype.total(),
+                dict(by_dtype.most_common()),
+                state_bytes[kind],
+                cache_bytes[kind],
+            )
+        )
+    return tuple(parts)
 
 
 def _kind(name: str, layers: Mapping[int, str]) -> str:
@@ -233,19 +249,3 @@ def _kind(name: str, layers: Mapping[int, str]) -> str:
     if parsed is None or parsed.layer is None:
         return parsed.part if parsed else OTHER
     return layers.get(parsed.layer, OTHER)
-
-
-def _part(kind: str, num_layers: int, weights: list[Weight], state_bytes: int, cache_bytes: int) -> Part:
-    by_dtype: Counter[str] = Counter()
-    for weight in weights:
-        by_dtype[weight.dtype] += weight.bytes
-    return Part(
-        kind=kind,
-        num_layers=num_layers,
-        num_tensors=len(weights),
-        num_parameters=sum(math.prod(weight.shape) for weight in weights),
-        bytes=by_dtype.total(),
-        bytes_by_dtype=dict(by_dtype.most_common()),
-        state_bytes=state_bytes,
-        cache_bytes_per_token=cache_bytes,
-    )

@@ -14,6 +14,7 @@ from checkpoints import CONFIG, write_checkpoint
 from nemotrt.exporter.checkpoint.safetensors_reader import SINGLE
 from nemotrt.exporter.config import BuildConfig
 from nemotrt.exporter.engines import plugin_library
+from nemotrt.exporter.engines.targets import Target
 from nemotrt.exporter.lowering.external_data import data_path
 from nemotrt.exporter.pipelines import build, check, estimates
 from nemotrt.exporter.pipelines.estimates import StageEstimate
@@ -61,7 +62,8 @@ def test_a_table_gives_the_estimates_of_its_checkpoint(checkpoint: Path, tmp_pat
 def test_runtimes_that_build_here_have_their_own_stages(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(check, "buildable_engines", lambda *_: {"tensorrt-rtx": 2})
+    targets = {"tensorrt-rtx": Target("tensorrt-rtx", (89, 120))}
+    monkeypatch.setattr(check, "_engine_targets", lambda *_: (targets, {}))
     stages = check.check(check.read_headers(checkpoint)).estimates
     engines = [(stage.stage, stage.runtime) for stage in stages if stage.runtime]
     assert engines == [(name, "tensorrt-rtx") for name in ("kernels", "compile", "bundle")]
@@ -100,10 +102,11 @@ def test_linked_kernels_take_no_time(
     plugin_library._place(config, (89, 120)).mkdir(parents=True)
     assert plugin_library.is_at_hand(config, (120, 89))
     assert not plugin_library.is_at_hand(config, (89,))
-    for missing in (2, 0):
-        monkeypatch.setattr(check, "buildable_engines", lambda *_, missing=missing: {"tensorrt-rtx": missing})
-        kernels = estimated(checkpoint, runtime="auto")["kernels"]
-        assert (kernels.cpu_seconds > 0) == (missing > 0)
+    targets = {"tensorrt-rtx": Target("tensorrt-rtx", (89, 120))}
+    monkeypatch.setattr(check, "_engine_targets", lambda *_: (targets, {}))
+    for precision, is_linked in (("bf16", False), ("fp16", True)):
+        kernels = estimated(checkpoint, precision, runtime="auto")["kernels"]
+        assert (kernels.cpu_seconds == 0) == is_linked
 
 
 def test_time_is_an_order_of_magnitude() -> None:
