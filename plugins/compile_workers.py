@@ -1,4 +1,4 @@
-"""Processes that compile kernels side by side: a compiler that aborts ends only its own."""
+"""Worker processes that compile kernels in parallel, so that a compiler that aborts ends only its own process."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from nemotrt.plugins.kernel_index import KernelError
 
 
 class _Worker:
-    """One process of `cubin.py`."""
+    """One `cubin.py` process."""
 
     def __init__(self, store: Path, scratch: str) -> None:
-        # Lives as long as the process does.
+        # Open as long as the process runs.
         self._log: IO[str] = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115
-        # No setting of Triton's reaches a worker: one interprets kernels, others change what comes out.
+        # Drop Triton's settings: TRITON_INTERPRET would prevent compiling, and others change the result.
         environment = {name: value for name, value in os.environ.items() if not name.startswith("TRITON_")}
         environment |= {"TRITON_CACHE_DIR": scratch, "TMPDIR": scratch}
         self._process = subprocess.Popen(
@@ -37,30 +37,29 @@ class _Worker:
             stderr=self._log,
             text=True,
             encoding="utf-8",
-            start_new_session=True,  # so that it ends with the assembler that it may have started
+            start_new_session=True,  # so that `close` ends the assembler too
         )
 
     def ask(self, title: str, request: dict[str, Any]) -> dict[str, Any]:
-        """The worker's answer; raises KernelError with the title and the first line of why it has none."""
+        """The worker's answer; raises KernelError with the title and the reason if it fails."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        with contextlib.suppress(BrokenPipeError):  # it ended: there will be no answer
+        with contextlib.suppress(BrokenPipeError):  # the process has ended, so readline returns nothing
             self._process.stdin.write(json.dumps(request) + "\n")
             self._process.stdin.flush()
-        line = self._process.stdout.readline()
-        answer: dict[str, Any] = json.loads(line) if line else {"error": self._end(), "details": ""}
+        if line := self._process.stdout.readline():
+            answer: dict[str, Any] = json.loads(line)
+        else:
+            answer = {"error": f"the compiler ended with status {self._process.wait()}", "details": ""}
         if "error" in answer:
-            complaint = self._complaint()
-            error = KernelError(f"{title}: {answer['error']}{complaint and f' ({complaint})'}")
+            log = self._logged_error()
+            error = KernelError(f"{title}: {answer['error']}{log and f' ({log})'}")
             error.add_note(answer["details"])
             raise error
         return answer
 
-    def _end(self) -> str:
-        return f"the compiler ended with status {self._process.wait()}"
-
-    def _complaint(self) -> str:
-        """The log's first line on what went wrong in MLIR or LLVM, whose exceptions do not tell."""
+    def _logged_error(self) -> str:
+        """The first error line that MLIR or LLVM wrote to stderr, which their exceptions do not contain."""
         self._log.seek(0)
         lines = [line.strip() for line in self._log if re.search(r"\berror\s*:", line, re.IGNORECASE)]
         return lines[0] if lines else ""
@@ -76,7 +75,7 @@ class _Worker:
 
 
 class Workers:
-    """Up to `limit` workers, started as they are needed, that write into one store."""
+    """Up to `limit` workers, started on demand, that write into one store."""
 
     def __init__(self, store: Path, limit: int) -> None:
         self._store = store
@@ -95,11 +94,11 @@ class Workers:
         self._scratch.cleanup()
 
     def ask(
-        self, requests: dict[str, dict[str, Any]], done: Callable[[str], None]
+        self, requests: dict[str, dict[str, Any]], done: Callable[[str], None] = lambda _: None
     ) -> dict[str, dict[str, Any]]:
-        """The answers to requests, both by title; raises the first failure and starts nothing more.
+        """The answer to each request, by title; on the first failure it raises and starts nothing more.
 
-        `done` is called with each title as it is answered, in any order, from one thread at a time.
+        `done` is called with each title when it is answered, in any order, from one thread.
         """
         executor = ThreadPoolExecutor(max(1, min(self._limit, len(requests))))
         futures = {
@@ -111,7 +110,7 @@ class Workers:
                 done(futures[future])
         except BaseException:
             executor.shutdown(wait=False, cancel_futures=True)
-            self._close()  # a thread that still waits for an answer gets none
+            self._close()  # unblocks the threads that wait for an answer
             raise
         finally:
             executor.shutdown()

@@ -1,7 +1,7 @@
 """The vocabulary of the graph: its dtypes, its step inputs, its pools, and the names of its layers.
 
-PyTorch, ONNX, TensorRT, NumPy and safetensors each have their own name for a dtype, and a layer is named one way in a
-checkpoint and another way in a graph. Every such table is here, and nothing heavy is imported.
+PyTorch, ONNX, TensorRT, Triton, NumPy and safetensors each have their own name for a dtype, and layers are named
+differently in a checkpoint and in a graph. All these names are listed here; nothing heavy is imported.
 """
 
 from __future__ import annotations
@@ -55,6 +55,20 @@ class DType(StrEnum):
         return _NAMES[self].safetensors
 
     @property
+    def triton(self) -> str:
+        """The name of a kernel parameter's type in Triton: `bf16`; raises ValueError if Triton has none."""
+        if not (name := _NAMES[self].triton):
+            raise ValueError(f"Triton has no {self}")
+        return name
+
+    @property
+    def tensorrt(self) -> int:
+        """The number of `nvinfer1::DataType`; raises ValueError if TensorRT has none."""
+        if (number := _NAMES[self].tensorrt) is None:
+            raise ValueError(f"TensorRT has no {self}")
+        return number
+
+    @property
     def torch(self) -> pytorch.dtype:
         """PyTorch's dtype; imports PyTorch."""
         import torch
@@ -80,6 +94,11 @@ class DType(StrEnum):
         return cls._find("safetensors", name)
 
     @classmethod
+    def from_tensorrt(cls, number: int) -> Self:
+        """The dtype with this `nvinfer1::DataType` number; raises ValueError on an unknown one."""
+        return cls._find("tensorrt", number)
+
+    @classmethod
     def from_torch(cls, dtype: pytorch.dtype) -> Self:
         """PyTorch's dtype; raises ValueError on one that has no name here."""
         return cls(str(dtype).removeprefix("torch."))
@@ -97,22 +116,24 @@ class _Names(NamedTuple):
     itemsize: int
     onnx: int
     safetensors: str
+    triton: str
+    tensorrt: int | None
 
 
 _NAMES = {
-    DType.FLOAT64: _Names("FP64", 8, 11, "F64"),
-    DType.FLOAT32: _Names("FP32", 4, 1, "F32"),
-    DType.FLOAT16: _Names("FP16", 2, 10, "F16"),
-    DType.BFLOAT16: _Names("BF16", 2, 16, "BF16"),
-    DType.FLOAT8_E4M3: _Names("FP8", 1, 17, "F8_E4M3"),
-    DType.FLOAT8_E5M2: _Names("FP8 (E5M2)", 1, 19, "F8_E5M2"),
-    DType.FLOAT8_E8M0: _Names("FP8 (E8M0)", 1, 24, "F8_E8M0"),
-    DType.INT64: _Names("INT64", 8, 7, "I64"),
-    DType.INT32: _Names("INT32", 4, 6, "I32"),
-    DType.INT16: _Names("INT16", 2, 5, "I16"),
-    DType.INT8: _Names("INT8", 1, 3, "I8"),
-    DType.UINT8: _Names("UINT8", 1, 2, "U8"),
-    DType.BOOL: _Names("BOOL", 1, 9, "BOOL"),
+    DType.FLOAT64: _Names("FP64", 8, 11, "F64", "fp64", None),
+    DType.FLOAT32: _Names("FP32", 4, 1, "F32", "fp32", 0),
+    DType.FLOAT16: _Names("FP16", 2, 10, "F16", "fp16", 1),
+    DType.BFLOAT16: _Names("BF16", 2, 16, "BF16", "bf16", 7),
+    DType.FLOAT8_E4M3: _Names("FP8", 1, 17, "F8_E4M3", "fp8e4nv", 6),
+    DType.FLOAT8_E5M2: _Names("FP8 (E5M2)", 1, 19, "F8_E5M2", "fp8e5", None),
+    DType.FLOAT8_E8M0: _Names("FP8 (E8M0)", 1, 24, "F8_E8M0", "", 11),
+    DType.INT64: _Names("INT64", 8, 7, "I64", "i64", 8),
+    DType.INT32: _Names("INT32", 4, 6, "I32", "i32", 3),
+    DType.INT16: _Names("INT16", 2, 5, "I16", "i16", None),
+    DType.INT8: _Names("INT8", 1, 3, "I8", "i8", 2),
+    DType.UINT8: _Names("UINT8", 1, 2, "U8", "u8", 5),
+    DType.BOOL: _Names("BOOL", 1, 9, "BOOL", "i1", 4),
 }
 
 STEP_INPUTS: dict[str, tuple[DType, tuple[str, ...]]] = {

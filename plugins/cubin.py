@@ -1,20 +1,19 @@
-"""Compiles one variant of a kernel to a cubin, with no GPU: what a worker process of `build.py` runs.
+"""The worker process that compiles kernel variants to cubins, with no GPU; `build.py` starts it.
 
     python -m nemotrt.plugins.cubin STORE
 
-reads requests from stdin, a JSON object a line, and answers each with one on stdout:
+It reads requests from stdin, one JSON object per line, and answers each with one on stdout:
 
-- `{"package", "sms"}`: each SM's variants, and what identifies their source;
+- `{"package", "sms"}`: lists the variants for each SM, with a hash of their source;
 - `{"package", "sm", "variant", "key"}`: compiles a variant into the store under that key.
 
-A failure is answered with `{"error"}` and ends the worker, whose state could be anything then. The same
-source gives the same bytes, but for Blackwell: its assembler orders some instructions by addresses in memory.
+On failure it answers `{"error", "details"}` and exits, since its state is then undefined. The same source gives the
+same bytes, except on Blackwell, whose assembler orders some instructions by addresses in memory.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import io
 import json
 import os
@@ -29,39 +28,41 @@ from types import TracebackType
 from typing import Any
 
 from nemotrt.plugins.kernel_index import KernelError
-from nemotrt.plugins.kernel_store import KernelStore
+from nemotrt.plugins.kernel_store import KernelStore, digest
 from nemotrt.plugins.variant import Variant, supports_fp8
 
 MAX_SHARED = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
-"""KiB of shared memory that one block may have (CUDA C++ Programming Guide, technical specifications)."""
+"""Maximum shared memory per block in KiB (CUDA C++ Programming Guide, technical specifications)."""
 
 SCALARS = ("i32", "i64", "fp32")
-"""Types that a parameter may have beside pointers: those that the host knows how to pass."""
+"""The types of parameters, other than pointers, that the host can pass."""
 
 PTX_VERSION = 90
-"""For Blackwell, whose assembler would otherwise take a version that no 580 driver reads."""
+"""The PTX version for Blackwell: Triton's default is too new for 580 drivers."""
 
 
 def check_signature(variant: Variant, arg_names: list[str]) -> None:
-    """Raise KernelError where parameters are not the kernel's, or are of a type that cannot be passed."""
+    """Raise KernelError if the parameters are not the kernel's, or have a type that the host cannot pass."""
     parameters = [name for name in arg_names if name not in variant.constants]
     if list(variant.signature) != parameters or set(variant.constants) - set(arg_names):
         given = [*variant.signature, *variant.constants]
-        raise KernelError(f"the signature and constants {given} are not the kernel's {arg_names}")
+        raise KernelError(
+            f"the signature and constants are {given}, but the kernel's parameters are {arg_names}"
+        )
     for name, kind in variant.signature.items():
         if not kind.startswith("*") and kind not in SCALARS:
             raise KernelError(
-                f"parameter {name} is of type {kind}; pass a pointer or one of {', '.join(SCALARS)}"
+                f"parameter {name} has type {kind}; it must be a pointer or one of {', '.join(SCALARS)}"
             )
     if unknown := set(variant.aligned) - set(variant.signature):
-        raise KernelError(f"aligned names {sorted(unknown)}, which are not runtime parameters")
+        raise KernelError(f"aligned lists {sorted(unknown)}, which are not runtime parameters")
 
 
 def compile_variant(package: str, variant: Variant, sm: int) -> tuple[bytes, dict[str, Any]]:
-    """The cubin of a variant, and the fields of `kernel_index.Kernel` that compiling decides.
+    """The cubin of a variant, and the fields of `kernel_index.Kernel` that the compiler determines.
 
-    Raises KernelError where no launch could work: parameters that do not fit the kernel, more shared memory
-    than the SM has, scratch that the host does not allocate. Triton's own errors pass through.
+    Raises KernelError if no launch could work: wrong parameters, more shared memory than the SM has, or scratch
+    memory that the host does not allocate. Errors of Triton pass through.
     """
     import triton
     from triton.backends.compiler import GPUTarget
@@ -80,112 +81,102 @@ def compile_variant(package: str, variant: Variant, sm: int) -> tuple[bytes, dic
         triton.knobs.nvidia.dump_ptxas_log = True
         source = ASTSource(kernel, signature, variant.constants, hints)
         compiled = triton.compile(source, target=GPUTarget("cuda", sm, 32), options=options)
-    entry = launch_facts(compiled.metadata, compiled.asm["ptx"], len(variant.signature))
-    if entry["shared"] > (most := MAX_SHARED[sm] * 1024):
-        raise KernelError(f"{entry['shared']} bytes of shared memory, where a block on SM {sm} has {most}")
-    return compiled.asm["cubin"], entry | resources(log.getvalue(), entry["entry"])
+    facts = _launch_facts(compiled.metadata, compiled.asm["ptx"], variant)
+    if facts["shared"] > (limit := MAX_SHARED[sm] * 1024):
+        raise KernelError(f"{facts['shared']} bytes of shared memory, but a block on SM {sm} has {limit}")
+    cubin: bytes = compiled.asm["cubin"]
+    facts |= {"sha256": digest(cubin), "num_bytes": len(cubin)}
+    return cubin, facts | _resources(log.getvalue(), facts["entry"])
 
 
-def launch_facts(metadata: Any, ptx: str, num_parameters: int) -> dict[str, Any]:
-    """What a launch needs to know, from Triton's metadata and the PTX."""
+def _launch_facts(metadata: Any, ptx: str, variant: Variant) -> dict[str, Any]:
+    """How to launch the kernel, from Triton's metadata and the PTX."""
+    if metadata.num_warps != variant.num_warps:
+        raise KernelError(f"the kernel was compiled for {metadata.num_warps} warps, not {variant.num_warps}")
     if metadata.global_scratch_size or metadata.profile_scratch_size:
-        raise KernelError("the kernel wants scratch memory of Triton's own, which the host does not allocate")
+        raise KernelError("the kernel needs Triton's scratch memory, which the host does not allocate")
     if metadata.num_ctas != 1 or metadata.launch_cooperative_grid:
-        raise KernelError("the kernel wants a cluster or a cooperative launch, which the host does not do")
-    declared = re.search(r"\.entry\s+(\w+)\(([^)]*)\)", ptx)
+        raise KernelError("the kernel needs a cluster or cooperative launch, which the host does not support")
+    entry = re.search(r"\.entry\s+(\w+)\(([^)]*)\)", ptx)
     target = re.search(r"^\.target\s+(\w+)", ptx, re.MULTILINE)
-    if declared is None or target is None:
+    if entry is None or target is None:
         raise KernelError("Triton's PTX declares no entry or no target")
     return {
         "entry": metadata.name,
         "target": target[1],
-        "hidden_pointers": declared[2].count(".param") - num_parameters,
+        "hidden_pointers": entry[2].count(".param") - len(variant.signature),
         "shared": metadata.shared,
-        "num_warps": metadata.num_warps,
     }
 
 
-def resources(log: str, entry: str) -> dict[str, int]:
-    """Registers, stack and spills of an entry, in what `ptxas -v` prints."""
-    found = re.search(
+def _resources(log: str, entry: str) -> dict[str, int]:
+    """Registers, stack and spills of an entry, parsed from the log of `ptxas -v`."""
+    usage = re.search(
         rf"Function properties for {re.escape(entry)}\n"
         r"\s*(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads\n"
         r".*Used (\d+) registers",
         log,
     )
-    if found is None:
-        raise KernelError(f"ptxas does not say what {entry} uses: its log reads {log.strip()[:200]!r}")
+    if usage is None:
+        raise KernelError(f"the ptxas log has no resource usage of {entry}: {log.strip()[:200]!r}")
     names = ("stack", "spill_stores", "spill_loads", "registers")
-    return dict(zip(names, map(int, found.groups()), strict=True))
+    return dict(zip(names, map(int, usage.groups()), strict=True))
 
 
-def listed(package: str, sms: list[int]) -> dict[str, list[dict[str, Any]]]:
-    """An op's variants on each SM, each with a hash of its kernel's source and of all that it calls."""
+def list_variants(package: str, sm: int) -> list[dict[str, Any]]:
+    """The fields of an op's variants on an SM, each with a hash of its kernel's source and of all that it calls."""
     module = import_module(f"{package}.kernels")
-    found = {}
-    for sm in sms:
-        variants = list(module.variants(sm))
-        for name, count in Counter(variant.name for variant in variants).items():
-            if count > 1:
-                raise KernelError(f"{count} variants on SM {sm} are named {name}: names must be unique")
-        if not supports_fp8(sm):
-            for variant in variants:
-                if "*fp8e4nv" in variant.signature.values():
-                    raise KernelError(
-                        f"SM {sm} has no FP8 tensor cores: leave {variant.name} out of its variants"
-                    )
-        found[str(sm)] = [
-            asdict(variant) | {"name": variant.name, "source": getattr(module, variant.kernel).cache_key}
-            for variant in variants
-        ]
-    return found
-
-
-def variant_of(fields: dict[str, Any]) -> Variant:
-    """A Variant from its fields as JSON gives them."""
-    names = ("kernel", "signature", "constants", "num_warps", "num_stages")
-    return Variant(**{name: fields[name] for name in names}, aligned=tuple(fields["aligned"]))
+    variants: list[Variant] = list(module.variants(sm))
+    for name, count in Counter(variant.name for variant in variants).items():
+        if count > 1:
+            raise KernelError(f"{count} variants on SM {sm} are named {name}: names must be unique")
+    for variant in variants:
+        if "*fp8e4nv" in variant.signature.values() and not supports_fp8(sm):
+            raise KernelError(f"SM {sm} has no FP8 tensor cores: remove {variant.name} from its variants")
+    return [
+        {"variant": asdict(variant), "source": getattr(module, variant.kernel).cache_key}
+        for variant in variants
+    ]
 
 
 def answer(request: dict[str, Any], store: KernelStore) -> dict[str, Any]:
-    """Do what one request says."""
+    """Carry out one request."""
     if "sms" in request:
-        return {"variants": listed(request["package"], request["sms"])}
-    cubin, entry = compile_variant(request["package"], variant_of(request["variant"]), request["sm"])
-    entry |= {"sha256": hashlib.sha256(cubin).hexdigest(), "num_bytes": len(cubin)}
-    store.put(request["key"], cubin, entry)
+        return {str(sm): list_variants(request["package"], sm) for sm in request["sms"]}
+    variant = Variant.from_json(request["variant"])
+    store.put(request["key"], *compile_variant(request["package"], variant, request["sm"]))
     return {}
 
 
 def reason(error: BaseException) -> str:
-    """One line that says why: of the innermost cause, the line with the assembler's complaint if any."""
+    """One line of the innermost cause: the assembler's error if there is one, else the first line."""
     while error.__cause__ is not None:
         error = error.__cause__
     text = getattr(error, "error_message", None) or str(error)
     lines = [line.strip() for line in text.splitlines() if line.strip()] or [type(error).__name__]
-    complaints = [line for line in lines if re.search(r"\b(error|fatal)\s*:", line)]
-    line = (complaints or lines)[0]
+    errors = [line for line in lines if re.search(r"\b(error|fatal)\s*:", line)]
+    line = (errors or lines)[0]
     return line if isinstance(error, KernelError) else f"{type(error).__name__}: {line}"
 
 
 def main(store: Path) -> None:
     """Answer requests until stdin ends."""
-    # The answers get the first stdout for themselves: Triton and its libraries print.
+    # Answers go to the original stdout, and prints of Triton and its libraries go to stderr.
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
 
-    def say(content: dict[str, Any]) -> None:
+    def send(content: dict[str, Any]) -> None:
         answers.write(json.dumps(content) + "\n")
         answers.flush()
 
     def report(_: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        say({"error": reason(error), "details": "".join(traceback.format_exception(error))})
+        send({"error": reason(error), "details": "".join(traceback.format_exception(error))})
 
     sys.excepthook = report
-    # Line tables hold this machine's paths, and change with every line above the kernel.
+    # Line tables contain this machine's paths and change with every line above the kernel.
     os.environ["TRITON_DISABLE_LINE_INFO"] = "1"
     for line in sys.stdin:
-        say(answer(json.loads(line), KernelStore(store)))
+        send(answer(json.loads(line), KernelStore(store)))
 
 
 if __name__ == "__main__":

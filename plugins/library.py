@@ -1,7 +1,7 @@
-"""A plugin library in this process: what it says of itself, and its ops run one by one, without TensorRT.
+"""Loads a plugin library without TensorRT, and runs single ops with it.
 
-What TensorRT does with a plugin, the library's test entry does (host/test_entry.cpp): create it from fields,
-ask for shapes and workspace, serialise it, create it again, enqueue. Without a GPU all but the launch runs.
+The library's test entry (host/test_entry.cpp) does with a plugin what TensorRT does: create it from fields, ask for
+shapes and workspace, serialize and recreate it, and enqueue it. Everything but the launch works without a GPU.
 """
 
 from __future__ import annotations
@@ -9,36 +9,26 @@ from __future__ import annotations
 import ctypes
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from nemotrt.plugins.contract import DType
 from nemotrt.plugins.link_tables import specs_digest
 from nemotrt.plugins.spec import VERSION, OpSpec, ops
 
 if TYPE_CHECKING:
     import torch
 
-DTYPE_NUMBERS = {
-    "float32": 0,
-    "float16": 1,
-    "int32": 3,
-    "float8_e4m3fn": 6,
-    "bfloat16": 7,
-    "int64": 8,
-}
-"""Dtype names as the SPECs write them → TensorRT's numbers."""
-
 FIELD_FLOAT32, FIELD_INT32 = 1, 5
 MAX_RANK = 8
 
 FieldValue = int | float
 TensorShape = tuple[str, tuple[int, ...]]
-"""A tensor's dtype, as the SPECs write it, and its sizes."""
+"""A tensor's dtype and sizes."""
 
 
 class PluginError(ValueError):
-    """A plugin library or one of its plugins refused: one line that says what, and which."""
+    """A plugin library cannot be used, or one of its plugins failed; the message is one line."""
 
 
 class _Field(ctypes.Structure):
@@ -60,11 +50,10 @@ class _Tensor(ctypes.Structure):
     @classmethod
     def of(cls, tensor: TensorShape) -> _Tensor:
         name, sizes = tensor
-        return cls(DTYPE_NUMBERS[name], len(sizes), (ctypes.c_int64 * MAX_RANK)(*sizes))
+        return cls(DType(name).tensorrt, len(sizes), (ctypes.c_int64 * MAX_RANK)(*sizes))
 
     def read(self) -> TensorShape:
-        names = {number: name for name, number in DTYPE_NUMBERS.items()}
-        return names[self.dtype], tuple(self.shape[: self.rank])
+        return DType.from_tensorrt(self.dtype), tuple(self.shape[: self.rank])
 
 
 _ENTRY = "nemo_plugin_test_"
@@ -98,28 +87,27 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
 }
 
 
-@dataclass(frozen=True)
-class Shapes:
-    """What a plugin says of a call: its outputs, which input each one lives in, and its workspace."""
+class Shapes(NamedTuple):
+    """The outputs of a plugin for given inputs, and the size of its workspace."""
 
     outputs: tuple[TensorShape, ...]
     aliases: tuple[int, ...]
-    """The input that an output updates in place, −1 where it has memory of its own."""
+    """For each output, the input that it updates in place, or −1."""
     workspace_bytes: int
 
 
 class PluginLibrary:
-    """A plugin library, loaded; raises PluginError where it is none, or not of this package's ops."""
+    """A loaded plugin library; raises PluginError if it cannot be loaded or has other ops than this package."""
 
     def __init__(self, path: Path, expected_hash: str | None = None) -> None:
-        """Loads it; `expected_hash` is the build that a bundle or a wheel was made with."""
+        """Load the library; `expected_hash` is the build that a bundle or wheel requires."""
         try:
             self._library = ctypes.CDLL(str(path))
             describe = self._library.nemo_plugin_describe
         except OSError as error:
             raise PluginError(f"{path} cannot be loaded ({error}): link it again") from None
         except AttributeError:
-            raise PluginError(f"{path} is no plugin library of this project") from None
+            raise PluginError(f"{path} is not a plugin library of nemo-export") from None
         describe.restype = ctypes.c_char_p
         self.path = path
         self.description: dict[str, Any] = json.loads(describe())
@@ -129,32 +117,32 @@ class PluginLibrary:
             function.restype, function.argtypes = restype, argtypes
 
     def _check(self, expected_hash: str | None) -> None:
-        said = self.description
-        if said["op_version"] != VERSION or said["specs"] != specs_digest(ops()):
+        version, build = self.description["version"], self.description["hash"]
+        if self.description["op_version"] != VERSION or self.description["specs"] != specs_digest(ops()):
             raise PluginError(
-                f"{self.path} has ops of version {said['version']}, not this package's: link it again"
+                f"{self.path} has the ops of nemo-export {version}, not of this one: link it again"
             )
-        if expected_hash is not None and said["hash"] != expected_hash:
+        if expected_hash is not None and build != expected_hash:
             raise PluginError(
-                f"{self.path} is build {said['hash'][:12]}, wanted is {expected_hash[:12]}:"
+                f"{self.path} is build {build[:12]}, but build {expected_hash[:12]} is required:"
                 " use that library, or build the engine again with this one"
             )
 
     def entry(self, name: str) -> Any:
-        """A function of the library's test entry."""
+        """A function of the test entry."""
         return getattr(self._library, _ENTRY + name)
 
     def use_driver(self, path: Path) -> None:
-        """Takes this library for CUDA's driver, where none was used yet: for tests."""
+        """Use this library as the CUDA driver, if none is loaded yet; for tests."""
         self.entry("driver")(str(path).encode())
 
-    def refusal(self) -> PluginError:
-        """Why this thread's last call failed, as an exception."""
+    def last_error(self) -> PluginError:
+        """The error of this thread's last call."""
         lines = self.entry("errors")().decode(errors="replace").splitlines()
-        return PluginError("; ".join(lines) or f"{self.path} failed and said nothing")
+        return PluginError("; ".join(lines) or f"{self.path} failed without a message")
 
     def plugin(self, spec: OpSpec, attributes: Mapping[str, FieldValue], layer: str = "") -> Plugin:
-        """A plugin of an op; raises PluginError where an attribute is missing, unknown or of another type."""
+        """A new plugin of an op; raises PluginError if an attribute is missing, unknown or of the wrong type."""
         values = [
             (name, ctypes.c_float(value) if isinstance(value, float) else ctypes.c_int32(value))
             for name, value in attributes.items()
@@ -166,27 +154,26 @@ class PluginLibrary:
             field.data = ctypes.addressof(value)
         handle = self.entry("create")(spec.name.encode(), layer.encode(), fields, len(values))
         if not handle:
-            raise self.refusal()
+            raise self.last_error()
         return Plugin(self, handle, spec)
 
     def run(self, spec: OpSpec, *tensors: torch.Tensor, **attributes: FieldValue) -> tuple[torch.Tensor, ...]:
-        """What the op's reference gives, by the library: inputs in SPEC order → outputs, new pools.
+        """Run an op like its reference: inputs in SPEC order → outputs and new pools.
 
-        Tensors lie on one device, whose context is current. Raises PluginError where the plugin refuses.
+        All tensors are on one device, whose context is current. Raises PluginError if the plugin fails.
         """
         import torch
 
         inputs = [tensor.contiguous() for tensor in tensors]
         plugin = self.plugin(spec, attributes)
-        described = [(str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape)) for tensor in inputs]
-        shapes = plugin.shape(described)
+        shapes = plugin.shape([(DType.from_torch(tensor.dtype), tuple(tensor.shape)) for tensor in inputs])
         outputs = []
-        for (name, sizes), alias in zip(shapes.outputs, shapes.aliases, strict=True):
+        for (dtype, sizes), alias in zip(shapes.outputs, shapes.aliases, strict=True):
             if alias >= 0:
                 inputs[alias] = inputs[alias].clone()
                 outputs.append(inputs[alias])
             else:
-                outputs.append(torch.empty(sizes, dtype=getattr(torch, name), device=inputs[0].device))
+                outputs.append(torch.empty(sizes, dtype=DType(dtype).torch, device=inputs[0].device))
         workspace = torch.empty(shapes.workspace_bytes, dtype=torch.uint8, device=inputs[0].device)
         is_gpu = inputs[0].is_cuda
         stream = torch.cuda.current_stream(inputs[0].device).cuda_stream if is_gpu else 0
@@ -202,7 +189,7 @@ class PluginLibrary:
 
 
 class Plugin:
-    """One op's plugin object; freed with this one."""
+    """A plugin object of one op, destroyed together with this object."""
 
     def __init__(self, library: PluginLibrary, handle: int, spec: OpSpec) -> None:
         self._library, self._handle, self._spec = library, handle, spec
@@ -211,30 +198,30 @@ class Plugin:
         self._library.entry("destroy")(self._handle)
 
     def shape(self, inputs: Sequence[TensorShape]) -> Shapes:
-        """Sets the inputs' dtypes and shapes; raises PluginError where the plugin refuses them."""
+        """Set the inputs' dtypes and shapes; raises PluginError if the plugin does not support them."""
         count = len(self._spec.outputs)
-        given = (_Tensor * len(inputs))(*map(_Tensor.of, inputs))
+        tensors = (_Tensor * len(inputs))(*map(_Tensor.of, inputs))
         outputs, aliases = (_Tensor * count)(), (ctypes.c_int32 * count)()
         workspace = ctypes.c_uint64()
         if self._library.entry("shape")(
-            self._handle, given, len(inputs), outputs, aliases, ctypes.byref(workspace)
+            self._handle, tensors, len(inputs), outputs, aliases, ctypes.byref(workspace)
         ):
-            raise self._library.refusal()
+            raise self._library.last_error()
         return Shapes(tuple(tensor.read() for tensor in outputs), tuple(aliases), workspace.value)
 
     def launches(self, sm: int) -> list[dict[str, Any]]:
-        """What an enqueue launches on an SM, in order: variant, grid, arguments as [name, value or None]."""
+        """The launches of an enqueue on an SM, in order: variant, grid, and arguments as [name, value or None]."""
         text = self._library.entry("launches")(self._handle, sm)
         if text is None:
-            raise self._library.refusal()
+            raise self._library.last_error()
         return json.loads(text)  # type: ignore[no-any-return]
 
     def enqueue(self, inputs: Sequence[int], outputs: Sequence[int], workspace: int, stream: int) -> None:
-        """Enqueues on a stream, in the calling thread's CUDA context; addresses are of contiguous tensors.
+        """Enqueue on a stream in the calling thread's CUDA context; takes the addresses of contiguous tensors.
 
-        Raises PluginError where the plugin or the driver refuses.
+        Raises PluginError if the plugin or the driver fails.
         """
-        given = (ctypes.c_void_p * len(inputs))(*inputs)
-        taken = (ctypes.c_void_p * len(outputs))(*outputs)
-        if self._library.entry("enqueue")(self._handle, given, taken, workspace, stream):
-            raise self._library.refusal()
+        input_array = (ctypes.c_void_p * len(inputs))(*inputs)
+        output_array = (ctypes.c_void_p * len(outputs))(*outputs)
+        if self._library.entry("enqueue")(self._handle, input_array, output_array, workspace, stream):
+            raise self._library.last_error()

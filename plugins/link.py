@@ -1,12 +1,11 @@
 """Links the compiled kernels and the C++ host into `libnemo_plugins.so`: `python -m nemotrt.plugins.link`.
 
-Needs g++ (or a cross compiler) and nothing of NVIDIA's: no CUDA toolkit, no TensorRT, no GPU. Where
-TensorRT's headers are found, the host compiles against them, else against host/tensorrt_abi.h.
+This needs g++ or a cross compiler, but no CUDA toolkit, TensorRT or GPU. The host is compiled against TensorRT's
+headers if they are found, else against host/tensorrt_abi.h.
 """
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import json
 import os
@@ -46,48 +45,51 @@ SYSTEM_HEADERS = (
     "/opt/tensorrt/include",
 )
 CUDA_TYPES = "typedef struct CUstream_st* cudaStream_t;\ntypedef struct CUevent_st* cudaEvent_t;\n"
-"""All that NVIDIA's plugin headers use of cuda_runtime_api.h: under that name, so that CUDA is not needed."""
+"""A replacement for cuda_runtime_api.h with all that NVIDIA's plugin headers use, so that CUDA is not needed."""
 
 
 @dataclass(frozen=True)
 class Toolchain:
-    """What compiles the host. `headers` is the folder of TensorRT's headers, None for our own declaration."""
+    """The compiler and its options; `headers` is the folder of TensorRT's headers, None for tensorrt_abi.h."""
 
     compiler: str = "g++"
     headers: Path | None = None
     sanitize: bool = False
 
     def flags(self) -> list[str]:
-        """What every source is compiled with, the folders of headers left out."""
+        """The compiler options of every source, except for include folders."""
         headers = ["-DNEMO_NVIDIA_HEADERS"] if self.headers else []
         return [*COMPILE, *headers, *(("-O1", *SANITIZE) if self.sanitize else ("-O2",))]
 
     def version(self) -> str:
-        """The compiler's own name, version and target; raises KernelError where there is no such compiler."""
+        """The compiler's name, version and target; raises KernelError if it is not installed."""
         if not shutil.which(self.compiler):
-            raise KernelError(f"there is no compiler {self.compiler}: install g++, or name another one")
-        said = subprocess.run([self.compiler, "--version"], capture_output=True, text=True, check=True).stdout
-        return "\n".join(said.splitlines()[:2])  # GCC's first line has its target, Clang's second
+            raise KernelError(
+                f"compiler {self.compiler} is not installed: install g++, or choose another one"
+            )
+        command = [self.compiler, "--version"]
+        output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        return "\n".join(output.splitlines()[:2])  # the target is on GCC's first line, and on Clang's second
 
 
 def headers_version(folder: Path) -> str:
-    """The version of a folder's TensorRT headers; raises KernelError where missing or too old."""
+    """The version of a folder's TensorRT headers; raises KernelError if they are missing or too old."""
     try:
         text = (folder / "NvInferVersion.h").read_text(encoding="utf-8", errors="replace")
     except (FileNotFoundError, NotADirectoryError):
-        raise KernelError(f"{folder} has no {HEADER}: it is no folder of TensorRT's headers") from None
+        raise KernelError(f"{folder} has no {HEADER}: it is not a folder of TensorRT headers") from None
     product = "RTX" if "TRT_MAJOR_RTX" in text else "ENTERPRISE"
     numbers = [re.search(rf"define TRT_{part}_{product}\s+(\d+)", text) for part in ("MAJOR", "MINOR")]
     major, minor = (int(number[1]) if number else 0 for number in numbers)
     if not (folder / HEADER).is_file() or (product == "ENTERPRISE" and major < 11):
         raise KernelError(
-            f"{folder} has headers of TensorRT {major}.{minor}: TensorRT 11 or TensorRT-RTX is needed"
+            f"{folder} has headers of TensorRT {major}.{minor}: TensorRT 11 or TensorRT-RTX is required"
         )
     return f"TensorRT{'-RTX' if product == 'RTX' else ''} {major}.{minor}"
 
 
 def find_headers(environment: Mapping[str, str], system: Sequence[str] = SYSTEM_HEADERS) -> Path | None:
-    """The folder of TensorRT's headers: $TENSORRT_INCLUDE_DIR, which must have them, or a system folder."""
+    """The folder of TensorRT's headers: $TENSORRT_INCLUDE_DIR, which must be valid, or a system folder, or None."""
     if chosen := environment.get(HEADERS_VARIABLE):
         headers_version(Path(chosen))
         return Path(chosen)
@@ -101,27 +103,19 @@ def find_headers(environment: Mapping[str, str], system: Sequence[str] = SYSTEM_
     return None
 
 
-@dataclass(frozen=True)
-class Library:
-    """A linked plugin library, and what it says of itself: version, hash, SMs."""
-
-    path: Path
-    description: dict[str, Any]
-
-
 def host_sources() -> list[Path]:
-    """The C++ sources: the host's, and each op's."""
+    """The C++ sources of the host and of each op."""
     return sorted(
         [*SOURCES.glob("host/*.cpp"), *(SOURCES / spec.torch_name / "plugin.cpp" for spec in ops())]
     )
 
 
 def describe(index: KernelIndex, toolchain: Toolchain) -> dict[str, Any]:
-    """What a library of these kernels says of itself; `hash` covers all that decides its contents."""
+    """The description of a library with these kernels; its `hash` covers everything that decides the contents."""
     files = sorted([*host_sources(), *SOURCES.glob("host/*.h"), SOURCES / "host" / "exports.map"])
     identity = {
-        "sources": {str(path.relative_to(SOURCES)): _hash(path.read_bytes()) for path in files},
-        "tables": _hash(cpp_tables(ops(), index.kernels).encode()),
+        "sources": {str(path.relative_to(SOURCES)): digest(path.read_bytes()) for path in files},
+        "tables": digest(cpp_tables(ops(), index.kernels).encode()),
         "cubins": [kernel.sha256 for kernel in index.kernels],
         "compiler": [toolchain.version(), toolchain.flags(), LINK, RELEASE],
         "headers": headers_version(toolchain.headers) if toolchain.headers else None,
@@ -139,45 +133,39 @@ def describe(index: KernelIndex, toolchain: Toolchain) -> dict[str, Any]:
     }
 
 
-def link(index: KernelIndex, output: Path, toolchain: Toolchain | None = None) -> Library:
-    """The library of these kernels in the folder `output`, its description beside it; kept if unchanged.
+def link(index: KernelIndex, output: Path, toolchain: Toolchain | None = None) -> Path:
+    """Link the library of these kernels into the folder `output`, with a description, unless it is up to date.
 
-    Raises KernelError where a cubin is missing or changed, or the compiler fails.
+    Returns the library's path. Raises KernelError if a cubin is missing or has changed, or if the compiler fails.
     """
     toolchain = toolchain or Toolchain(headers=find_headers(os.environ))
     description = describe(index, toolchain)
-    library = Library(output / LIBRARY_NAME, description)
-    if _is_current(library):
-        return library
+    path = output / LIBRARY_NAME
+    if _is_current(path, description):
+        return path
     for kernel in index.kernels:
         index.cubin(kernel)
     with tempfile.TemporaryDirectory(prefix="nemo-link-") as temporary:
         built = _compile(index, description, toolchain, Path(temporary))
         content = built.read_bytes()
-    output.mkdir(parents=True, exist_ok=True)
-    write(library.path, content)
-    library.path.chmod(0o755)
+    write(path, content)
+    path.chmod(0o755)
     note = output / DESCRIPTION_NAME
-    write(note, (json.dumps(description | {"sha256": _hash(content)}, indent=1) + "\n").encode())
+    write(note, (json.dumps(description | {"sha256": digest(content)}, indent=1) + "\n").encode())
     note.chmod(0o644)
-    return library
+    return path
 
 
-def _hash(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
-
-
-def _is_current(library: Library) -> bool:
+def _is_current(path: Path, description: dict[str, Any]) -> bool:
     try:
-        note = json.loads((library.path.parent / DESCRIPTION_NAME).read_bytes())
-        content = library.path.read_bytes()
+        note = json.loads(path.with_name(DESCRIPTION_NAME).read_bytes())
+        return bool(note == description | {"sha256": digest(path.read_bytes())})
     except (FileNotFoundError, ValueError):
         return False
-    return bool(note == library.description | {"sha256": _hash(content)})
 
 
 def _compile(index: KernelIndex, description: dict[str, Any], toolchain: Toolchain, folder: Path) -> Path:
-    """The library, linked in `folder`."""
+    """Compile and link the library in `folder`."""
     (folder / "cuda_runtime_api.h").write_text(CUDA_TYPES)
     generated = {
         "tables.cpp": cpp_tables(ops(), index.kernels),
@@ -206,8 +194,8 @@ def _compile(index: KernelIndex, description: dict[str, Any], toolchain: Toolcha
 
 def _run(toolchain: Toolchain, arguments: Sequence[str], folder: Path) -> None:
     command = [toolchain.compiler, *arguments]
-    english = os.environ | {"LC_ALL": "C"}
-    result = subprocess.run(command, cwd=folder, env=english, capture_output=True, text=True, check=False)
+    environment = os.environ | {"LC_ALL": "C"}
+    result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     if result.returncode:
         error = KernelError(f"{toolchain.compiler} failed: {_first_error(result.stderr)}")
         error.add_note(result.stderr)
@@ -215,9 +203,9 @@ def _run(toolchain: Toolchain, arguments: Sequence[str], folder: Path) -> None:
 
 
 def _first_error(stderr: str) -> str:
-    lines = stderr.strip().splitlines() or ["it said nothing"]
-    telling = [line for line in lines if re.search(r"error:|undefined reference|multiple definition", line)]
-    return (telling or lines)[0]
+    lines = stderr.strip().splitlines() or ["no error message"]
+    errors = [line for line in lines if re.search(r"error:|undefined reference|multiple definition", line)]
+    return (errors or lines)[0]
 
 
 @click.command()
@@ -226,34 +214,35 @@ def _first_error(stderr: str) -> str:
     type=click.Path(path_type=Path),
     default=Path("build/kernels"),
     show_default=True,
-    help="Folder that nemotrt.plugins.build wrote.",
+    help="Folder written by nemotrt.plugins.build.",
 )
 @click.option(
     "--output",
     type=click.Path(path_type=Path),
     default=Path("build/plugins"),
     show_default=True,
-    help=f"Folder for {LIBRARY_NAME} and its description.",
+    help=f"Output folder for {LIBRARY_NAME} and its description.",
 )
 @click.option("--compiler", default="g++", show_default=True, help="g++ or a cross compiler.")
-@click.option("--sanitize", is_flag=True, help="Address and undefined-behaviour sanitisers: for tests.")
-@click.option("--verbose", is_flag=True, help="The compiler's whole message where it fails.")
+@click.option(
+    "--sanitize", is_flag=True, help="Enable the address and undefined-behavior sanitizers, for tests."
+)
+@click.option("--verbose", is_flag=True, help="Print the full message of a compiler that fails.")
 def main(kernels: Path, output: Path, compiler: str, sanitize: bool, verbose: bool) -> None:
     """Link compiled kernels and the host into the plugin library.
 
-    TensorRT's headers are used from the folder that TENSORRT_INCLUDE_DIR names, or from the system's.
+    TensorRT's headers are searched in the folder in TENSORRT_INCLUDE_DIR, or in the system's folders.
     """
     try:
         toolchain = Toolchain(compiler, find_headers(os.environ), sanitize)
-        library = link(KernelIndex.load(kernels), output, toolchain)
+        index = KernelIndex.load(kernels)
+        path = link(index, output, toolchain)
     except KernelError as error:
         if verbose:
             click.echo("\n".join(getattr(error, "__notes__", [])), err=True)
         raise click.ClickException(str(error)) from None
-    description = library.description
-    sms = ", ".join(map(str, description["sms"]))
-    num_bytes = library.path.stat().st_size
-    click.echo(f"{description['num_kernels']} kernels for SM {sms}, {num_bytes:,} bytes: {library.path}")
+    sms = ", ".join(map(str, sorted({kernel.sm for kernel in index.kernels})))
+    click.echo(f"{len(index.kernels)} kernels for SM {sms}, {path.stat().st_size:,} bytes: {path}")
 
 
 if __name__ == "__main__":

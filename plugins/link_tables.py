@@ -1,4 +1,4 @@
-"""The op SPECs and the kernel index as C++ tables (host/tables.h), and the assembler file of cubins."""
+"""Generates the C++ tables of ops and kernels (host/tables.h), and the assembler file that embeds the cubins."""
 
 from __future__ import annotations
 
@@ -7,32 +7,23 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from nemotrt.plugins.contract import DType
 from nemotrt.plugins.kernel_index import Kernel, KernelError
 from nemotrt.plugins.kernel_store import digest
 from nemotrt.plugins.spec import DOMAIN, VERSION, OpSpec, TensorSpec
-
-TENSORRT_DTYPES = {
-    "float32": "kFLOAT",
-    "float16": "kHALF",
-    "bfloat16": "kBF16",
-    "float8_e4m3fn": "kFP8",
-    "int32": "kINT32",
-    "int64": "kINT64",
-}
-"""Dtype names as the SPECs write them → TensorRT's enumerators."""
 
 CUBIN_SYMBOL = "nemo_cubin_{}"
 
 
 def specs_digest(ops: Iterable[OpSpec]) -> str:
-    """A hash of what a library and a graph must agree on: the ops' inputs, outputs, attributes and dtypes."""
+    """A hash of what a library and a graph must agree on: inputs, outputs, attributes and dtypes of the ops."""
     return digest(
         [
             [
                 spec.name,
                 [[tensor.name, tensor.axes, tensor.dtype] for tensor in (*spec.inputs, *spec.outputs)],
                 len(spec.inputs),
-                [[attribute.name, attribute.type.__name__] for attribute in spec.attributes],
+                [[name, kind.__name__] for name, kind in spec.attributes.items()],
                 spec.dtypes,
                 VERSION,
             ]
@@ -42,14 +33,14 @@ def specs_digest(ops: Iterable[OpSpec]) -> str:
 
 
 class Tables:
-    """Writes constant arrays, equal ones once: `array` gives the expression that names one."""
+    """Collects constant arrays, each distinct one once."""
 
     def __init__(self) -> None:
         self.lines: list[str] = []
         self._known: dict[tuple[str, ...], str] = {}
 
     def array(self, kind: str, rows: Sequence[str]) -> str:
-        """A `List<kind>` of these rows."""
+        """The expression for a `List<kind>` of these rows."""
         if not rows:
             return "{nullptr, 0}"
         key = (kind, *rows)
@@ -62,54 +53,60 @@ class Tables:
         return self._known[key]
 
 
-def text(value: str) -> str:
-    """A C++ string literal; its escapes are JSON's where a name holds only ASCII."""
-    return json.dumps(value)
+def text(value: object) -> str:
+    """A C++ string literal; JSON's escapes are valid, since names are ASCII."""
+    return json.dumps(str(value))
+
+
+def flag(value: bool) -> str:
+    """A C++ bool literal."""
+    return "true" if value else "false"
 
 
 def axis_row(axis: str | int) -> str:
-    """An axis: a name and an offset (`B+1`), or a literal size."""
+    """An axis: a name and an offset (`B+1`), or a fixed size."""
     if isinstance(axis, int):
         return f"{{nullptr, {axis}}}"
-    found = re.fullmatch(r"(\w+)([+-]\d+)?", axis)
-    if not found:
+    match = re.fullmatch(r"(\w+)([+-]\d+)?", axis)
+    if not match:
         raise KernelError(f"axis {axis} is neither a name nor a name plus or minus a number")
-    return f"{{{text(found[1])}, {int(found[2] or 0)}}}"
+    return f"{{{text(match[1])}, {int(match[2] or 0)}}}"
 
 
 def tensor_row(tables: Tables, spec: OpSpec, tensor: TensorSpec, replaces: int) -> str:
-    """An input or output; its dtype is a variable's index or a literal."""
+    """An input or output, whose dtype is the index of a variable (−1 for none) and a fixed dtype."""
     axes = tables.array("Axis", [axis_row(axis) for axis in tensor.axes])
-    variable = list(spec.dtypes).index(tensor.dtype) if tensor.dtype in spec.dtypes else -1
-    literal = dtype(tensor.dtype if variable < 0 else "float32")
-    return f"{{{text(tensor.name)}, {axes}, {variable}, {literal}, {replaces}}}"
+    is_variable = tensor.dtype in spec.dtypes
+    variable = list(spec.dtypes).index(tensor.dtype) if is_variable else -1
+    fixed = dtype(DType.FLOAT32 if is_variable else DType(tensor.dtype))
+    return f"{{{text(tensor.name)}, {axes}, {variable}, {fixed}, {replaces}}}"
 
 
-def dtype(name: str) -> str:
-    """TensorRT's enumerator of a dtype."""
-    return f"nvinfer1::DataType::{TENSORRT_DTYPES[name]}"
-
-
-def constant(value: Any) -> str:
-    """A compile-time constant as the host compares it: integers in digits, true as 1."""
-    return str(int(value) if isinstance(value, bool) else value)
+def dtype(kind: DType) -> str:
+    """The C++ expression of a dtype."""
+    return f"nvinfer1::DataType{{{kind.tensorrt}}}"
 
 
 def kernel_row(tables: Tables, kernel: Kernel, symbol: str) -> str:
-    """One compiled form of a kernel."""
+    """One compiled kernel."""
+    variant = kernel.variant
     parameters = [
-        f"{{{text(parameter.name)}, {text(parameter.type)}, {str(parameter.aligned).lower()}}}"
-        for parameter in kernel.parameters
+        f"{{{text(name)}, {text(kind)}, {flag(name in variant.aligned)}}}"
+        for name, kind in variant.signature.items()
     ]
-    constants = [f"{{{text(name)}, {text(constant(value))}}}" for name, value in kernel.constants.items()]
+    # The host compares constants as text: integers in digits, true as 1.
+    constants = [
+        f"{{{text(name)}, {text(int(value) if isinstance(value, bool) else value)}}}"
+        for name, value in variant.constants.items()
+    ]
     fields = [
-        text(kernel.kernel),
-        text(kernel.variant),
+        text(variant.kernel),
+        text(variant.name),
         text(kernel.entry),
         tables.array("Parameter", parameters),
         str(kernel.hidden_pointers),
         tables.array("Constant", constants),
-        str(32 * kernel.num_warps),
+        str(32 * variant.num_warps),
         str(kernel.shared),
         symbol,
     ]
@@ -117,16 +114,14 @@ def kernel_row(tables: Tables, kernel: Kernel, symbol: str) -> str:
 
 
 def op_row(tables: Tables, spec: OpSpec, kernels: Sequence[tuple[Kernel, str]]) -> str:
-    """One op with its kernels by SM."""
+    """One op, with its kernels grouped by SM."""
     inputs = [tensor_row(tables, spec, tensor, -1) for tensor in spec.inputs]
     outputs = [
         tensor_row(tables, spec, tensor, spec.pools.get(i, -1)) for i, tensor in enumerate(spec.outputs)
     ]
-    attributes = [
-        f"{{{text(attribute.name)}, {str(attribute.type is float).lower()}}}" for attribute in spec.attributes
-    ]
+    attributes = [f"{{{text(name)}, {flag(kind is float)}}}" for name, kind in spec.attributes.items()]
     variables = [
-        f"{{{text(name)}, {tables.array('nvinfer1::DataType', [dtype(one) for one in allowed])}}}"
+        f"{{{text(name)}, {tables.array('nvinfer1::DataType', [dtype(kind) for kind in allowed])}}}"
         for name, allowed in spec.dtypes.items()
     ]
     sms = []
@@ -147,7 +142,7 @@ def op_row(tables: Tables, spec: OpSpec, kernels: Sequence[tuple[Kernel, str]]) 
 
 
 def cpp_tables(ops: Sequence[OpSpec], kernels: Sequence[Kernel]) -> str:
-    """The C++ source of `kOps` and what it refers to."""
+    """The C++ source that defines `kOps`."""
     tables = Tables()
     named = [(kernel, CUBIN_SYMBOL.format(i)) for i, kernel in enumerate(kernels)]
     rows = [
@@ -157,7 +152,7 @@ def cpp_tables(ops: Sequence[OpSpec], kernels: Sequence[Kernel]) -> str:
     all_ops = tables.array("OpRow", rows)
     cubins = [f'extern "C" unsigned char const {symbol}[];' for _, symbol in named]
     lines = [
-        "// Written from the op SPECs and the kernel index: change those, not this.",
+        "// Generated from the op SPECs and the kernel index; do not edit.",
         '#include "host/tables.h"',
         *cubins,
         "namespace nemo {",
@@ -166,14 +161,14 @@ def cpp_tables(ops: Sequence[OpSpec], kernels: Sequence[Kernel]) -> str:
         "}  // namespace",
         f"List<OpRow> const kOps{all_ops};",
         f"char const* const kNamespace = {text(DOMAIN)};",
-        f"char const* const kVersion = {text(str(VERSION))};",
+        f"char const* const kVersion = {text(VERSION)};",
         "}  // namespace nemo",
     ]
     return "\n".join(lines) + "\n"
 
 
 def cpp_description(description: dict[str, Any]) -> str:
-    """The C++ source of `kDescription`."""
+    """The C++ source that defines `kDescription`."""
     literal = text(json.dumps(description))
     return (
         '#include "host/tables.h"\n'
@@ -182,11 +177,11 @@ def cpp_description(description: dict[str, Any]) -> str:
 
 
 def assembler(kernels: Sequence[Kernel]) -> str:
-    """Assembler that embeds each kernel's cubin, by its path relative to the index."""
+    """Assembler source that embeds each kernel's cubin, by its path relative to the index."""
     lines = ['.section .rodata.nemo,"a",%progbits']
     for i, kernel in enumerate(kernels):
         if not re.fullmatch(r"[\w./-]+", kernel.file):
-            raise KernelError(f"{kernel.file} is no path of a cubin: compile the kernels again")
+            raise KernelError(f"{kernel.file} is not a valid path of a cubin: compile the kernels again")
         symbol = CUBIN_SYMBOL.format(i)
         lines += [f".balign 64\n.globl {symbol}\n.hidden {symbol}\n{symbol}:", f'.incbin "{kernel.file}"']
     lines.append('.section .note.GNU-stack,"",%progbits')

@@ -1,45 +1,42 @@
-"""Rows of unequal groups, packed on one axis, in ONNX: a row's group, and chunks that never cross groups.
+"""ONNX helpers for groups of rows packed on one axis: the group of each row, and chunks that never cross groups.
 
-The rows are tokens and the groups their sequences, or routed rows and their experts. Legend: N groups, R rows,
-C chunks, `size` rows a chunk. All integers are int64.
+The rows are tokens and the groups are their sequences. All integers are int64.
+Legend: N groups, R rows, C chunks, J rows per chunk.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import onnx_ir as ir
 
 from nemotrt.plugins.onnx_op import Operators
 
 
-@dataclass(frozen=True)
-class Chunks:
-    """The chunks of all groups in order, J rows each. A chunk of no rows stands alone when every group is empty."""
+class Chunks(NamedTuple):
+    """The chunks of all groups, in order; if every group is empty, there is one chunk without rows."""
 
     size: ir.Value
     """J, a scalar."""
     group_C: ir.Value
-    """The group that a chunk belongs to."""
+    """The group of each chunk."""
     row_CJ: ir.Value
-    """A chunk's rows; past its group's last row it repeats its first.
-
-    So a chunk never reads another group's rows: a NaN stays in the group that made it.
-    """
+    """The rows of each chunk. A chunk with fewer than J rows repeats its first row, never a row of another group, so
+    that a NaN cannot spread to another group."""
     is_own_CJ: ir.Value
-    """Which of them are its own, not repeated."""
+    """Which rows are not such repetitions."""
     stop_C: ir.Value
-    """Where a chunk's own rows end."""
+    """The end of each chunk's rows."""
     is_first_C: ir.Value
-    """Whether a chunk is its group's first."""
+    """Whether a chunk is the first of its group."""
     first_N: ir.Value
-    """Each group's first chunk."""
+    """The first chunk of each group."""
     last_N: ir.Value
-    """Each group's last chunk, 0 when it has none and is the first."""
+    """The last chunk of each group; for an empty group, the chunk before it, at least 0."""
 
 
 def last_axis_sum(op: Operators, condition: ir.Value) -> ir.Value:
-    """How many are true along the last axis, int64."""
+    """The number of true elements along the last axis, int64."""
     return op.ReduceSum(op.cast(condition, ir.DataType.INT64), [-1], keepdims=0)  # type: ignore[no-any-return]
 
 
@@ -54,12 +51,12 @@ def size_of(op: Operators, value: ir.Value, axis: int) -> ir.Value:
 
 
 def bounds(op: Operators, start: ir.Value) -> tuple[ir.Value, ir.Value]:
-    """Each group's first row and end [N], from the N + 1 starts."""
+    """The first row and the end [N] of each group, from the N + 1 starts."""
     return op.Slice(start, [0], [-1], [0]), op.Slice(start, [1], [2**31 - 1], [0])
 
 
 def group_of_rows(op: Operators, end_N: ir.Value, num_rows: ir.Value) -> tuple[ir.Value, ir.Value]:
-    """The group of each row [R], and whether it is in any [R]: rows past the last end count as the last group's."""
+    """The group of each row [R], and whether it is in a group [R]; rows after the last end get the last group."""
     row_R = op.Range(0, num_rows, 1)
     group_R = last_axis_sum(op, op.GreaterOrEqual(op.Unsqueeze(row_R, [1]), end_N))
     last = op.Sub(size_of(op, end_N, 0), 1)
@@ -67,13 +64,13 @@ def group_of_rows(op: Operators, end_N: ir.Value, num_rows: ir.Value) -> tuple[i
 
 
 def written_slots(op: Operators, slot_B: ir.Value, length_B: ir.Value) -> ir.Value:
-    """Where each sequence's new state goes [B, 1]: its slot, or the scratch row for a sequence without a token."""
+    """The row [B, 1] for each sequence's new state: its slot, or the scratch row if it has no token in this step."""
     slot_B = op.cast(slot_B, ir.DataType.INT64)
     return op.Unsqueeze(op.Where(op.Equal(length_B, 0), 0, slot_B), [1])  # type: ignore[no-any-return]
 
 
 def chunks(op: Operators, start: ir.Value, size: ir.Value, num_rows: ir.Value) -> Chunks:
-    """Cut each group's rows, from N + 1 starts, into chunks of `size`, the last of a group maybe shorter."""
+    """Split each group into chunks of `size` rows, the last of which may be shorter; `start` has N + 1 elements."""
     first_row_N, end_row_N = bounds(op, start)
     count_N = op.Div(op.Add(op.Sub(end_row_N, first_row_N), op.Sub(size, 1)), size)
     end_chunk_N = op.CumSum(count_N, 0)
@@ -86,7 +83,7 @@ def chunks(op: Operators, start: ir.Value, size: ir.Value, num_rows: ir.Value) -
     stop_C = op.Min(op.Add(start_C, size), op.Gather(end_row_N, group_C))
     row_CJ = op.Add(op.Unsqueeze(start_C, [1]), op.Range(0, size, 1))
     is_own_CJ = op.Less(row_CJ, op.Unsqueeze(stop_C, [1]))
-    # A chunk of no rows may stand past the last one.
+    # If every group is empty, the one chunk may start after the last row.
     first_row_C1 = op.Unsqueeze(op.Min(start_C, op.Sub(num_rows, 1)), [1])
     return Chunks(
         size=size,

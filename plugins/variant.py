@@ -1,61 +1,69 @@
-"""One compiled form of a Triton kernel: what `kernels.py` lists, `build.py` compiles and `plugin.cpp` launches.
+"""Variants of Triton kernels, with dtypes and constants fixed, and their launches.
 
 Every `kernels.py` has the same entry points:
 
-- `variants(sm)` yields each Variant that the model family needs on that SM;
-- `launches(…)` gives the Launches for sizes, dtypes and an SM, from shapes alone;
-- `run(*tensors, **attributes)` takes and gives what the op's reference does, launching the same variants through
-  Triton: on a GPU, or in Triton's interpreter on a CPU.
+- `variants(sm)` yields each Variant that the model family needs on that SM; `build.py` compiles them;
+- `launches(…)` returns the Launches for the sizes, dtypes and SM, as `plugin.cpp` does;
+- `run(*tensors, **attributes)` has the signature of the op's reference and launches the same variants through
+  Triton, on a GPU or in Triton's interpreter on a CPU.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
 
-TRITON_DTYPES = {
-    "float32": "fp32",
-    "float16": "fp16",
-    "bfloat16": "bf16",
-    "float8_e4m3fn": "fp8e4nv",
-    "int32": "i32",
-    "int64": "i64",
-}
-"""Dtype names as the SPECs write them → Triton's own."""
-
 SMS = (80, 86, 89, 90, 100, 120)
 """The GPU generations that kernels are compiled for."""
 
-
+MAX_INT32 = 2**31 - 1
 MAX_GRID = 65535
-"""CUDA's limit on a grid's second and third axis."""
+"""CUDA's limit on the second and third axis of a grid."""
 
 
 def supports_fp8(sm: int) -> bool:
-    """Whether tensor cores of that SM take FP8 (E4M3): Ada, Hopper and later."""
+    """Whether the SM's tensor cores support FP8 (E4M3): Ada, Hopper and later."""
     return sm >= 89
 
 
+def require(op: str, name: str, value: object, is_supported: bool, expected: str) -> None:
+    """Raise ValueError, naming the op, the size or attribute, its value and the expected values, if not supported."""
+    if not is_supported:
+        raise ValueError(f"{op}: the kernels require {name} to be {expected}, got {value}")
+
+
+def require_one_of(op: str, name: str, value: object, allowed: Sequence[object]) -> None:
+    """Raise ValueError if the value is not one of those allowed."""
+    require(op, name, value, value in allowed, f"one of {', '.join(map(str, allowed))}")
+
+
+def require_range(op: str, name: str, value: int, low: int, high: int) -> None:
+    """Raise ValueError if the value is not between `low` and `high`, inclusive."""
+    require(op, name, value, low <= value <= high, f"from {low} to {high}")
+
+
+def require_multiple(op: str, name: str, value: int, factor: int) -> None:
+    """Raise ValueError if the value is not a multiple of the factor."""
+    require(op, name, value, value % factor == 0, f"a multiple of {factor}")
+
+
+def require_packed(op: str, sizes: Mapping[str, int]) -> None:
+    """Raise ValueError for a step without tokens, or with more sequences than a grid axis allows."""
+    require_range(op, "T", sizes["T"], 1, MAX_INT32)
+    require_range(op, "B", sizes["B"], 1, MAX_GRID)
+
+
 def check_sm(op: str, sm: int) -> None:
-    """Raise ValueError, naming the op and what there is, for an SM that is not in `SMS`."""
-    if sm not in SMS:
-        raise ValueError(f"{op}: kernels are compiled for SM {', '.join(map(str, SMS))}, not {sm}")
-
-
-def check_packed(op: str, sizes: Mapping[str, int]) -> None:
-    """Raise ValueError, naming the op, for a step without tokens or with more sequences than a grid's axis has."""
-    if not (sizes["T"] >= 1 and 1 <= sizes["B"] <= MAX_GRID):
-        raise ValueError(
-            f"{op}: kernels take T ≥ 1 and B in 1…{MAX_GRID}, not T {sizes['T']}, B {sizes['B']}"
-        )
+    """Raise ValueError, naming the op, if the SM is not in `SMS`."""
+    require_one_of(op, "the SM", sm, SMS)
 
 
 def device_sm(device: torch.device) -> int:
-    """The SM whose variants run on a device; a CPU, with Triton's interpreter, takes Hopper's."""
+    """The SM whose variants run on a device; Triton's interpreter on a CPU uses Hopper's."""
     if device.type != "cuda":
         return 90
     import torch
@@ -69,8 +77,8 @@ def device_sm(device: torch.device) -> int:
 class Variant:
     """A kernel with its dtypes and constants fixed.
 
-    `signature` maps each runtime parameter, in declaration order, to a Triton type (`*fp16`, `i32`, `fp32`);
-    `aligned` names the parameters that the launcher promises to be multiples of 16 (bytes for pointers).
+    `signature` maps each runtime parameter, in declaration order, to a Triton type (`*fp16`, `i32`, `fp32`).
+    `aligned` lists the parameters that the launcher guarantees to be multiples of 16 (for pointers, the address).
     """
 
     kernel: str
@@ -78,11 +86,16 @@ class Variant:
     constants: dict[str, int | float | bool | str]
     num_warps: int
     num_stages: int
-    aligned: tuple[str, ...] = field(default=())
+    aligned: tuple[str, ...] = ()
+
+    @classmethod
+    def from_json(cls, fields: dict[str, Any]) -> Variant:
+        """The variant whose fields were written as JSON; raises KeyError or TypeError if they do not match."""
+        return cls(**fields | {"aligned": tuple(fields["aligned"])})
 
     @property
     def name(self) -> str:
-        """A name unique among the op's variants: the kernel, its dtypes and its constants."""
+        """The kernel, its dtypes and its constants; unique among the op's variants."""
         dtypes = dict.fromkeys(
             kind.removeprefix("*") for kind in self.signature.values() if kind.startswith("*")
         )
@@ -92,10 +105,10 @@ class Variant:
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch: its variant, its grid, and its runtime integers by parameter.
+    """One launch: its variant, its grid, and its integer arguments by parameter name.
 
-    Any other parameter's name says what to pass: an input or output of the SPEC, a scratch buffer, an attribute.
-    `renamed` has the parameters that take another one than their own.
+    Every other parameter is passed the SPEC input or output, scratch buffer or attribute of its name, or of the name
+    given in `renamed`.
     """
 
     variant: Variant
@@ -104,7 +117,7 @@ class Launch:
     renamed: dict[str, str] = field(default_factory=dict)
 
     def start(self, kernel: Any, values: Mapping[str, Any]) -> None:
-        """Launch it through Triton on contiguous tensors and attributes by name."""
+        """Launch the kernel through Triton; `values` holds contiguous tensors and attributes by name."""
         arguments = {
             name: self.integers[name] if name in self.integers else values[self.renamed.get(name, name)]
             for name in self.variant.signature

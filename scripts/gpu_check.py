@@ -248,8 +248,8 @@ def plugin_library(sm: int, path: Path | None = None) -> PluginLibrary:
         if is_shipped():
             return shipped_library()
         folder = Path("build/gpu-check")
-        index = build.build(build.Selection((sm,)), folder / "kernels")
-        return PluginLibrary(link.link(index, folder).path)
+        index = build.build(folder / "kernels", (sm,))
+        return PluginLibrary(link.link(index, folder))
     except (KernelError, PluginError) as error:
         raise click.ClickException(str(error)) from None
 

@@ -80,7 +80,7 @@ def _readelf(library: Path) -> str:
     return result.stdout
 
 
-def wheel(library: link.Library, tag: str, output: Path) -> Path:
+def wheel(library: Path, tag: str, output: Path) -> Path:
     """The wheel of this checkout with the library in it, in the folder `output`."""
     with tempfile.TemporaryDirectory(prefix="nemo-wheel-") as temporary:
         tree = Path(temporary) / "tree"
@@ -91,7 +91,7 @@ def wheel(library: link.Library, tag: str, output: Path) -> Path:
         prebuilt = tree / "plugins" / "prebuilt"
         prebuilt.mkdir()
         for name in (link.LIBRARY_NAME, link.DESCRIPTION_NAME):
-            shutil.copy(library.path.parent / name, prebuilt)
+            shutil.copy(library.parent / name, prebuilt)
         made = Path(temporary) / "dist"
         command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(made)]
         command += [f"-C--build-option=--plat-name={tag}", str(tree)]
@@ -108,7 +108,7 @@ def make(architecture: str, kernels: KernelIndex, work: Path, output: Path) -> P
     with tempfile.TemporaryDirectory(prefix="nemo-compiler-") as folder:
         toolchain = link.Toolchain(str(compiler(architecture, Path(folder))))
         library = link.link(kernels, work, toolchain)
-    return wheel(library, platform_tag(library.path, architecture), output)
+    return wheel(library, platform_tag(library, architecture), output)
 
 
 @click.command()
@@ -122,7 +122,7 @@ def main(arch: str, sms: tuple[int, ...], jobs: int | None, output: Path) -> Non
     """Compile every kernel, link the plugin library, and put it into a wheel."""
     work = ROOT / "build" / "wheel"
     try:
-        kernels = build.build(build.Selection(tuple(sms)), work / "kernels", jobs or 0)
+        kernels = build.build(work / "kernels", sms, jobs=jobs or 0)
         path = make(arch, kernels, work / arch, output)
     except KernelError as error:
         raise click.ClickException(str(error)) from None

@@ -150,7 +150,7 @@ def _experts_with(graph: Graph, **changes: float) -> ir.Function:
     """The first MoE layer with other attributes, in its node and in a body of its own."""
     node = graph.op(MOE.name)
     sizes = MOE.sizes([tuple(value.shape) for value in node.inputs])
-    attributes = {spec.name: node.attributes[spec.name].value for spec in MOE.attributes} | changes
+    attributes = {name: node.attributes[name].value for name in MOE.attributes} | changes
     body = onnx_op.function(MOE, sizes, attributes)
     body.overload = node.overload = "wrong"
     graph.model.functions[body.identifier()] = body

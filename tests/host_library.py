@@ -21,7 +21,7 @@ from typing import Any
 
 import pytest
 
-from nemotrt.plugins.kernel_index import Kernel, KernelIndex, Parameter
+from nemotrt.plugins.kernel_index import Kernel, KernelIndex
 from nemotrt.plugins.library import PluginLibrary, TensorShape
 from nemotrt.plugins.link import Toolchain, link
 from nemotrt.plugins.spec import OpSpec, ops
@@ -69,20 +69,13 @@ def fake_kernel(op: str, sm: int, variant: Any, file: str, cubin: bytes) -> Kern
     return Kernel(
         op=op,
         sm=sm,
-        variant=variant.name,
-        kernel=variant.kernel,
+        variant=variant,
         file=file,
         sha256=hashlib.sha256(cubin).hexdigest(),
         num_bytes=len(cubin),
         entry=variant.kernel,
         target=f"sm_{sm}",
-        parameters=tuple(
-            Parameter(name, kind, name in variant.aligned) for name, kind in variant.signature.items()
-        ),
         hidden_pointers=2,
-        constants=variant.constants,
-        num_warps=variant.num_warps,
-        num_stages=variant.num_stages,
         shared=fake_shared(variant),
         registers=0,
         stack=0,
@@ -94,7 +87,7 @@ def fake_kernel(op: str, sm: int, variant: Any, file: str, cubin: bytes) -> Kern
 @functools.cache
 def library() -> PluginLibrary:
     """The library of all fake kernels, its driver the fake one."""
-    loaded = PluginLibrary(link(index(), FOLDER / "release", Toolchain()).path)
+    loaded = PluginLibrary(link(index(), FOLDER / "release", Toolchain()))
     loaded.use_driver(driver().path)
     return loaded
 

@@ -115,7 +115,7 @@ def _unless_ended() -> Iterator[None]:
 
 
 def _environment(backend: Backend) -> Mapping[str, str]:
-    folder = library_path(backend, cache_folder().parent)
+    folder = library_path(backend, cache_folder())
     if folder is None:
         return os.environ
     searched = os.environ.get("LD_LIBRARY_PATH", "")

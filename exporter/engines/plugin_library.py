@@ -50,16 +50,14 @@ def is_at_hand(config: BuildConfig, sms: Sequence[int]) -> bool:
 
 def _place(config: BuildConfig, sms: Sequence[int]) -> Path:
     name = digest([sorted(sms), sorted(kernel_dtypes(config))])[:16]
-    return cache_folder().parent / "libraries" / name
+    return cache_folder() / "libraries" / name
 
 
 def _linked(config: BuildConfig, sms: Sequence[int], report: Report) -> PluginLibrary:
     from nemotrt.plugins import build, link
 
-    selection = build.Selection(tuple(sms), kernel_dtypes(config))
-    cache = cache_folder().parent
+    cache = cache_folder()
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="kernels-", dir=cache) as folder:
-        index = build.build(selection, Path(folder) / "kernels", report=report)
-        linked = link.link(index, _place(config, sms))
-    return PluginLibrary(linked.path, linked.description["hash"])
+        index = build.build(Path(folder) / "kernels", sms, kernel_dtypes(config), report=report)
+        return PluginLibrary(link.link(index, _place(config, sms)))

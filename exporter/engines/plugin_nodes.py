@@ -56,7 +56,7 @@ def plugin_nodes(path: Path) -> tuple[PluginNode, ...]:
             PluginNode(
                 name=node.name,
                 spec=spec,
-                attributes={one.name: attributes[one.name] for one in spec.attributes},
+                attributes={name: attributes[name] for name in spec.attributes},
                 inputs=tuple(tensors[name] for name in node.input),
             )
         )
@@ -77,7 +77,7 @@ def _check(node: NodeProto, attributes: Mapping[str, str], specs: Mapping[str, O
         )
     if node.op_type not in specs:
         raise CompileError(f"{node.name}: {node.op_type} is no op of this nemo-export")
-    missing = [one.name for one in specs[node.op_type].attributes if one.name not in attributes]
+    missing = [name for name in specs[node.op_type].attributes if name not in attributes]
     if attributes.get("plugin_namespace") != DOMAIN:
         missing.insert(0, f"plugin_namespace {DOMAIN}")
     if missing:

@@ -134,7 +134,7 @@ def _timings(used: Backend, target: Target) -> Path | None:
     """Where timings of earlier builds are kept for this TensorRT and GPU; None where none are made."""
     if not used.keeps_timings:
         return None
-    folder = cache_folder().parent / "timings"
+    folder = cache_folder() / "timings"
     folder.mkdir(parents=True, exist_ok=True)
     return folder / f"{digest([environment.tool_versions(), target.runtime, target.sms])[:16]}.cache"
 
@@ -161,7 +161,7 @@ def _keep_log(log: Path) -> Path | None:
     """Move a failed build's log to where it outlives the build; None where nothing was logged."""
     if not log.is_file():
         return None
-    kept = cache_folder().parent / "logs" / "engine.failed.log"
+    kept = cache_folder() / "logs" / "engine.failed.log"
     kept.parent.mkdir(parents=True, exist_ok=True)
     shutil.move(log, kept)
     return kept

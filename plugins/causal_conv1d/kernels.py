@@ -23,8 +23,9 @@ import triton.language as tl
 
 from nemotrt.plugins.causal_conv1d import SPEC
 from nemotrt.plugins.causal_conv1d.supports import FAMILY_TAPS, supports
+from nemotrt.plugins.contract import DType
 from nemotrt.plugins.spec import FLOATS
-from nemotrt.plugins.variant import TRITON_DTYPES, Launch, Variant, check_sm, device_sm
+from nemotrt.plugins.variant import Launch, Variant, check_sm, device_sm
 
 BLOCKS: dict[str, dict[str, int]] = {
     "conv_sequences": {
@@ -206,7 +207,7 @@ def variant(kernel: str, dtype: str, taps: int) -> Variant:
     """The variant of a kernel for a dtype as the SPEC writes it."""
     types = {tensor.name: tensor.dtype for tensor in SPEC.inputs} | {"y": "X"}
     pointers = {
-        name: f"*{TRITON_DTYPES[dtype if types[name] == 'X' else types[name]]}" for name in POINTERS[kernel]
+        name: f"*{DType(dtype if types[name] == 'X' else types[name]).triton}" for name in POINTERS[kernel]
     }
     return Variant(
         kernel=kernel,

@@ -1,4 +1,4 @@
-// Causal convolution: what kernels.py says in `supports` and `launches`. Legend: T tokens, B sequences, C channels.
+// The causal convolution's checks and launches, as in kernels.py. Legend: T tokens, B sequences, C channels.
 #include "host/plan.h"
 
 namespace nemo {
@@ -19,7 +19,7 @@ void launches(Problem const& problem, Plan& plan) {
     int64_t const B = problem["B"];
     int64_t const C = problem["C"];
     Constants const taps{{"TAPS", problem["K"]}};
-    // Sequences of up to `walk` tokens; where T > B, the others' tokens, and no others, are left to conv_tokens.
+    // conv_sequences handles sequences of up to `walk` tokens; if T > B, conv_tokens handles the tokens of all others.
     plan.integer("walk", T <= B ? T : problem["K"] - 1);
     Choice const sequences = plan.kernel("conv_sequences", taps);
     plan.launch(sequences, ceil_div(C, sequences["BLOCK_C"]), B);

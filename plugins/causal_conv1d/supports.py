@@ -1,4 +1,4 @@
-"""What the op's kernels take: known without Triton, torch or a GPU."""
+"""The sizes and dtypes that the op's kernels support; needs neither Triton, torch nor a GPU."""
 
 from __future__ import annotations
 
@@ -6,24 +6,22 @@ from collections.abc import Mapping
 
 from nemotrt.plugins.causal_conv1d import SPEC
 from nemotrt.plugins.spec import FLOATS
-from nemotrt.plugins.variant import check_packed, check_sm
+from nemotrt.plugins.variant import check_sm, require_multiple, require_one_of, require_packed
 
 FAMILY_TAPS = (2, 3, 4)
-"""Taps that the kernels are compiled for; the family has 4."""
+"""The numbers of taps that the kernels are compiled for; the published models have 4."""
 
 ALIGNMENT = 16
-"""Channels come in multiples of this, so that a row of any dtype starts on a vector load's boundary."""
+"""The number of channels is a multiple of this, so that each row is aligned for vector loads."""
 
 
 def supports(sizes: Mapping[str, int], dtypes: Mapping[str, str], sm: int) -> None:
-    """Raise ValueError, naming the op, what does not fit and what does, where no kernel serves a call.
+    """Raise ValueError if no kernel supports a call; the message names the op, the value and the supported values.
 
     `sizes` are the SPEC's axes by name, `dtypes` its dtype variables.
     """
     check_sm(SPEC.name, sm)
-    for name, given, allowed in (("X", dtypes["X"], FLOATS), ("K", sizes["K"], FAMILY_TAPS)):
-        if given not in allowed:
-            raise ValueError(f"{SPEC.name}: kernels take {name} in {list(allowed)}, not {given}")
-    if sizes["C"] % ALIGNMENT:
-        raise ValueError(f"{SPEC.name}: kernels take C in multiples of {ALIGNMENT}, not {sizes['C']}")
-    check_packed(SPEC.name, sizes)
+    require_one_of(SPEC.name, "X", dtypes["X"], FLOATS)
+    require_one_of(SPEC.name, "K", sizes["K"], FAMILY_TAPS)
+    require_multiple(SPEC.name, "C", sizes["C"], ALIGNMENT)
+    require_packed(SPEC.name, sizes)

@@ -12,7 +12,7 @@ namespace nemo {
 
 namespace {
 
-// Declared as the driver API documents them. CUresult, CUdevice and the enumerations are ints.
+// Declarations from the driver API's documentation; CUresult, CUdevice and enumerations are ints.
 struct Driver {
     int (*cuCtxGetDevice)(int* device);
     int (*cuDeviceGetAttribute)(int* value, int attribute, int device);
@@ -35,7 +35,7 @@ constexpr unsigned kSharedBytesWithoutAsking = 48 * 1024;
 template <class F>
 void find(void* library, char const* name, F& function) {
     function = reinterpret_cast<F>(dlsym(library, name));
-    if (!function) throw Refused(std::string("the NVIDIA driver lacks ") + name + ": install driver 525 or later");
+    if (!function) throw PluginError(std::string("the NVIDIA driver has no ") + name + ": install driver 525 or later");
 }
 
 std::string& driver_library() {
@@ -46,7 +46,7 @@ std::string& driver_library() {
 Driver open_driver() {
     void* const library = dlopen(driver_library().c_str(), RTLD_NOW | RTLD_LOCAL);
     if (!library) {
-        throw Refused("kernels cannot run on this machine without the NVIDIA driver's " + driver_library());
+        throw PluginError("kernels cannot run on this machine without the NVIDIA driver's " + driver_library());
     }
     Driver driver{};
     find(library, "cuCtxGetDevice", driver.cuCtxGetDevice);
@@ -61,7 +61,7 @@ Driver open_driver() {
 }
 
 Driver const& driver() {
-    static Driver const found = open_driver();  // where it throws, the next call tries again
+    static Driver const found = open_driver();  // if it throws, the next call tries again
     return found;
 }
 
@@ -69,23 +69,23 @@ void check(int error, char const* call, KernelRow const* kernel = nullptr) {
     if (!error) return;
     char const* name = nullptr;
     driver().cuGetErrorName(error, &name);
-    std::string text = std::string(call) + " gave " + (name ? name : std::to_string(error).c_str());
-    throw Refused(kernel ? text + " for " + kernel->variant : text);
+    std::string text = std::string(call) + " returned " + (name ? name : std::to_string(error).c_str());
+    throw PluginError(kernel ? text + " for " + kernel->variant : text);
 }
 
 Function load_now(KernelRow const& kernel, int device) {
     Driver const& cuda = driver();
     void* library = nullptr;
-    check(cuda.cuLibraryLoadData(&library, kernel.cubin, nullptr, nullptr, 0, nullptr, nullptr, 0),
-          "cuLibraryLoadData", &kernel);
+    check(cuda.cuLibraryLoadData(&library, kernel.cubin, nullptr, nullptr, 0, nullptr, nullptr, 0), "cuLibraryLoadData",
+          &kernel);
     Function function = nullptr;
     check(cuda.cuLibraryGetKernel(&function, library, kernel.entry), "cuLibraryGetKernel", &kernel);
     if (kernel.shared_bytes > kSharedBytesWithoutAsking) {
-        check(cuda.cuKernelSetAttribute(kMaxDynamicSharedBytes, static_cast<int>(kernel.shared_bytes), function,
-                                        device),
-              "cuKernelSetAttribute", &kernel);
+        check(
+            cuda.cuKernelSetAttribute(kMaxDynamicSharedBytes, static_cast<int>(kernel.shared_bytes), function, device),
+            "cuKernelSetAttribute", &kernel);
     }
-    // Loading is lazy otherwise, and would then fall into the first launch, which a stream capture may hold.
+    // Load eagerly: a lazy load in the first launch would fail during stream capture.
     void* loaded = nullptr;
     check(cuda.cuKernelGetFunction(&loaded, function), "cuKernelGetFunction", &kernel);
     return function;

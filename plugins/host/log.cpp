@@ -13,8 +13,8 @@ namespace {
 std::atomic<nvinfer1::ILoggerFinder*> logger_finder{nullptr};
 thread_local std::string* captured = nullptr;
 
-// TensorRT 10's logger interfaces have other function tables: calling through them would crash. The library that a
-// finder's functions come from tells its version; TensorRT-RTX counts from 1.
+// TensorRT 10's logger interfaces have different function tables, so that a call would crash. The version is asked of
+// the library that contains the finder's functions. TensorRT-RTX versions start at 1.
 bool has_our_function_table(nvinfer1::ILoggerFinder const* finder) {
     Dl_info info{};
     void const* function_table = *reinterpret_cast<void const* const*>(finder);
@@ -48,7 +48,7 @@ void log(Severity severity, std::string const& message) noexcept {
             return;
         }
     } catch (std::exception const&) {
-        // No logger, or no memory for the text: say it on stderr.
+        // There is no logger, or no memory for the text.
     }
     std::fprintf(stderr, "libnemo_plugins: %s\n", message.c_str());
 }
@@ -57,7 +57,7 @@ void log_error(char const* op, std::string const& layer, char const* message) no
     try {
         log(Severity::kERROR, std::string(op) + (layer.empty() ? "" : " ") + layer + ": " + message);
     } catch (std::exception const&) {
-        log(Severity::kERROR, {});  // no memory for a text
+        log(Severity::kERROR, {});  // no memory for the text
     }
 }
 

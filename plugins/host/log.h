@@ -1,4 +1,4 @@
-// Messages to TensorRT's logger, or to stderr where TensorRT gave none.
+// Messages go to TensorRT's logger, or to stderr if TensorRT provided none.
 #pragma once
 
 #include <string>
@@ -11,13 +11,13 @@ using Severity = nvinfer1::ILogger::Severity;
 
 void log(Severity severity, std::string const& message) noexcept;
 
-// An error of one node: the op, its layer where it has a name, and what is wrong.
+// Logs an error of one node: the op, the layer's name if it has one, and the message.
 void log_error(char const* op, std::string const& layer, char const* message) noexcept;
 
-// Gives the logger of the thread that asks, from here on.
+// Sets where the logger of the calling thread is found.
 void set_logger_finder(nvinfer1::ILoggerFinder* finder) noexcept;
 
-// While it lives, this thread's errors are added to a text instead, a line each.
+// While this object exists, the thread's errors are appended to a text instead, one per line.
 class LogCapture {
 public:
     explicit LogCapture(std::string& text) noexcept;

@@ -31,7 +31,7 @@ char const* constant(KernelRow const& row, char const* name) {
     throw std::logic_error(std::string(row.variant) + " has no constant " + name);
 }
 
-// Code of a generation ≥ 9 runs on exactly that one; before, also on later ones of the same major version.
+// Code for SM 9.x and later runs on exactly that SM; older code also runs on later SMs of the same major version.
 SmRow const& compiled_for(OpRow const& op, int sm) {
     SmRow const* best = nullptr;
     std::string have;
@@ -41,15 +41,15 @@ SmRow const& compiled_for(OpRow const& op, int sm) {
         if (row.sm == sm || (same_major && row.sm <= sm && (!best || row.sm > best->sm))) best = &row;
     }
     if (best) return *best;
-    if (have.empty()) throw Refused("this plugin library was built without kernels of this op");
-    throw Refused("this plugin library has kernels for SM " + have + ", not for SM " + std::to_string(sm));
+    if (have.empty()) throw PluginError("this plugin library was built without kernels of this op");
+    throw PluginError("this plugin library has kernels for SM " + have + ", not for SM " + std::to_string(sm));
 }
 
 void refuse_fp8(Problem const& problem, int sm) {
     for (DtypeRow const& row : problem.op.dtypes) {
         if (problem.type(row.name) == DataType::kFP8) {
-            throw Refused("SM " + std::to_string(sm) +
-                          " has no FP8 tensor cores: use float16 or bfloat16, or SM 89 or later");
+            throw PluginError("SM " + std::to_string(sm) +
+                              " has no FP8 tensor cores: use float16 or bfloat16, or a GPU with SM 89 or later");
         }
     }
 }
@@ -127,13 +127,13 @@ std::vector<Choice> Plan::kernels(char const* name, Constants const& constants, 
     for (KernelRow const& row : sm_->kernels) {
         if (!std::strcmp(row.kernel, name) && fits(row, constants, renames)) found.push_back({&row, renames});
     }
-    if (found.empty()) throw Refused("this plugin library was built without " + form(name, constants));
+    if (found.empty()) throw PluginError("this plugin library was built without " + form(name, constants));
     return found;
 }
 
 Choice Plan::kernel(char const* name, Constants const& constants, Renames const& renames) const {
     std::vector<Choice> const found = kernels(name, constants, renames);
-    if (found.size() > 1) throw std::logic_error("more than one form of " + form(name, constants));
+    if (found.size() > 1) throw std::logic_error("more than one variant of " + form(name, constants));
     return found[0];
 }
 
@@ -143,8 +143,9 @@ void Plan::launch(Choice const& choice, int64_t grid_x, int64_t grid_y, int64_t 
     Launch launch{choice.row, {}, {}, nullptr};
     for (int i = 0; i < 3; ++i) {
         if (grid[i] < 1 || grid[i] > kMost[i]) {
-            throw Refused(std::string(choice.row->kernel) + " would have " + std::to_string(grid[i]) +
-                          " programs on axis " + std::to_string(i) + ", CUDA takes 1 to " + std::to_string(kMost[i]));
+            throw PluginError(std::string(choice.row->kernel) + " needs " + std::to_string(grid[i]) +
+                              " programs on axis " + std::to_string(i) + ", but CUDA allows 1 to " +
+                              std::to_string(kMost[i]));
         }
         launch.grid[i] = static_cast<unsigned>(grid[i]);
     }
@@ -159,7 +160,7 @@ void Plan::launch(Choice const& choice, int64_t grid_x, int64_t grid_y, int64_t 
 
 Argument Plan::bind(Parameter const& parameter, char const* name) const {
     if (!is_pointer(parameter)) return value(parameter, name);
-    Pointer const target = pointer(name).value();  // `fits` has found it
+    Pointer const target = pointer(name).value();  // `fits` has checked that it exists
     return {target.kind, target.index, 0, name, parameter.aligned};
 }
 
@@ -176,17 +177,18 @@ Argument Plan::value(Parameter const& parameter, char const* name) const {
     }
     int64_t const integer = set ? *set : problem_[name];
     if (parameter.aligned && integer % static_cast<int64_t>(kKernelAlignment)) {
-        throw Refused(std::string("kernels take ") + name + " in multiples of 16, not " + std::to_string(integer));
+        throw PluginError(std::string("the kernels require ") + name + " to be a multiple of 16, got " +
+                          std::to_string(integer));
     }
     if (type == "i64") {
         argument.bits = bits_of(integer);
     } else if (type == "i32") {
         if (integer != static_cast<int32_t>(integer)) {
-            throw Refused(std::string(name) + " = " + std::to_string(integer) + " does not fit in 32 bits");
+            throw PluginError(std::string(name) + " = " + std::to_string(integer) + " does not fit in 32 bits");
         }
         argument.bits = bits_of(static_cast<int32_t>(integer));
     } else {
-        throw std::logic_error(std::string("no argument of type ") + parameter.type + " is known");
+        throw std::logic_error(std::string("unknown argument type ") + parameter.type);
     }
     return argument;
 }
@@ -212,11 +214,11 @@ void run(std::vector<Launch> const& launches, void const* const* inputs, void* c
             bool const is_value = argument.kind == Argument::Kind::kValue;
             values[count] = is_value ? argument.bits : bits_of(address);
             if (!is_value && argument.aligned && values[count] % kKernelAlignment) {
-                throw Refused(std::string("the address of ") + argument.name + " is not a multiple of 16 bytes");
+                throw PluginError(std::string("the address of ") + argument.name + " is not a multiple of 16 bytes");
             }
             ++count;
         }
-        count += launch.row->hidden_pointers;  // Triton's own scratch, of size 0: null
+        count += launch.row->hidden_pointers;  // Triton's scratch buffers of size 0 are null
         for (size_t i = 0; i < count; ++i) places[i] = &values[i];
         nemo::launch(launch.function, *launch.row, launch.grid, places.data(), stream);
     }

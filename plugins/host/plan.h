@@ -1,8 +1,8 @@
-// What one call of an op launches: which compiled kernels, on which grids, with which arguments.
+// The launches of one call of an op: which compiled kernels, on which grids, with which arguments.
 //
-// An op's plugin.cpp names kernels, grids and buffers. Everything else follows from names: a kernel's parameter is the
-// input, output, buffer, axis, attribute or integer of that name, and of a kernel's compiled forms the one is taken
-// whose pointers have the dtypes of what they point to. Block sizes are read from the compiled form, not repeated here.
+// An op's plugin.cpp names the kernels, grids and buffers. Everything else follows from names: a kernel parameter is
+// bound to the input, output, buffer, axis, attribute or integer of the same name. Among a kernel's compiled variants,
+// the one whose pointer types match the dtypes of the bound tensors is chosen, and block sizes are read from it.
 #pragma once
 
 #include <optional>
@@ -15,9 +15,10 @@
 
 namespace nemo {
 
-using Renames = std::vector<std::pair<char const*, char const*>>;  // a parameter → the name of what it gets
+using Renames =
+    std::vector<std::pair<char const*, char const*>>;  // pairs: a parameter, and the name that it is bound to
 
-// A compile-time constant that a kernel's form must have.
+// A compile-time constant that a kernel's variant must have.
 struct Wanted {
     Wanted(char const* name_, int64_t value_) : name(name_), value(std::to_string(value_)) {}
     Wanted(char const* name_, char const* value_) : name(name_), value(value_) {}
@@ -27,7 +28,7 @@ struct Wanted {
 };
 using Constants = std::vector<Wanted>;
 
-// A kernel's compiled form, with what its parameters stand for.
+// A kernel's compiled variant, with its parameters' bindings.
 struct Choice {
     KernelRow const* row;
     Renames renames;
@@ -37,8 +38,8 @@ struct Choice {
 
 struct Argument {
     enum class Kind { kInput, kOutput, kWorkspace, kValue } kind;
-    size_t index;   // which input or output, or the offset in the workspace
-    uint64_t bits;  // a value as the kernel takes it
+    size_t index;   // the index of the input or output, or the offset in the workspace
+    uint64_t bits;  // the bits of a value argument
     char const* name;
     bool aligned;
 };
@@ -52,13 +53,13 @@ struct Launch {
 
 class Plan {
 public:
-    // Lays the op's workspace out and, unless `sm` is 0, lists its launches on that SM. Throws Refused.
+    // Lays out the op's workspace and, unless `sm` is 0, lists the launches on that SM. Throws PluginError.
     Plan(Problem const& problem, int sm);
 
-    // For an op's plugin.cpp: what follows is all that it says.
+    // The following functions are for an op's plugin.cpp.
     void buffer(char const* name, nvinfer1::DataType type, int64_t count);
-    void integer(char const* name, int64_t value);  // that launches take beside axes and attributes
-    // The kernel's one form, or all forms, with these constants and the dtypes at hand.
+    void integer(char const* name, int64_t value);  // an argument other than axes and attributes
+    // The one variant, or all variants, of a kernel with these constants and the current dtypes.
     Choice kernel(char const* name, Constants const& constants, Renames const& renames = {}) const;
     std::vector<Choice> kernels(char const* name, Constants const& constants, Renames const& renames = {}) const;
     void launch(Choice const& choice, int64_t grid_x, int64_t grid_y = 1, int64_t grid_z = 1);
@@ -91,11 +92,11 @@ private:
 
 void load(std::vector<Launch>& launches, Device device);
 
-// Enqueues the launches on the stream: allocates nothing, waits for nothing. Throws Refused.
+// Enqueues the launches on the stream, without allocating or waiting. Throws PluginError.
 void run(std::vector<Launch> const& launches, void const* const* inputs, void* const* outputs, void* workspace,
          cudaStream_t stream);
 
-// The launches as JSON, for tests: [{"variant", "grid", "arguments": [[name, value or null], …]}, …].
+// Returns the launches as JSON, for tests: [{"variant", "grid", "arguments": [[name, value or null], …]}, …].
 std::string json(std::vector<Launch> const& launches);
 
 }  // namespace nemo

@@ -29,7 +29,7 @@ bool same(Dims const& left, Dims const& right) {
     return left.nbDims == right.nbDims && std::equal(left.d, left.d + left.nbDims, right.d);
 }
 
-// An output's axis is that of the first input's axis of its name: no op makes a size of its own.
+// An output axis has the size of the first input axis of the same name; no op computes a new size.
 nvinfer1::IDimensionExpr const* size_of(OpRow const& op, TensorRow const& output, int axis,
                                         nvinfer1::DimsExprs const* inputs) {
     if (output.replaces >= 0) return inputs[output.replaces].d[axis];
@@ -104,8 +104,8 @@ int32_t Plugin::getOutputShapes(nvinfer1::DimsExprs const* inputs, int32_t num_i
         for (int32_t i = 0; i < num_inputs; ++i) {
             TensorRow const& row = op_.inputs[i];
             if (inputs[i].nbDims != row.axes.count) {
-                throw Refused(std::string(row.name) + " has " + std::to_string(inputs[i].nbDims) + " axes, wants " +
-                              std::to_string(row.axes.count));
+                throw PluginError(std::string(row.name) + " has " + std::to_string(inputs[i].nbDims) +
+                                  " axes, expected " + std::to_string(row.axes.count));
             }
         }
         for (int32_t i = 0; i < num_outputs; ++i) {
@@ -131,18 +131,18 @@ bool Plugin::supportsFormatCombination(int32_t position, DynamicPluginTensorDesc
     return std::find(allowed.begin(), allowed.end(), tensor.type) != allowed.end();
 }
 
-int32_t Plugin::configurePlugin(DynamicPluginTensorDesc const* in, int32_t num_inputs,
-                                DynamicPluginTensorDesc const*, int32_t) noexcept {
+int32_t Plugin::configurePlugin(DynamicPluginTensorDesc const* in, int32_t num_inputs, DynamicPluginTensorDesc const*,
+                                int32_t) noexcept {
     return !succeeds([&] {
-        for (Dims DynamicPluginTensorDesc::*bound :
+        for (Dims DynamicPluginTensorDesc::* bound :
              {&DynamicPluginTensorDesc::min, &DynamicPluginTensorDesc::opt, &DynamicPluginTensorDesc::max}) {
             Plan(problem(tensors(in, num_inputs, [&](auto const& d) { return Tensor{d.*bound, d.desc.type}; })), 0);
         }
     });
 }
 
-size_t Plugin::getWorkspaceSize(DynamicPluginTensorDesc const* in, int32_t num_inputs,
-                                DynamicPluginTensorDesc const*, int32_t) const noexcept {
+size_t Plugin::getWorkspaceSize(DynamicPluginTensorDesc const* in, int32_t num_inputs, DynamicPluginTensorDesc const*,
+                                int32_t) const noexcept {
     size_t bytes = 0;
     succeeds([&] {
         auto const largest = tensors(in, num_inputs, [](auto const& d) { return Tensor{d.max, d.desc.type}; });
@@ -185,13 +185,14 @@ int32_t Plugin::enqueue(PluginTensorDesc const* in, PluginTensorDesc const*, voi
         for (int i = 0; i < op_.outputs.count; ++i) {
             int const replaces = op_.outputs[i].replaces;
             if (replaces >= 0 && inputs[replaces] != outputs[i]) {
-                throw Refused(std::string(op_.outputs[i].name) + " is not in " + op_.inputs[replaces].name +
-                              "'s memory: build the engine with PreviewFeature ALIASED_PLUGIN_IO_10_03 and bind both"
-                              " to one address");
+                throw PluginError(std::string(op_.outputs[i].name) + " does not have the address of " +
+                                  op_.inputs[replaces].name +
+                                  ": build the engine with PreviewFeature ALIASED_PLUGIN_IO_10_03 and bind both to the"
+                                  " same memory");
             }
         }
         prepare(in);
-        if (workspace_bytes_ && !workspace) throw Refused("was given no workspace");
+        if (workspace_bytes_ && !workspace) throw PluginError("the workspace is null");
         run(launches_, inputs, outputs, workspace, stream);
     });
 }

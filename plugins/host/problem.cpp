@@ -17,9 +17,9 @@ struct DtypeName {
 };
 
 constexpr DtypeName kDtypeNames[] = {
-    {DataType::kFLOAT, "fp32", "float32", 4},      {DataType::kHALF, "fp16", "float16", 2},
-    {DataType::kBF16, "bf16", "bfloat16", 2},      {DataType::kFP8, "fp8e4nv", "float8_e4m3fn", 1},
-    {DataType::kINT32, "i32", "int32", 4},         {DataType::kINT64, "i64", "int64", 8},
+    {DataType::kFLOAT, "fp32", "float32", 4}, {DataType::kHALF, "fp16", "float16", 2},
+    {DataType::kBF16, "bf16", "bfloat16", 2}, {DataType::kFP8, "fp8e4nv", "float8_e4m3fn", 1},
+    {DataType::kINT32, "i32", "int32", 4},    {DataType::kINT64, "i64", "int64", 8},
     {DataType::kINT8, "i8", "int8", 1},
 };
 
@@ -27,7 +27,7 @@ DtypeName const& names_of(DataType type) {
     for (DtypeName const& row : kDtypeNames) {
         if (row.type == type) return row;
     }
-    throw Refused("takes no tensors of TensorRT's dtype " + std::to_string(static_cast<int>(type)));
+    throw PluginError("does not support TensorRT dtype " + std::to_string(static_cast<int>(type)));
 }
 
 std::string shape_text(nvinfer1::Dims const& dims) {
@@ -55,28 +55,28 @@ int64_t num_bytes(DataType type) { return names_of(type).bytes; }
 
 std::vector<DataType> dtype_variables(OpRow const& op, DataType const* inputs, int count) {
     if (count != op.inputs.count) {
-        throw Refused("has " + std::to_string(count) + " inputs, wants " + std::to_string(op.inputs.count));
+        throw PluginError("has " + std::to_string(count) + " inputs, expected " + std::to_string(op.inputs.count));
     }
     std::vector<DataType> found(static_cast<size_t>(op.dtypes.count), DataType::kINT32);
     std::vector<char const*> first(found.size(), nullptr);
     for (int i = 0; i < count; ++i) {
         TensorRow const& row = op.inputs[i];
         auto const refuse = [&](std::string const& why) {
-            throw Refused(std::string(row.name) + " is " + plain_name(inputs[i]) + ", " + why);
+            throw PluginError(std::string(row.name) + " is " + plain_name(inputs[i]) + ", " + why);
         };
         if (row.variable < 0) {
-            if (inputs[i] != row.literal) refuse(std::string("wants ") + plain_name(row.literal));
+            if (inputs[i] != row.literal) refuse(std::string("expected ") + plain_name(row.literal));
             continue;
         }
         auto const variable = static_cast<size_t>(row.variable);
         if (first[variable] && found[variable] != inputs[i]) {
-            refuse(std::string("wants ") + first[variable] + "'s " + plain_name(found[variable]));
+            refuse(std::string("expected ") + first[variable] + "'s " + plain_name(found[variable]));
         }
         found[variable] = inputs[i];
         first[variable] = row.name;
         List<DataType> const& allowed = op.dtypes[row.variable].allowed;
         if (std::find(allowed.begin(), allowed.end(), inputs[i]) == allowed.end()) {
-            refuse(std::string("which ") + op.name + " does not take");
+            refuse(std::string("which ") + op.name + " does not support");
         }
     }
     return found;
@@ -92,14 +92,14 @@ Problem::Problem(OpRow const& op_, std::vector<Attribute> const& attributes_, st
 
 void Problem::read(TensorRow const& row, Tensor const& tensor) {
     auto const refuse = [&](std::string const& why) {
-        throw Refused(std::string(row.name) + " has shape " + shape_text(tensor.dims) + ", wants " + axes_text(row) +
-                      why);
+        throw PluginError(std::string(row.name) + " has shape " + shape_text(tensor.dims) + ", expected " +
+                          axes_text(row) + why);
     };
     if (tensor.dims.nbDims != row.axes.count) refuse("");
     for (int i = 0; i < row.axes.count; ++i) {
         Axis const& axis = row.axes[i];
         int64_t const size = tensor.dims.d[i];
-        if (size < 0) refuse(" without unknown sizes");
+        if (size < 0) refuse(" with known sizes");
         if (axis.name ? size < axis.offset : size != axis.offset) refuse("");
         if (!axis.name) continue;
         int64_t const* known = find(axis.name);
@@ -149,20 +149,20 @@ DataType Problem::type(TensorRow const& row) const {
 namespace {
 
 [[noreturn]] void refuse(char const* name, std::string const& allowed, int64_t value) {
-    throw Refused(std::string("kernels take ") + name + " " + allowed + ", not " + std::to_string(value));
+    throw PluginError(std::string("the kernels require ") + name + " " + allowed + ", got " + std::to_string(value));
 }
 
 }  // namespace
 
 void require_multiple(Problem const& problem, char const* name, int64_t factor) {
     int64_t const value = problem[name];
-    if (value % factor) refuse(name, "in multiples of " + std::to_string(factor), value);
+    if (value % factor) refuse(name, "to be a multiple of " + std::to_string(factor), value);
 }
 
 void require_range(Problem const& problem, char const* name, int64_t least, int64_t most) {
     int64_t const value = problem[name];
     if (value < least || value > most) {
-        refuse(name, "from " + std::to_string(least) + " to " + std::to_string(most), value);
+        refuse(name, "to be from " + std::to_string(least) + " to " + std::to_string(most), value);
     }
 }
 
@@ -170,7 +170,7 @@ void require_one_of(Problem const& problem, char const* name, std::initializer_l
     int64_t const value = problem[name];
     if (std::find(allowed.begin(), allowed.end(), value) != allowed.end()) return;
     std::string text;
-    for (int64_t one : allowed) text += (text.empty() ? "in " : ", ") + std::to_string(one);
+    for (int64_t each : allowed) text += (text.empty() ? "to be one of " : ", ") + std::to_string(each);
     refuse(name, text, value);
 }
 

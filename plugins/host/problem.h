@@ -1,4 +1,4 @@
-// One call of an op as far as the host sees it: shapes, dtypes and attributes, checked against the SPEC.
+// The shapes, dtypes and attributes of one call of an op, checked against the SPEC.
 #pragma once
 
 #include <cstdint>
@@ -12,8 +12,8 @@
 
 namespace nemo {
 
-// Input that no kernel takes, or a driver's error; its text reaches TensorRT's logger.
-struct Refused : std::runtime_error {
+// An unsupported input or a driver error; the message is logged to TensorRT's logger.
+struct PluginError : std::runtime_error {
     using std::runtime_error::runtime_error;
 };
 
@@ -22,7 +22,7 @@ struct Tensor {
     nvinfer1::DataType type;
 };
 
-// An attribute's value; which member holds it, the SPEC says.
+// An attribute's value; the SPEC says which member is valid.
 struct Attribute {
     int32_t integer{};
     float real{};
@@ -30,10 +30,10 @@ struct Attribute {
 
 class Problem {
 public:
-    // Reads each axis' size off the inputs' shapes. Throws Refused, naming the tensor, where one does not fit.
+    // Reads the size of each axis from the inputs' shapes. Throws PluginError, naming the tensor, on a mismatch.
     Problem(OpRow const& op, std::vector<Attribute> const& attributes, std::vector<Tensor> const& inputs);
 
-    int64_t operator[](char const* name) const;  // an axis' size, or an integer attribute
+    int64_t operator[](char const* name) const;  // the size of an axis, or an integer attribute
     float real(char const* attribute) const;
     nvinfer1::DataType type(char const* variable) const;
     nvinfer1::DataType type(TensorRow const& row) const;
@@ -49,10 +49,10 @@ private:
     std::vector<nvinfer1::DataType> types_;  // by dtype variable
 };
 
-// The dtype of each variable as the inputs have it; throws Refused where one is not of the SPEC's.
+// Returns the dtype of each variable, from the inputs; throws PluginError if the SPEC does not allow it.
 std::vector<nvinfer1::DataType> dtype_variables(OpRow const& op, nvinfer1::DataType const* inputs, int count);
 
-// Refuse a size or integer attribute that kernels do not take.
+// Throw PluginError if the kernels do not support a size or integer attribute.
 void require_multiple(Problem const& problem, char const* name, int64_t factor);
 void require_range(Problem const& problem, char const* name, int64_t least, int64_t most);
 void require_one_of(Problem const& problem, char const* name, std::initializer_list<int64_t> allowed);

@@ -21,27 +21,28 @@ PluginFieldType field_type(AttributeRow const& row) {
     return row.is_float ? PluginFieldType::kFLOAT32 : PluginFieldType::kINT32;
 }
 
-// The attribute's value. Throws Refused where it is missing or no single number of its type.
+// Returns the attribute's value. Throws PluginError if it is missing or not a single number of its type.
 Attribute read(AttributeRow const& row, PluginFieldCollection const& given) {
     for (int32_t i = 0; i < given.nbFields; ++i) {
         PluginField const& field = given.fields[i];
         if (std::strcmp(field.name, row.name)) continue;
         if (field.type != field_type(row) || field.length != 1 || !field.data) {
-            throw Refused(std::string("attribute ") + row.name + " must be one " + (row.is_float ? "float" : "int"));
+            throw PluginError(std::string("attribute ") + row.name + " must be a single " +
+                              (row.is_float ? "float" : "int"));
         }
         Attribute value;
         if (row.is_float) std::memcpy(&value.real, field.data, sizeof value.real);
         else std::memcpy(&value.integer, field.data, sizeof value.integer);
         return value;
     }
-    throw Refused(std::string("attribute ") + row.name + " is missing");
+    throw PluginError(std::string("attribute ") + row.name + " is missing");
 }
 
 void refuse_unknown(OpRow const& op, PluginFieldCollection const& given) {
     for (int32_t i = 0; i < given.nbFields; ++i) {
         bool known = false;
         for (AttributeRow const& row : op.attributes) known = known || !std::strcmp(row.name, given.fields[i].name);
-        if (!known) throw Refused(std::string("there is no attribute ") + given.fields[i].name);
+        if (!known) throw PluginError(std::string("there is no attribute ") + given.fields[i].name);
     }
 }
 

@@ -1,4 +1,4 @@
-// The creators of all ops, as TensorRT finds them in this library.
+// The entry points through which TensorRT finds the plugin creators of all ops.
 #pragma once
 
 #include "tensorrt.h"

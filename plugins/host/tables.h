@@ -1,4 +1,4 @@
-// The op SPECs and the list of compiled kernels as constant data; `link.py` writes the tables themselves.
+// The types of the constant tables of op SPECs and compiled kernels, which link_tables.py generates.
 #pragma once
 
 #include "tensorrt.h"
@@ -15,7 +15,7 @@ struct List {
     T const& operator[](int index) const { return items[index]; }
 };
 
-// An axis' size: that of a named axis plus an offset ("B+1"), or the offset alone where `name` is null.
+// The size of an axis: that of a named axis plus an offset ("B+1"), or the offset alone if `name` is null.
 struct Axis {
     char const* name;
     int64_t offset;
@@ -25,8 +25,8 @@ struct TensorRow {
     char const* name;
     List<Axis> axes;
     int variable;                // index of its dtype variable, or −1
-    nvinfer1::DataType literal;  // its dtype where it has no variable
-    int replaces;                // outputs: the input that it updates in place, or −1
+    nvinfer1::DataType literal;  // its dtype if it has no variable
+    int replaces;                // for outputs, the input that is updated in place, or −1
 };
 
 struct DtypeRow {
@@ -41,7 +41,7 @@ struct AttributeRow {
 
 struct Parameter {
     char const* name;
-    char const* type;  // as Triton writes it: *fp16, i32, fp32
+    char const* type;  // Triton's name: *fp16, i32, fp32
     bool aligned;      // compiled for multiples of 16
 };
 
@@ -50,7 +50,7 @@ struct Constant {
     char const* value;
 };
 
-// One compiled form of a kernel.
+// One compiled variant of a kernel.
 struct KernelRow {
     char const* kernel;
     char const* variant;
@@ -71,14 +71,14 @@ struct SmRow {
 class Problem;
 class Plan;
 
-// What an op's plugin.cpp provides. All three read shapes, dtypes and attributes only, and throw Refused.
+// The functions that an op's plugin.cpp provides. They see only shapes, dtypes and attributes, and throw PluginError.
 struct OpCode {
-    void (*check)(Problem const&);            // refuses what no kernel takes
-    void (*scratch)(Problem const&, Plan&);   // names the buffers of the workspace
+    void (*check)(Problem const&);            // throws if no kernel supports the call
+    void (*scratch)(Problem const&, Plan&);   // declares the buffers of the workspace
     void (*launches)(Problem const&, Plan&);  // lists the kernels to launch, in order
 };
 
-// Of the folders' plugin.cpp, by the folders' names.
+// Defined in each op folder's plugin.cpp, and named after the folder.
 extern OpCode const kCausalConv1d;
 extern OpCode const kSelectiveScan;
 extern OpCode const kPagedAttention;
@@ -97,6 +97,6 @@ struct OpRow {
 extern List<OpRow> const kOps;
 extern char const* const kNamespace;
 extern char const* const kVersion;
-extern char const* const kDescription;  // JSON: what this library is, its build hash
+extern char const* const kDescription;  // JSON with the library's version and build hash
 
 }  // namespace nemo

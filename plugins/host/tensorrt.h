@@ -1,4 +1,4 @@
-// TensorRT's plugin interfaces: NVIDIA's headers where the build found them, else our declaration of them.
+// TensorRT's plugin interfaces: NVIDIA's headers if the build found them, else our declarations.
 #pragma once
 
 #ifdef NEMO_NVIDIA_HEADERS
@@ -10,4 +10,4 @@
 #include <type_traits>
 
 static_assert(std::is_base_of_v<nvinfer1::IVersionedInterface, nvinfer1::ILogger>,
-              "these headers are of TensorRT 10 or older: TensorRT 11 or TensorRT-RTX 1.x is needed");
+              "these are headers of TensorRT 10 or older: TensorRT 11 or TensorRT-RTX 1.x is required");

@@ -1,8 +1,8 @@
-// The part of TensorRT's C++ interface that a plugin library touches, for machines without NVIDIA's headers.
+// The part of TensorRT's C++ interface that a plugin library uses, for machines without NVIDIA's headers.
 //
-// Valid for TensorRT 11 and TensorRT-RTX 1.x. What must agree with NVIDIA's: the order of virtual functions, the
-// layout of structs, and the numbers of enumerators. Names are theirs, so that the same sources compile with either.
-// TensorRT 10 differs: its ILogger and ILoggerFinder derive from nothing.
+// Valid for TensorRT 11 and TensorRT-RTX 1.x. The order of virtual functions, the layout of structs and the numbers of
+// enumerators must match NVIDIA's. The names are NVIDIA's too, so that the same sources compile with either.
+// TensorRT 10 differs: its ILogger and ILoggerFinder have no base class.
 #pragma once
 
 #include <cstddef>
@@ -46,7 +46,7 @@ struct PluginTensorDesc {
     float scale;
 };
 
-// What is known of a tensor while an engine is built: `desc.dims` has −1 for a dynamic axis.
+// A tensor while an engine is built; `desc.dims` is −1 for a dynamic axis.
 struct DynamicPluginTensorDesc {
     PluginTensorDesc desc;
     Dims min;
@@ -54,7 +54,7 @@ struct DynamicPluginTensorDesc {
     Dims opt;
 };
 
-// Symbolic sizes. A plugin whose outputs have its inputs' sizes copies the pointers and never looks inside.
+// Symbolic sizes. A plugin whose output sizes are input sizes copies the pointers without dereferencing them.
 class IDimensionExpr;
 class IExprBuilder;
 
@@ -85,7 +85,7 @@ struct InterfaceInfo {
     int32_t minor;
 };
 
-// The root of every interface here: the first four slots of each function table (a destructor takes two).
+// The base of every interface: the first four slots of each function table (a destructor takes two).
 class IVersionedInterface {
 public:
     virtual APILanguage getAPILanguage() const noexcept { return APILanguage::kCPP; }
@@ -150,7 +150,7 @@ public:
     virtual char const* getMetadataString() noexcept { return nullptr; }
 };
 
-// The second version of the build interface adds outputs that live in an input's memory.
+// Version 2 of the build interface adds outputs that share an input's memory.
 class IPluginV3OneBuildV2 : public IPluginV3OneBuild {
 public:
     InterfaceInfo getInterfaceInfo() const noexcept override { return {"PLUGIN_V3ONE_BUILD", 2, 0}; }

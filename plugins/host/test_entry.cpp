@@ -1,7 +1,7 @@
-// Runs one op through its plugin class with no TensorRT: what `plugins/library.py` calls.
+// The test entry, called by `plugins/library.py`: runs one op through its plugin class without TensorRT.
 //
-// A plugin goes through what TensorRT puts it through: created from fields, asked for dtypes, formats, shapes and
-// workspace, serialised, created again from what it serialised, attached to a context, and enqueued.
+// A plugin goes through the same steps as in TensorRT: it is created from fields, asked for dtypes, formats, shapes and
+// workspace, serialized, created again from the serialized fields, attached to a context, and enqueued.
 #include <algorithm>
 #include <array>
 #include <cstring>
@@ -35,7 +35,7 @@ namespace {
 
 thread_local std::string errors;
 
-// Keeps the messages of one call.
+// The messages of one call.
 struct Call {
     nemo::LogCapture capture{(errors.clear(), errors)};
 };
@@ -75,7 +75,7 @@ class TestPlugin {
 public:
     explicit TestPlugin(IPluginV3* build) : build_(build) {}
 
-    // Builds with these inputs. False where the plugin refused, which it logged.
+    // Builds with these inputs. Returns false if the plugin failed, which it logged.
     bool build(std::vector<PluginTensorDesc> inputs) {
         auto* const step = capability<nvinfer1::IPluginV3OneBuildV2>(*build_, PluginCapabilityType::kBUILD);
         auto const num_inputs = static_cast<int32_t>(inputs.size());
@@ -103,14 +103,14 @@ public:
 
     int32_t enqueue(void const* const* inputs, void* const* outputs, void* workspace, cudaStream_t stream) {
         if (!context_) {
-            nemo::log(nemo::Severity::kERROR, "enqueue before the shapes were set");
+            nemo::log(nemo::Severity::kERROR, "the shapes must be set before enqueue");
             return 1;
         }
         auto* const step = capability<nvinfer1::IPluginV3OneRuntime>(*context_, PluginCapabilityType::kRUNTIME);
         return step->enqueue(in.data(), out.data(), inputs, outputs, workspace, stream);
     }
 
-    // What an enqueue would launch on an SM, as JSON; null where that was refused.
+    // Returns the launches of an enqueue on an SM as JSON, or null on an error, which is logged.
     char const* launches(int32_t sm) {
         return static_cast<nemo::Plugin&>(*build_).list_launches(in.data(), sm, text_) ? text_.c_str() : nullptr;
     }
@@ -133,7 +133,7 @@ private:
         return true;
     }
 
-    // Symbols for sizes are addresses, which the plugin hands through unread: which one comes back says which size.
+    // A symbolic size is an address that the plugin returns without reading, which identifies the size.
     bool infer_shapes(nvinfer1::IPluginV3OneBuildV2& step, int32_t num_inputs, int32_t num_outputs) {
         std::vector<std::array<char, Dims::MAX_DIMS>> symbols(in.size());
         std::vector<nvinfer1::DimsExprs> inputs(in.size());
@@ -163,7 +163,7 @@ private:
         return true;
     }
 
-    // The plugin as an engine would hold it, and its clone in an execution context, which new shapes do not replace.
+    // The plugin of the engine, and its clone in an execution context, which stays the same for new shapes.
     bool deserialize() {
         auto* const core = capability<nvinfer1::IPluginV3OneCore>(*build_, PluginCapabilityType::kCORE);
         auto* const step = capability<nvinfer1::IPluginV3OneRuntime>(*build_, PluginCapabilityType::kRUNTIME);
@@ -192,13 +192,13 @@ private:
 
 extern "C" {
 
-// Why the calling thread's last call here failed, a line a message; valid until its next call.
+// Returns the errors of the calling thread's last call, one per line; valid until its next call.
 NEMO_EXPORT char const* nemo_plugin_test_errors() { return errors.c_str(); }
 
-// The library to take for CUDA's driver, before the first enqueue: a test's own.
+// Uses this library as the CUDA driver; must be called before the first enqueue.
 NEMO_EXPORT void nemo_plugin_test_driver(char const* path) { nemo::set_driver_library(path); }
 
-// A plugin of the op, from fields as TensorRT passes them; null where it was refused, which was logged.
+// Creates a plugin of the op from fields; returns null on an error, which is logged.
 NEMO_EXPORT void* nemo_plugin_test_create(char const* op, char const* layer, nvinfer1::PluginField const* fields,
                                           int32_t count) {
     Call const call;
@@ -211,7 +211,8 @@ NEMO_EXPORT void* nemo_plugin_test_create(char const* op, char const* layer, nvi
 
 NEMO_EXPORT void nemo_plugin_test_destroy(void* plugin) { delete static_cast<TestPlugin*>(plugin); }
 
-// Sets the inputs' shapes. Gives each output, the input it lives in or −1, and the workspace's bytes; 0 for success.
+// Sets the inputs' shapes. Writes each output, the input it aliases or −1, and the workspace size; returns 0 on
+// success.
 NEMO_EXPORT int32_t nemo_plugin_test_shape(void* plugin, nemo_test_tensor const* inputs, int32_t num_inputs,
                                            nemo_test_tensor* outputs, int32_t* aliases, uint64_t* workspace_bytes) {
     Call const call;
@@ -229,14 +230,14 @@ NEMO_EXPORT int32_t nemo_plugin_test_shape(void* plugin, nemo_test_tensor const*
     return 0;
 }
 
-// Enqueues on the calling thread's CUDA context; 0 for success.
+// Enqueues in the calling thread's CUDA context; returns 0 on success.
 NEMO_EXPORT int32_t nemo_plugin_test_enqueue(void* plugin, void const* const* inputs, void* const* outputs,
                                              void* workspace, void* stream) {
     Call const call;
     return static_cast<TestPlugin*>(plugin)->enqueue(inputs, outputs, workspace, static_cast<cudaStream_t>(stream));
 }
 
-// What an enqueue would launch on an SM, as JSON; null where that was refused. Valid until the next call.
+// Returns the launches of an enqueue on an SM as JSON, or null on an error; valid until the next call.
 NEMO_EXPORT char const* nemo_plugin_test_launches(void* plugin, int32_t sm) {
     Call const call;
     return static_cast<TestPlugin*>(plugin)->launches(sm);

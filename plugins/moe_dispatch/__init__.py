@@ -1,6 +1,7 @@
 """Sigmoid top-k routing and the routed experts' MLPs."""
 
-from nemotrt.plugins.spec import FLOATS, AttributeSpec, OpSpec, TensorSpec, Tolerance
+from nemotrt.plugins.contract import DType
+from nemotrt.plugins.spec import FLOATS, OpSpec, TensorSpec, Tolerance
 
 SPEC = OpSpec(
     name="NemoMoeDispatch",
@@ -15,32 +16,32 @@ SPEC = OpSpec(
     },
     inputs=(
         TensorSpec("x", ("T", "L"), "X"),
-        TensorSpec("router_logits", ("T", "R"), "float32"),
-        TensorSpec("correction_bias", ("R",), "float32"),
+        TensorSpec("router_logits", ("T", "R"), DType.FLOAT32),
+        TensorSpec("correction_bias", ("R",), DType.FLOAT32),
         TensorSpec("up", ("E", "I", "L"), "W"),
         TensorSpec("down", ("E", "L", "I"), "W"),
-        TensorSpec("up_scale", ("E", "I"), "float32"),
-        TensorSpec("down_scale", ("E", "L"), "float32"),
-        TensorSpec("input_scale", (1,), "float32"),
-        TensorSpec("hidden_scale", (1,), "float32"),
+        TensorSpec("up_scale", ("E", "I"), DType.FLOAT32),
+        TensorSpec("down_scale", ("E", "L"), DType.FLOAT32),
+        TensorSpec("input_scale", (1,), DType.FLOAT32),
+        TensorSpec("hidden_scale", (1,), DType.FLOAT32),
     ),
     outputs=(TensorSpec("y", ("T", "L"), "X"),),
-    attributes=(
-        AttributeSpec("top_k", int),
-        AttributeSpec("num_groups", int),
-        AttributeSpec("topk_group", int),
-        AttributeSpec("norm_topk_prob", int),
-        AttributeSpec("routed_scaling_factor", float),
-        AttributeSpec("first_expert", int),
-    ),
-    dtypes={"X": FLOATS, "W": (*FLOATS, "float8_e4m3fn")},
+    attributes={
+        "top_k": int,
+        "num_groups": int,
+        "topk_group": int,
+        "norm_topk_prob": int,
+        "routed_scaling_factor": float,
+        "first_expert": int,
+    },
+    dtypes={"X": FLOATS, "W": (*FLOATS, DType.FLOAT8_E4M3)},
     tolerances={
-        "float32": Tolerance(
+        DType.FLOAT32: Tolerance(
             1e-5, "two FP32 matrix products of up to a few thousand terms, summed in another order"
         ),
-        "float16": Tolerance(2e-3, "the hidden activation and y are rounded once each (4.9e-4)"),
-        "bfloat16": Tolerance(1.6e-2, "the hidden activation and y are rounded once each (3.9e-3)"),
-        "float8_e4m3fn": Tolerance(
+        DType.FLOAT16: Tolerance(2e-3, "the hidden activation and y are rounded once each (4.9e-4)"),
+        DType.BFLOAT16: Tolerance(1.6e-2, "the hidden activation and y are rounded once each (3.9e-3)"),
+        DType.FLOAT8_E4M3: Tolerance(
             3e-2, "an activation on a rounding boundary may fall to either of two E4M3 neighbours (6% apart)"
         ),
     },

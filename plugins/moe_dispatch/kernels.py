@@ -37,10 +37,11 @@ import torch
 import triton
 import triton.language as tl
 
+from nemotrt.plugins.contract import DType
 from nemotrt.plugins.moe_dispatch import SPEC
 from nemotrt.plugins.moe_dispatch.supports import FP8, MAX_EXPERTS, MAX_TOP_K, supports
 from nemotrt.plugins.spec import FLOATS
-from nemotrt.plugins.variant import TRITON_DTYPES, Launch, Variant, check_sm, device_sm, supports_fp8
+from nemotrt.plugins.variant import Launch, Variant, check_sm, device_sm, supports_fp8
 
 CHUNK_TOKENS = 128
 """Tokens whose slots one program of `place_kernel` sorts."""
@@ -613,7 +614,7 @@ def _chosen_tile(rows: int, columns: int, sm: int, W: str) -> Tile:
 
 
 def _pointer(dtype: str) -> str:
-    return f"*{TRITON_DTYPES[dtype]}"
+    return f"*{DType(dtype).triton}"
 
 
 def _variant(
@@ -665,7 +666,7 @@ def _up_variant(tile: Tile, direct: bool, X: str, W: str) -> Variant:
     types = dict.fromkeys(("x", "up", "hidden"), _pointer(W))
     types |= dict.fromkeys(("up_scale", "input_scale", "hidden_scale"), "*fp32")
     types |= {"blocks": "*i32", "slots": "*i32"}
-    constants = _tile_constants(tile, direct) | {"ROUND": TRITON_DTYPES[X]}
+    constants = _tile_constants(tile, direct) | {"ROUND": DType(X).triton}
     return _variant(up_kernel, types, constants, tile.num_warps, tile.num_stages)
 
 

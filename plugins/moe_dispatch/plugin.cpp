@@ -1,5 +1,6 @@
-// Experts: what kernels.py says in `supports`, `scratch` and `launches`.
-// Legend: T tokens, L expert input size, R routed experts, E experts here, I inner size; a slot is a choice of a token.
+// The experts' checks, workspace and launches, as in kernels.py.
+// Legend: T tokens, L expert input size, R routed experts, E experts here, I inner size. A slot is one token's choice
+// of one expert.
 #include <algorithm>
 
 #include "host/plan.h"
@@ -18,8 +19,9 @@ bool is_fp8(Problem const& problem) { return problem.type("W") == DataType::kFP8
 
 void check(Problem const& problem) {
     if (problem.type("W") != problem.type("X") && !is_fp8(problem)) {
-        throw Refused(std::string("kernels take no ") + plain_name(problem.type("W")) + " weights with x in " +
-                      plain_name(problem.type("X")) + ": weights are in x's dtype or in float8_e4m3fn");
+        throw PluginError(std::string("the kernels do not support ") + plain_name(problem.type("W")) +
+                          " weights with x in " + plain_name(problem.type("X")) +
+                          ": weights must have x's dtype or float8_e4m3fn");
     }
     require_multiple(problem, "L", 16);
     require_multiple(problem, "I", 16);
@@ -27,7 +29,7 @@ void check(Problem const& problem) {
     require_range(problem, "E", 1, kMaxExperts);
     require_range(problem, "top_k", 1, std::min(kMaxTopK, problem["R"]));
     require_range(problem, "num_groups", 1, problem["R"]);
-    if (problem["R"] % problem["num_groups"]) throw Refused("num_groups does not divide the experts");
+    if (problem["R"] % problem["num_groups"]) throw PluginError("num_groups does not divide the number of experts");
     require_range(problem, "topk_group", 1, problem["num_groups"]);
     require_range(problem, "first_expert", 0, kMaxInt32);
 }
@@ -38,7 +40,7 @@ int64_t block_of_experts(Problem const& problem) {
     return std::max(problem["R"], problem["E"]) <= 128 ? 128 : kMaxExperts;
 }
 
-// Each expert that has any rows may leave one block unfilled.
+// Each expert with rows may have one partial block.
 int64_t most_blocks(Problem const& problem, int64_t rows_per_block) {
     int64_t const slots = num_slots(problem);
     return slots / rows_per_block + std::min(problem["E"], slots);
@@ -59,7 +61,7 @@ void scratch(Problem const& problem, Plan& plan) {
     if (is_fp8(problem)) plan.buffer("x_fp8", DataType::kFP8, T * problem["L"]);
 }
 
-// Of a product's tiles, from few rows an expert to many: the one for as many as these have on average.
+// Returns the tile of a product that fits the average number of rows per expert.
 Choice tile_for(std::vector<Choice> tiles, int64_t rows, int64_t columns) {
     std::sort(tiles.begin(), tiles.end(), [](Choice const& left, Choice const& right) {
         return std::pair(left["BLOCK_M"], left["BLOCK_N"]) < std::pair(right["BLOCK_M"], right["BLOCK_N"]);
@@ -67,7 +69,7 @@ Choice tile_for(std::vector<Choice> tiles, int64_t rows, int64_t columns) {
     if (tiles.size() == 1 || rows <= tiles[0]["BLOCK_M"]) return tiles[0];
     if (tiles.size() == 2 || rows <= tiles[1]["BLOCK_M"]) return tiles[1];
     int64_t const wide = tiles.back()["BLOCK_N"];
-    // Columns padded to the wide tile may cost a sixteenth.
+    // Use the wide tile if padding the columns to it costs at most a sixteenth.
     return ceil_div(columns, wide) * wide * 16 <= columns * 17 ? tiles.back() : tiles[2];
 }
 
@@ -84,7 +86,7 @@ void launch_routing(Problem const& problem, Plan& plan) {
     bool const has_counts = T > kChunkTokens;
     Constants const chunked{{"BLOCK_E", block}, {"CHUNK", kChunkTokens}};
     if (has_counts) plan.launch(plan.kernel("count_kernel", chunked), chunks);
-    if (T == 1) return;  // one token's slots are its blocks
+    if (T == 1) return;  // the slots of a single token are its blocks
     Constants const placed{{"BLOCK_E", block}, {"CHUNK", kChunkTokens}, {"COUNTED", has_counts}};
     plan.launch(plan.kernel("place_kernel", placed), chunks);
 }

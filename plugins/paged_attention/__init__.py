@@ -1,10 +1,10 @@
 """Causal grouped-query attention over a paged key-value cache."""
 
+from nemotrt.plugins.contract import DType
 from nemotrt.plugins.spec import (
     FLOATS,
     PACKED_AXES,
     PACKED_INPUTS,
-    AttributeSpec,
     OpSpec,
     TensorSpec,
     Tolerance,
@@ -28,22 +28,22 @@ SPEC = OpSpec(
         TensorSpec("k", ("T", "V", "D"), "X"),
         TensorSpec("v", ("T", "V", "D"), "X"),
         TensorSpec("kv_cache", ("K", 2, "V", "page", "D"), "CACHE"),
-        TensorSpec("k_scale", (1,), "float32"),
-        TensorSpec("v_scale", (1,), "float32"),
+        TensorSpec("k_scale", (1,), DType.FLOAT32),
+        TensorSpec("v_scale", (1,), DType.FLOAT32),
         *PACKED_INPUTS,
-        TensorSpec("page_table", ("B", "M"), "int32"),
+        TensorSpec("page_table", ("B", "M"), DType.INT32),
     ),
     outputs=(
         TensorSpec("o", ("T", "Q", "D"), "X"),
         TensorSpec("next_kv_cache", ("K", 2, "V", "page", "D"), "CACHE"),
     ),
-    attributes=(AttributeSpec("scale", float),),
-    dtypes={"X": FLOATS, "CACHE": (*FLOATS, "float8_e4m3fn")},
+    attributes={"scale": float},
+    dtypes={"X": FLOATS, "CACHE": (*FLOATS, DType.FLOAT8_E4M3)},
     tolerances={
-        "float32": Tolerance(1e-5, "softmax over a few thousand FP32 scores, summed in another order"),
-        "float16": Tolerance(2e-3, "probabilities and o are rounded once each (4.9e-4)"),
-        "bfloat16": Tolerance(1.6e-2, "probabilities and o are rounded once each (3.9e-3)"),
-        "float8_e4m3fn": Tolerance(2e-3, "the cache's bits are equal: what is left is FP16 arithmetic"),
+        DType.FLOAT32: Tolerance(1e-5, "softmax over a few thousand FP32 scores, summed in another order"),
+        DType.FLOAT16: Tolerance(2e-3, "probabilities and o are rounded once each (4.9e-4)"),
+        DType.BFLOAT16: Tolerance(1.6e-2, "probabilities and o are rounded once each (3.9e-3)"),
+        DType.FLOAT8_E4M3: Tolerance(2e-3, "the cache's bits are equal: what is left is FP16 arithmetic"),
     },
     package=__name__,
 )

@@ -25,10 +25,11 @@ import torch
 import triton
 import triton.language as tl
 
+from nemotrt.plugins.contract import DType
 from nemotrt.plugins.paged_attention import SPEC
 from nemotrt.plugins.paged_attention.supports import HEAD_DIMS, MAX_GROUP, caches, supports
 from nemotrt.plugins.spec import FLOATS
-from nemotrt.plugins.variant import TRITON_DTYPES, Launch, Variant, check_sm, device_sm
+from nemotrt.plugins.variant import Launch, Variant, check_sm, device_sm
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 FP8_MAX = tl.constexpr(448.0)
@@ -466,7 +467,7 @@ def variant(kernel: str, dtype: str, cache: str, head_dim: int, sm: int) -> Vari
     blocks, num_warps, num_stages = shape(kernel, dtype, head_dim, sm)
     return Variant(
         kernel=kernel,
-        signature={name: f"*{TRITON_DTYPES[types[name]]}" for name in POINTERS[kernel]}
+        signature={name: f"*{DType(types[name]).triton}" for name in POINTERS[kernel]}
         | {name: "fp32" if name == "scale" else "i32" for name in SCALARS[kernel]},
         constants=dict(blocks),
         num_warps=num_warps,

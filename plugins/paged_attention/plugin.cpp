@@ -1,4 +1,4 @@
-// Paged attention: what kernels.py says in `supports`, `workspace` and `launches`.
+// Paged attention's checks, workspace and launches, as in kernels.py.
 // Legend: T tokens, B sequences, Q query heads, V key-value heads, D head dim, M pages of a sequence.
 #include <algorithm>
 
@@ -17,8 +17,8 @@ constexpr int64_t kMinSplitKeys = 128;
 void check(Problem const& problem) {
     bool const is_fp8 = problem.type("CACHE") == DataType::kFP8 && problem.type("X") != DataType::kFLOAT;
     if (problem.type("CACHE") != problem.type("X") && !is_fp8) {
-        throw Refused(std::string("kernels take no ") + plain_name(problem.type("CACHE")) + " cache with " +
-                      plain_name(problem.type("X")) + " queries");
+        throw PluginError(std::string("the kernels do not support a ") + plain_name(problem.type("CACHE")) +
+                          " cache with " + plain_name(problem.type("X")) + " queries");
     }
     require_one_of(problem, "D", {64, 128});
     require_one_of(problem, "page", {64, 128, 192, 256});
@@ -28,14 +28,14 @@ void check(Problem const& problem) {
     int64_t const Q = problem["Q"];
     int64_t const V = problem["V"];
     if (Q < V || Q % V || Q / V > kDecodeRows) {
-        throw Refused("kernels take Q = 1…" + std::to_string(kDecodeRows) + " times V, not Q " + std::to_string(Q) +
-                      ", V " + std::to_string(V));
+        throw PluginError("the kernels require Q to be 1 to " + std::to_string(kDecodeRows) + " times V, got Q " +
+                          std::to_string(Q) + ", V " + std::to_string(V));
     }
 }
 
 int64_t short_tokens(Problem const& problem) { return kDecodeRows / (problem["Q"] / problem["V"]); }
 
-// Parts that the keys of the longest possible sequence may be divided into.
+// The maximum number of splits of the keys of the longest possible sequence.
 int64_t most_splits(Problem const& problem) { return ceil_div(problem["M"] * problem["page"], kMinSplitKeys); }
 
 int64_t num_splits(Problem const& problem) {
@@ -45,8 +45,8 @@ int64_t num_splits(Problem const& problem) {
 
 void scratch(Problem const& problem, Plan& plan) {
     int64_t const parts = problem["B"] * most_splits(problem);
-    int64_t const rows = short_tokens(problem) * problem["Q"] *
-                         std::max(problem["B"], std::min(kDecodePrograms / problem["V"], parts));
+    int64_t const rows =
+        short_tokens(problem) * problem["Q"] * std::max(problem["B"], std::min(kDecodePrograms / problem["V"], parts));
     plan.buffer("partial", DataType::kFLOAT, rows * problem["D"]);
     plan.buffer("lse", DataType::kFLOAT, rows);
 }

@@ -1,10 +1,10 @@
 """Mamba-2's selective scan over packed sequences, its state in a pool."""
 
+from nemotrt.plugins.contract import DType
 from nemotrt.plugins.spec import (
     FLOATS,
     PACKED_AXES,
     PACKED_INPUTS,
-    AttributeSpec,
     OpSpec,
     TensorSpec,
     Tolerance,
@@ -19,27 +19,29 @@ SPEC = OpSpec(
     inputs=(
         TensorSpec("x", ("T", "H", "P"), "X"),
         TensorSpec("dt", ("T", "H"), "X"),
-        TensorSpec("A", ("H",), "float32"),
+        TensorSpec("A", ("H",), DType.FLOAT32),
         TensorSpec("B", ("T", "G", "N"), "X"),
         TensorSpec("C", ("T", "G", "N"), "X"),
-        TensorSpec("D", ("H",), "float32"),
-        TensorSpec("dt_bias", ("H",), "float32"),
+        TensorSpec("D", ("H",), DType.FLOAT32),
+        TensorSpec("dt_bias", ("H",), DType.FLOAT32),
         TensorSpec("ssm_state", ("S", "H", "P", "N"), "STATE"),
         *PACKED_INPUTS,
-        TensorSpec("slot", ("B",), "int32"),
+        TensorSpec("slot", ("B",), DType.INT32),
     ),
     outputs=(
         TensorSpec("y", ("T", "H", "P"), "X"),
         TensorSpec("next_ssm_state", ("S", "H", "P", "N"), "STATE"),
     ),
-    attributes=(AttributeSpec("dt_min", float), AttributeSpec("dt_max", float)),
-    dtypes={"X": FLOATS, "STATE": ("float32", "float16")},
+    attributes={"dt_min": float, "dt_max": float},
+    dtypes={"X": FLOATS, "STATE": (DType.FLOAT32, DType.FLOAT16)},
     tolerances={
-        "float32": Tolerance(
+        DType.FLOAT32: Tolerance(
             1e-5, "chunked against sequential sums of up to a few hundred FP32 terms, exp included"
         ),
-        "float16": Tolerance(2e-3, "FP16 factors into FP32 accumulators and one rounding of y (4.9e-4 each)"),
-        "bfloat16": Tolerance(
+        DType.FLOAT16: Tolerance(
+            2e-3, "FP16 factors into FP32 accumulators and one rounding of y (4.9e-4 each)"
+        ),
+        DType.BFLOAT16: Tolerance(
             1.6e-2, "BF16 factors into FP32 accumulators and one rounding of y (3.9e-3 each)"
         ),
     },

@@ -46,9 +46,10 @@ import torch
 import triton
 import triton.language as tl
 
+from nemotrt.plugins.contract import DType
 from nemotrt.plugins.selective_scan import SPEC
 from nemotrt.plugins.selective_scan.supports import DTYPES, STATE_SIZES, supports
-from nemotrt.plugins.variant import TRITON_DTYPES, Launch, Variant, check_sm, device_sm
+from nemotrt.plugins.variant import Launch, Variant, check_sm, device_sm
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LEAST_STEP = tl.constexpr(-160.0)
@@ -600,7 +601,7 @@ def step_rows(P: int, N: int) -> int:
 
 def variant(
     kernel: str,
-    dtypes: dict[str, str],
+    dtypes: Mapping[str, str],
     constants: Mapping[str, int],
     num_warps: int,
     num_stages: int,
@@ -608,7 +609,7 @@ def variant(
     """The variant of a kernel for dtypes as the SPEC writes them."""
     kinds = {tensor.name: tensor.dtype for tensor in (*SPEC.inputs, *SPEC.outputs)}
     kinds |= {"products": "X", "decays": "float32", "scales": "float32"}
-    signature = {name: f"*{TRITON_DTYPES[dtypes.get(kinds[name], kinds[name])]}" for name in POINTERS[kernel]}
+    signature = {name: f"*{DType(dtypes.get(kinds[name], kinds[name])).triton}" for name in POINTERS[kernel]}
     integers = INTEGERS[kernel]
     return Variant(
         kernel=kernel,
@@ -620,19 +621,19 @@ def variant(
     )
 
 
-def prepare_variant(dtypes: dict[str, str], N: int, sm: int) -> Variant:
+def prepare_variant(dtypes: Mapping[str, str], N: int, sm: int) -> Variant:
     """The variant of `prepare_chunks`."""
     constants = {"N": N, "Q": chunk_tokens(sm), "HEADS": HEADS_BLOCK}
     return variant("prepare_chunks", dtypes, constants, num_warps=4, num_stages=1)
 
 
-def scan_variant(dtypes: dict[str, str], N: int, piece: Piece, sm: int) -> Variant:
+def scan_variant(dtypes: Mapping[str, str], N: int, piece: Piece, sm: int) -> Variant:
     """The variant of `scan_sequences` for a piece."""
     constants = {"N": N, "Q": chunk_tokens(sm), "P": piece.P, "TAIL": piece.TAIL}
     return variant("scan_sequences", dtypes, constants, piece.num_warps, piece.num_stages)
 
 
-def step_variant(dtypes: dict[str, str], N: int, rows: int) -> Variant:
+def step_variant(dtypes: Mapping[str, str], N: int, rows: int) -> Variant:
     """The variant of `step_sequences`: 16 numbers of the state a thread, so that many programs fit an SM."""
     return variant("step_sequences", dtypes, {"N": N, "ROWS": rows}, num_warps=rows * N // 512, num_stages=1)
 
@@ -652,13 +653,13 @@ def variants(sm: int) -> Iterator[Variant]:
                 yield step_variant(dtypes, N, rows)
 
 
-def is_step(sizes: dict[str, int], dtypes: dict[str, str]) -> bool:
+def is_step(sizes: dict[str, int], dtypes: Mapping[str, str]) -> bool:
     """Whether `step_sequences` alone runs: T ≤ B, as in decode, no more tokens than it takes anyway, or FP32."""
     return sizes["T"] <= max(sizes["B"], STEP_TOKENS) or dtypes["X"] not in CHUNKED
 
 
 def workspace(
-    sizes: dict[str, int], dtypes: dict[str, str], sm: int
+    sizes: dict[str, int], dtypes: Mapping[str, str], sm: int
 ) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Scratch buffers: name → dtype and shape, of sizes that follow from shapes alone; none for a step."""
     if is_step(sizes, dtypes):
@@ -672,7 +673,7 @@ def workspace(
     }
 
 
-def launches(sizes: dict[str, int], dtypes: dict[str, str], sm: int) -> list[Launch]:
+def launches(sizes: dict[str, int], dtypes: Mapping[str, str], sm: int) -> list[Launch]:
     """The launches, in order, for these sizes (the SPEC's axes) and dtypes (its variables).
 
     Raises what `supports` raises.
@@ -740,5 +741,5 @@ def _dtypes(tensors: tuple[torch.Tensor, ...]) -> dict[str, str]:
         given = str(tensor.dtype).removeprefix("torch.")
         wanted = found.setdefault(spec.dtype, given) if spec.dtype in SPEC.dtypes else spec.dtype
         if given != wanted:
-            raise ValueError(f"{SPEC.name}: {spec.name} is {given}, wants {wanted}")
+            raise ValueError(f"{SPEC.name}: {spec.name} is {given}, expected {wanted}")
     return found

@@ -1,4 +1,4 @@
-// Selective scan: what kernels.py says in `supports`, `workspace` and `launches`.
+// The selective scan's checks, workspace and launches, as in kernels.py.
 // Legend: T tokens, B sequences, H heads, P head dim, G groups, N state size; a chunk is Q tokens of one sequence.
 #include <algorithm>
 
@@ -18,13 +18,14 @@ constexpr int64_t kMostChunk = 64;
 
 void check(Problem const& problem) {
     if (problem.type("X") == DataType::kFLOAT && problem.type("STATE") != DataType::kFLOAT) {
-        throw Refused(std::string("kernels take no ") + plain_name(problem.type("STATE")) + " state with float32 x");
+        throw PluginError(std::string("the kernels do not support a ") + plain_name(problem.type("STATE")) +
+                          " state with float32 x");
     }
     require_one_of(problem, "N", {128, 256});
     int64_t const P = problem["P"];
     if (P % 32 && !(P == 80 && problem["N"] == 128)) {
-        throw Refused("kernels take P in multiples of 32, or 80 with N 128, not " + std::to_string(P) + " with N " +
-                      std::to_string(problem["N"]));
+        throw PluginError("the kernels require P to be a multiple of 32, or 80 with N 128, got " + std::to_string(P) +
+                          " with N " + std::to_string(problem["N"]));
     }
     require_range(problem, "P", 32, kMaxInt32);
     require_range(problem, "G", 1, kMaxInt32);
@@ -36,13 +37,13 @@ void check(Problem const& problem) {
 
 bool has_chunks(Problem const& problem) { return problem.type("X") != DataType::kFLOAT; }
 
-// FP32, or T ≤ B as in decode, or too few tokens for any sequence to be longer.
+// True for FP32, if T ≤ B as in decode, or if there are too few tokens for a longer sequence.
 bool is_step(Problem const& problem) {
     return !has_chunks(problem) || problem["T"] <= std::max(problem["B"], kStepTokens);
 }
 
-// The most of any GPU and of any step that is no larger: a chunk's size is the GPU's, and a smaller step may have
-// chunks where this one has none. More of each chunk is written where it is large, more chunks where it is small.
+// The maximum over all GPUs and over all steps up to this size: the chunk size depends on the GPU, and a smaller step
+// may have chunks even if this one has none. Large chunks need more memory each; small chunks are more numerous.
 void scratch(Problem const& problem, Plan& plan) {
     if (!has_chunks(problem)) return;
     int64_t const large_chunks = problem["T"] / kMostChunk + problem["B"];
@@ -52,7 +53,7 @@ void scratch(Problem const& problem, Plan& plan) {
     plan.buffer("scales", DataType::kFLOAT, small_chunks * problem["H"] * 3);
 }
 
-// The piece of a head that a program walks: the widest that divides a head and still gives every SM a program.
+// Returns the part of a head that one program scans: the widest that divides a head and gives every SM a program.
 Choice piece(Problem const& problem, std::vector<Choice> const& forms) {
     int64_t const P = problem["P"];
     Choice const* narrow = nullptr;
@@ -63,7 +64,7 @@ Choice piece(Problem const& problem, std::vector<Choice> const& forms) {
         if (columns == 64 && P % columns == 0 && problem["H"] * P / columns >= kFullGpu) return form;
         if (!narrow || columns < (*narrow)["P"]) narrow = &form;
     }
-    if (!narrow) throw Refused("this plugin library was built without narrow pieces of scan_sequences");
+    if (!narrow) throw PluginError("this plugin library was built without narrow pieces of scan_sequences");
     return *narrow;
 }
 

@@ -16,12 +16,10 @@ import torch
 from host_library import SPECS, Launched, driver, library
 from interpreter import interpreted, interpreting
 
+from nemotrt.plugins.contract import DType
 from nemotrt.plugins.spec import OpSpec
-from nemotrt.plugins.variant import TRITON_DTYPES
 
-TORCH_DTYPES = {f"*{short}": getattr(torch, name) for name, short in TRITON_DTYPES.items()} | {
-    "*i8": torch.int8
-}
+TORCH_DTYPES = {f"*{dtype.triton}": dtype.torch for dtype in DType if dtype is not DType.FLOAT8_E8M0}
 
 
 @dataclass(frozen=True)

@@ -139,7 +139,7 @@ def test_a_few_layers_have_an_engine_under_their_own_names(checkpoint: Path, tmp
 def test_a_model_that_no_kernel_serves_is_refused_by_name(tmp_path: Path) -> None:
     checkpoint = write_checkpoint(tmp_path / "checkpoint")
     with pytest.raises(
-        CompileError, match=r"layers\.0\.mixer\.scan: .* kernels take N in .*, not 16"
+        CompileError, match=r"layers\.0\.mixer\.scan: .* the kernels require N to be one of .*, got 16"
     ) as caught:
         built(checkpoint, tmp_path / "bundle", runtime=RTX)
     assert "--runtime onnx" in caught.value.hint

@@ -26,9 +26,7 @@ DTYPES = {"X": "float16", "STATE": "float32", "CACHE": "float16", "W": "float16"
 def exercise(library: PluginLibrary, op: str) -> None:
     """Creates, shapes, lists and enqueues one op, and makes it refuse in several ways."""
     spec = SPECS[op]
-    attributes: dict[str, Any] = {
-        attribute.name: INTEGERS.get(attribute.name, 0.5) for attribute in spec.attributes
-    }
+    attributes: dict[str, Any] = {name: INTEGERS.get(name, 0.5) for name in spec.attributes}
     plugin = library.plugin(spec, attributes)
     inputs = [256 * (i + 1) for i in range(len(spec.inputs))]
     outputs = [inputs[spec.pools[i]] if i in spec.pools else 4096 for i in range(len(spec.outputs))]

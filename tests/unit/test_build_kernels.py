@@ -19,11 +19,11 @@ import pytest
 from click.testing import CliRunner
 
 from nemotrt.plugins import build as building
-from nemotrt.plugins.build import Selection, build, main
+from nemotrt.plugins.build import build, main
 from nemotrt.plugins.compile_workers import Workers
 from nemotrt.plugins.kernel_index import Kernel, KernelError, KernelIndex
 from nemotrt.plugins.kernel_store import cache_folder
-from nemotrt.plugins.variant import SMS
+from nemotrt.plugins.variant import SMS, Variant
 
 pytest.importorskip("triton", reason="compiling kernels needs Triton: install nemo-export[kernels]")
 
@@ -77,7 +77,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("built")
     with pytest.MonkeyPatch.context() as monkeypatch:
         install(folder, monkeypatch)
-        build(Selection(dtypes=("fp16",)), folder / "out")
+        build(folder / "out", dtypes=("fp16",))
     return folder
 
 
@@ -135,47 +135,48 @@ def attributes(info: bytes) -> Iterator[tuple[int, int]]:
             at += size
 
 
+def find(index: KernelIndex, sm: int, variant: str) -> Kernel:
+    (kernel,) = (k for k in index.kernels if (k.op, k.sm, k.variant.name) == ("toy_op", sm, variant))
+    return kernel
+
+
 FP16 = "scale_fp16_BLOCK256_w4_s1"
 PRODUCT = "product_fp16_fp32_SIZE64_w4_s2"
 
 
 def test_a_cubin_and_what_its_launch_needs(built: Path) -> None:
     index = KernelIndex.load(built / "out")
-    assert [(kernel.sm, kernel.variant) for kernel in index.kernels] == [
+    assert [(kernel.sm, kernel.variant.name) for kernel in index.kernels] == [
         (sm, variant) for sm in SMS for variant in (PRODUCT, FP16)
     ]
-    kernel = index.find("toy_op", 90, FP16)
+    kernel = find(index, 90, FP16)
     assert kernel.file == f"sm90/toy_op/{FP16}.cubin"
-    assert [(p.name, p.type, p.aligned) for p in kernel.parameters] == [
-        ("x", "*fp16", True),
-        ("factor", "fp32", False),
-        ("N", "i32", True),
-        ("y", "*fp16", True),
-    ]
-    assert (kernel.hidden_pointers, kernel.num_warps, kernel.constants) == (2, 4, {"BLOCK": 256})
+    signature = {"x": "*fp16", "factor": "fp32", "N": "i32", "y": "*fp16"}
+    assert kernel.variant == Variant("scale", signature, {"BLOCK": 256}, 4, 1, ("x", "y", "N"))
+    assert kernel.hidden_pointers == 2
     assert (kernel.target, kernel.shared, kernel.spill_stores, kernel.stack) == ("sm_90a", 0, 0, 0)
-    assert index.find("toy_op", 90, PRODUCT).shared >= 64 * 64 * 2
+    assert find(index, 90, PRODUCT).shared >= 64 * 64 * 2
 
 
 @pytest.mark.parametrize("sm", SMS)
 def test_the_entry_agrees_with_the_cubin_itself(built: Path, sm: int) -> None:
     index = KernelIndex.load(built / "out")
     for variant in (FP16, PRODUCT):
-        kernel = index.find("toy_op", sm, variant)
+        kernel = find(index, sm, variant)
         cubin = index.cubin(kernel)
         (flags,) = struct.unpack_from("<I", cubin, 48)
         assert sm in (flags & 0xFF, flags >> 8 & 0xFF)
         found = sections(cubin)
         assert register_count(found[".nv.info"]) == kernel.registers
         # Constant bank 0 ends with the parameters: 8 bytes a pointer, 4 a scalar.
-        parameters = sum(8 if p.type.startswith("*") else 4 for p in kernel.parameters)
+        parameters = sum(8 if kind.startswith("*") else 4 for kind in kernel.variant.signature.values())
         assert len(found[f".nv.constant0.{kernel.entry}"]) >= parameters + 8 * kernel.hidden_pointers
 
 
 def test_nothing_changed_costs_nothing(
     cached_toy: Toy, built: Path, tmp_path: Path, compiled: list[str]
 ) -> None:
-    again = build(Selection(dtypes=("fp16",)), tmp_path / "again")
+    again = build(tmp_path / "again", dtypes=("fp16",))
     assert again.kernels == KernelIndex.load(built / "out").kernels
     assert compiled == []
 
@@ -199,12 +200,12 @@ def test_the_second_build_imports_neither_triton_nor_torch(tmp_path: Path) -> No
 
 def test_a_change_recompiles_what_it_touches(cached_toy: Toy, tmp_path: Path, compiled: list[str]) -> None:
     cached_toy(TOY.replace("tl.dot(tl.load(a + index)", "tl.dot(2 * tl.load(a + index)"))
-    build(Selection((90,), ("fp16",)), tmp_path / "out")
+    build(tmp_path / "out", (90,), ("fp16",))
     assert compiled == ["toy_op, its variants", f"toy_op, SM 90, {PRODUCT}"]
 
 
 def test_the_same_source_gives_the_same_bytes(toy: Toy, built: Path, tmp_path: Path) -> None:
-    index = build(Selection((90,), ("fp16",)), tmp_path / "out", jobs=1)
+    index = build(tmp_path / "out", (90,), ("fp16",), jobs=1)
     first = KernelIndex.load(built / "out")
     assert index.kernels == tuple(kernel for kernel in first.kernels if kernel.sm == 90)
     assert all(str(tmp_path).encode() not in index.cubin(kernel) for kernel in index.kernels)
@@ -213,19 +214,19 @@ def test_the_same_source_gives_the_same_bytes(toy: Toy, built: Path, tmp_path: P
 def test_a_damaged_cache_entry_is_compiled_again(
     cached_toy: Toy, built: Path, tmp_path: Path, compiled: list[str]
 ) -> None:
-    kernel = KernelIndex.load(built / "out").find("toy_op", 90, FP16)
+    kernel = find(KernelIndex.load(built / "out"), 90, FP16)
     for path in cache_folder().rglob("*.cubin"):
         if path.read_bytes() == (built / "out" / kernel.file).read_bytes():
             path.write_bytes(path.read_bytes()[:-1] + b"\xff")
-    build(Selection((90,), ("fp16",)), tmp_path / "out")
+    build(tmp_path / "out", (90,), ("fp16",))
     assert compiled == [f"toy_op, SM 90, {FP16}"]
-    assert KernelIndex.load(tmp_path / "out").find("toy_op", 90, FP16) == kernel
+    assert find(KernelIndex.load(tmp_path / "out"), 90, FP16) == kernel
 
 
 def test_the_output_holds_what_was_chosen_last_and_nothing_else(cached_toy: Toy, tmp_path: Path) -> None:
     out = tmp_path / "new" / "out"
-    build(Selection((89, 90), ("fp16",)), out)
-    build(Selection((90,), ("fp16",)), out)
+    build(out, (89, 90), ("fp16",))
+    build(out, (90,), ("fp16",))
     names = sorted(str(path.relative_to(out)) for path in out.rglob("*") if path.is_file())
     assert names == sorted(["kernels.json", *(kernel.file for kernel in KernelIndex.load(out).kernels)])
     assert {kernel.sm for kernel in KernelIndex.load(out).kernels} == {90}
@@ -235,7 +236,7 @@ def test_the_output_holds_what_was_chosen_last_and_nothing_else(cached_toy: Toy,
 @pytest.mark.parametrize("damage", ["changed", "missing", "added"])
 def test_an_output_that_is_not_whole_is_written_again(cached_toy: Toy, tmp_path: Path, damage: str) -> None:
     out = tmp_path / "out"
-    index = build(Selection((90,), ("fp16",)), out)
+    index = build(out, (90,), ("fp16",))
     path = out / index.kernels[0].file
     if damage == "changed":
         path.write_bytes(path.read_bytes()[::-1])
@@ -243,22 +244,22 @@ def test_an_output_that_is_not_whole_is_written_again(cached_toy: Toy, tmp_path:
         path.unlink()
     else:
         path.with_name("other.cubin").write_bytes(b"")
-    assert build(Selection((90,), ("fp16",)), out) == index
+    assert build(out, (90,), ("fp16",)) == index
     assert [index.cubin(kernel) for kernel in index.kernels]
     assert len(list(out.rglob("*.cubin"))) == len(index.kernels)
 
 
 def test_a_folder_of_something_else_is_left_alone(toy: Toy, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(KernelError, match="holds something other than kernels"):
-        build(Selection((90,)), tmp_path)
+    with pytest.raises(KernelError, match="contains something other than kernels"):
+        build(tmp_path, (90,))
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
 class TestFailures:
     def failure(self, tmp_path: Path, sm: int = 90, dtype: str = "fp16") -> str:
         with pytest.raises(KernelError) as caught:
-            build(Selection((sm,), (dtype,)), tmp_path / "out")
+            build(tmp_path / "out", (sm,), (dtype,))
         assert not (tmp_path / "out").exists()
         assert "\n" not in str(caught.value)
         return str(caught.value)
@@ -279,11 +280,11 @@ class TestFailures:
 
     def test_parameters_that_are_not_the_kernels(self, toy: Toy, tmp_path: Path) -> None:
         toy(TOY.replace('"factor": "fp32", "N": "i32"', '"N": "i32", "factor": "fp32"'))
-        assert f"toy_op, SM 90, {FP16}: the signature and constants" in self.failure(tmp_path)
+        assert f"toy_op, SM 90, {FP16}: the signature and constants are" in self.failure(tmp_path)
 
     def test_a_parameter_that_cannot_be_passed(self, toy: Toy, tmp_path: Path) -> None:
         toy(TOY.replace('"factor": "fp32"', '"factor": "fp64"'))
-        assert "parameter factor is of type fp64; pass a pointer or one of i32" in self.failure(tmp_path)
+        assert "parameter factor has type fp64; it must be a pointer or one of i32" in self.failure(tmp_path)
 
     def test_more_shared_memory_than_the_sm_has(self, toy: Toy, tmp_path: Path) -> None:
         toy(
@@ -293,7 +294,7 @@ class TestFailures:
         )
         text = self.failure(tmp_path, sm=89, dtype="fp32")
         assert "toy_op, SM 89, product_fp32_SIZE128_w8_s2: 131072 bytes of shared memory" in text
-        assert "where a block on SM 89 has 101376" in text
+        assert "but a block on SM 89 has 101376" in text
 
     def test_names_that_are_not_unique(self, toy: Toy, tmp_path: Path) -> None:
         toy(TOY.replace('("fp32", "fp16", "bf16")', '("fp16", "fp16")'))
@@ -321,18 +322,13 @@ def kernel(variant: str, spilled: int) -> Kernel:
     return Kernel(
         op="op",
         sm=90,
-        variant=variant,
-        kernel="kernel",
+        variant=Variant("kernel", {}, {"NAME": variant}, 4, 1),
         file="kernel.cubin",
         sha256="0" * 64,
         num_bytes=1,
         entry="kernel",
         target="sm_90a",
-        parameters=(),
         hidden_pointers=2,
-        constants={},
-        num_warps=4,
-        num_stages=1,
         shared=0,
         registers=255,
         stack=spilled,

@@ -370,7 +370,7 @@ def op_model(spec: OpSpec, inputs: dict[str, torch.Tensor], half: int) -> onnx.M
         ir.val(tensor.name, ir.DataType(state if tensor.name == "next_ssm_state" else half))
         for tensor in spec.outputs
     ]
-    attributes = {attribute.name: ATTRIBUTES[attribute.name] for attribute in spec.attributes}
+    attributes = {name: ATTRIBUTES[name] for name in spec.attributes}
     found = spec.sizes([tuple(t.shape) for t in inputs.values()])
     sizes = {axis: size for axis, size in found.items() if axis not in ("T", "B", "S", "M")}
     call = onnx_op.node(spec, values, results, attributes, spec.label)
@@ -386,7 +386,7 @@ def test_every_op_is_within_its_tolerance_of_the_half_reference(spec: OpSpec, ha
     inputs = op_inputs(spec, half)
     emulated = emulate_in_fp32(op_model(spec, inputs, half))
     feeds = {name: t.float().numpy() if t.is_floating_point() else t.numpy() for name, t in inputs.items()}
-    attributes = {attribute.name: ATTRIBUTES[attribute.name] for attribute in spec.attributes}
+    attributes = {name: ATTRIBUTES[name] for name in spec.attributes}
     expected = spec.reference()(*inputs.values(), **attributes)
     tolerance = spec.tolerances[NAMES[half]].relative_l2
     for tensor, candidate, reference in zip(spec.outputs, run(emulated, **feeds), expected, strict=True):

@@ -178,7 +178,7 @@ def test_a_drivers_error_is_reported_by_name(call: str) -> None:
     with driver().running(lambda _: None) as fake:
         fake.fail(call)
         with pytest.raises(
-            PluginError, match=f"NemoCausalConv1d test: {call} gave CUDA_ERROR_OUT_OF_MEMORY"
+            PluginError, match=f"NemoCausalConv1d test: {call} returned CUDA_ERROR_OUT_OF_MEMORY"
         ) as caught:
             enqueue("causal_conv1d", plugin)
         if call == "cuLaunchKernel":
@@ -196,7 +196,7 @@ def test_a_kernel_that_failed_to_load_is_loaded_again(call: str) -> None:
     plugin.shape(shapes_of(SPECS["causal_conv1d"], SIZES["causal_conv1d"], DTYPES))
     with driver().running(lambda _: None) as fake:
         fake.fail(call)
-        with pytest.raises(PluginError, match=f"{call} gave CUDA_ERROR_OUT_OF_MEMORY for conv_"):
+        with pytest.raises(PluginError, match=f"{call} returned CUDA_ERROR_OUT_OF_MEMORY for conv_"):
             enqueue("causal_conv1d", plugin)
         fake.fail("")
         enqueue("causal_conv1d", plugin)
@@ -247,7 +247,7 @@ def test_a_state_of_its_own_memory_is_refused() -> None:
 
 
 def test_a_missing_workspace_is_refused() -> None:
-    with driver().running(lambda _: None), pytest.raises(PluginError, match="was given no workspace"):
+    with driver().running(lambda _: None), pytest.raises(PluginError, match="the workspace is null"):
         enqueue("moe_dispatch", shaped("moe_dispatch"), workspace=0)
 
 

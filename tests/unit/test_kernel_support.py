@@ -95,7 +95,7 @@ def test_every_op_is_asked_with_all_that_it_wants_to_know() -> None:
     for spec in ops():
         call = calls.pop(spec.torch_name)
         assert set(call.dtypes) == set(spec.dtypes)
-        assert set(call.sizes) <= {*spec.axes, *(one.name for one in spec.attributes), "B"}
+        assert set(call.sizes) <= {*spec.axes, *spec.attributes, "B"}
     assert not calls
     only_attention = replace(NANO, layers=("attention", "mlp"))
     assert [call.op for call in op_calls(only_attention, config, pools)] == ["paged_attention"]
@@ -104,21 +104,37 @@ def test_every_op_is_asked_with_all_that_it_wants_to_know() -> None:
 @pytest.mark.parametrize(
     ("change", "flags", "message"),
     [
-        ({"conv_kernel": 5}, {}, r"NemoCausalConv1d: kernels take K in \[2, 3, 4\], not 5"),
-        ({"ssm_state_size": 64}, {}, r"NemoSelectiveScan: kernels take N in \[128, 256\], not 64"),
-        ({"mamba_head_dim": 48}, {}, "NemoSelectiveScan: kernels take P in multiples of 32, or 80 .* not 48"),
+        ({"conv_kernel": 5}, {}, "NemoCausalConv1d: the kernels require K to be one of 2, 3, 4, got 5"),
+        (
+            {"ssm_state_size": 64},
+            {},
+            "NemoSelectiveScan: the kernels require N to be one of 128, 256, got 64",
+        ),
+        ({"mamba_head_dim": 48}, {}, "NemoSelectiveScan: .* P to be a multiple of 32, or 80 .* got 48 with"),
         (
             {},
             {"state_dtype": "fp16", "precision": "fp32"},
-            r"NemoSelectiveScan: .* not \(float32, float16\)",
+            r"NemoSelectiveScan: .* got \(float32, float16\)",
         ),
-        ({"head_dim": 96}, {}, r"NemoPagedAttention: kernels take D in \[64, 128\], not 96"),
-        ({"num_key_value_heads": 1}, {}, "NemoPagedAttention: kernels take Q = 1…16 times V, not Q 32, V 1"),
-        ({}, {"page_size": 32}, r"NemoPagedAttention: kernels take page in .*, not 32"),
-        ({"moe_intermediate_size": 1850}, {}, "NemoMoeDispatch: .*I = 1850; both must be multiples of 16"),
-        ({"n_routed_experts": 1024}, {}, "NemoMoeDispatch: R = 1024, E = 1024; at most 512 experts"),
-        ({"num_experts_per_tok": 40}, {}, "NemoMoeDispatch: top_k = 40; from 1 to 32 of 128 experts"),
-        ({}, {"max_sequences": 70000, "max_tokens": 70000}, "kernels take T ≥ 1 and B in 1…65535"),
+        ({"head_dim": 96}, {}, "NemoPagedAttention: the kernels require D to be one of 64, 128, got 96"),
+        (
+            {"num_key_value_heads": 1},
+            {},
+            "NemoPagedAttention: .* require Q to be 1 to 16 times V, got Q 32, V 1",
+        ),
+        ({}, {"page_size": 32}, "NemoPagedAttention: the kernels require page to be one of .*, got 32"),
+        ({"moe_intermediate_size": 1850}, {}, "NemoMoeDispatch: .* I to be a multiple of 16, got 1850"),
+        (
+            {"n_routed_experts": 1024},
+            {},
+            "NemoMoeDispatch: the kernels require R to be from 1 to 512, got 1024",
+        ),
+        (
+            {"num_experts_per_tok": 40},
+            {},
+            "NemoMoeDispatch: the kernels require top_k to be from 1 to 32, got 40",
+        ),
+        ({}, {"max_sequences": 70000, "max_tokens": 70000}, "require B to be from 1 to 65535, got 70000"),
     ],
 )
 def test_what_no_kernel_takes_is_named(change: dict[str, Any], flags: dict[str, Any], message: str) -> None:
@@ -153,9 +169,7 @@ def odd(tmp_path: Path) -> tuple[Path, Path]:
 def test_a_check_says_that_no_kernel_takes_the_model(odd: tuple[Path, Path]) -> None:
     config, tensors = odd
     asked = ("check", "--config", config, "--tensors", tensors, "--json")
-    wanted = (
-        "no engine can be built: layers.0.mixer.scan: NemoSelectiveScan: kernels take P in multiples of 32"
-    )
+    wanted = "no engine can be built: layers.0.mixer.scan: NemoSelectiveScan: the kernels require P to be a multiple"
     result = run(*asked, "--runtime", "tensorrt-rtx", "--sm", "89")
     problems = [problem["message"] for problem in json.loads(result.stdout)["problems"]]
     assert result.exit_code == 3
@@ -190,5 +204,7 @@ def test_a_build_refuses_before_it_writes(tmp_path: Path) -> None:
     flags = ("--runtime", "tensorrt-rtx", "--sm", "89", "--page-size", "32", "--no-validate")
     result = run("build", EXAMPLE, "--output", tmp_path / "bundle", *flags)
     assert result.exit_code == 5, result.output
-    assert "NemoPagedAttention: kernels take page in [64, 128, 192, 256], not 32" in result.stderr
+    assert (
+        "NemoPagedAttention: the kernels require page to be one of 64, 128, 192, 256, got 32" in result.stderr
+    )
     assert not list(tmp_path.iterdir())

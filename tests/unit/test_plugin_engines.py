@@ -56,16 +56,16 @@ GOOD = {
 }
 BAD = {
     "NemoPagedAttention layers.0.op: attribute scale is missing": case("paged_attention", attributes={}),
-    "NemoCausalConv1d layers.0.op: kernels take C in multiples of 16, not 72": case(
+    "NemoCausalConv1d layers.0.op: the kernels require C to be a multiple of 16, got 72": case(
         "causal_conv1d", sizes=SIZES["causal_conv1d"] | {"C": 72}
     ),
-    "NemoCausalConv1d layers.0.op: context_len has shape [8], wants [B] with B = 9": case(
+    "NemoCausalConv1d layers.0.op: context_len has shape [8], expected [B] with B = 9": case(
         "causal_conv1d", sizes=SIZES["causal_conv1d"] | {"B+1": [2, 5, 10]}
     ),
-    "NemoPagedAttention layers.0.op: kernels take no float32 cache with float16 queries": case(
+    "NemoPagedAttention layers.0.op: the kernels do not support a float32 cache with float16 queries": case(
         "paged_attention", other="float32"
     ),
-    "NemoSelectiveScan layers.0.op: ssm_state is bfloat16, which NemoSelectiveScan does not take": case(
+    "NemoSelectiveScan layers.0.op: ssm_state is bfloat16, which NemoSelectiveScan does not support": case(
         "selective_scan", other="bfloat16"
     ),
 }

@@ -158,7 +158,7 @@ def test_a_compilers_failure_is_one_line(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_a_missing_compiler_is_named(tmp_path: Path) -> None:
-    with pytest.raises(KernelError, match="there is no compiler nothing-g"):
+    with pytest.raises(KernelError, match=r"compiler nothing-g\+\+ is not installed"):
         link(small(tmp_path / "kernels"), tmp_path / "out", Toolchain("nothing-g++"))
 
 
@@ -183,9 +183,9 @@ needs_arm_compiler = pytest.mark.skipif(
 @needs_arm_compiler
 def test_it_links_for_64_bit_arm(tmp_path: Path) -> None:
     found = link(small(tmp_path / "kernels"), tmp_path / "out", Toolchain(ARM_COMPILER))
-    header = subprocess.run(["readelf", "-h", found.path], check=True, capture_output=True, text=True).stdout
+    header = subprocess.run(["readelf", "-h", found], check=True, capture_output=True, text=True).stdout
     assert "AArch64" in header
-    assert {name.partition(".")[0] for name in needed(found.path)} <= {"libc", "libdl", "ld-linux-aarch64"}
+    assert {name.partition(".")[0] for name in needed(found)} <= {"libc", "libdl", "ld-linux-aarch64"}
 
 
 @pytest.mark.slow
@@ -197,11 +197,14 @@ def test_it_is_loaded_on_64_bit_arm(tmp_path: Path) -> None:
     subprocess.run(
         [ARM_COMPILER, Path(__file__).with_name("load_library.cpp"), "-o", probe, "-ldl"], check=True
     )
-    command = ["qemu-aarch64", "-L", "/usr/aarch64-linux-gnu", probe, found.path]
+    command = ["qemu-aarch64", "-L", "/usr/aarch64-linux-gnu", probe, found]
     said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     count, _, description = said.partition("\n")
     assert int(count) == len(SPECS)
-    assert json.loads(description) == found.description
+    assert (
+        json.loads(description).items()
+        <= json.loads(found.with_name("libnemo_plugins.json").read_text()).items()
+    )
 
 
 # TensorRT's headers
@@ -231,7 +234,7 @@ def test_headers_are_found_where_they_are_named_or_in_the_system(tmp_path: Path)
 def test_headers_that_were_named_must_do(tmp_path: Path) -> None:
     old = headers(tmp_path / "old", OLD)
     with pytest.raises(
-        KernelError, match=r"headers of TensorRT 10\.14: TensorRT 11 or TensorRT-RTX is needed"
+        KernelError, match=r"headers of TensorRT 10\.14: TensorRT 11 or TensorRT-RTX is required"
     ):
         find_headers({HEADERS_VARIABLE: str(old)}, [])
     with pytest.raises(KernelError, match=r"has no NvInferRuntime\.h"):
@@ -246,22 +249,22 @@ def test_the_host_compiles_against_nvidias_headers(tmp_path: Path) -> None:
     if found is None:
         pytest.skip(f"no TensorRT headers in the system's folders: name theirs in {HEADERS_VARIABLE}")
     built = link(small(tmp_path / "kernels"), tmp_path / "out", Toolchain(headers=found))
-    assert built.description["headers"].startswith("TensorRT")
-    assert PluginLibrary(built.path).plugin(SPECS["causal_conv1d"], {})
+    assert PluginLibrary(built).description["headers"].startswith("TensorRT")
+    assert PluginLibrary(built).plugin(SPECS["causal_conv1d"], {})
 
 
 # Loading
 
 
 def test_another_build_is_refused() -> None:
-    with pytest.raises(PluginError, match=r"is build [0-9a-f]{12}, wanted is ffffffffffff: use that library"):
+    with pytest.raises(PluginError, match=r"is build [0-9a-f]{12}, but build ffffffffffff is required: use"):
         PluginLibrary(linked(), expected_hash="f" * 64)
     PluginLibrary(linked(), expected_hash=library().description["hash"])
 
 
 def test_other_ops_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("nemotrt.plugins.library.specs_digest", lambda _: "other")
-    with pytest.raises(PluginError, match="not this package's: link it again"):
+    with pytest.raises(PluginError, match="not of this one: link it again"):
         PluginLibrary(linked())
 
 
@@ -269,7 +272,7 @@ def test_what_is_no_library_is_refused(tmp_path: Path) -> None:
     (tmp_path / "text.so").write_text("no library")
     with pytest.raises(PluginError, match="cannot be loaded"):
         PluginLibrary(tmp_path / "text.so")
-    with pytest.raises(PluginError, match="no plugin library of this project"):
+    with pytest.raises(PluginError, match="is not a plugin library of nemo-export"):
         PluginLibrary(driver().path)
 
 
@@ -289,7 +292,7 @@ def test_an_unknown_attribute_is_refused() -> None:
 
 
 def test_an_attribute_of_another_type_is_refused() -> None:
-    with pytest.raises(PluginError, match="attribute scale must be one float"):
+    with pytest.raises(PluginError, match="attribute scale must be a single float"):
         library().plugin(SPECS["paged_attention"], {"scale": 1})
 
 
@@ -301,14 +304,14 @@ def test_an_unknown_op_is_refused() -> None:
 @pytest.mark.parametrize(
     ("tensor", "shape", "message"),
     [
-        (0, ("float16", (5, 64, 1)), "^NemoCausalConv1d: x has 3 axes, wants 2$"),
-        (1, ("float16", (63, 4)), r"weight has shape \[63, 4\], wants \[C, K\] with C = 64"),
-        (3, ("float16", (3, 64, 2)), r"conv_state has shape \[3, 64, 2\], wants \[S, C, K-1\] with K = 4"),
-        (4, ("int32", (0,)), r"query_start has shape \[0\], wants \[B\+1\]"),
-        (5, ("int32", (3,)), r"context_len has shape \[3\], wants \[B\] with B = 2"),
-        (1, ("float32", (64, 4)), "weight is float32, wants x's float16"),
-        (0, ("int32", (5, 64)), "x is int32, which NemoCausalConv1d does not take"),
-        (6, ("int64", (2,)), "slot is int64, wants int32"),
+        (0, ("float16", (5, 64, 1)), "^NemoCausalConv1d: x has 3 axes, expected 2$"),
+        (1, ("float16", (63, 4)), r"weight has shape \[63, 4\], expected \[C, K\] with C = 64"),
+        (3, ("float16", (3, 64, 2)), r"conv_state has shape \[3, 64, 2\], expected \[S, C, K-1\] with K = 4"),
+        (4, ("int32", (0,)), r"query_start has shape \[0\], expected \[B\+1\]"),
+        (5, ("int32", (3,)), r"context_len has shape \[3\], expected \[B\] with B = 2"),
+        (1, ("float32", (64, 4)), "weight is float32, expected x's float16"),
+        (0, ("int32", (5, 64)), "x is int32, which NemoCausalConv1d does not support"),
+        (6, ("int64", (2,)), "slot is int64, expected int32"),
     ],
 )
 def test_a_tensor_that_does_not_fit_is_named(tensor: int, shape: Any, message: str) -> None:
@@ -320,7 +323,7 @@ def test_a_tensor_that_does_not_fit_is_named(tensor: int, shape: Any, message: s
 
 def test_a_missing_input_is_named() -> None:
     shapes = shapes_of(SPECS["causal_conv1d"], CONV, {"X": "float16"})
-    with pytest.raises(PluginError, match="has 6 inputs, wants 7"):
+    with pytest.raises(PluginError, match="has 6 inputs, expected 7"):
         library().plugin(SPECS["causal_conv1d"], {}).shape(shapes[:-1])
 
 
@@ -374,7 +377,7 @@ def test_nothing_that_the_sanitisers_see_is_wrong() -> None:
     command = [
         sys.executable,
         str(Path(__file__).parent / "exercise_host.py"),
-        str(built.path),
+        str(built),
         str(driver().path),
     ]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)

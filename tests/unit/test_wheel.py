@@ -20,7 +20,7 @@ from nemotrt.exporter.engines import targets
 from nemotrt.exporter.errors import CompileError
 from nemotrt.plugins import shipped
 from nemotrt.plugins.kernel_index import KernelError
-from nemotrt.plugins.link import DESCRIPTION_NAME, LIBRARY_NAME, Library
+from nemotrt.plugins.link import DESCRIPTION_NAME, LIBRARY_NAME
 
 sys.path.insert(0, str(ROOT / "scripts"))
 import make_wheel
@@ -98,7 +98,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A wheel with the library whose kernels are names, unpacked as an installer does."""
     folder = tmp_path_factory.mktemp("wheel")
     tag = make_wheel.platform_tag(library().path, ARCHITECTURE)
-    path = make_wheel.wheel(Library(library().path, library().description), tag, folder)
+    path = make_wheel.wheel(library().path, tag, folder)
     assert path.name.endswith(f"-py3-none-{tag}.whl")
     with zipfile.ZipFile(path) as content:
         content.extractall(folder / "site")
