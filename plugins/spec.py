@@ -67,13 +67,6 @@ class OpSpec:
         """The op's name in `torch.ops.nemo`, which is the package's name."""
         return self.package.rpartition(".")[2]
 
-    def input_index(self, name: str) -> int:
-        """The position of an input; raises KeyError on an unknown name."""
-        for i, tensor in enumerate(self.inputs):
-            if tensor.name == name:
-                return i
-        raise KeyError(name)
-
     @property
     def pools(self) -> dict[int, int]:
         """The index of each output that replaces an input, and that input's index."""
@@ -84,7 +77,7 @@ class OpSpec:
         }
 
     def input_index(self, name: str) -> int:
-        """The position of the input of this name; raises ValueError if there is none."""
+        """The position of an input; raises ValueError on an unknown name."""
         return [tensor.name for tensor in self.inputs].index(name)
 
     def sizes(self, shapes: list[tuple[Any, ...]]) -> dict[str, Any]:

@@ -206,7 +206,7 @@ def copied(name: str) -> PluginLibrary:
     """A copy of the library with its own state; the name must be new, for what is loaded is found by its path."""
     path = FOLDER / f"{name}.so"
     path.unlink(missing_ok=True)  # a loaded file must not change: the copy is a new one
-    shutil.copy(link(index(), FOLDER / "release", Toolchain()).path, path)
+    shutil.copy(link(index(), FOLDER / "release", Toolchain()), path)
     return PluginLibrary(path)
 
 
