@@ -1,4 +1,4 @@
-"""The command line's entry: its commands, and what a person sees of an error."""
+"""The entry point of the command line: its commands, and how errors are printed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 import click
 
 from nemotrt.exporter import interrupts
-from nemotrt.exporter.commands.arguments import TALK
+from nemotrt.exporter.commands.arguments import OUTPUT_OPTIONS
 from nemotrt.exporter.commands.build import build
 from nemotrt.exporter.commands.check import check
 from nemotrt.exporter.commands.console import Console
@@ -24,16 +24,16 @@ from nemotrt.exporter.errors import ExportError, UsageError
 
 
 class Program(click.Group):
-    """A group whose commands end with one line and an exit code, whatever happens."""
+    """A group that turns every error of its commands into one line and an exit code."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """The commands in the order in which one meets them."""
+        """The commands in the order in which a user needs them."""
         return list(self.commands)
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the command; an error becomes one line, and its traceback is shown with --debug only."""
+        """Run the command; with --debug, errors are raised instead of printed."""
         try:
-            with interrupts.answered(), ctx.ensure_object(Console).attached():
+            with interrupts.handled(), ctx.ensure_object(Console).attached():
                 return super().invoke(ctx)
         except ExportError as error:
             _end(ctx, error, str(error), error.hint, error.exit_code)
@@ -45,34 +45,31 @@ class Program(click.Group):
         except MemoryError as error:
             _end(ctx, error, "out of memory", "nemo-export check estimates what a build needs", 1)
         except OSError as error:
-            if error.errno in (
-                None,
-                errno.EPIPE,
-            ):  # a library's own, and a reader that has gone: click's to end
+            if error.errno in (None, errno.EPIPE):  # raised by a library; a closed pipe is handled by click
                 raise
             where = f"{error.filename}: " if error.filename else ""
             _end(ctx, error, f"{where}{error.strerror}", "", UsageError.exit_code)
 
 
 def _end(ctx: click.Context, error: BaseException, message: str, hint: str, code: int) -> NoReturn:
-    is_mistyped = isinstance(error, click.UsageError)  # click's: a traceback would show its parser
+    is_mistyped = isinstance(error, click.UsageError)  # its traceback would show click's parser
     if ctx.ensure_object(Console).debug and not is_mistyped:
         raise error
-    line = " ".join(message.splitlines())  # a tensor's name can hold anything
-    shown = line if code == interrupts.EXIT_CODE else f"error: {line}"
-    click.echo(shown + (f"\n  {hint}" if hint else ""), err=True)
+    line = " ".join(message.splitlines())  # a tensor's name may hold line breaks
+    prefix = "" if code == interrupts.EXIT_CODE else "error: "
+    click.echo(prefix + line + (f"\n  {hint}" if hint else ""), err=True)
     raise click.exceptions.Exit(code) from error
 
 
 @click.group(
     cls=Program,
     name="nemo-export",
-    params=list(TALK),
+    params=list(OUTPUT_OPTIONS),
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 @click.version_option(package_name="nemo-export")
 def program() -> None:
-    """Export Nemotron-H and Nemotron 3 checkpoints to bundles that run, and are proved against PyTorch."""
+    """Export Nemotron-H and Nemotron 3 checkpoints to deployable bundles, numerically validated against PyTorch."""
 
 
 for command in (check, quantize, build, inspect, generate, validate, verify):
@@ -80,9 +77,9 @@ for command in (check, quantize, build, inspect, generate, validate, verify):
 
 
 def main() -> None:
-    """The program as a process: a defect of its own is one line too, and Ctrl-C ends it at once."""
+    """Run the program as a process, which prints internal errors in one line and ends at once on Ctrl-C."""
     if "--debug" not in sys.argv:
-        sys.excepthook = _defect
+        sys.excepthook = _report_internal_error
     try:
         program()
     except SystemExit as end:
@@ -94,7 +91,7 @@ def main() -> None:
         raise
 
 
-def _defect(kind: type[BaseException], error: BaseException, _: TracebackType | None) -> None:
+def _report_internal_error(kind: type[BaseException], error: BaseException, _: TracebackType | None) -> None:
     first = next(iter(str(error).splitlines()), "")
-    click.echo(f"error: a defect of nemo-export: {kind.__name__}: {first}", err=True)
-    click.echo("  please report it with what --debug shows", err=True)
+    click.echo(f"error: internal error of nemo-export: {kind.__name__}: {first}", err=True)
+    click.echo("  please report it with the output of --debug", err=True)

@@ -1,90 +1,114 @@
-"""What a build was asked for: one frozen dataclass, checked once, that every stage reads."""
+"""The options of a build: one frozen dataclass, checked once, that every stage reads."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 
 from nemotrt.exporter.errors import UsageError
 from nemotrt.plugins.contract import DType
 
-PRECISIONS = ("fp32", "fp16", "bf16", "fp8")
-"""Precisions of activations and weights; fp8 has BF16 wherever no FP8 is."""
 
-RUNTIMES = ("auto", "onnx", "tensorrt-rtx", "tensorrt")
-"""What a bundle can be run by; auto is the best that this machine can build."""
+class Precision(StrEnum):
+    """Precision of activations and weights; FP8 computes in BF16 where there is no FP8 kernel."""
 
-WEIGHTS = ("copy", "link")
-"""Into the bundle's own data file, or left in the checkpoint's files, which the bundle links."""
+    FP32 = "fp32"
+    FP16 = "fp16"
+    BF16 = "bf16"
+    FP8 = "fp8"
 
-PRESETS = ("conservative", "published")
-"""What is left unquantized where FP8 is made here: `presets.py` says which modules."""
+    @classmethod
+    def of(cls, dtype: str) -> Precision:
+        """The precision that computes in a dtype."""
+        return cls(DType(dtype).label.lower())
+
+    @property
+    def dtype(self) -> DType:
+        """The dtype of activations, and of weights that are not quantized."""
+        return COMPUTE_DTYPES[self]
+
 
 COMPUTE_DTYPES = {
-    "fp32": DType.FLOAT32,
-    "fp16": DType.FLOAT16,
-    "bf16": DType.BFLOAT16,
-    "fp8": DType.BFLOAT16,
+    Precision.FP32: DType.FLOAT32,
+    Precision.FP16: DType.FLOAT16,
+    Precision.BF16: DType.BFLOAT16,
+    Precision.FP8: DType.BFLOAT16,
 }
-PRECISION_OF_DTYPE = {DType.FLOAT32: "fp32", DType.FLOAT16: "fp16", DType.BFLOAT16: "bf16"}
 
+PRECISIONS = tuple(precision.value for precision in Precision)
+
+RUNTIMES = ("auto", "onnx", "tensorrt-rtx", "tensorrt")
+"""What runs the bundle; `auto` is the best runtime that this machine can build for."""
+
+WEIGHTS = ("copy", "link")
+"""Copy weights to the bundle's data file, or hard-link the checkpoint's files into the bundle."""
+
+PRESETS = ("conservative", "published")
+"""Which modules stay unquantized when this tool quantizes: `quantization/presets.py` lists them."""
+
+STATE_DTYPES, KV_DTYPES = ("fp32", "fp16"), ("auto", "fp8", "bf16")
 
 DRIFT_STEPS, BUILD_DRIFT_STEPS = 1000, 100
-"""Decode steps over which `validate` measures what the carried state loses, and over which a build does."""
+"""Decode steps over which `validate`, and a build, measure the drift of the recurrent state."""
 
 
 @dataclass(frozen=True)
 class BuildConfig:
-    """Everything that decides what a build writes; raises UsageError on what cannot be meant."""
+    """Everything that decides what a build writes; raises UsageError on a value that is out of range."""
 
     checkpoint: Path
     output: Path
     precision: str = ""
-    """One of PRECISIONS, or empty for the checkpoint's own."""
+    """One of PRECISIONS; empty selects the checkpoint's."""
     max_tokens: int = 2048
-    """Tokens a step (T)."""
+    """Tokens in a step (T)."""
     max_sequences: int = 16
-    """Sequences a step (B)."""
+    """Sequences in a step (B)."""
     max_context: int = 8192
-    """Tokens a sequence."""
+    """Tokens in a sequence."""
     page_size: int = 128
-    """Tokens a page of the KV cache."""
+    """Tokens in a page of the KV cache."""
     runtime: str = "auto"
-    """One of RUNTIMES: what the bundle is to be run by."""
+    """One of RUNTIMES."""
     sms: tuple[int, ...] = ()
-    """GPU generations that an engine of tensorrt-rtx is for; none for all that the precision runs on."""
+    """GPU generations that a tensorrt-rtx engine supports; empty selects all that the precision runs on."""
     layers: str = ""
-    """Which layers of the checkpoint to take, as `layer_selection` reads it; empty for all."""
+    """The layers to export, in the syntax of `checkpoint/layer_selection.py`; empty selects all."""
     weights: str = "copy"
-    """One of WEIGHTS: what becomes of tensors that the graph takes as the checkpoint has them."""
+    """One of WEIGHTS: how tensors that need no conversion get into the bundle."""
     state_dtype: str = "fp32"
-    """Of the recurrent state's pools."""
+    """One of STATE_DTYPES: the dtype of the recurrent state."""
     calibration: Path | None = None
-    """Text to calibrate FP8 on; none for the built-in text."""
+    """Text for FP8 calibration; None selects the built-in text."""
     preset: str = PRESETS[0]
-    """One of PRESETS: what a model that is quantized here keeps unquantized."""
+    """One of PRESETS."""
     exclude: tuple[str, ...] = ()
-    """Patterns of modules to leave unquantized, beside the preset's."""
+    """Patterns of modules to leave unquantized, in addition to the preset's."""
     kv_dtype: str = "auto"
-    """Of the KV cache: fp8, bf16, or auto: fp8 where the model is quantized here, else as the checkpoint says."""
+    """One of KV_DTYPES; `auto` is fp8 if the model is quantized here, else what the checkpoint says."""
     validate: bool = True
     force: bool = False
     keep_failed: bool = False
 
     def __post_init__(self) -> None:
-        if self.precision not in ("", *PRECISIONS):
-            raise UsageError(
-                f"precision {self.precision} is not known", hint="choose from " + ", ".join(PRECISIONS)
-            )
-        if self.runtime not in RUNTIMES:
-            raise UsageError(
-                f"runtime {self.runtime} is not known", hint="choose from " + ", ".join(RUNTIMES)
-            )
+        choices = {
+            "precision": ("", *PRECISIONS),
+            "runtime": RUNTIMES,
+            "weights": WEIGHTS,
+            "preset": PRESETS,
+            "state_dtype": STATE_DTYPES,
+            "kv_dtype": KV_DTYPES,
+        }
+        for name, values in choices.items():
+            if getattr(self, name) not in values:
+                raise UsageError(
+                    f"{_flag(name)} {getattr(self, name)} is unknown",
+                    hint="choose from " + ", ".join(filter(None, values)),
+                )
         for name in ("max_tokens", "max_sequences", "max_context", "page_size"):
             if getattr(self, name) < 1:
-                raise UsageError(
-                    f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least 1"
-                )
+                raise UsageError(f"{_flag(name)} is {getattr(self, name)}; it must be at least 1")
         if self.max_sequences > self.max_tokens:
             raise UsageError(
                 f"--max-sequences {self.max_sequences} is more than --max-tokens {self.max_tokens}",
@@ -92,3 +116,17 @@ class BuildConfig:
             )
         if self.page_size & (self.page_size - 1):
             raise UsageError(f"--page-size {self.page_size} is not a power of two")
+
+    @property
+    def dtype(self) -> DType:
+        """The dtype of activations, and of weights that are not quantized."""
+        return Precision(self.precision).dtype
+
+    @property
+    def state(self) -> DType:
+        """The dtype of the recurrent state."""
+        return Precision(self.state_dtype).dtype
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")

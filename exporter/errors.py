@@ -1,18 +1,18 @@
-"""The errors that reach a user, each one line of what happened and one of what to do.
+"""The errors that reach a user: one line about what happened, and one about what to do.
 
 ExportError
-├── UsageError          a flag, a path or a combination of them
-├── CheckpointError     files, tensors or the configuration of a checkpoint
-├── LowerError          the graph is not what the configuration says
+├── UsageError          a flag, a path or a combination of them is invalid
+├── CheckpointError     files, tensors or the configuration of a checkpoint are invalid
+├── LowerError          the graph does not match the configuration
 ├── CompileError        an engine cannot be built
-├── ValidationError     a gate failed, or could not be judged
-├── NotFiniteError      NaN or infinity where values are to be compared
-└── BundleError         a bundle is incomplete, changed or unknown
+├── ValidationError     a gate failed, or nothing could be compared
+├── NotFiniteError      values to compare are NaN or infinite
+└── BundleError         a bundle is incomplete, modified or of an unknown kind
 """
 
 
 class ExportError(Exception):
-    """What happened, in one line that names it; `hint` says what to do about it."""
+    """An error whose message says what happened in one line; `hint` says what to do about it."""
 
     exit_code = 1
 
@@ -22,19 +22,19 @@ class ExportError(Exception):
 
 
 class UsageError(ExportError):
-    """A flag, a path or a combination of them cannot be meant."""
+    """A flag, a path or a combination of them is invalid."""
 
     exit_code = 2
 
 
 class CheckpointError(ExportError):
-    """The checkpoint's files, tensors or configuration are not what they should be."""
+    """The checkpoint's files, tensors or configuration are invalid."""
 
     exit_code = 3
 
 
 class LowerError(ExportError):
-    """The graph is not what the configuration says it should be."""
+    """The graph does not match the configuration."""
 
     exit_code = 4
 
@@ -52,12 +52,12 @@ class ValidationError(ExportError):
 
 
 class NotFiniteError(ExportError):
-    """One side of a comparison holds NaN or infinity, so that nothing can be judged."""
+    """One side of a comparison holds NaN or infinity, so nothing can be compared."""
 
     exit_code = 8
 
 
 class BundleError(ExportError):
-    """The bundle is incomplete, was changed, or is of an unknown kind."""
+    """The bundle is incomplete, was modified, or is of an unknown kind."""
 
     exit_code = 7

@@ -1,4 +1,4 @@
-"""Ctrl-C is answered within a second, also inside a native call that Python waits for."""
+"""Ends the process within a second of Ctrl-C, even inside a native call."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from contextlib import contextmanager
 EXIT_CODE = 128 + signal.SIGINT
 
 GRACE = 0.8
-"""Seconds that a command has to end and to tidy up after Ctrl-C."""
+"""Seconds that a command has for cleaning up after Ctrl-C."""
 
 SHOW_CURSOR = b"\x1b[?25h"
 """A progress bar hides the terminal's cursor."""
 
 
 @contextmanager
-def answered() -> Iterator[None]:
-    """Inside, Ctrl-C raises KeyboardInterrupt, and ends the process where that has led nowhere after GRACE.
+def handled() -> Iterator[None]:
+    """While the context is open, Ctrl-C raises KeyboardInterrupt, and ends the process if it still runs after GRACE.
 
-    Python raises only between its own instructions, and a native call may take minutes. Ending there is what
-    SIGKILL does, which every writer of files here survives.
+    Python raises only between its own instructions, and a native call may take minutes. Ending the process there is
+    as safe as SIGKILL, which everything that writes files here survives.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -45,9 +45,9 @@ def answered() -> Iterator[None]:
 
 
 def _watch(reader: int, ended: threading.Event) -> None:
-    """Wait for signals' numbers, which Python's own handler writes at once whatever the main thread does."""
+    """Wait for signal numbers, which Python's own handler writes at once whatever the main thread does."""
     while received := os.read(reader, 1):
         if received[0] == signal.SIGINT and not ended.wait(GRACE):
-            shown = SHOW_CURSOR if sys.stderr.isatty() else b""
-            os.write(2, shown + b"interrupted\n")
+            cursor = SHOW_CURSOR if sys.stderr.isatty() else b""
+            os.write(2, cursor + b"interrupted\n")
             os._exit(EXIT_CODE)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Protocol
 
 Advance = Callable[[int], None]
@@ -34,3 +35,34 @@ class SilentProgress:
 
 
 SILENT: Progress = SilentProgress()
+
+log = logging.getLogger(__name__)
+
+
+class BuildLog:
+    """Forwards a build's progress and collects the lines of its log.
+
+    Lines hold neither times nor paths, so that equal builds have equal logs.
+    """
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self.lines: list[str] = []
+
+    def note(self, text: str, level: int = logging.INFO) -> None:
+        """Log a line below the current stage."""
+        self.lines.append(f"{'':<9} {text}")
+        log.log(level, text)
+
+    @contextmanager
+    def stage(
+        self, name: str, what: str, *, total: int | None = None, is_bytes: bool = False
+    ) -> Iterator[Advance]:
+        """Show a stage, and log its title when it ends."""
+        outcome = "  stopped"
+        try:
+            with self._progress.stage(name, what, total=total, is_bytes=is_bytes) as advance:
+                yield advance
+            outcome = ""
+        finally:
+            self.lines.append(f"{name:<9} {what}{outcome}")

@@ -1,9 +1,9 @@
-"""The folder that a build works in: beside its output, locked, journalled, and renamed when it is whole.
+"""The folder that a build works in: next to its output, locked, journaled, renamed when complete.
 
-`.NAME.building/` beside the output NAME holds
+`.NAME.building/` next to the output NAME holds
     lock           locked by the build that works here
-    journal.json   which stages ended, with what inputs and results
-    bundle/        what becomes the output
+    journal.json   finished stages, with their inputs and results
+    bundle/        becomes the output
     replaced/      the bundle that --force replaces, while the new one takes its place
 """
 
@@ -14,23 +14,24 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Self
+from typing import IO, Any, Self, TypeVar
 
 from nemotrt.exporter.errors import BundleError, UsageError
-from nemotrt.exporter.runtime import files, manifest
+from nemotrt.exporter.runtime import files, manifest, strict_json
 
 JOURNAL, LOCK = "journal.json", "lock"
-SO_FAR = " so far"
-"""Ends the journal's name for a stage that has not ended."""
-VERSION = 2
-"""Of the journal: one that another version wrote is not continued."""
+VERSION = 3
+"""Version of the journal. A build does not continue from a journal of another version."""
+
+Result = TypeVar("Result")
 
 
 def digest(*parts: Any) -> str:
-    """A SHA-256 over the JSON of the parts, sets in order: the key of a stage's inputs, the same in every process."""
+    """A SHA-256 of the parts' JSON, with sets sorted: the same in every process."""
     text = json.dumps(parts, sort_keys=True, default=_plain)
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -40,11 +41,9 @@ def _plain(part: Any) -> Any:
 
 
 def check_output(output: Path, *, force: bool) -> None:
-    """Raise UsageError when nothing can stand at the output, or what stands there may not be replaced."""
+    """Raise UsageError if the output cannot be created, or exists and may not be replaced."""
     if not output.parent.is_dir():
-        raise UsageError(
-            f"{output.parent} is not a folder", hint="make the folder that --output is to stand in"
-        )
+        raise UsageError(f"{output.parent} is not a folder", hint="create the parent folder of --output")
     if not os.path.lexists(output):
         return
     if not force:
@@ -61,52 +60,80 @@ def check_output(output: Path, *, force: bool) -> None:
         ) from error
     if strangers := (*findings.added, *findings.irregular):
         raise UsageError(
-            f"{output} holds {strangers[0]}, which is not of the bundle: --force would delete it",
+            f"{output} holds {strangers[0]}, which is not part of the bundle: --force would delete it",
             hint="move it away, or choose another --output",
         )
 
 
+@dataclass(frozen=True)
+class JournalEntry:
+    """A stage in the journal."""
+
+    key: str
+    """The digest of the stage's inputs."""
+    files: dict[str, tuple[int, ...]]
+    """Size and modification time of every file in the folder when the stage finished."""
+    log: tuple[str, ...]
+    """The stage's lines in the build's log."""
+    result: str = ""
+    """The result as JSON; empty until the stage has finished."""
+    bytes_done: int = 0
+    """The number of bytes that an unfinished stage has brought to disk."""
+
+    def decode(self, kind: type[Result]) -> Result:
+        """The stage's result."""
+        return strict_json.decode(kind, strict_json.parse_object(self.result, JOURNAL), JOURNAL)
+
+
+@dataclass(frozen=True)
+class Journal:
+    """The stages that a build has recorded, in order."""
+
+    version: int
+    stages: dict[str, JournalEntry]
+
+
 class Workspace:
-    """A sibling of the output, kept when a build is killed so that the next one continues it."""
+    """A sibling of the output that remains when a build is killed, so that the next build can continue."""
 
     def __init__(self, output: Path) -> None:
         named = output if output.name not in ("", "..") else output.resolve()
         self.output = named.parent.resolve() / named.name
         self.root = self.output.parent / f".{self.output.name}.building"
         self.folder = self.root / "bundle"
-        """What becomes the output."""
+        """Becomes the output."""
         self._replaced = self.root / "replaced"
-        self._journal: dict[str, dict[str, Any]] = {}
+        self._journal: dict[str, JournalEntry] = {}
 
     @classmethod
     @contextmanager
     def open(cls, output: Path, *, force: bool) -> Iterator[Self]:
-        """A locked workspace; raises UsageError when another build holds it, or as `check_output` does.
+        """A locked workspace; raises UsageError if another build holds it, and whatever `check_output` raises.
 
-        When it is left, what ended stages wrote stays for the next build, unless it was cleared or published.
+        On exit, the files of finished stages remain for the next build, unless they were cleared or published.
         """
         workspace = cls(output)
         check_output(workspace.output, force=force)
         with workspace._locked():
-            workspace._put_back()
+            workspace._settle_replacement()
             workspace._read_journal()
             try:
                 check_output(workspace.output, force=force)
                 workspace.folder.mkdir(exist_ok=True)
                 yield workspace
             finally:
-                workspace._put_back()
+                workspace._settle_replacement()
                 if not workspace.has_results:
                     workspace.clear()
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        """Hold the lock; at the end its file and the root go if nothing else is in there."""
+        """Hold the lock; on exit, remove its file and the root if nothing else is in there."""
         file = self._open_lock()
         try:
             yield
         finally:
-            # Another build may make its lock between the two: then the folder is its own, and stays.
+            # Another build may create its lock between the two calls. Then rmdir fails, and the folder is its own.
             with suppress(OSError):
                 if os.listdir(self.root) == [LOCK]:
                     (self.root / LOCK).unlink()
@@ -120,7 +147,7 @@ class Workspace:
             try:
                 file = path.open("a")
             except FileNotFoundError:
-                continue  # the build before this one has just removed the folder
+                continue  # the previous build has just removed the folder
             except OSError:
                 with suppress(OSError):
                     self.root.rmdir()
@@ -132,14 +159,14 @@ class Workspace:
                 raise UsageError(
                     f"another build is writing {self.output}", hint="wait for it, or choose another --output"
                 ) from error
-            # A lock on a file that its holder removed before letting go would be a lock on nothing.
+            # The previous holder may have removed the file before it released it: such a lock protects nothing.
             with suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(file.fileno()), path.stat()):
                     return file
             file.close()
 
-    def _put_back(self) -> None:
-        """Undo or end the replacement that a killed build was in the middle of."""
+    def _settle_replacement(self) -> None:
+        """Undo or complete a replacement that a killed build left half done."""
         if not self._replaced.exists():
             return
         if os.path.lexists(self.output):
@@ -149,34 +176,35 @@ class Workspace:
 
     @property
     def has_results(self) -> bool:
-        """Whether a stage has ended, so that the next build of this output can go on from it."""
+        """Whether the next build of this output can continue from this one."""
         return bool(self._journal)
 
     def _read_journal(self) -> None:
+        path = self.root / JOURNAL
         try:
-            found = json.loads((self.root / JOURNAL).read_text(encoding="utf-8"))
-        except (FileNotFoundError, ValueError):
-            found = {}
-        is_ours = isinstance(found, dict) and found.get("version") == VERSION
-        if is_ours and found["stages"] and self.folder.is_dir():
-            self._journal = found["stages"]
-        else:
-            # A build was killed before its first stage ended, or just after publishing.
+            fields = strict_json.parse_object(path.read_text(encoding="utf-8"), JOURNAL)
+            journal = strict_json.decode(Journal, fields, JOURNAL)
+            if journal.version == VERSION and self.folder.is_dir():
+                self._journal = journal.stages
+        except (FileNotFoundError, UnicodeDecodeError, BundleError):
+            self._journal = {}
+        if not self._journal:
+            # A build was killed before its first stage finished, or just after it was published.
             self.clear()
 
-    def result(self, stage: str, key: str) -> Any | None:
-        """What the stage recorded when it last ended with these inputs, or None.
+    def finished(self, stage: str, key: str) -> JournalEntry | None:
+        """The stage's entry if it finished with these inputs and its files have not changed, else None.
 
-        None too when a file that it wrote is not as it was; it and the stages after it then count as not run.
+        If its inputs or files differ, the stage and all stages after it count as not run.
         """
         entry = self._journal.get(stage)
-        if entry and entry["key"] == key and entry["files"].items() <= self._files().items():
-            return entry["result"]
+        if entry and entry.key == key and entry.files.items() <= self._files().items():
+            return entry if entry.result else None
         self._forget(stage)
         return None
 
     def _forget(self, stage: str) -> None:
-        """Take the stage and those recorded after it out of the journal before the stage runs again."""
+        """Remove the stage and those recorded after it from the journal, before the stage runs again."""
         stages = list(self._journal)
         if stage in stages:
             for later in stages[stages.index(stage) :]:
@@ -186,46 +214,45 @@ class Workspace:
             shutil.rmtree(self.folder)
             self.folder.mkdir()
 
-    def record(self, stage: str, key: str, result: Any) -> None:
-        """Say that the stage ended; what it wrote is on disk before the journal says so."""
+    def record(self, stage: str, key: str, result: Any, log: Sequence[str] = ()) -> None:
+        """Record a finished stage and its result, a dataclass, once all its files are on disk."""
         sync(self.folder)
-        self._journal.pop(stage + SO_FAR, None)
-        self._journal[stage] = {"key": key, "files": self._files(), "result": result}
+        self._journal[stage] = JournalEntry(key, self._files(), tuple(log), strict_json.encode(result))
         self._write_journal()
 
-    def keep(self, stage: str, key: str, progress: int) -> None:
-        """Say how far the stage is; what it wrote up to there is on disk already."""
-        self._journal[stage + SO_FAR] = {"key": key, "files": {}, "result": progress}
+    def record_bytes(self, stage: str, key: str, bytes_done: int) -> None:
+        """Record how many bytes an unfinished stage has brought to disk."""
+        self._journal[stage] = JournalEntry(key, {}, (), bytes_done=bytes_done)
         self._write_journal()
 
-    def kept(self, stage: str, key: str) -> int:
-        """How far the stage came with these inputs before its build was killed; 0 if it did not."""
-        return int(self.result(stage + SO_FAR, key) or 0)
+    def bytes_done(self, stage: str, key: str) -> int:
+        """The number of bytes that a killed build brought to disk in this stage with the same inputs."""
+        entry = self._journal.get(stage)
+        return entry.bytes_done if entry and entry.key == key else 0
 
     def _write_journal(self) -> None:
-        files.write_atomic(self.root / JOURNAL, json.dumps({"version": VERSION, "stages": self._journal}))
+        files.write_atomic(self.root / JOURNAL, strict_json.encode(Journal(VERSION, self._journal)))
 
-    def _files(self) -> dict[str, list[int]]:
-        """Size and time of every file in the folder, by its path below it."""
-        found = {}
-        for path in self.folder.rglob("*"):
-            if path.is_file():
-                status = path.stat()
-                found[str(path.relative_to(self.folder))] = [status.st_size, status.st_mtime_ns]
-        return found
+    def _files(self) -> dict[str, tuple[int, ...]]:
+        """Size and modification time of every file in the folder, by its path in the folder."""
+        stats = {path: path.stat() for path in self.folder.rglob("*") if path.is_file()}
+        return {
+            str(path.relative_to(self.folder)): (stat.st_size, stat.st_mtime_ns)
+            for path, stat in stats.items()
+        }
 
     def clear(self) -> None:
-        """Remove all that the build has written, but not what it has published or was to replace."""
-        self._put_back()
+        """Remove everything that the build has written, except what it has published or was about to replace."""
+        self._settle_replacement()
         self._journal = {}
-        # The journal first: what it promises must not be half removed if this is interrupted.
+        # The journal goes first: an interruption must not leave one that lists removed files.
         (self.root / JOURNAL).unlink(missing_ok=True)
         for partial in self.root.glob(f".{JOURNAL}.*"):
             partial.unlink(missing_ok=True)
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def publish(self) -> None:
-        """Rename the folder to the output, whole; what stood there is removed after that."""
+        """Rename the complete folder to the output; a bundle that it replaces is removed afterwards."""
         sync(self.folder)
         if os.path.lexists(self.output):
             self.output.rename(self._replaced)
@@ -235,7 +262,7 @@ class Workspace:
 
 
 def sync(folder: Path) -> None:
-    """Bring every file and folder below to the disk."""
+    """Flush every file and folder below to disk."""
     for path in [*folder.rglob("*"), folder]:
         if not path.is_symlink():
             files.sync(path)

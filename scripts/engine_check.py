@@ -83,9 +83,10 @@ def build(checkpoint: Path, output: Path, target: Target, precision: str) -> tup
     if target.runtime == "tensorrt-rtx":
         config = dataclasses.replace(config, sms=target.sms)
     result = pipeline.build(config)
-    engine = output / result["engine"]["path"]
-    size = engine.stat().st_size
-    return f"{result['engine']['version']}, {size / 1e6:.1f} MB", {"engine_bytes": size, **result["engine"]}
+    assert result.engine is not None
+    size = (output / result.engine.path).stat().st_size
+    fields = {"engine_bytes": size, **dataclasses.asdict(result.engine)}
+    return f"{result.engine.version}, {size / 1e6:.1f} MB", fields
 
 
 def compare(checkpoint: Path, bundle: Path) -> tuple[str, Any]:
@@ -95,7 +96,7 @@ def compare(checkpoint: Path, bundle: Path) -> tuple[str, Any]:
     failed = [gate for gate in report.gates if not gate.passed]
     said = f"{report.candidate}: {len(report.gates) - len(failed)} of {len(report.gates)} gates passed"
     if failed:
-        raise CompileError(f"{said}; the first that failed: {build.describe(failed[0])}")
+        raise CompileError(f"{said}; the first that failed: {pipeline.describe(failed[0])}")
     return said, dataclasses.asdict(report)
 
 

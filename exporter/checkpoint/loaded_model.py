@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nemotrt.exporter.checkpoint.safetensors_reader import StoredTensor
-from nemotrt.exporter.config import COMPUTE_DTYPES, BuildConfig
+from nemotrt.exporter.config import BuildConfig
 from nemotrt.model.checkpoint import Transform
 from nemotrt.model.config import ModelConfig
 from nemotrt.model.pools import pool_specs
@@ -35,11 +35,11 @@ class LoadedModel:
 
     def pools(self, config: BuildConfig) -> tuple[PoolSpec, ...]:
         """The pools of the graph that `config` asks for, in layer order."""
-        dtype = COMPUTE_DTYPES[config.precision]
+        dtype = config.dtype
         return pool_specs(
             self.config,
             page_size=config.page_size,
             dtype=dtype,
-            state_dtype=COMPUTE_DTYPES[config.state_dtype],
+            state_dtype=config.state,
             kv_dtype=dtype if config.kv_dtype == "bf16" else None,
         )

@@ -1,4 +1,4 @@
-"""What several commands have in common: paths that must exist, --json, and how much is said."""
+"""Arguments and options that several commands share."""
 
 from __future__ import annotations
 
@@ -13,34 +13,34 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from nemotrt.exporter.commands.console import Console
-from nemotrt.exporter.config import PRESETS, RUNTIMES, WEIGHTS
+from nemotrt.exporter.config import KV_DTYPES, PRECISIONS, PRESETS, RUNTIMES, WEIGHTS
 
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
 
 LEVELS = {"quiet": logging.ERROR, "verbose": logging.DEBUG}
-"""A flag → the least level of the log records that are printed."""
+"""A flag → the minimum level of the log records that are printed."""
 
 HUB_NAME = re.compile(r"[\w-]+/[\w.-]+")
-"""As nvidia/NVIDIA-Nemotron-Nano-9B-v2."""
+"""For example nvidia/NVIDIA-Nemotron-Nano-9B-v2."""
 
 
 class ExistingPath(click.Path):
-    """A path that must exist; a mistyped one is refused with the name that was probably meant."""
+    """A path that must exist; the error for a mistyped path suggests a similar one."""
 
     def __init__(self, *, is_folder: bool = False) -> None:
         super().__init__(path_type=Path)
         self._is_folder = is_folder
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """The value as a Path."""
+        """The value as an existing Path."""
         path = Path(os.fsdecode(super().convert(value, param, ctx)))
         if not path.exists():
-            near = _near(path)
-            why = f"; did you mean {near}?" if near else ""
-            if not near and HUB_NAME.fullmatch(str(path)):
-                why = "; if it is a name on a hub: nothing is downloaded here, name a local folder"
-            self.fail(f"{path} does not exist{why}", param, ctx)
+            similar = _similar(path)
+            advice = f"; did you mean {similar}?" if similar else ""
+            if not similar and HUB_NAME.fullmatch(str(path)):
+                advice = "; nemo-export downloads no models: name a local folder"
+            self.fail(f"{path} does not exist{advice}", param, ctx)
         if self._is_folder and not path.is_dir():
             self.fail(f"{path} is not a folder", param, ctx)
         return path
@@ -48,7 +48,7 @@ class ExistingPath(click.Path):
     def shell_complete(
         self, ctx: click.Context, param: click.Parameter, incomplete: str
     ) -> list[CompletionItem]:
-        """Tell the shell which of its paths may be meant."""
+        """Let the shell complete the path."""
         from click.shell_completion import CompletionItem
 
         return [CompletionItem(incomplete, type="dir" if self._is_folder else "file")]
@@ -58,7 +58,7 @@ class EvaluationText(ExistingPath):
     """A text file, or `default` for the built-in text."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """The file's path."""
+        """The path of the file."""
         if value == "default":
             from nemotrt.exporter.quantization.text import evaluation_text
 
@@ -66,15 +66,15 @@ class EvaluationText(ExistingPath):
         return super().convert(value, param, ctx)
 
 
-def _near(path: Path) -> Path | None:
-    """The path with its first name that does not exist replaced by one that does and looks like it."""
+def _similar(path: Path) -> Path | None:
+    """The path with its first missing component replaced by the most similar existing name."""
     for parent in reversed(path.parents):
         name, *rest = path.relative_to(parent).parts
         if (parent / name).exists():
             continue
         names = [entry.name for entry in parent.iterdir()] if parent.is_dir() else []
-        found = difflib.get_close_matches(name, names, n=1)
-        return parent.joinpath(found[0], *rest) if found else None
+        matches = difflib.get_close_matches(name, names, n=1)
+        return parent.joinpath(matches[0], *rest) if matches else None
     return None
 
 
@@ -90,25 +90,25 @@ def _switch(context: click.Context, parameter: click.Parameter, value: bool) -> 
         console.setLevel(LEVELS[str(parameter.name)])
 
 
-def _flag(*names: str, says: str) -> click.Option:
-    return click.Option(names, is_flag=True, expose_value=False, callback=_switch, help=says)
+def _flag(*names: str, description: str) -> click.Option:
+    return click.Option(names, is_flag=True, expose_value=False, callback=_switch, help=description)
 
 
-TALK = (
-    _flag("--quiet", "-q", says="Say nothing but errors."),
-    _flag("--verbose", "-v", says="Say more."),
-    _flag("--debug", says="Show the traceback of an error."),
+OUTPUT_OPTIONS = (
+    _flag("--quiet", "-q", description="Print errors only."),
+    _flag("--verbose", "-v", description="Print more details."),
+    _flag("--debug", description="Show the traceback of an error."),
 )
-"""Options of the program and of each command: they may stand before the command's name or after it."""
+"""Options of the program and of each command: they may precede the command's name or follow it."""
 
 
 def command(example: str) -> Callable[[Callable[..., None]], click.Command]:
-    """A command named for its function, with the options of TALK; its help ends with the example."""
+    """Make a function a command of the same name, with OUTPUT_OPTIONS; its help ends with the example."""
 
     def decorate(function: Callable[..., None]) -> click.Command:
-        made = click.command(epilog=f"Example: nemo-export {example}")(function)
-        made.params += TALK
-        return made
+        decorated = click.command(epilog=f"Example: nemo-export {example}")(function)
+        decorated.params += OUTPUT_OPTIONS
+        return decorated
 
     return decorate
 
@@ -116,28 +116,38 @@ def command(example: str) -> Callable[[Callable[..., None]], click.Command]:
 FOLDER = ExistingPath(is_folder=True)
 CHECKPOINT = click.argument("checkpoint", type=FOLDER)
 BUNDLE = click.argument("bundle", type=FOLDER)
+OUTPUT = click.option(
+    "--output",
+    "-o",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="Folder to create.",
+)
 JSON = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
 LAYERS = click.option(
     "--layers",
     default="",
-    metavar="CHOICE",
-    help="Of these layers only: a range as 0:4, a list as 0,3,7, or first-of-each, one of each kind.",
+    metavar="SELECTION",
+    help="Use these layers only: a range (0:4), a list (0,3,7), or first-of-each, one layer of each kind.",
 )
 
 
 def _numbers(context: click.Context, parameter: click.Parameter, value: str) -> tuple[int, ...]:
     parts = [part.strip() for part in value.split(",") if part.strip()]
     if not all(part.isdigit() for part in parts):
-        raise click.BadParameter(f"{value} is no list of numbers, as 89,120")
+        raise click.BadParameter(f"{value} is not a list of numbers such as 89,120")
     return tuple(int(part) for part in parts)
 
 
+PRECISION = click.option(
+    "--precision", type=click.Choice(PRECISIONS), help="Default: the checkpoint's precision."
+)
 RUNTIME = click.option(
     "--runtime",
     type=click.Choice(RUNTIMES),
     default="auto",
     show_default=True,
-    help="What is to run the bundle; auto takes the best that this machine can build, and says so.",
+    help="Runtime that executes the bundle; auto selects the best one that this machine can build for.",
 )
 SMS = click.option(
     "--sm",
@@ -145,39 +155,39 @@ SMS = click.option(
     callback=_numbers,
     default="",
     metavar="LIST",
-    help="GPU generations for tensorrt-rtx, as 89,120; default: all that the precision runs on.",
+    help="Compute capabilities for tensorrt-rtx, e.g. 89,120. Default: all that support the precision.",
 )
-WEIGHTS_LIE = click.option(
+WEIGHTS_PLACEMENT = click.option(
     "--weights",
     type=click.Choice(WEIGHTS),
     default="copy",
     show_default=True,
-    help="Copy weights into the bundle, or link the checkpoint's files where they hold them as wanted: the bundle"
-    " is as good as those files then.",
+    help="Copy weights into the bundle, or hard-link checkpoint files that need no conversion; changing such a file"
+    " then changes the bundle.",
 )
 CALIBRATION = click.option(
     "--calibration",
     type=ExistingPath(),
-    help='Text to calibrate FP8 on: .txt, or .jsonl with {"text": …} a line. Default: a built-in text.',
+    help='Text for FP8 calibration: .txt, or .jsonl with {"text": …} on each line. Default: a built-in text.',
 )
 PRESET = click.option(
     "--preset",
     type=click.Choice(PRESETS),
     default=PRESETS[0],
     show_default=True,
-    help="What FP8 leaves out, as NVIDIA does: attention, latent projections and Mamba layers (conservative), or as in"
-    " its published checkpoints, whose Mamba layers are FP8 too.",
+    help="Modules that stay unquantized: conservative excludes attention, latent projections and Mamba layers;"
+    " published quantizes Mamba layers too, like NVIDIA's published checkpoints.",
 )
 EXCLUDE = click.option(
     "--exclude",
     multiple=True,
     metavar="PATTERN",
-    help="Leave these modules unquantized too, as '*.layers.4.mixer'; more than once for more.",
+    help="Leave more modules unquantized, e.g. '*.layers.4.mixer'. May be repeated.",
 )
 KV_DTYPE = click.option(
     "--kv-dtype",
-    type=click.Choice(["auto", "fp8", "bf16"]),
+    type=click.Choice(KV_DTYPES),
     default="auto",
     show_default=True,
-    help="Of the KV cache; auto is fp8 where the model is quantized here, else what its FP8 checkpoint says.",
+    help="Data type of the KV cache; auto is fp8 if this command quantizes the model, else the checkpoint's choice.",
 )

@@ -1,9 +1,9 @@
-"""build: a checkpoint becomes a bundle."""
+"""The command `build`: export a checkpoint to a bundle."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
-from pathlib import Path
 from typing import Any
 
 import click
@@ -15,64 +15,57 @@ from nemotrt.exporter.commands.arguments import (
     JSON,
     KV_DTYPE,
     LAYERS,
+    OUTPUT,
+    PRECISION,
     PRESET,
     RUNTIME,
     SMS,
-    WEIGHTS_LIE,
+    WEIGHTS_PLACEMENT,
     command,
 )
 from nemotrt.exporter.commands.console import Console
-from nemotrt.exporter.config import PRECISIONS, BuildConfig
+from nemotrt.exporter.config import STATE_DTYPES, BuildConfig
 
 
 @command("build examples/tiny --output tiny.bundle")
 @CHECKPOINT
-@click.option(
-    "--output",
-    "-o",
-    type=click.Path(path_type=Path),
-    required=True,
-    help="The bundle's folder; must not exist.",
-)
-@click.option(
-    "--precision", type=click.Choice(PRECISIONS), default=None, help="Default: the checkpoint's own."
-)
+@OUTPUT
+@PRECISION
 @RUNTIME
 @SMS
 @click.option(
-    "--max-tokens", default=2048, show_default=True, help="Tokens a step, of all sequences together."
+    "--max-tokens", default=2048, show_default=True, help="Tokens in a step, of all sequences together."
 )
-@click.option("--max-sequences", default=16, show_default=True, help="Sequences a step.")
-@click.option("--max-context", default=8192, show_default=True, help="Tokens a sequence.")
-@click.option("--page-size", default=128, show_default=True, help="Tokens a page of the KV cache.")
+@click.option("--max-sequences", default=16, show_default=True, help="Sequences in a step.")
+@click.option("--max-context", default=8192, show_default=True, help="Tokens in a sequence.")
+@click.option("--page-size", default=128, show_default=True, help="Tokens in a page of the KV cache.")
 @click.option(
     "--state-dtype",
-    type=click.Choice(["fp32", "fp16"]),
+    type=click.Choice(STATE_DTYPES),
     default="fp32",
     show_default=True,
-    help="Of the recurrent state.",
+    help="Data type of the recurrent (SSM) state.",
 )
 @LAYERS
 @CALIBRATION
 @PRESET
 @EXCLUDE
 @KV_DTYPE
-@WEIGHTS_LIE
+@WEIGHTS_PLACEMENT
 @click.option("--force", is_flag=True, help="Replace an existing bundle.")
-@click.option("--no-validate", is_flag=True, help="Do not compare with PyTorch; the manifest says so.")
+@click.option("--no-validate", is_flag=True, help="Skip the comparison with PyTorch; the manifest says so.")
 @click.option(
     "--keep-failed", is_flag=True, help="Write the bundle even if a gate fails; the manifest says so."
 )
 @JSON
 @click.pass_obj
 def build(
-    console: Console, /, checkpoint: Path, output: Path, as_json: bool, no_validate: bool, **options: Any
+    console: Console, /, precision: str | None, no_validate: bool, as_json: bool, **options: Any
 ) -> None:
-    """Build a bundle from CHECKPOINT: the graph, its proof against PyTorch, and a manifest."""
+    """Build a bundle from CHECKPOINT: an ONNX graph, TensorRT engines, a validation report and a manifest."""
     from nemotrt.exporter.pipelines import build
 
-    given = options | {"precision": options["precision"] or ""}
-    config = BuildConfig(checkpoint=checkpoint, output=output, validate=not no_validate, **given)
+    config = BuildConfig(precision=precision or "", validate=not no_validate, **options)
     result = build.build(config, console)
     if as_json:
-        click.echo(json.dumps(result, indent=2))
+        click.echo(json.dumps(dataclasses.asdict(result), indent=2))

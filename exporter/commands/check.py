@@ -1,4 +1,4 @@
-"""check: all that can be known of a build without writing."""
+"""The command `check`: predict a build without writing anything."""
 
 from __future__ import annotations
 
@@ -11,36 +11,34 @@ from nemotrt.exporter.commands.arguments import (
     FOLDER,
     JSON,
     LAYERS,
+    PRECISION,
     RUNTIME,
     SMS,
-    WEIGHTS_LIE,
+    WEIGHTS_PLACEMENT,
     ExistingPath,
     command,
 )
 from nemotrt.exporter.commands.console import Console
-from nemotrt.exporter.config import PRECISIONS
 from nemotrt.exporter.errors import CheckpointError, UsageError
 
 
 @command("check examples/tiny --deep")
 @click.argument("checkpoint", type=FOLDER, required=False)
-@click.option(
-    "--precision", type=click.Choice(PRECISIONS), default=None, help="Default: the checkpoint's own."
-)
+@PRECISION
 @RUNTIME
 @SMS
-@click.option("--deep", is_flag=True, help="Read every weight too: NaN, infinity, overflow.")
+@click.option("--deep", is_flag=True, help="Also read all weights, to find NaN, infinity and overflow.")
 @click.option(
-    "--config", "config_file", type=ExistingPath(), help="Without a checkpoint: its config.json alone."
+    "--config", "config_file", type=ExistingPath(), help="Check this config.json, without a checkpoint."
 )
 @click.option(
     "--tensors",
     "tensors_file",
     type=ExistingPath(),
-    help="With --config: a JSON table {name: [dtype, shape]}; expert 0 may stand for all.",
+    help="With --config: a JSON table {name: [dtype, shape]}; expert 0 may represent all experts.",
 )
 @LAYERS
-@WEIGHTS_LIE
+@WEIGHTS_PLACEMENT
 @JSON
 @click.pass_obj
 def check(
@@ -56,9 +54,9 @@ def check(
     weights: str,
     as_json: bool,
 ) -> None:
-    """Say what a build of CHECKPOINT would make, need and refuse. Nothing is written.
+    """Report what a build of CHECKPOINT would produce, need and reject, without writing anything.
 
-    Reads the configuration and the tensors' headers; exits with 3 if a build would refuse them.
+    Reads the configuration and the tensor headers; exits with 3 if a build would reject them.
     """
     from nemotrt.exporter.pipelines import check as checks
 
@@ -67,12 +65,12 @@ def check(
             headers = checks.read_headers(checkpoint, layers)
     elif checkpoint is None and config_file and tensors_file:
         if deep:
-            raise UsageError("--deep reads weights, and a table has none", hint="name a checkpoint's folder")
+            raise UsageError("--deep reads weights, and a table has none", hint="name a checkpoint folder")
         with console.stage("read", f"{config_file.name}, {tensors_file.name}"):
             headers = checks.read_table(config_file, tensors_file, layers)
     else:
         raise UsageError(
-            "check wants a checkpoint, or --config and --tensors", hint="see nemo-export check --help"
+            "check needs a checkpoint, or --config and --tensors", hint="see nemo-export check --help"
         )
     result = checks.check(
         headers,

@@ -1,4 +1,4 @@
-"""generate: text from a bundle, on its own, with no PyTorch."""
+"""The command `generate`: generate text with a bundle, without PyTorch."""
 
 from __future__ import annotations
 
@@ -19,21 +19,40 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+TOP_P = "Nucleus sampling: keep the smallest set of tokens whose probability reaches P."
+
 
 @command("generate tiny.bundle --prompt 'The for statement' --max-new-tokens 40")
 @BUNDLE
 @click.option(
-    "--prompt", "prompts", multiple=True, required=True, help="May be given again: all run together."
+    "--prompt", "prompts", multiple=True, required=True, help="May be repeated: all prompts run together."
 )
-@click.option("--chat", is_flag=True, help="Take a prompt as a user's message to the chat template.")
-@click.option("--max-new-tokens", default=128, show_default=True, help="Tokens after each prompt.")
-@click.option("--temperature", default=0.0, show_default=True, help="0 takes the likeliest token.")
-@click.option("--top-p", default=1.0, show_default=True, help="Draw from the likeliest of this probability.")
-@click.option("--top-k", default=0, show_default=True, help="Draw from the k likeliest; 0 from all.")
-@click.option("--seed", default=0, show_default=True, help="Of what is drawn.")
-@click.option("--threads", default=0, show_default=True, help="Of ONNX Runtime; 0 takes all cores.")
-@click.option("--engine", is_flag=True, help="Run the bundle's TensorRT engine, on this machine's GPU.")
-@click.option("--json", "as_json", is_flag=True, help="Print a line of JSON for each token, as it comes.")
+@click.option("--chat", is_flag=True, help="Format each prompt as a user message with the chat template.")
+@click.option(
+    "--max-new-tokens",
+    default=128,
+    show_default=True,
+    help="Maximum number of tokens to generate for each prompt.",
+)
+@click.option("--temperature", default=0.0, show_default=True, help="0 selects the most likely token.")
+@click.option(
+    "--top-p",
+    default=1.0,
+    show_default=True,
+    help="Nucleus sampling: keep the smallest set of tokens whose probability reaches P.",
+)
+@click.option(
+    "--top-k",
+    default=0,
+    show_default=True,
+    help="Sample from the k most likely tokens; 0 disables the limit.",
+)
+@click.option("--seed", default=0, show_default=True, help="Random seed for sampling.")
+@click.option("--threads", default=0, show_default=True, help="Threads of ONNX Runtime; 0 uses all cores.")
+@click.option("--engine", is_flag=True, help="Run the bundle's TensorRT engine on this machine's GPU.")
+@click.option(
+    "--json", "as_json", is_flag=True, help="Print a line of JSON for each token as it is generated."
+)
 def generate(
     bundle: Path,
     prompts: tuple[str, ...],
@@ -47,7 +66,7 @@ def generate(
     engine: bool,
     as_json: bool,
 ) -> None:
-    """Go on from each prompt with BUNDLE in ONNX Runtime, and print the text as it comes."""
+    """Generate text from each prompt with BUNDLE and stream it to stdout."""
     from nemotrt.exporter.checkpoint.layer_selection import partial_model
     from nemotrt.exporter.generation import generate as generation
     from nemotrt.exporter.generation.sampling import SamplingConfig
@@ -61,7 +80,7 @@ def generate(
         engine=engine,
     )
     if chosen := manifests.read(bundle).model.chosen_layers:
-        log.warning("this is %s; its text means nothing", partial_model(chosen))
+        log.warning("this is %s; its text is meaningless", partial_model(chosen))
     events = generation.generate(bundle, prompts, config)
     if as_json:
         for event in events:
@@ -73,7 +92,7 @@ def generate(
 
 
 def _print_stream(events: Iterator[TextEvent], prompt: str) -> None:
-    """One prompt's text as it comes, the prompt itself first."""
+    """Print the prompt, and its text as it is generated."""
     try:
         for event in events:
             click.echo(prompt + event.text, nl=False)
@@ -84,7 +103,7 @@ def _print_stream(events: Iterator[TextEvent], prompt: str) -> None:
 
 
 def _print_each(events: Iterator[TextEvent], prompts: tuple[str, ...]) -> None:
-    """Each prompt's text once it has ended: the texts come interleaved."""
+    """Print each prompt's text once it is complete."""
     texts = [""] * len(prompts)
     for event in events:
         texts[event.prompt] += event.text

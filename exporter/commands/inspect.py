@@ -1,4 +1,4 @@
-"""inspect: what a checkpoint, an ONNX file or a bundle holds."""
+"""The command `inspect`: describe a checkpoint, an ONNX file or a bundle."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from nemotrt.exporter.commands.arguments import JSON, ExistingPath, command
 
 @command("inspect tiny.bundle")
 @click.argument("path", type=ExistingPath())
-@click.option("--layer", type=int, help="Show the tensors and nodes of this layer, the first being 0.")
+@click.option("--layer", type=int, help="Show the tensors and nodes of this layer; the first layer is 0.")
 @JSON
 def inspect(path: Path, layer: int | None, as_json: bool) -> None:
-    """Show what PATH holds: a checkpoint's folder, an ONNX file, or a bundle. No weight is read."""
+    """Describe PATH, which is a checkpoint folder, an ONNX file or a bundle, without reading weights."""
     from nemotrt.exporter.pipelines import inspect
 
-    found = inspect.inspect(path, layer)
+    result = inspect.inspect(path, layer)
     if as_json:
-        click.echo(json.dumps(dataclasses.asdict(found), indent=2))
+        click.echo(json.dumps(dataclasses.asdict(result), indent=2))
         return
     from nemotrt.exporter.commands import tables
 
-    tables.show(tables.inspection(found))
+    tables.show(tables.inspection(result))

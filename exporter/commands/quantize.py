@@ -1,10 +1,11 @@
-"""quantize: a checkpoint in FP8, as ModelOpt lays it out."""
+"""The command `quantize`: convert a checkpoint to FP8."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -14,6 +15,7 @@ from nemotrt.exporter.commands.arguments import (
     EXCLUDE,
     JSON,
     KV_DTYPE,
+    OUTPUT,
     PRESET,
     command,
 )
@@ -22,33 +24,17 @@ from nemotrt.exporter.commands.console import Console
 
 @command("quantize examples/tiny --output tiny-fp8")
 @CHECKPOINT
-@click.option(
-    "--output",
-    "-o",
-    type=click.Path(path_type=Path),
-    required=True,
-    help="The new checkpoint's folder; must not exist.",
-)
+@OUTPUT
 @CALIBRATION
 @PRESET
 @EXCLUDE
 @KV_DTYPE
 @JSON
 @click.pass_obj
-def quantize(
-    console: Console,
-    checkpoint: Path,
-    output: Path,
-    calibration: Path | None,
-    preset: str,
-    exclude: tuple[str, ...],
-    kv_dtype: str,
-    as_json: bool,
-) -> None:
-    """Quantize CHECKPOINT to FP8 with static scales: a checkpoint in ModelOpt's layout, to build from or to serve."""
-    from nemotrt.exporter.pipelines.quantize import Quantization, quantize_checkpoint
+def quantize(console: Console, /, output: Path, as_json: bool, **options: Any) -> None:
+    """Quantize CHECKPOINT to FP8 with static scales, in the layout of NVIDIA ModelOpt."""
+    from nemotrt.exporter.pipelines.quantize import quantize_checkpoint
 
-    wanted = Quantization(calibration, preset, exclude, kv_dtype)
-    made = quantize_checkpoint(checkpoint, output, wanted, console)
+    result = quantize_checkpoint(output=output, progress=console, **options)
     if as_json:
-        click.echo(json.dumps(dataclasses.asdict(made) | {"folder": str(output)}, indent=2))
+        click.echo(json.dumps(dataclasses.asdict(result) | {"folder": str(output)}, indent=2))

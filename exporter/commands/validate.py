@@ -1,4 +1,4 @@
-"""validate: a bundle against PyTorch, again."""
+"""The command `validate`: compare a bundle with PyTorch, a reference file or another bundle."""
 
 from __future__ import annotations
 
@@ -23,61 +23,63 @@ OUTPUT_FILE = click.Path(dir_okay=False, writable=True, path_type=Path)
 @click.option(
     "--checkpoint",
     type=FOLDER,
-    help="What the bundle was built from. Without it PyTorch runs with the bundle's own weights.",
+    help="Checkpoint that the bundle was built from. Without it, PyTorch runs with the bundle's weights.",
 )
 @click.option(
     "--golden",
     type=ExistingPath(),
-    help="What --save-golden wrote, in the checkpoint's place: no PyTorch is needed.",
+    help="Reference file from --save-golden to compare with, instead of running PyTorch.",
 )
-@click.option("--against", type=FOLDER, help="Another bundle of the same model, in PyTorch's place.")
+@click.option(
+    "--against",
+    type=FOLDER,
+    help="Another bundle to compare with, instead of running PyTorch.",
+)
 @click.option(
     "--save-golden",
     type=click.Path(dir_okay=False, path_type=Path),
-    help="Write what PyTorch showed, to judge such a bundle by on another machine (--golden).",
+    help="Write PyTorch's results to a reference file, for --golden on another machine.",
 )
-@click.option("--engine", is_flag=True, help="Run the bundle's TensorRT engine, on this machine's GPU.")
+@click.option("--engine", is_flag=True, help="Run the bundle's TensorRT engine on this machine's GPU.")
 @click.option(
     "--provider",
     type=click.Choice(["cpu", "cuda"]),
     show_default="cpu",
-    help="What ONNX Runtime runs the graph on; cuda wants onnxruntime-gpu, and has not been tried.",
+    help="Execution provider of ONNX Runtime; cuda needs onnxruntime-gpu and is untested.",
 )
 @click.option(
     "--eval",
     "text",
     type=EvaluationText(),
     metavar="FILE|default",
-    help="Text (.txt, .jsonl) on which to compare, and to measure what FP8 costs; `default` is a built-in one.",
+    help="Text (.txt, .jsonl) for measuring the quality loss of FP8; `default` is a built-in text.",
 )
 @click.option(
     "--base",
     type=FOLDER,
-    help="With --eval: the model before it was quantized. Default: the checkpoint, if the build quantized it.",
+    help="With --eval: the model before quantization. Default: the checkpoint, if the build quantized it.",
 )
 @click.option(
     "--layers-alone",
     is_flag=True,
-    help="Hold one layer in memory at a time: each is compared alone, whole steps are not.",
+    help="Compare each layer alone, with one layer in memory at a time; whole steps are not compared.",
 )
-@click.option(
-    "--bisect", is_flag=True, help="Name the layer, the op and the tensor that diverges, if any does."
-)
-@click.option("--html", type=OUTPUT_FILE, help="Write the report as one HTML page that loads nothing.")
-@click.option("--junit", type=OUTPUT_FILE, help="Write the gates as JUnit XML, for a CI system.")
+@click.option("--bisect", is_flag=True, help="Find the layer, the op and the tensor that diverge first.")
+@click.option("--html", type=OUTPUT_FILE, help="Write the report as a self-contained HTML page.")
+@click.option("--junit", type=OUTPUT_FILE, help="Write the gates as JUnit XML for a CI system.")
 @click.option(
     "--drift-steps",
     type=click.IntRange(0),
     show_default=str(DRIFT_STEPS),
-    help="Decode steps over which the drift of the recurrent states is measured; 0 leaves it out.",
+    help="Decode steps for measuring the drift of the recurrent state; 0 skips it.",
 )
-@click.option("--seed", type=click.IntRange(0), show_default="0", help="Of the prompt's tokens.")
+@click.option("--seed", type=click.IntRange(0), show_default="0", help="Random seed for the prompt's tokens.")
 @JSON
 @click.pass_obj
 def validate(
     console: Console, /, html: Path | None, junit: Path | None, as_json: bool, **options: Any
 ) -> None:
-    """Compare BUNDLE with PyTorch, a golden or another bundle; exits with 6 if a gate fails, 8 on NaN."""
+    """Compare BUNDLE with PyTorch, a reference file or another bundle; exits with 6 if a gate fails, 8 on NaN."""
     from nemotrt.exporter.pipelines.validate import revalidate
     from nemotrt.exporter.validation.request import ValidationRequest
 

@@ -1,4 +1,4 @@
-"""verify: whether a bundle is to the byte what its build wrote."""
+"""The command `verify`: detect every change of a bundle since it was built."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from nemotrt.exporter.errors import BundleError
 
 @command("verify tiny.bundle")
 @BUNDLE
-@click.option("--fast", is_flag=True, help="Compare names and sizes only, as every opening does; no hashes.")
+@click.option("--fast", is_flag=True, help="Compare names and sizes only, without hashes.")
 @JSON
 @click.pass_obj
 def verify(console: Console, bundle: Path, fast: bool, as_json: bool) -> None:
-    """Compare BUNDLE with its manifest: the exact set of files, their sizes and hashes."""
+    """Compare the files of BUNDLE, their sizes and their hashes with the manifest."""
     from nemotrt.exporter.runtime import manifest as manifests
 
     manifest = manifests.read(bundle)
@@ -35,7 +35,7 @@ def verify(console: Console, bundle: Path, fast: bool, as_json: bool) -> None:
             for line in lines:
                 click.echo(line)
         raise BundleError(
-            f"{bundle} is not what its build wrote: {len(lines)} difference{'s' * (len(lines) > 1)}",
+            f"{bundle} differs from its manifest: {len(lines)} difference{'s' * (len(lines) > 1)}",
             hint="copy or build the bundle again",
         )
     if not as_json:

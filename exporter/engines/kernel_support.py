@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from nemotrt.exporter.config import COMPUTE_DTYPES, BuildConfig
+from nemotrt.exporter.config import BuildConfig
 from nemotrt.exporter.errors import CompileError
 from nemotrt.exporter.runtime.step import pages_of
 from nemotrt.model.config import ModelConfig
@@ -29,7 +29,7 @@ def op_calls(model: ModelConfig, config: BuildConfig, pools: Sequence[PoolSpec])
 
     `config` has its precision, `pools` are those of the graph.
     """
-    X = COMPUTE_DTYPES[config.precision]
+    X = config.dtype
     pool_dtypes = {pool.kind: pool.dtype for pool in pools}
     step = {"T": config.max_tokens, "B": config.max_sequences}
     if "mamba" in model.layers:

@@ -1,4 +1,4 @@
-"""The stages of a build in order, one line each, in a workspace that survives a kill."""
+"""Builds a bundle: every stage in order, in a workspace that survives a kill."""
 
 from __future__ import annotations
 
@@ -8,26 +8,28 @@ import logging
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 from nemotrt.exporter import environment
-from nemotrt.exporter.artifacts import CompiledEngine, LoweredGraph
+from nemotrt.exporter.artifacts import CompiledEngine, LoweredGraph, QuantizedCheckpoint
 from nemotrt.exporter.checkpoint.layer_selection import partial_model
 from nemotrt.exporter.checkpoint.loaded_model import LoadedModel
 from nemotrt.exporter.checkpoint.quant_config import cache_notes
-from nemotrt.exporter.config import COMPUTE_DTYPES, PRECISION_OF_DTYPE, PRESETS, BuildConfig
+from nemotrt.exporter.config import PRESETS, BuildConfig, Precision
 from nemotrt.exporter.engines.targets import AUTO, ONNX, Target, settle
 from nemotrt.exporter.errors import CompileError, ExportError, UsageError, ValidationError
 from nemotrt.exporter.pipelines import estimates
-from nemotrt.exporter.progress import SILENT, Advance, Progress
-from nemotrt.exporter.report import json_file
+from nemotrt.exporter.progress import SILENT, BuildLog, Progress
 from nemotrt.exporter.report.model import Gate, ValidationReport
+from nemotrt.exporter.runtime.manifest import ValidationSummary
 from nemotrt.exporter.workspace import Workspace, check_output, digest
 
 GRAPH = "model.onnx"
 QUANTIZED = "quantized"
-MAX_GATES_SAID = 10
+MAX_REPORTED_GATES = 10
 
 DISK_HINTS = {
     errno.ENOSPC: "free some space, or choose another --output",
@@ -36,187 +38,94 @@ DISK_HINTS = {
     errno.EACCES: "choose another --output, or change its permissions",
     errno.EPERM: "choose another --output, or change its permissions",
 }
-"""The system's error → what to do about it."""
+"""The operating system's error → what the user can do about it."""
 
+Result = TypeVar("Result")
 
 log = logging.getLogger(__name__)
 
 
-class BuildLog:
-    """Shows the progress of a build and collects the lines of its log, without times: equal builds have equal logs."""
+@dataclass(frozen=True)
+class BuildResult:
+    """A published bundle."""
 
-    def __init__(self, progress: Progress) -> None:
-        self._progress = progress
-        self.lines: list[str] = []
-
-    def note(self, text: str, level: int = logging.INFO) -> None:
-        """Log a line below its stage."""
-        self.lines.append(f"{'':<9} {text}")
-        log.log(level, text)
-
-    @contextmanager
-    def stage(
-        self, name: str, what: str, *, total: int | None = None, is_bytes: bool = False
-    ) -> Iterator[Advance]:
-        """Show a stage, and log its title when it ends."""
-        outcome = "  stopped"
-        try:
-            with self._progress.stage(name, what, total=total, is_bytes=is_bytes) as advance:
-                yield advance
-            outcome = ""
-        finally:
-            self.lines.append(f"{name:<9} {what}{outcome}")
+    bundle: str
+    bundle_id: str
+    precision: str
+    nodes: int
+    weight_bytes: int
+    engine: CompiledEngine | None
+    validation: ValidationSummary
 
 
-def build(config: BuildConfig, progress: Progress = SILENT) -> dict[str, Any]:
-    """Build the bundle at `config.output`; gives what a script wants to know of it.
+def build(config: BuildConfig, progress: Progress = SILENT) -> BuildResult:
+    """Build the bundle at `config.output`, and describe it.
 
-    Raises ExportError, and then leaves nothing at the output. A build that was killed or interrupted is continued
-    by the next one of the same output.
+    Raises ExportError, and then leaves nothing at the output. A build that was killed or interrupted is continued by
+    the next one with the same output.
     """
-    from nemotrt.exporter.stages.load import load
-
-    console = BuildLog(progress)
-    with _disk_errors_in_words(config):
+    with _disk_errors_explained(config):
         check_output(config.output, force=config.force)
-        with console.stage("load", config.checkpoint.resolve().name):
-            model = load(config.checkpoint, config.layers)
-        for name, reason in model.config.inert.items():
-            console.note(f"{name} changes nothing: {reason}", logging.DEBUG)
-        if taken := model.config.chosen_layers:
-            console.note(f"{partial_model(taken)} (the bundle says so)")
-        if model.not_exported:
-            console.note(f"{len(model.not_exported)} tensors (mtp.*) are not exported")
-        for note in cache_notes(model.config, config.kv_dtype):
-            console.note(f"{note}")
-        config, target = _resolved(config, model, console)
+        build_log = BuildLog(progress)
+        model = _load(config, build_log)
+        config, target = _resolve(config, model, build_log)
         _check_quantization(config, model)
         if config.validate:
             copies = estimates.num_references(config.precision, model.config.layers)
             estimates.check_memory(model, hint=estimates.WITHOUT_WHOLE_STEPS, copies=copies)
-        key = digest(_identity(config, model))
         with Workspace.open(config.output, force=config.force) as workspace:
             try:
-                return _build(config, target, model, key, workspace, console)
+                return Build(config, target, model, workspace, build_log).run()
             except (ExportError, OSError):
                 workspace.clear()
                 raise
             except KeyboardInterrupt:
                 if workspace.has_results:
-                    log.info(
-                        "%s keeps the finished stages: the same command continues from there", workspace.root
-                    )
+                    log.info("finished stages stay in %s: run the same command to continue", workspace.root)
                 raise
 
 
 @contextmanager
-def _disk_errors_in_words(config: BuildConfig) -> Iterator[None]:
+def _disk_errors_explained(config: BuildConfig) -> Iterator[None]:
     try:
         yield
     except OSError as error:
         if error.errno is None:
-            raise  # a library's, not the system's
+            raise  # raised by a library, not by the operating system
         where = error.filename or config.output.parent
         raise UsageError(f"{where}: {error.strerror}", hint=DISK_HINTS.get(error.errno, "")) from error
 
 
-def _build(
-    config: BuildConfig, target: Target, model: LoadedModel, key: str, workspace: Workspace, console: BuildLog
-) -> dict[str, Any]:
-    from nemotrt.exporter.stages.bundle import bundle
-
-    model = _quantized(config, model, key, workspace, console)
-    graph = _lowered(config, model, key, workspace, console)
-    engine = _compiled(config, target, graph, key, workspace, console)
-    report = _validated(config, model, graph, key, workspace, console)
-    failed = [gate for gate in report.gates if not gate.passed] if report else []
-    for gate in failed[:MAX_GATES_SAID]:
-        console.note(f"failed: {describe(gate)}")
-    if failed and not config.keep_failed:
-        raise ValidationError(
-            f"{len(failed)} of {len(report.gates) if report else 0} gates failed; the first: {describe(failed[0])}",
-            hint="--keep-failed writes the bundle all the same, for looking into it",
-        )
-    with console.stage("bundle", str(config.output)):
-        manifest = bundle(config, model, graph, engine, report, workspace.folder, tuple(console.lines))
-        workspace.publish()
-    if failed:
-        raise ValidationError(
-            f"{len(failed)} gates failed; {config.output} says so",
-            hint="do not ship it; nemo-export validate --bisect names the layer, the op and the tensor",
-        )
-    return {
-        "bundle": str(config.output),
-        "bundle_id": manifest.bundle_id,
-        "precision": config.precision,
-        "nodes": graph.nodes,
-        "weight_bytes": graph.weight_bytes,
-        "engine": dataclasses.asdict(engine) if engine else None,
-        "validation": dataclasses.asdict(manifest.validation),
-    }
-
-
-def _resolved(config: BuildConfig, model: LoadedModel, console: BuildLog) -> tuple[BuildConfig, Target]:
-    """The configuration with every default that depends on the checkpoint or the machine filled in."""
-    own = "fp8" if model.config.recipe else PRECISION_OF_DTYPE[model.config.dtype]
-    precision = config.precision or own
-    target = settle(config.runtime, config.sms, precision)
-    if target.runtime != ONNX:
-        target = _checked(target, model, dataclasses.replace(config, precision=precision))
-    if config.runtime == AUTO:
-        console.note(f"runtime: {target.title}" + (f" ({target.why})" if target.why else ""))
-    return dataclasses.replace(config, precision=precision, runtime=target.runtime, sms=target.sms), target
-
-
-def _check_quantization(config: BuildConfig, model: LoadedModel) -> None:
-    """Refuse a precision that would undo the checkpoint's quantization, and options of one that is not made here."""
-    if model.config.recipe and config.precision != "fp8":
-        raise UsageError(
-            f"the checkpoint is FP8: --precision {config.precision} would need its weights as they were before",
-            hint="use --precision fp8, or the checkpoint that it was quantized from",
-        )
-    given = {
-        "--calibration": config.calibration is not None,
-        "--preset": config.preset != PRESETS[0],
-        "--exclude": bool(config.exclude),
-        "--kv-dtype": config.kv_dtype != "auto"
-        and not (config.kv_dtype == "bf16" and model.config.recipe.kv_cache),
-    }
-    name = next((name for name, is_given in given.items() if is_given), "")
-    if name and (model.config.recipe or config.precision != "fp8"):
-        why = "the checkpoint is FP8 already" if model.config.recipe else "nothing is quantized"
-        raise UsageError(
-            f"{name} has no effect: {why}", hint="it goes with --precision fp8 and other weights"
-        )
-
-
-def _quantized(
-    config: BuildConfig, model: LoadedModel, key: str, workspace: Workspace, console: BuildLog
-) -> LoadedModel:
-    """The model as it is, or its weights in FP8 in the workspace where the precision asks for that."""
-    if config.precision != "fp8" or model.config.recipe:
-        return model
-    from nemotrt.exporter.pipelines.quantize import Quantization, calibrated
+def _load(config: BuildConfig, build_log: BuildLog) -> LoadedModel:
     from nemotrt.exporter.stages.load import load
 
-    folder = workspace.folder / QUANTIZED
+    with build_log.stage("load", config.checkpoint.resolve().name):
+        model = load(config.checkpoint, config.layers)
+    for name, reason in model.config.inert.items():
+        build_log.note(f"{name} has no effect: {reason}", logging.DEBUG)
+    if layers := model.config.chosen_layers:
+        build_log.note(f"{partial_model(layers)} (the manifest says so)")
+    if model.not_exported:
+        build_log.note(f"{len(model.not_exported)} tensors (mtp.*) are not exported")
+    for note in cache_notes(model.config, config.kv_dtype):
+        build_log.note(note)
+    return model
 
-    def run() -> dict[str, Any]:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
-        wanted = Quantization(config.calibration, config.preset, config.exclude, config.kv_dtype)
-        calibrated(model, wanted, folder, console, per_output=True, note=console.note)
-        return {}
 
-    _once("quantize", key, workspace, console, run)
-    return dataclasses.replace(load(folder, config.layers), origin=model)
+def _resolve(config: BuildConfig, model: LoadedModel, build_log: BuildLog) -> tuple[BuildConfig, Target]:
+    """Fill in every default that depends on the checkpoint or on this machine."""
+    default = Precision.FP8 if model.config.recipe else Precision.of(model.config.dtype)
+    config = dataclasses.replace(config, precision=config.precision or default)
+    target = settle(config.runtime, config.sms, config.precision)
+    if target.runtime != ONNX:
+        target = _supported(target, model, config)
+    if config.runtime == AUTO:
+        build_log.note(f"runtime: {target.title}" + (f" ({target.why})" if target.why else ""))
+    return dataclasses.replace(config, runtime=target.runtime, sms=target.sms), target
 
 
-def _checked(target: Target, model: LoadedModel, config: BuildConfig) -> Target:
-    """The target, if kernels take the model, and its TensorRT loads and has memory to build in.
-
-    Else the graph alone, where that may be.
-    """
+def _supported(target: Target, model: LoadedModel, config: BuildConfig) -> Target:
+    """The target if its kernels, its TensorRT and this machine's memory allow it, else the graph alone if permitted."""
     from nemotrt.exporter.engines.kernel_support import check_supported
     from nemotrt.exporter.stages.compile import check_backend
 
@@ -231,153 +140,250 @@ def _checked(target: Target, model: LoadedModel, config: BuildConfig) -> Target:
     return target
 
 
-def _identity(config: BuildConfig, model: LoadedModel) -> list[Any]:
-    """What decides a stage's result: the tool, the configuration, and the checkpoint's files."""
-    files = sorted({tensor.path for weight in model.weights.values() for tensor in weight.tensors})
-    stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    fields = {
-        name: value
-        for name, value in dataclasses.asdict(config).items()
-        if name not in ("output", "force", "keep_failed", "validate")
-    }
-    fields["checkpoint"] = config.checkpoint.resolve()
-    return [environment.tool_versions(), fields, dataclasses.asdict(model.config), stats]
-
-
-def _check_disk(config: BuildConfig, model: LoadedModel) -> None:
-
-    from nemotrt.exporter.checkpoint import weights
-    from nemotrt.exporter.lowering import external_data
-
-    dtype = COMPUTE_DTYPES[config.precision]
-    placed = external_data.lay_out(
-        weights.parameters(model.config, model.weights, dtype), link=config.weights == "link"
-    )
-    wanted = external_data.allocated_bytes(one for one in placed if one.linked is None)
-    if config.runtime != ONNX:
-        wanted += estimates.graph_bytes(model, config.precision)  # an engine has the weights once more
-    free = shutil.disk_usage(config.output.parent).free
-    if wanted > free:
+def _check_quantization(config: BuildConfig, model: LoadedModel) -> None:
+    """Raise UsageError on a precision that would undo the checkpoint's FP8, and on options without effect."""
+    recipe = model.config.recipe
+    if recipe and config.precision != Precision.FP8:
         raise UsageError(
-            f"{config.output.parent} has {free / 1e9:.3g} GB free, the bundle needs {wanted / 1e9:.3g} GB",
-            hint=DISK_HINTS[errno.ENOSPC],
+            f"the checkpoint is FP8: --precision {config.precision} needs the weights from before quantization",
+            hint="use --precision fp8, or the checkpoint that it was quantized from",
+        )
+    if config.precision == Precision.FP8 and not recipe:
+        return
+    is_given = {
+        "--calibration": config.calibration is not None,
+        "--preset": config.preset != PRESETS[0],
+        "--exclude": bool(config.exclude),
+        "--kv-dtype": config.kv_dtype != "auto" and not (config.kv_dtype == "bf16" and recipe.kv_cache),
+    }
+    for name in filter(is_given.__getitem__, is_given):
+        why = "the checkpoint is FP8 already" if recipe else "nothing is quantized"
+        raise UsageError(
+            f"{name} has no effect: {why}", hint="it needs --precision fp8 and an unquantized model"
         )
 
 
-def _once(
-    stage: str, key: str, workspace: Workspace, console: BuildLog, run: Callable[[], dict[str, Any]]
-) -> dict[str, Any]:
-    """What `run` gives, or what it gave when an earlier build ended the stage with the same inputs."""
-    kept: dict[str, Any] | None = workspace.result(stage, key)
-    if kept is not None:
-        log.info("%s is reused from the previous build", stage)
-        console.lines += kept["log"]
-        return dict(kept["result"])
-    before = len(console.lines)
-    result = run()
-    environment.give_back_memory()  # the next stage is another, and needs its own
-    workspace.record(stage, key, {"result": result, "log": console.lines[before:]})
-    return result
-
-
-def _lowered(
-    config: BuildConfig, model: LoadedModel, key: str, workspace: Workspace, console: BuildLog
-) -> LoweredGraph:
-    """The graph in the workspace; one that an earlier build of the same inputs ended is taken as it is."""
-    path = workspace.folder / GRAPH
-
-    def run() -> dict[str, Any]:
-        from nemotrt.exporter.stages.lower import lower
-        from nemotrt.exporter.stages.trace import trace
-
-        _check_disk(config, model)
-        kinds = len(set(model.config.layers))
-        with console.stage("trace", f"{len(model.config.layers)} layers, {kinds} kinds"):
-            traced = trace(model, config)
-        total = estimates.graph_bytes(model, config.precision)
-        what = f"{config.precision}, {total / 1e6:.1f} MB of weights"
-        done = workspace.kept("lower", key)
-        if done:
-            log.info("%.3g GB of weights are reused from the previous build", done / 1e9)
-        link = config.weights == "link"
-        with console.stage("lower", what, total=total, is_bytes=True) as advance:
-            graph = lower(
-                model,
-                traced,
-                path,
-                link=link,
-                resume_from=done,
-                advance=advance,
-                synced=partial(workspace.keep, "lower", key),
-            )
-        ops = ", ".join(f"{count} {op}" for op, count in graph.ops.items())
-        console.note(f"{graph.nodes} nodes; {ops}", logging.DEBUG)
-        return {name: value for name, value in dataclasses.asdict(graph).items() if name != "path"}
-
-    kept = _once("lower", key, workspace, console, run)
-    return LoweredGraph(path=path, **{**kept, "linked": tuple(kept["linked"])})
-
-
-def _compiled(
-    config: BuildConfig,
-    target: Target,
-    graph: LoweredGraph,
-    key: str,
-    workspace: Workspace,
-    console: BuildLog,
-) -> CompiledEngine | None:
-    """The engine in the workspace; None where none was asked for, or the model has none and that was said."""
-    if target.runtime == ONNX:
-        return None
-
-    def run() -> dict[str, Any]:
-        from nemotrt.exporter.stages.compile import STEPS, compile, prepare
-
-        try:
-            with console.stage("kernels", f"and plugin library for {target.gpus}", total=STEPS) as advance:
-                prepared = prepare(config, target, graph, advance=advance)
-        except CompileError as error:
-            if not target.may_fall_back:
-                raise
-            console.note(f"runtime: {ONNX} ({error})")
-            return {}
-        with console.stage("compile", f"engine of {target.title}", total=STEPS) as advance:
-            engine = compile(config, target, graph, prepared, workspace.folder, advance=advance)
-        console.note(f"{engine.num_plugins} ops are plugins", logging.DEBUG)
-        if not engine.pools_seen:
-            console.note("whether the engine copies pools is not known: TensorRT did not list its layers")
-        return dataclasses.asdict(engine)
-
-    kept = _once("compile", digest(key, dataclasses.asdict(target)), workspace, console, run)
-    return CompiledEngine(**{**kept, "sms": tuple(kept["sms"])}) if kept else None
-
-
-def _validated(
-    config: BuildConfig,
-    model: LoadedModel,
-    graph: LoweredGraph,
-    key: str,
-    workspace: Workspace,
-    console: BuildLog,
-) -> ValidationReport | None:
-    if not config.validate:
-        console.note("not validated: the manifest says so")
-        return None
-
-    def run() -> dict[str, Any]:
-        from nemotrt.exporter.runtime.graph_file import OnnxGraph
-        from nemotrt.exporter.validation.validate import num_steps, validate
-
-        total = num_steps(config.precision, len(model.config.layers))
-        with console.stage("validate", "ONNX Runtime against PyTorch", total=total) as advance:
-            report = validate(model, config, OnnxGraph.read(graph.path), advance=advance)
-        passed = sum(gate.passed for gate in report.gates)
-        console.note(f"{passed} of {len(report.gates)} gates passed")
-        return json_file.as_json(report)
-
-    return json_file.parse(_once("validate", key, workspace, console, run), "the workspace's report")
+def identity(config: BuildConfig, model: LoadedModel) -> list[Any]:
+    """Everything that decides the results of a build: tool versions, configuration, the checkpoint's files."""
+    paths = {tensor.path for weight in model.weights.values() for tensor in weight.tensors}
+    files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(paths)]
+    options = dataclasses.asdict(config) | {"checkpoint": config.checkpoint.resolve()}
+    for name in ("output", "force", "keep_failed", "validate"):
+        del options[name]
+    return [environment.tool_versions(), options, dataclasses.asdict(model.config), files]
 
 
 def describe(gate: Gate) -> str:
-    """One gate in words."""
+    """A gate in one line."""
     return f"{gate.scenario}, {gate.output}: {gate.metric} {gate.value:.3g}, limit {gate.limit:.3g}"
+
+
+class _NoKernelsError(CompileError):
+    """The kernels or the plugin library of an engine cannot be compiled."""
+
+
+class Build:
+    """The stages of one build. A stage that the previous build finished with the same inputs does not run again."""
+
+    def __init__(
+        self,
+        config: BuildConfig,
+        target: Target,
+        model: LoadedModel,
+        workspace: Workspace,
+        build_log: BuildLog,
+    ) -> None:
+        self.config, self.target, self.model = config, target, model
+        self.workspace, self.log = workspace, build_log
+        self.key = digest(identity(config, model))
+
+    def run(self) -> BuildResult:
+        """Run all stages and publish the bundle."""
+        self.quantize()
+        graph = self.lower()
+        engine = self.compile(graph)
+        report = self.validate(graph)
+        failed = [gate for gate in report.gates if not gate.passed] if report else []
+        self._report_failures(failed, len(report.gates) if report else 0)
+        return self.bundle(graph, engine, report, len(failed))
+
+    def quantize(self) -> None:
+        """Quantize the weights to FP8 in the workspace, if the precision asks for it and the checkpoint is not FP8."""
+        config = self.config
+        if config.precision != Precision.FP8 or self.model.config.recipe:
+            return
+        from nemotrt.exporter.pipelines.quantize import calibrate_and_quantize
+        from nemotrt.exporter.stages.load import load
+
+        folder = self.workspace.folder / QUANTIZED
+
+        def run() -> QuantizedCheckpoint:
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            return calibrate_and_quantize(
+                self.model,
+                folder,
+                calibration=config.calibration,
+                preset=config.preset,
+                exclude=config.exclude,
+                kv_dtype=config.kv_dtype,
+                per_output=True,
+                progress=self.log,
+                note=self.log.note,
+            )
+
+        self._once("quantize", self.key, QuantizedCheckpoint, run)
+        self.model = dataclasses.replace(load(folder, config.layers), origin=self.model)
+
+    def lower(self) -> LoweredGraph:
+        """Write the graph and its weights to the workspace."""
+        config, model, path = self.config, self.model, self.workspace.folder / GRAPH
+
+        def run() -> LoweredGraph:
+            from nemotrt.exporter.stages.lower import lower
+            from nemotrt.exporter.stages.trace import trace
+
+            self._check_disk()
+            layers = model.config.layers
+            with self.log.stage("trace", f"{len(layers)} layers, {len(set(layers))} kinds"):
+                traced = trace(model, config)
+            total = estimates.graph_bytes(model, config.precision)
+            what = f"{config.precision}, {total / 1e6:.1f} MB of weights"
+            done = self.workspace.bytes_done("lower", self.key)
+            if done:
+                log.info("%.3g GB of weights are reused from the previous build", done / 1e9)
+            with self.log.stage("lower", what, total=total, is_bytes=True) as advance:
+                graph = lower(
+                    model,
+                    traced,
+                    path,
+                    link=config.weights == "link",
+                    resume_from=done,
+                    advance=advance,
+                    synced=partial(self.workspace.record_bytes, "lower", self.key),
+                )
+            ops = ", ".join(f"{count} {op}" for op, count in graph.ops.items())
+            self.log.note(f"{graph.nodes} nodes; {ops}", logging.DEBUG)
+            return graph
+
+        # The folder may have moved since the previous build recorded the path.
+        return dataclasses.replace(self._once("lower", self.key, LoweredGraph, run), path=path)
+
+    def compile(self, graph: LoweredGraph) -> CompiledEngine | None:
+        """Build the engine; None if none was asked for, or if its kernels do not exist and the build may go on."""
+        if self.target.runtime == ONNX:
+            return None
+
+        def run() -> CompiledEngine:
+            from nemotrt.exporter.stages.compile import STEPS, compile, prepare
+
+            try:
+                what = f"and plugin library for {self.target.gpus}"
+                with self.log.stage("kernels", what, total=STEPS) as advance:
+                    prepared = prepare(self.config, self.target, graph, advance=advance)
+            except CompileError as error:
+                raise _NoKernelsError(str(error), hint=error.hint) from error
+            with self.log.stage("compile", f"engine of {self.target.title}", total=STEPS) as advance:
+                folder = self.workspace.folder
+                engine = compile(self.config, self.target, graph, prepared, folder, advance=advance)
+            self.log.note(f"{engine.num_plugins} ops are plugins", logging.DEBUG)
+            if not engine.pools_seen:
+                self.log.note("TensorRT did not list its layers: the engine may copy pools, which is slow")
+            return engine
+
+        try:
+            key = digest(self.key, dataclasses.asdict(self.target))
+            return self._once("compile", key, CompiledEngine, run)
+        except _NoKernelsError as error:
+            if not self.target.may_fall_back:
+                raise
+            self.log.note(f"runtime: {ONNX} ({error})")
+            return None
+
+    def validate(self, graph: LoweredGraph) -> ValidationReport | None:
+        """Compare the graph with PyTorch; None if the user asked for no validation."""
+        config, model = self.config, self.model
+        if not config.validate:
+            self.log.note("not validated: the manifest says so")
+            return None
+
+        def run() -> ValidationReport:
+            from nemotrt.exporter.runtime.graph_file import OnnxGraph
+            from nemotrt.exporter.validation.validate import num_steps, validate
+
+            total = num_steps(config.precision, len(model.config.layers))
+            with self.log.stage("validate", "ONNX Runtime against PyTorch", total=total) as advance:
+                report = validate(model, config, OnnxGraph.read(graph.path), advance=advance)
+            passed = sum(gate.passed for gate in report.gates)
+            self.log.note(f"{passed} of {len(report.gates)} gates passed")
+            return report
+
+        return self._once("validate", self.key, ValidationReport, run)
+
+    def _report_failures(self, failed: list[Gate], num_gates: int) -> None:
+        for gate in failed[:MAX_REPORTED_GATES]:
+            self.log.note(f"failed: {describe(gate)}")
+        if failed and not self.config.keep_failed:
+            raise ValidationError(
+                f"{len(failed)} of {num_gates} gates failed; the first: {describe(failed[0])}",
+                hint="--keep-failed writes the bundle anyway, for debugging",
+            )
+
+    def bundle(
+        self,
+        graph: LoweredGraph,
+        engine: CompiledEngine | None,
+        report: ValidationReport | None,
+        num_failed: int,
+    ) -> BuildResult:
+        """Complete the bundle and publish it; raises ValidationError afterwards if a gate failed."""
+        from nemotrt.exporter.stages.bundle import bundle
+
+        config, lines = self.config, tuple(self.log.lines)
+        with self.log.stage("bundle", str(config.output)):
+            manifest = bundle(config, self.model, graph, engine, report, self.workspace.folder, lines)
+            self.workspace.publish()
+        if num_failed:
+            raise ValidationError(
+                f"{num_failed} gates failed; {config.output} says so",
+                hint="do not ship it; nemo-export validate --bisect names the layer, the op and the tensor",
+            )
+        return BuildResult(
+            bundle=str(config.output),
+            bundle_id=manifest.bundle_id,
+            precision=config.precision,
+            nodes=graph.nodes,
+            weight_bytes=graph.weight_bytes,
+            engine=engine,
+            validation=manifest.validation,
+        )
+
+    def _once(self, stage: str, key: str, kind: type[Result], run: Callable[[], Result]) -> Result:
+        """The stage's result: recorded by the previous build if its inputs were the same, else by running it."""
+        if entry := self.workspace.finished(stage, key):
+            log.info("%s is reused from the previous build", stage)
+            self.log.lines += entry.log
+            return entry.decode(kind)
+        num_lines = len(self.log.lines)
+        result = run()
+        environment.give_back_memory()  # the next stage needs it
+        self.workspace.record(stage, key, result, self.log.lines[num_lines:])
+        return result
+
+    def _check_disk(self) -> None:
+        """Raise UsageError if the bundle does not fit on the output's disk."""
+        from nemotrt.exporter.checkpoint import weights
+        from nemotrt.exporter.lowering import external_data
+
+        config, model, folder = self.config, self.model, Path(self.config.output.parent)
+        sources = weights.parameters(model.config, model.weights, config.dtype)
+        placed = external_data.lay_out(sources, link=config.weights == "link")
+        needed = external_data.allocated_bytes(tensor for tensor in placed if tensor.linked is None)
+        if config.runtime != ONNX:
+            needed += estimates.graph_bytes(model, config.precision)  # an engine holds the weights once more
+        free = shutil.disk_usage(folder).free
+        if needed > free:
+            raise UsageError(
+                f"{folder} has {free / 1e9:.3g} GB free, the bundle needs {needed / 1e9:.3g} GB",
+                hint=DISK_HINTS[errno.ENOSPC],
+            )

@@ -19,7 +19,7 @@ from nemotrt.exporter.checkpoint.quant_config import cache_notes, stored_recipe,
 from nemotrt.exporter.checkpoint.safetensors_reader import StoredTensor, open_checkpoint, read_json
 from nemotrt.exporter.checkpoint.side_files import check_side_files, parse_config, read_config
 from nemotrt.exporter.checkpoint.tensor_matching import MatchedTensors, match
-from nemotrt.exporter.config import COMPUTE_DTYPES, PRECISION_OF_DTYPE, PRESETS, BuildConfig
+from nemotrt.exporter.config import PRESETS, BuildConfig, Precision
 from nemotrt.exporter.engines.kernel_support import check_supported
 from nemotrt.exporter.engines.plugin_library import is_at_hand
 from nemotrt.exporter.engines.targets import AUTO, ONNX, Target, settle
@@ -189,7 +189,7 @@ def check(
     is a problem only if `runtime` or `sms` requests it. Raises UsageError if those two contradict each other.
     """
     config = headers.config
-    precision = precision or ("fp8" if config.recipe else PRECISION_OF_DTYPE[config.dtype])
+    precision = precision or ("fp8" if config.recipe else Precision.of(config.dtype))
     tensors = match(config, headers.stored)
     built, recipe_problems = _as_built(config, precision)
     problems = [
@@ -290,13 +290,13 @@ def _scan(
 def _parameter_dtypes(config: ModelConfig, precision: str) -> dict[str, DType]:
     from nemotrt.model.hybrid import NemotronH
 
-    network = NemotronH(config, dtype=COMPUTE_DTYPES[precision].torch, device="meta")
+    network = NemotronH(config, dtype=Precision(precision).dtype.torch, device="meta")
     return {name: DType.from_torch(value.dtype) for name, value in network.state_dict().items()}
 
 
 def _dtypes_by_kind(config: ModelConfig, precision: str) -> dict[str, dict[str, tuple[str, ...]]]:
     """Kind of layer, `embeddings` or `head` → dtype → parameters and pools of the first such layer."""
-    dtypes, dtype = _parameter_dtypes(config, precision), COMPUTE_DTYPES[precision]
+    dtypes, dtype = _parameter_dtypes(config, precision), Precision(precision).dtype
     dtypes |= {pool.name: pool.dtype for pool in pool_specs(config, dtype=dtype)}
     first_layers = {kind: index for index, kind in reversed(config.numbered_layers.items())}
     names: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
@@ -344,8 +344,8 @@ def engine_target(config: ModelConfig, runtime: str, sms: tuple[int, ...], preci
     pools = pool_specs(
         config,
         page_size=build.page_size,
-        dtype=COMPUTE_DTYPES[precision],
-        state_dtype=COMPUTE_DTYPES[build.state_dtype],
+        dtype=Precision(precision).dtype,
+        state_dtype=build.state,
     )
     check_supported(config, build, pools, target.sms)
     return target

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from nemotrt.exporter.checkpoint.loaded_model import LoadedModel, WeightSource
-from nemotrt.exporter.config import COMPUTE_DTYPES
+from nemotrt.exporter.config import Precision
 from nemotrt.exporter.environment import memory_bytes, num_cores
 from nemotrt.exporter.errors import CompileError, ExportError, UsageError
 from nemotrt.model.config import ModelConfig
@@ -173,7 +173,7 @@ def stages(
     from nemotrt.exporter.checkpoint import weights
     from nemotrt.exporter.lowering import external_data
 
-    dtype = COMPUTE_DTYPES[precision]
+    dtype = Precision(precision).dtype
     layout = external_data.lay_out(weights.parameters(config, sources, dtype), link=link)
     copied = [placed for placed in layout if placed.linked is None]
     quantized = [placed for placed in copied if _is_quantized_here(placed)]

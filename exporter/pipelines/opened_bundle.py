@@ -9,7 +9,7 @@ from nemotrt.exporter.checkpoint.loaded_model import LoadedModel, WeightSource
 from nemotrt.exporter.checkpoint.quant_config import with_recipe
 from nemotrt.exporter.checkpoint.safetensors_reader import StoredTensor
 from nemotrt.exporter.checkpoint.side_files import parse_config
-from nemotrt.exporter.config import PRECISION_OF_DTYPE, BuildConfig
+from nemotrt.exporter.config import BuildConfig, Precision
 from nemotrt.exporter.errors import BundleError, UsageError
 from nemotrt.exporter.runtime import manifest as manifests
 from nemotrt.exporter.runtime.files import sha256
@@ -67,7 +67,7 @@ def _config(bundle: Path, manifest: Manifest, checkpoint: Path) -> BuildConfig:
         max_sequences=profile.max_sequences,
         max_context=profile.max_context,
         page_size=profile.page_size,
-        state_dtype=PRECISION_OF_DTYPE[DType(state.pop())] if state else "fp32",
+        state_dtype=Precision.of(state.pop()) if state else "fp32",
         kv_dtype="bf16" if cache == {"bfloat16"} else "auto",
     )
 

@@ -1,104 +1,110 @@
-"""A checkpoint quantized to FP8, with what a person should know of it said: for `quantize` and for a build."""
+"""Quantizes a checkpoint to FP8, and reports what a user should know about the result."""
 
 from __future__ import annotations
 
 import logging
 import shutil
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from nemotrt.exporter.artifacts import QuantizedCheckpoint
 from nemotrt.exporter.checkpoint.loaded_model import LoadedModel
+from nemotrt.exporter.config import PRESETS
 from nemotrt.exporter.errors import UsageError
 from nemotrt.exporter.progress import SILENT, Progress
+from nemotrt.exporter.quantization import text
 from nemotrt.exporter.quantization.presets import recipe_of
-from nemotrt.exporter.quantization.text import MAX_TOKENS, sequences
 from nemotrt.exporter.stages.load import load
 from nemotrt.exporter.workspace import sync
 
-MAX_EXPERTS_SAID = 4
+MAX_LISTED_EXPERTS = 4
 
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Quantization:
-    """What is asked of a quantization."""
-
-    text: Path | None
-    """To calibrate on; none for the built-in text."""
-    preset: str
-    exclude: tuple[str, ...]
-    kv_dtype: str
-
-
-def calibrated(
+def calibrate_and_quantize(
     model: LoadedModel,
-    wanted: Quantization,
     folder: Path,
-    progress: Progress,
     *,
+    calibration: Path | None,
+    preset: str,
+    exclude: Sequence[str],
+    kv_dtype: str,
     per_output: bool,
+    progress: Progress,
     note: Callable[[str], None] = log.info,
 ) -> QuantizedCheckpoint:
-    """The model in FP8 in `folder`, with a scale for each output of an expert or for each expert."""
+    """Write the model in FP8 to `folder`; `note` is called with each remark for the user.
+
+    With `per_output`, each output of an expert has a scale of its own, else each expert has one.
+    """
     from nemotrt.exporter.stages.quantize import quantize
 
-    recipe = recipe_of(
-        model.config,
-        wanted.preset,
-        wanted.exclude,
-        kv_cache=wanted.kv_dtype != "bf16",
-        per_output=per_output,
-    )
-    tokens = sequences(model.folder, wanted.text, model.config.bos_token_id)
-    count = sum(map(len, tokens))
-    name = wanted.text.name if wanted.text else "the built-in text"
-    layers = len(model.config.layers)
-    with progress.stage("quantize", f"calibrated on {count:,} tokens of {name}", total=layers) as advance:
-        made = quantize(model, recipe, tokens, folder, advance=advance)
-    cache = ", and the KV cache" if made.kv_cache else ""
-    kinds = Counter(model.config.numbered_layers[int(name.split(".")[2])] for name in made.left_out)
-    kept = ", ".join(f"{number} of {kind} layers" for kind, number in kinds.items())
-    note(f"{made.num_modules} modules in FP8{cache}; left as they are: {kept or 'none'}")
-    if kinds["mamba"] and wanted.preset == "conservative":
+    recipe = recipe_of(model.config, preset, exclude, kv_cache=kv_dtype != "bf16", per_output=per_output)
+    tokens = text.sequences(model.folder, calibration, model.config.bos_token_id)
+    name = calibration.name if calibration else "the built-in text"
+    what = f"calibrated on {sum(map(len, tokens)):,} tokens of {name}"
+    with progress.stage("quantize", what, total=len(model.config.layers)) as advance:
+        quantized = quantize(model, recipe, tokens, folder, advance=advance)
+    cache = ", and the KV cache" if quantized.kv_cache else ""
+    kinds = Counter(model.config.numbered_layers[int(name.split(".")[2])] for name in quantized.left_out)
+    excluded = ", ".join(f"{number} of {kind} layers" for kind, number in kinds.items())
+    note(f"{quantized.num_modules} modules in FP8{cache}; not quantized: {excluded or 'none'}")
+    if kinds["mamba"] and preset == PRESETS[0]:
         note("--preset published quantizes Mamba layers too: smaller, faster, less exact")
-    if count == MAX_TOKENS:
-        note(f"only the first {MAX_TOKENS:,} tokens of the text were taken")
-    if starved := made.starved_experts:
-        shown = ", ".join(starved[:MAX_EXPERTS_SAID]) + (" …" if len(starved) > MAX_EXPERTS_SAID else "")
-        note(f"{len(starved)} experts saw too few tokens and take their layer's largest range: {shown}")
-    return made
+    if quantized.num_tokens == text.MAX_TOKENS:
+        note(f"only the first {text.MAX_TOKENS:,} tokens of the text were used")
+    if starved := quantized.starved_experts:
+        names = ", ".join(starved[:MAX_LISTED_EXPERTS]) + (" …" if len(starved) > MAX_LISTED_EXPERTS else "")
+        note(f"{len(starved)} experts saw too few tokens and use their layer's largest range: {names}")
+    return quantized
 
 
 def quantize_checkpoint(
-    checkpoint: Path, output: Path, wanted: Quantization, progress: Progress = SILENT
+    checkpoint: Path,
+    output: Path,
+    *,
+    calibration: Path | None = None,
+    preset: str = PRESETS[0],
+    exclude: Sequence[str] = (),
+    kv_dtype: str = "auto",
+    progress: Progress = SILENT,
 ) -> QuantizedCheckpoint:
-    """The checkpoint in FP8 at `output`, whole or not at all; raises UsageError where something stands there."""
+    """Write the checkpoint in FP8 to `output`, whole or not at all; raises UsageError if `output` exists.
+
+    `calibration` is a .txt or .jsonl file (default: the built-in text); the other options are those of `BuildConfig`.
+    """
     if output.exists() or output.is_symlink():
         raise UsageError(f"{output} exists", hint="choose another --output")
     if not output.parent.is_dir():
-        raise UsageError(
-            f"{output.parent} is not a folder", hint="make the folder that --output is to stand in"
-        )
+        raise UsageError(f"{output.parent} is not a folder", hint="create the parent folder of --output")
     with progress.stage("load", checkpoint.resolve().name):
         model = load(checkpoint)
     if model.config.recipe:
-        raise UsageError(f"{checkpoint} is FP8 already", hint="nemo-export build takes it as it is")
+        raise UsageError(f"{checkpoint} is FP8 already", hint="nemo-export build accepts it as it is")
     partial = output.with_name(f".{output.name}.quantizing")
     try:
         partial.mkdir()
     except FileExistsError as error:
         raise UsageError(
-            f"{partial} exists: another run writes there, or one was killed", hint="remove it if none runs"
+            f"{partial} exists: another run is writing there, or one was killed",
+            hint="remove it if no other run is active",
         ) from error
     try:
-        made = calibrated(model, wanted, partial, progress, per_output=False)
-        load(partial)  # what cannot be read back is not handed over
+        quantized = calibrate_and_quantize(
+            model,
+            partial,
+            calibration=calibration,
+            preset=preset,
+            exclude=exclude,
+            kv_dtype=kv_dtype,
+            per_output=False,
+            progress=progress,
+        )
+        load(partial)  # never publish a checkpoint that cannot be read back
         sync(partial)
         partial.rename(output)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return made
+    return quantized

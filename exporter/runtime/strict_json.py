@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 from collections.abc import Callable
 from enum import EnumType
 from pathlib import Path
@@ -91,6 +92,8 @@ def _scalar(accepted: tuple[Any, ...], value: Any, where: str) -> Any:
         if value not in list(kind):
             raise ValueError(f"{where} is {json.dumps(value)[:40]}, not one of {', '.join(kind)}")
         return kind(value)
+    if accepted == (Path,) and type(value) is str:
+        return Path(value)
     if accepted == (float,) and value is None:
         return math.nan  # JSON has no NaN; a report has null instead
     # bool is an int to isinstance, but not to JSON.
@@ -105,4 +108,4 @@ def encode(entry: Any, *, indent: int | None = 2) -> str:
     fields = dataclasses.asdict(entry)
     if indent is None:
         return json.dumps(fields, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
-    return json.dumps(fields, indent=indent, ensure_ascii=False) + "\n"
+    return json.dumps(fields, indent=indent, ensure_ascii=False, default=os.fspath) + "\n"

@@ -15,7 +15,7 @@ from torch.export import Dim, ExportedProgram
 
 from nemotrt.exporter.artifacts import TracedModel, TracedPart
 from nemotrt.exporter.checkpoint.loaded_model import LoadedModel
-from nemotrt.exporter.config import COMPUTE_DTYPES, BuildConfig
+from nemotrt.exporter.config import BuildConfig
 from nemotrt.model.hybrid import NemotronH
 from nemotrt.model.pools import empty_pools
 from nemotrt.model.step import Step
@@ -27,7 +27,7 @@ TOKENS, SEQUENCES, SLOTS, PAGES, TABLE, ROWS = 11, 3, 5, 7, 2, 4
 
 def trace(model: LoadedModel, config: BuildConfig) -> TracedModel:
     """Every part of the model in order; layers of one kind with the same dtypes of weights share a program."""
-    dtype = COMPUTE_DTYPES[config.precision]
+    dtype = config.dtype
     pools = model.pools(config)
     network = NemotronH(model.config, dtype=dtype.torch, device="meta")
     with torch.device("meta"):

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from nemotrt.exporter.checkpoint import weights
 from nemotrt.exporter.checkpoint.loaded_model import LoadedModel
-from nemotrt.exporter.config import COMPUTE_DTYPES, BuildConfig
+from nemotrt.exporter.config import BuildConfig
 from nemotrt.exporter.progress import Advance, ignore
 from nemotrt.exporter.report.model import Drift, DriftCurve, Gate, Metric
 from nemotrt.exporter.runtime.step import StepInputs, pages_of
@@ -141,7 +141,7 @@ def measure(
 
     `open_runner` takes the pages of its pool. One runner is held at a time; `advance` hears of `num_runs` steps.
     """
-    dtype, pools = COMPUTE_DTYPES[config.precision], model.pools(config)
+    dtype, pools = config.dtype, model.pools(config)
     generator = np.random.default_rng([seed, num_steps])
     tokens_BT = generator.integers(0, model.config.vocab_size, (SEQUENCES, num_steps), dtype=np.int64)
     plan = Plan(tokens_BT, config.page_size)

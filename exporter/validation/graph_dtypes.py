@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from nemotrt.exporter.checkpoint.loaded_model import LoadedModel
-from nemotrt.exporter.config import COMPUTE_DTYPES, BuildConfig
+from nemotrt.exporter.config import BuildConfig
 from nemotrt.exporter.report.model import Gate, Metric
 from nemotrt.plugins.contract import NEXT, DType
 from nemotrt.plugins.spec import DOMAIN, ops
@@ -28,7 +28,7 @@ def expected_dtypes(model: LoadedModel, config: BuildConfig) -> ExpectedDtypes:
     """The dtypes of the weights and pools that a graph built with `config` must have."""
     from nemotrt.model.hybrid import NemotronH
 
-    network = NemotronH(model.config, dtype=COMPUTE_DTYPES[config.precision].torch, device="meta")
+    network = NemotronH(model.config, dtype=config.dtype.torch, device="meta")
     weights = {name: str(DType.from_torch(value.dtype)) for name, value in network.named_parameters()}
     pools = {prefix + pool.name: str(pool.dtype) for pool in model.pools(config) for prefix in ("", NEXT)}
     return {"weights": weights, "pools": pools}

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from nemotrt.exporter.checkpoint.loaded_model import LoadedModel
-from nemotrt.exporter.config import COMPUTE_DTYPES, BuildConfig
+from nemotrt.exporter.config import BuildConfig
 from nemotrt.exporter.progress import Advance, ignore
 from nemotrt.exporter.quantization.text import SEQUENCE_TOKENS, Sequences
 from nemotrt.exporter.report.model import Gate, Metric, TextComparison, TextReport
@@ -62,7 +62,7 @@ def measure(
 
     `advance` hears of the sequences that were run, `num_runs` in all.
     """
-    dtype, pools = COMPUTE_DTYPES[config.precision], model.pools(config)
+    dtype, pools = config.dtype, model.pools(config)
     pages = 1 + pages_of(SEQUENCE_TOKENS, config.page_size)
     runners = _Runners(
         built=GraphRunner(graph, num_slots=2, num_pages=pages, bound=False),

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from nemotrt.exporter.checkpoint.layer_selection import partial_model
 from nemotrt.exporter.checkpoint.loaded_model import LoadedModel
 from nemotrt.exporter.checkpoint.quant_config import cache_notes
-from nemotrt.exporter.config import BUILD_DRIFT_STEPS, COMPUTE_DTYPES, DRIFT_STEPS, BuildConfig
+from nemotrt.exporter.config import BUILD_DRIFT_STEPS, DRIFT_STEPS, BuildConfig
 from nemotrt.exporter.progress import Advance, ignore
 from nemotrt.exporter.report.model import Drift, Metric, NotCompared, Omitted, ValidationReport
 from nemotrt.exporter.runtime.graph_file import OnnxGraph
@@ -94,7 +94,7 @@ def validate_parts(
 
     `advance` hears of parts.
     """
-    driven, dtype = extent(model, config, seed), COMPUTE_DTYPES[config.precision]
+    driven, dtype = extent(model, config, seed), config.dtype
     parts = compare_parts(model, config, graph, driven, advance=advance)
     return ValidationReport(
         candidate=f"ONNX Runtime, one part at a time, {parts.runs_as}",

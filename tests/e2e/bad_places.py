@@ -65,10 +65,10 @@ FLAGS: dict[str, tuple[tuple[str, ...], str]] = {
         "--layers-alone and --save-golden exclude each other: --save-golden is of the whole model",
     ),
     "layer-outside": (("inspect", "checkpoint", "--layer", "7"), "--layer 7 is no layer of this model"),
-    "check-of-nothing": (("check",), "check wants a checkpoint, or --config and --tensors"),
+    "check-of-nothing": (("check",), "check needs a checkpoint, or --config and --tensors"),
     "check-of-a-config-alone": (
         ("check", "--config", "checkpoint/config.json"),
-        "check wants a checkpoint, or --config and --tensors",
+        "check needs a checkpoint, or --config and --tensors",
     ),
 }
 

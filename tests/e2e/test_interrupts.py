@@ -220,7 +220,7 @@ def test_an_interrupted_process(subject: Path, tmp_path: Path) -> None:
 NATIVE = """
 import hashlib
 from nemotrt.exporter import interrupts
-with interrupts.answered():
+with interrupts.handled():
     print("begins", flush=True)
     hashlib.pbkdf2_hmac("sha256", b"", b"", 2_000_000_000)  # minutes that Python cannot leave
 """

@@ -81,13 +81,13 @@ def test_inspect_shows_its_layers_by_their_own_index(bundle: Path) -> None:
 def test_it_writes_text_and_says_what_that_is_worth(bundle: Path) -> None:
     result = run("generate", bundle, "--prompt", "the cat", "--max-new-tokens", 3)
     assert result.exit_code == 0, result.output
-    assert "this is a partial model: layers 1, 2, 4; its text means nothing" in result.stderr
+    assert "this is a partial model: layers 1, 2, 4; its text is meaningless" in result.stderr
 
 
 def test_a_build_of_other_layers_takes_nothing_from_an_interrupted_one(whole: Path) -> None:
     def key(layers: str) -> str:
         config = BuildConfig(whole, whole.parent / "x", layers=layers)
-        return digest(build._identity(config, load(whole, layers)))
+        return digest(build.identity(config, load(whole, layers)))
 
     assert len({key(""), key("0:2"), key("0:3")}) == 3
 

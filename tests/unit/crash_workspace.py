@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,13 @@ EVENTS = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "fcntl.flock")
 """What changes a folder, as Python announces it (https://docs.python.org/3/library/audit_events.html)."""
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 KEY = "inputs"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """The result of a stage."""
+
+    content: str
 
 
 def write_manifest(folder: Path) -> None:
@@ -48,10 +56,11 @@ def write_manifest(folder: Path) -> None:
 def build(output: Path, content: str) -> bool:
     """A build as the pipeline makes it; gives whether the first stage was kept."""
     with Workspace.open(output, force=True) as workspace:
-        kept = workspace.result("first", KEY) == content
+        entry = workspace.finished("first", KEY)
+        kept = entry is not None and entry.decode(Stage) == Stage(content)
         if not kept:
             (workspace.folder / "graph").write_text(content)
-            workspace.record("first", KEY, content)
+            workspace.record("first", KEY, Stage(content))
         write_manifest(workspace.folder)
         workspace.publish()
     return kept

@@ -18,7 +18,7 @@ from nemotrt.exporter.engines.targets import Target
 from nemotrt.exporter.lowering.external_data import data_path
 from nemotrt.exporter.pipelines import build, check, estimates
 from nemotrt.exporter.pipelines.estimates import StageEstimate
-from nemotrt.exporter.pipelines.quantize import Quantization, quantize_checkpoint
+from nemotrt.exporter.pipelines.quantize import quantize_checkpoint
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "scripts" / "estimates.py"
@@ -85,8 +85,7 @@ def test_quantization_is_a_stage(tmp_path: Path) -> None:
     stages = estimated(EXAMPLE, "fp8")
     assert list(stages) == ["load", "quantize", "trace", "lower", "validate", "bundle"]
     assert "quantize" not in estimated(EXAMPLE, "fp16")
-    options = Quantization(None, "conservative", (), "auto")
-    quantize_checkpoint(EXAMPLE, tmp_path / "fp8", options)
+    quantize_checkpoint(EXAMPLE, tmp_path / "fp8")
     written = (tmp_path / "fp8" / SINGLE).stat().st_size
     assert stages["quantize"].disk_bytes == pytest.approx(written, rel=0.05)
     assert "quantize" not in estimated(tmp_path / "fp8", "fp8")

@@ -351,7 +351,7 @@ def test_a_cache_without_scales_is_said_everywhere(tmp_path: Path) -> None:
     config = BuildConfig(checkpoint=checkpoint, output=tmp_path / "b", runtime="onnx", layers="5:7")
     result = build.build(config)
     assert UNSCALED in (tmp_path / "b/logs/build.log").read_text()
-    assert [what for what in result["validation"]["not_compared"] if UNSCALED in what]
+    assert [what for what in result.validation.not_compared if UNSCALED in what]
 
 
 def test_a_published_checkpoint_can_have_a_bf16_cache(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from click.testing import CliRunner, Result
 
 from nemotrt.exporter.checkpoint.side_files import read_config
 from nemotrt.exporter.cli import program
-from nemotrt.exporter.config import COMPUTE_DTYPES, BuildConfig
+from nemotrt.exporter.config import BuildConfig
 from nemotrt.exporter.engines import targets
 from nemotrt.exporter.engines.kernel_support import check_supported, op_calls
 from nemotrt.exporter.errors import CompileError
@@ -65,12 +65,12 @@ def refusal(
 ) -> str:
     """Why no engine can be built, or nothing."""
     config = replace(BuildConfig(Path(), Path(), precision="bf16"), **flags)
-    dtype = COMPUTE_DTYPES[config.precision]
+    dtype = config.dtype
     pools = pool_specs(
         model,
         page_size=config.page_size,
         dtype=dtype,
-        state_dtype=COMPUTE_DTYPES[config.state_dtype],
+        state_dtype=config.state,
         kv_dtype=kv_dtype or dtype,
     )
     try:

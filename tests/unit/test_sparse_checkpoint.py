@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import runpy
 from pathlib import Path
-from typing import Any
 
 import pytest
 from checkpoints import CONFIG
@@ -47,7 +46,7 @@ def test_it_is_a_checkpoint_that_builds(
     config = BuildConfig(
         tmp_path / "sparse", tmp_path / "bundle", runtime="onnx", weights="link", validate=False
     )
-    result: dict[str, Any] = build(config)
-    assert result["precision"] == ("bf16" if unquantized else "fp8")
+    result = build(config)
+    assert result.precision == ("bf16" if unquantized else "fp8")
     index = json.loads((tmp_path / "sparse" / "model.safetensors.index.json").read_text())
     assert len(index["weight_map"]) == found["tensors"]

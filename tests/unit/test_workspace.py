@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import pytest
-from crash_workspace import build, seen
+from crash_workspace import Stage, build, seen
 
 from nemotrt.exporter import workspace as module
 from nemotrt.exporter.errors import UsageError
@@ -26,10 +26,10 @@ def output(tmp_path: Path) -> Path:
 
 
 def first_stage(output: Path, content: str = "graph") -> Path:
-    """A build that was stopped after its first stage; gives its root."""
+    """A build that was stopped after its first stage; returns its root."""
     with Workspace.open(output, force=True) as workspace:
         (workspace.folder / "graph").write_text(content)
-        workspace.record("first", KEY, content)
+        workspace.record("first", KEY, Stage(content))
         return workspace.root
 
 
@@ -53,27 +53,29 @@ def test_kills_at_every_file_operation(tmp_path: Path) -> None:
 def test_an_ended_stage_is_kept_for_the_same_inputs(output: Path) -> None:
     first_stage(output)
     with Workspace.open(output, force=False) as workspace:
-        assert workspace.result("first", KEY) == "graph"
+        entry = workspace.finished("first", KEY)
+        assert entry
+        assert entry.decode(Stage) == Stage("graph")
         assert (workspace.folder / "graph").read_text() == "graph"
 
 
 def test_a_stage_with_other_inputs_is_run_again_from_nothing(output: Path) -> None:
     first_stage(output)
     with Workspace.open(output, force=False) as workspace:
-        assert workspace.result("first", "other inputs") is None
+        assert workspace.finished("first", "other inputs") is None
         assert list(workspace.folder.iterdir()) == []
     # What was begun with other inputs must not be taken for what was recorded before.
     with Workspace.open(output, force=False) as workspace:
-        assert workspace.result("first", KEY) is None
+        assert workspace.finished("first", KEY) is None
 
 
 def test_later_stages_are_forgotten_with_an_earlier_one(output: Path) -> None:
     first_stage(output)
     with Workspace.open(output, force=False) as workspace:
-        workspace.record("second", KEY, 2)
-        assert workspace.result("second", KEY) == 2
-        assert workspace.result("first", "other inputs") is None
-        assert workspace.result("second", KEY) is None
+        workspace.record("second", KEY, Stage("engine"))
+        assert workspace.finished("second", KEY)
+        assert workspace.finished("first", "other inputs") is None
+        assert workspace.finished("second", KEY) is None
 
 
 @pytest.mark.parametrize("damage", ["removed", "truncated", "rewritten"])
@@ -86,7 +88,7 @@ def test_a_stage_whose_file_is_not_as_it_was_is_run_again(output: Path, damage: 
     else:
         graph.write_text("hparg")
     with Workspace.open(output, force=False) as workspace:
-        assert workspace.result("first", KEY) is None
+        assert workspace.finished("first", KEY) is None
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", json.dumps({"version": 0, "stages": {"first": 1}})])

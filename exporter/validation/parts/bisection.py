@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from nemotrt.exporter.artifacts import TracedPart
 from nemotrt.exporter.checkpoint import weights
 from nemotrt.exporter.checkpoint.loaded_model import LoadedModel
-from nemotrt.exporter.config import COMPUTE_DTYPES, BuildConfig
+from nemotrt.exporter.config import BuildConfig
 from nemotrt.exporter.lowering.graph_writer import value_names
 from nemotrt.exporter.progress import Advance, ignore
 from nemotrt.exporter.report.model import Bisection, DivergentValue
@@ -129,7 +129,7 @@ class _Program:
 
 def _programs(model: LoadedModel, config: BuildConfig) -> dict[str, _Program]:
     """By the parts' places."""
-    dtype = getattr(torch, COMPUTE_DTYPES[config.precision])
+    dtype = config.dtype.torch
     own = trace(model, config)
     is_wide = dtype == torch.float32
     wide = own if is_wide else trace(model, dataclasses.replace(config, precision="fp32", state_dtype="fp32"))

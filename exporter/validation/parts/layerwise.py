@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from nemotrt.exporter.checkpoint.loaded_model import LoadedModel
-from nemotrt.exporter.config import COMPUTE_DTYPES, BuildConfig
+from nemotrt.exporter.config import BuildConfig
 from nemotrt.exporter.progress import Advance, ignore
 from nemotrt.exporter.report.model import Gate, PartError
 from nemotrt.exporter.runtime.graph_file import OnnxGraph
@@ -57,7 +57,7 @@ def compare_parts(
     advance: Advance = ignore,
 ) -> Parts:
     """Every part alone over the steps of a mixed batch, and in it every op alone; `advance` hears of parts."""
-    dtype = getattr(torch, COMPUTE_DTYPES[config.precision])
+    dtype = config.dtype.torch
     pools, modules = model.pools(config), PartModules(model)
 
     runs_as: list[str] = []
@@ -115,7 +115,7 @@ def trials(
     """What every part gave, and how many tokens each had; what flows in is what the reference gave before it."""
     steps = mixed_steps(extent)
     counts = [int(inputs.query_start[-1]) for inputs in steps]
-    dtype = getattr(torch, COMPUTE_DTYPES[config.precision])
+    dtype = config.dtype.torch
     flows: list[Tensor] = [torch.from_numpy(inputs.input_ids) for inputs in steps]
     for cut in cuts(graph.proto):
         running = trial(cut)

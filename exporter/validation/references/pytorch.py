@@ -8,7 +8,7 @@ import torch
 
 from nemotrt.exporter.checkpoint import weights
 from nemotrt.exporter.checkpoint.loaded_model import LoadedModel
-from nemotrt.exporter.config import COMPUTE_DTYPES, BuildConfig
+from nemotrt.exporter.config import BuildConfig
 from nemotrt.exporter.progress import Advance
 from nemotrt.exporter.report.model import NotCompared
 from nemotrt.exporter.validation.comparison import (
@@ -65,7 +65,7 @@ def with_baselines(
     recording: Recording, model: LoadedModel, config: BuildConfig, advance: Advance
 ) -> Recording:
     """The recording of PyTorch in FP32, with what PyTorch loses at a lower precision."""
-    dtype = COMPUTE_DTYPES[config.precision]
+    dtype = config.dtype
     if dtype == "float32":
         return recording
     pools = model.pools(config)
