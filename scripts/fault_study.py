@@ -31,11 +31,10 @@ from nemotrt.exporter.stages.load import load  # noqa: E402
 from nemotrt.exporter.stages.lower import lower  # noqa: E402
 from nemotrt.exporter.stages.trace import trace  # noqa: E402
 from nemotrt.exporter.validation import drift  # noqa: E402
-from nemotrt.exporter.validation import validate as stage  # noqa: E402
-from nemotrt.exporter.validation.comparison import Extent, Recording  # noqa: E402
+from nemotrt.exporter.validation.candidates import graph_candidate  # noqa: E402
 from nemotrt.exporter.validation.gates import ALONE, COSINE  # noqa: E402
 from nemotrt.exporter.validation.parts import opwise  # noqa: E402
-from nemotrt.exporter.validation.references.pytorch import record  # noqa: E402
+from nemotrt.exporter.validation.plan import plan_validation  # noqa: E402
 from nemotrt.exporter.validation.validate import validate  # noqa: E402
 
 PAGE = ROOT / "docs" / "validation.md"
@@ -103,27 +102,20 @@ def study(model: LoadedModel, config: BuildConfig, folder: Path, seeds: int) -> 
     right = folder / "right"
     right.mkdir()
     lower(model, trace(model, config), right / "model.onnx")
-    known: dict[Extent, Recording] = {}
-
-    def record_once(*arguments: Any) -> Recording:
-        """The reference does not depend on the fault."""
-        extent = next(argument for argument in arguments if isinstance(argument, Extent))
-        if extent not in known:
-            known[extent] = record(*arguments)
-        return known[extent]
-
-    stage.record = record_once
+    plan = plan_validation(model, config, drift_steps=FAULT_DRIFT_STEPS)
     faults = {}
     for fault in FAULTS:
         copy = shutil.copytree(right, folder / "broken")
         broken(copy / "model.onnx", fault.inject)
-        report = validate(model, config, OnnxGraph.read(copy / "model.onnx"), drift_steps=FAULT_DRIFT_STEPS)
+        candidate = graph_candidate(OnnxGraph.read(copy / "model.onnx"))
+        report = validate(model, config, candidate, plan)
         shutil.rmtree(copy)
         faults[fault.name] = caught_by(report)
         click.echo(f"{fault.name}: {', '.join(faults[fault.name]) or 'MISSED'}", err=True)
     clean = []
     for seed in range(seeds):
-        report = validate(model, config, OnnxGraph.read(right / "model.onnx"), seed=seed)
+        candidate = graph_candidate(OnnxGraph.read(right / "model.onnx"))
+        report = validate(model, config, candidate, plan_validation(model, config, seed=seed))
         used: dict[str, float] = defaultdict(float)
         for metric, share in _strains(report):
             used[metric] = max(used[metric], share)

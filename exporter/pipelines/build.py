@@ -309,11 +309,13 @@ class Build:
 
         def run() -> ValidationReport:
             from nemotrt.exporter.runtime.graph_file import OnnxGraph
-            from nemotrt.exporter.validation.validate import num_steps, validate
+            from nemotrt.exporter.validation.candidates import graph_candidate
+            from nemotrt.exporter.validation.plan import plan_validation
+            from nemotrt.exporter.validation.validate import validate
 
-            total = num_steps(config.precision, len(model.config.layers))
-            with self.log.stage("validate", "ONNX Runtime against PyTorch", total=total) as advance:
-                report = validate(model, config, OnnxGraph.read(graph.path), advance=advance)
+            candidate, plan = graph_candidate(OnnxGraph.read(graph.path)), plan_validation(model, config)
+            with self.log.stage("validate", "ONNX Runtime against PyTorch", total=len(plan)) as advance:
+                report = validate(model, config, candidate, plan, advance=advance)
             passed = sum(gate.passed for gate in report.gates)
             self.log.note(f"{passed} of {len(report.gates)} gates passed")
             return report

@@ -20,19 +20,15 @@ from nemotrt.exporter.report.model import NotCompared, Omitted, ValidationReport
 from nemotrt.exporter.validation.candidates import candidate_of
 from nemotrt.exporter.validation.comparison import (
     Candidate,
-    Extent,
-    Leader,
-    Recording,
+    ReferenceRun,
     compare,
-    greedy,
-    noise_of,
-    observe,
-    prompt_of,
+    force_routing,
+    observe_greedy,
 )
 from nemotrt.exporter.validation.graph_dtypes import expected_dtypes
-from nemotrt.exporter.validation.references.golden import identity_of
+from nemotrt.exporter.validation.plan import NUM_MODES, Workload, workload_of
+from nemotrt.exporter.validation.references.reference_file import identity_of
 from nemotrt.exporter.validation.request import ValidationRequest
-from nemotrt.exporter.validation.scenarios import scenarios
 
 FINEST_FIRST = ("fp32", "fp16", "bf16", "fp8")
 
@@ -86,15 +82,13 @@ def judge_against(request: ValidationRequest, other: Path, progress: Progress) -
             for folder, subject in ((request.bundle, pair.bundle), (other, pair.other))
         )
     estimates.check_memory(pair.finer.model, hint="use a machine with more")
-    from nemotrt.exporter.validation.validate import extent as extent_of
-
-    extent = extent_of(pair.other.model, pair.other.config, request.seed or 0)
-    num_runners = 3 if pair.coarsest.precision == "fp32" else 5
-    total = 1 + extent.decode + num_runners * extent.num_steps
+    workload = workload_of(pair.other.model, pair.other.config, request.seed or 0)
+    num_pytorch = 0 if pair.coarsest.precision == "fp32" else 2  # The reference and the baseline.
+    total = (1 + num_pytorch + NUM_MODES) * workload.num_steps
     title = f"{candidate.title} against {other.name}"
     with progress.stage("validate", title, total=total) as advance:
-        recording = _record(pair, other.resolve().name, reference, extent, advance)
-        return compare(recording, candidate, Leader(recording, candidate).beside, advance)
+        run = _record(pair, other.resolve().name, reference, workload, advance)
+        return compare(run, candidate, force_routing(run, candidate), advance)
 
 
 def _check(pair: _Pair, bundle: Path, other: Path) -> None:
@@ -116,35 +110,32 @@ def _check(pair: _Pair, bundle: Path, other: Path) -> None:
         )
 
 
-def _record(pair: _Pair, name: str, reference: Candidate, extent: Extent, advance: Advance) -> Recording:
-    """What the other bundle shows on its own greedy continuation."""
-    noise = noise_of(pair.other.model.pools(pair.other.config), extent)
-    runner = reference.open(extent.num_pages, reference.ways[1])
-    continuation = greedy(runner, extent, noise, advance)
-    plan = scenarios(prompt_of(extent), continuation, extent.page_size)
-    seen = observe(runner, plan, noise, advance)
-    own = Recording(
+def _record(
+    pair: _Pair, name: str, reference: Candidate, workload: Workload, advance: Advance
+) -> ReferenceRun:
+    """The other bundle's run on its own greedy continuation, with the rounding baseline of PyTorch."""
+    from nemotrt.exporter.validation.references.pytorch import (
+        LoadedReference,
+        router_policies,
+        with_baselines_of,
+    )
+
+    noise = workload.noise(pair.other.model.pools(pair.other.config))
+    runner = reference.open(workload.num_pages, reference.modes[1])
+    scenarios, observations = observe_greedy(runner, workload, noise, advance)
+    run = ReferenceRun(
         reference=f"{name}, {reference.title}, {runner.runs_as}",
-        baseline="",
-        extent=extent,
-        plan=plan,
+        workload=workload,
+        scenarios=scenarios,
         noise=noise,
-        seen=seen,
-        choosing=(),
-        baselines={},
+        observations=observations,
+        policies=router_policies(pair.other.model),
         dtypes=expected_dtypes(pair.bundle.model, pair.bundle.config),
         not_compared=ABSENT,
     )
     del runner
-    from nemotrt.exporter.validation.references.pytorch import choosing_of, record_plan
-
     if pair.coarsest.precision == "fp32":
-        return replace(own, choosing=choosing_of(pair.other.model))
-    baseline = record_plan(own, pair.finer.model, pair.coarsest, advance)
+        return run
+    run = with_baselines_of(run, LoadedReference(pair.finer.model, pair.coarsest), advance)
     weights = pair.finer.manifest.model.precision
-    return replace(
-        own,
-        choosing=baseline.choosing,
-        baselines=baseline.baselines,
-        baseline=f"{baseline.baseline} against FP32, on the {weights} bundle's weights",
-    )
+    return replace(run, baseline=f"{run.baseline} against FP32, on the {weights} bundle's weights")

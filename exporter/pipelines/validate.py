@@ -15,8 +15,9 @@ from nemotrt.exporter.quantization.text import MAX_TOKENS, Sequences, sequences
 from nemotrt.exporter.report.model import NotCompared, Omitted, ValidationReport
 from nemotrt.exporter.runtime import manifest as manifests
 from nemotrt.exporter.validation.candidates import candidate_of
-from nemotrt.exporter.validation.comparison import Candidate, Leader, Recording, compare
-from nemotrt.exporter.validation.references import golden as goldens
+from nemotrt.exporter.validation.comparison import Candidate, ReferenceRun, compare, force_routing
+from nemotrt.exporter.validation.plan import NUM_MODES, parts_of, plan_validation, workload_of
+from nemotrt.exporter.validation.references import reference_file
 from nemotrt.exporter.validation.request import ValidationRequest
 from nemotrt.exporter.validation.runners.onnx_part import PartSession
 
@@ -45,16 +46,16 @@ def _by_golden(request: ValidationRequest, golden: Path, progress: Progress) -> 
     with progress.stage("load", f"{bundle}, {golden.name}"):
         manifest = manifests.verify(bundle, deep=False)
         candidate = candidate_of(bundle, manifest, request)
-        recording = goldens.read(golden, bundle, manifest)
-    total = 2 * recording.extent.num_steps
+        run = reference_file.read(golden, bundle, manifest)
+    total = NUM_MODES * run.workload.num_steps
     with progress.stage("validate", f"{candidate.title} against {golden.name}", total=total) as advance:
-        return compare(recording, candidate, Leader(recording, candidate).beside, advance)
+        return compare(run, candidate, force_routing(run, candidate), advance)
 
 
 def _by_pytorch(request: ValidationRequest, progress: Progress) -> ValidationReport:
     bundle, checkpoint, text = request.bundle, request.checkpoint, request.text
     if request.save_golden:
-        goldens.check_place(request.save_golden, bundle)
+        reference_file.check_path(request.save_golden, bundle)
     with progress.stage("load", str(checkpoint or bundle)):
         subject = subject_of(bundle, checkpoint, request.base)
         candidate = candidate_of(bundle, subject.manifest, request, subject.graph)
@@ -82,35 +83,33 @@ def _of_steps(
     copies = estimates.num_references(config.precision, model.config.layers)
     hint = "--layers-alone compares with one layer in memory at a time"
     estimates.check_memory(model, hint=hint, copies=copies)
-    from nemotrt.exporter.validation.validate import judge, num_steps
+    from nemotrt.exporter.validation.validate import validate
 
-    def keep(recording: Recording) -> None:
+    def save(run: ReferenceRun) -> None:
         if golden:
-            left_out = (*recording.not_compared, *_unproved(subject, request.bundle))
-            whole = dataclasses.replace(recording, not_compared=left_out)
-            goldens.save(golden, whole, goldens.identity_of(subject.manifest))
+            left_out = (*run.not_compared, *_unproved(subject, request.bundle))
+            run = dataclasses.replace(run, not_compared=left_out)
+            reference_file.save(golden, run, reference_file.identity_of(subject.manifest))
             log.info("reference file: %s, %.1f MB", golden, golden.stat().st_size / 1e6)
 
     drift_steps = DRIFT_STEPS if request.drift_steps is None else request.drift_steps
-    total = num_steps(config.precision, len(model.config.layers), drift_steps)
-    with progress.stage("validate", f"{candidate.title} against PyTorch", total=total) as advance:
-        return judge(
-            model,
-            config,
-            candidate,
-            seed=request.seed or 0,
-            drift_steps=drift_steps,
-            advance=advance,
-            recorded=keep,
-        )
+    plan = plan_validation(
+        model,
+        config,
+        seed=request.seed or 0,
+        drift_steps=drift_steps,
+        with_parts=candidate.graph is not None,
+    )
+    with progress.stage("validate", f"{candidate.title} against PyTorch", total=len(plan)) as advance:
+        return validate(model, config, candidate, plan, advance=advance, recorded=save)
 
 
 def _of_layers(request: ValidationRequest, subject: Subject, progress: Progress) -> ValidationReport:
     model, config = subject.model, subject.config
     estimates.check_part_memory(model, config.precision)
-    from nemotrt.exporter.validation.validate import num_parts, validate_parts
+    from nemotrt.exporter.validation.validate import validate_parts
 
-    total = num_parts(len(model.config.layers))
+    total = len(parts_of(model))
     with progress.stage("validate", "each layer alone, ONNX Runtime against PyTorch", total=total) as advance:
         return validate_parts(model, config, subject.graph, seed=request.seed or 0, advance=advance)
 
@@ -121,16 +120,15 @@ def _bisected(
     from nemotrt.exporter.validation.parts import bisection
     from nemotrt.exporter.validation.parts.engine_parts import EngineParts
     from nemotrt.exporter.validation.parts.layerwise import mixed_steps
-    from nemotrt.exporter.validation.validate import extent
 
     model, config = subject.model, subject.config
-    driven = extent(model, config, request.seed or 0)
+    workload = workload_of(model, config, request.seed or 0)
     open_part: bisection.OpenPart = PartSession
     if request.engine:
-        open_part = EngineParts(request.bundle, subject.manifest, mixed_steps(driven), driven).open
-    total = bisection.num_steps(len(model.config.layers))
+        open_part = EngineParts(request.bundle, subject.manifest, mixed_steps(workload), workload).open
+    total = 1 + len(parts_of(model))  # Tracing, and each part.
     with progress.stage("bisect", "every value inside each layer", total=total) as advance:
-        found = bisection.bisect(model, config, subject.graph, driven, open_part=open_part, advance=advance)
+        found = bisection.bisect(model, config, subject.graph, workload, open_part=open_part, advance=advance)
     return dataclasses.replace(report, bisect=found)
 
 
@@ -163,10 +161,10 @@ def _with_text(
     from nemotrt.exporter.validation import text_quality
 
     model, base, total = subject.model, subject.base, sum(map(len, tokens))
-    runs = text_quality.num_runs(model, base, tokens)
-    with progress.stage("text", f"{total:,} tokens of {name}", total=runs) as advance:
+    plan = text_quality.plan_text(model, base, subject.config, tokens)
+    with progress.stage("text", f"{total:,} tokens of {name}", total=plan.num_sequences) as advance:
         measured = text_quality.measure(
-            model, base, subject.config, subject.graph, tokens, name, advance=advance
+            model, base, subject.config, subject.graph, plan, name, advance=advance
         )
     answered = (Omitted.TEXT, Omitted.QUANTIZATION_COST)
     left_out = [entry for entry in report.not_compared if entry.what not in answered]

@@ -1,4 +1,4 @@
-"""What a comparison judges, opened in two ways that may not differ by a bit: a graph, or an engine."""
+"""What a validation compares with the reference: a graph in ONNX Runtime, or an engine."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from nemotrt.exporter.runtime.cuda import CudaError, find_gpu
 from nemotrt.exporter.runtime.engine_file import engine_profile
 from nemotrt.exporter.runtime.graph_file import PROVIDERS, OnnxGraph
 from nemotrt.exporter.runtime.manifest import Manifest
-from nemotrt.exporter.validation.comparison import WATCHED, Candidate
+from nemotrt.exporter.validation.comparison import Candidate
 from nemotrt.exporter.validation.request import ValidationRequest
-from nemotrt.exporter.validation.runners.base import EngineRunner, GraphRunner
+from nemotrt.exporter.validation.runners.base import EngineRunner, GraphRunner, Mode
 from nemotrt.exporter.validation.runners.forced_routing import ForcedRoutingRunner
 from nemotrt.exporter.validation.scenarios import NUM_SLOTS
 
@@ -25,34 +25,27 @@ WHOLE = NotCompared(Omitted.PARTS, "an engine cannot be split into its layers")
 
 
 def graph_candidate(graph: OnnxGraph, provider: str = "cpu") -> Candidate:
-    """A graph in ONNX Runtime: pools updated in place, and pools fed and fetched; `provider` is one of PROVIDERS."""
+    """A graph in ONNX Runtime, with pools updated in place and with pools copied; `provider` is one of PROVIDERS."""
     providers = PROVIDERS[provider]
 
-    def open_runner(pages: int, way: str) -> GraphRunner:
-        return GraphRunner(
-            graph,
-            num_slots=NUM_SLOTS,
-            num_pages=pages,
-            bound=way == "bound",
-            watched=way == WATCHED,
-            providers=providers,
-        )
+    def open_runner(num_pages: int, mode: Mode) -> GraphRunner:
+        return GraphRunner(graph, num_slots=NUM_SLOTS, num_pages=num_pages, mode=mode, providers=providers)
 
     on_gpu = provider == "cuda"
     return Candidate(
-        "ONNX Runtime on CUDA" if on_gpu else "ONNX Runtime",
-        ("bound", "unbound"),
-        open_runner,
-        (ENGINE, PARTS_ON_CPU) if on_gpu else (ENGINE,),
-        graph,
-        lambda: ForcedRoutingRunner(graph, providers),
+        title="ONNX Runtime on CUDA" if on_gpu else "ONNX Runtime",
+        modes=(Mode.BOUND, Mode.UNBOUND),
+        open=open_runner,
+        not_compared=(ENGINE, PARTS_ON_CPU) if on_gpu else (ENGINE,),
+        graph=graph,
+        open_forced=lambda: ForcedRoutingRunner(graph, providers),
     )
 
 
 def engine_candidate(bundle: Path, manifest: Manifest) -> Candidate:
-    """A bundle's engine on this machine's GPU: steps that decode captured as CUDA graphs, and not.
+    """A bundle's engine on this machine's GPU, with decode steps captured as CUDA graphs and without.
 
-    Raises BundleError where the bundle has no engine, UsageError where the machine has no GPU.
+    Raises BundleError if the bundle has no engine, UsageError if the machine has no GPU.
     """
     profile = engine_profile(bundle, manifest)
     try:
@@ -62,24 +55,25 @@ def engine_candidate(bundle: Path, manifest: Manifest) -> Candidate:
             f"an engine runs on a GPU only: {error}", hint="without --engine the graph runs in ONNX Runtime"
         ) from error
 
-    def open_runner(pages: int, way: str) -> EngineRunner:
-        return EngineRunner(bundle, num_slots=NUM_SLOTS, num_pages=pages, capture=way == "captured")
+    def open_runner(num_pages: int, mode: Mode) -> EngineRunner:
+        return EngineRunner(bundle, num_slots=NUM_SLOTS, num_pages=num_pages, mode=mode)
 
-    hidden = (UNSEEN_ROUTERS,) if manifest.model.layers.get("moe") else ()
-    return Candidate(profile.runtime, ("captured", "uncaptured"), open_runner, (*hidden, WHOLE))
+    has_routers = bool(manifest.model.layers.get("moe"))
+    not_compared = (UNSEEN_ROUTERS, WHOLE) if has_routers else (WHOLE,)
+    return Candidate(profile.runtime, (Mode.CAPTURED, Mode.UNCAPTURED), open_runner, not_compared)
 
 
 def candidate_of(
     bundle: Path, manifest: Manifest, request: ValidationRequest, graph: OnnxGraph | None = None
 ) -> Candidate:
-    """The bundle's engine, or its graph, which is read unless given; raises BundleError where it has none."""
+    """The bundle's engine, or its graph, which is read unless given; raises BundleError if it has none."""
     if request.engine:
         return engine_candidate(bundle, manifest)
     return graph_candidate(graph or OnnxGraph.read(graph_of(bundle, manifest)), request.provider or "cpu")
 
 
 def graph_of(bundle: Path, manifest: Manifest) -> Path:
-    """The bundle's graph; raises BundleError where it has none that ONNX Runtime runs."""
+    """The path of the bundle's graph; raises BundleError if it has none that ONNX Runtime runs."""
     if not any(profile.runtime == "onnx" for profile in manifest.profiles) or not manifest.of_role("graph"):
         raise BundleError(f"{bundle} has no graph for ONNX Runtime")
     return bundle / manifest.of_role("graph")[0]

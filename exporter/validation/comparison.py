@@ -1,244 +1,191 @@
-"""A candidate beside a reference: both driven through the same steps on the same pools, and judged by gates.
+"""Compares a candidate with a reference: both run the same steps on the same pools, and gates check the differences.
 
-What is compared stands in `scenarios.py`, what it is held to in `gates.py`, and how experts that are nearly tied are
-kept out of it in `routing.py`. The reference is PyTorch (`torch_reference.py`), or what some runner showed elsewhere.
-No PyTorch is imported here: a golden is compared on machines that have none.
+`scenarios.py` has the steps, `gates.py` the limits, and `routing.py` explains near ties between experts. The reference
+is PyTorch (`references/pytorch.py`), a reference file, or another bundle. PyTorch is not imported here, because a
+reference file is compared on machines that do not have it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
-from numpy.typing import NDArray
 
 from nemotrt.exporter.progress import Advance, ignore
-from nemotrt.exporter.report.model import Gate, NotCompared, ValidationReport
+from nemotrt.exporter.report.model import Gate, NextToken, NotCompared, ValidationReport
 from nemotrt.exporter.runtime.graph_file import OnnxGraph
 from nemotrt.exporter.runtime.step import StepInputs
-from nemotrt.exporter.validation import gates as judged
-from nemotrt.exporter.validation.gates import Compared, Measured, Noise, Observation
+from nemotrt.exporter.validation.gates import (
+    Noise,
+    Observation,
+    ScenarioErrors,
+    same_bits,
+    scenario_gates,
+    score_limits,
+)
 from nemotrt.exporter.validation.graph_dtypes import ExpectedDtypes, dtype_gates
+from nemotrt.exporter.validation.metrics import Array
 from nemotrt.exporter.validation.observations import next_token, router_agreement
-from nemotrt.exporter.validation.routing import Choosing, RouterLogits, num_mismatches
-from nemotrt.exporter.validation.runners.base import CandidateRunner, LedRunner, PoolShape, Runner
-from nemotrt.exporter.validation.scenarios import NUM_SLOTS, Scenario, num_pages, scenarios
-
-NUM_LEVELS = 9
-"""Values that a pool holds at first: quarters from −1 to 1, exact in every dtype."""
+from nemotrt.exporter.validation.plan import Workload
+from nemotrt.exporter.validation.routing import RouterLogits, RouterPolicy, num_mismatches
+from nemotrt.exporter.validation.runners.base import CandidateRunner, Mode, Runner
+from nemotrt.exporter.validation.scenarios import DECODE, Scenarios
 
 
 @dataclass(frozen=True)
-class Extent:
-    """How much is driven: tokens of the prompt, tokens decoded after it, the seed of both and of the pools."""
-
-    prompt: int
-    decode: int
-    seed: int
-    vocab_size: int
-    page_size: int
-
-    @property
-    def num_pages(self) -> int:
-        """Pages of the pools, scratch included."""
-        return num_pages(self.prompt, self.decode, self.page_size)
-
-    @property
-    def num_steps(self) -> int:
-        """Steps of all scenarios."""
-        tokens = np.zeros(self.prompt, dtype=np.int64)
-        return sum(len(s.steps) for s in scenarios(tokens, tokens[: self.decode], self.page_size))
-
-
-@dataclass(frozen=True)
-class Recording:
-    """What a reference showed in every scenario, and all that a candidate needs to be driven and judged alike."""
+class ReferenceRun:
+    """What a reference produced in every scenario, and all that is needed to run and compare a candidate."""
 
     reference: str
-    """The reference in words."""
-    baseline: str
-    """What the limits derive from, in words; empty where they are absolute."""
-    extent: Extent
-    plan: tuple[Scenario, ...]
+    """The reference's name in reports."""
+    workload: Workload
+    scenarios: Scenarios
     noise: Noise
-    seen: dict[str, Observation]
-    choosing: tuple[Choosing, ...]
-    baselines: dict[str, Measured]
-    """For each scenario; none where limits are absolute."""
+    observations: dict[str, Observation]
+    policies: tuple[RouterPolicy, ...]
     dtypes: ExpectedDtypes
-    """Of a graph's weights and pools."""
+    """Of the graph's weights and pools."""
     not_compared: tuple[NotCompared, ...]
+    """What this reference leaves out."""
+    baseline: str = ""
+    """What the limits derive from; empty if they are absolute."""
+    baselines: dict[str, ScenarioErrors] = field(default_factory=dict)
+    """The rounding baseline of each scenario; empty if limits are absolute."""
 
-
-WATCHED = "watched"
-"""A third way to open a runner: one that shows all that it can."""
+    def num_mismatches(self, scenario: str, routers: Sequence[RouterLogits]) -> int:
+        """How often a token is routed to other experts than in the reference."""
+        return num_mismatches(self.policies, self.observations[scenario].routers, routers)
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """What is judged: a runner that is opened in two ways, one after the other, which may not differ by a bit."""
+    """What is compared: a runner that is opened in two modes, one after the other."""
 
     title: str
-    ways: tuple[str, str]
-    open: Callable[[int, str], CandidateRunner]
-    """From pages in the pool and a way, or WATCHED; NUM_SLOTS slots."""
+    modes: tuple[Mode, Mode]
+    """Their results must be bitwise equal; the second outputs router logits if the candidate can."""
+    open: Callable[[int, Mode], CandidateRunner]
+    """From the number of pages and the mode; the pools have NUM_SLOTS slots."""
     not_compared: tuple[NotCompared, ...]
     graph: OnnxGraph | None = None
-    """Whose dtypes are read, and whose layers are compared alone too; none of what cannot be, as an engine."""
-    open_led: Callable[[], LedRunner] | None = None
-    """None of what does not show by what it chooses experts."""
+    """The graph whose dtypes and parts are compared too; None for an engine."""
+    open_forced: Callable[[], Runner] | None = None
+    """Opens a runner whose expert routing can be forced; None if there is none."""
 
 
-Beside = Callable[[str, Observation, tuple[RouterLogits, ...]], Compared]
-"""From a scenario, what the candidate showed, and the router logits that it chose by: both on the same experts."""
+AlignRouting = Callable[[str, Observation], tuple[Observation, Observation]]
+"""From a scenario and the candidate's observation to the candidate and the reference with the same expert routing.
+
+One of the two runs again if a token was routed to other experts.
+"""
 
 
-def compare(recording: Recording, candidate: Candidate, beside: Beside, advance: Advance) -> ValidationReport:
+def compare(
+    run: ReferenceRun, candidate: Candidate, align: AlignRouting, advance: Advance = ignore
+) -> ValidationReport:
     """The report of every gate of whole steps, and of a graph's dtypes.
 
-    Raises ValidationError when an output of the reference is missing.
+    Raises ValidationError if the candidate lacks an output of the reference.
     """
-    pages = recording.extent.num_pages
-    first, second = candidate.ways
-    runner = candidate.open(pages, first)
-    seen, runs_as = observe(runner, recording.plan, recording.noise, advance), runner.runs_as
-    del runner
-    other = observe(candidate.open(pages, second), recording.plan, recording.noise, advance)
+    observations, runs_as = [], ""
+    for mode in candidate.modes:
+        runner = candidate.open(run.workload.num_pages, mode)
+        observations.append(observe_all(runner, run.scenarios, run.noise, advance))
+        runs_as = runner.runs_as
+        del runner  # Else the next mode's weights would be in memory next to these.
+    first, second = observations
 
     gates: list[Gate] = []
-    differences = []
-    for scenario in recording.plan:
-        name = scenario.name
-        against, baseline = beside(name, seen[name], other[name].routers), recording.baselines.get(name)
-        gates += judged.gates(name, against, baseline, recording.noise)
-        gates.append(judged.same_bits(name, seen[name], other[name]))
-        differences.append(next_token(scenario, against, baseline))
+    next_tokens: list[NextToken | None] = []
+    for name, steps in run.scenarios.items():
+        baseline = run.baselines.get(name)
+        aligned = align(name, replace(first[name], routers=second[name].routers))
+        gates += scenario_gates(name, *aligned, baseline, run.noise)
+        gates.append(same_bits(name, first[name], second[name]))
+        next_tokens.append(next_token(name, steps, *aligned, baseline))
     if candidate.graph:
-        gates += dtype_gates(candidate.graph.model, recording.dtypes)
-    extent = recording.extent
+        gates += dtype_gates(candidate.graph.model, run.dtypes)
+    workload = run.workload
     return ValidationReport(
         candidate=f"{candidate.title}, {runs_as}",
-        reference=recording.reference,
-        baseline=recording.baseline,
-        tokens={"prompt": extent.prompt, "decode": extent.decode, "seed": extent.seed},
+        reference=run.reference,
+        baseline=run.baseline,
+        tokens={"prompt": workload.prompt, "decode": workload.decode, "seed": workload.seed},
         gates=tuple(gates),
-        routing_mismatches={
-            name: num_routing_mismatches(recording, name, found.routers) for name, found in other.items()
-        },
-        next_token=tuple(found for found in differences if found),
-        routers=router_agreement(recording.choosing, recording.seen, other),
-        not_compared=(*candidate.not_compared, *recording.not_compared),
+        routing_mismatches={name: run.num_mismatches(name, shown.routers) for name, shown in second.items()},
+        next_token=tuple(comparison for comparison in next_tokens if comparison),
+        routers=router_agreement(run.policies, run.observations, second),
+        not_compared=(*candidate.not_compared, *run.not_compared),
     )
 
 
-def num_routing_mismatches(recording: Recording, name: str, routers: tuple[RouterLogits, ...]) -> int:
-    """How often, in a scenario, another runner chose other experts; 0 where it does not show them."""
-    if not any(routers):
-        return 0
-    return num_mismatches(recording.choosing, recording.seen[name].routers, routers)
+def force_routing(run: ReferenceRun, candidate: Candidate) -> AlignRouting:
+    """Aligns routing with a reference that cannot run again: the candidate runs again, with near ties forced.
 
-
-@dataclass(frozen=True)
-class Leader:
-    """A reference that cannot be run again: where a near tie made a candidate choose other experts, it follows."""
-
-    recording: Recording
-    candidate: Candidate
-
-    def beside(self, name: str, seen: Observation, routers: tuple[RouterLogits, ...]) -> Compared:
-        """What the candidate showed in a scenario, or shows when near ties are decided as the reference did."""
-        expected = self.recording.seen[name]
-        if self.candidate.open_led is None or not num_routing_mismatches(self.recording, name, routers):
-            return on_own_choice(seen, routers, expected)
-        runner = self.candidate.open_led()
-        scenario = next(scenario for scenario in self.recording.plan if scenario.name == name)
-        told = [self._told(name, step) for step in expected.routers]
-        led = observe_one(
-            runner,
-            scenario,
-            self.recording.noise,
-            step=lambda number: runner.step_with_routing(scenario.steps[number], told[number]),
-        )
-        return Compared(led, expected)
-
-    def _told(self, name: str, step: RouterLogits) -> RouterLogits:
-        """The reference's router logits of a step at near ties, NaN elsewhere: what is clear, the candidate decides."""
-        limits = judged.score_limits(self.recording.baselines.get(name), len(step))
-        return tuple(
-            np.where(layer.near_tie(logits_TE, limit)[:, None], logits_TE, np.float32(np.nan))
-            for layer, logits_TE, limit in zip(self.recording.choosing, step, limits, strict=True)
-        )
-
-
-def prompt_of(extent: Extent) -> NDArray[np.int64]:
-    """The prompt's tokens, drawn evenly from the vocabulary."""
-    generator = np.random.default_rng(extent.seed)
-    return generator.integers(0, extent.vocab_size, extent.prompt, dtype=np.int64)
-
-
-def noise_of(pools: Iterable[PoolShape], extent: Extent) -> Noise:
-    """Pools that hold what another sequence left: a runner that reads a fresh sequence's slot is found out.
-
-    The values are exact in every dtype, so that all runners start from the same bits. They are drawn from the bit
-    generator itself, whose stream NumPy promises to keep, so that every machine makes them again of the seed.
+    Tokens that are no near tie keep the candidate's own experts, so that a wrong router is found.
     """
-    bits = np.random.PCG64(extent.seed)
-    noise: Noise = {}
-    for pool in pools:
-        shape = (extent.num_pages if pool.is_paged else NUM_SLOTS, *pool.row_shape)
-        count = int(np.prod(shape))
-        drawn = bits.random_raw(-(-count // 8)).astype("<u8").view(np.uint8)[:count] % NUM_LEVELS
-        noise[pool.name] = ((drawn.astype(np.float32) - NUM_LEVELS // 2) / np.float32(4)).reshape(shape)
-    return noise
+
+    def near_ties(scenario: str, step: RouterLogits) -> RouterLogits:
+        """The reference's router logits of near ties, NaN elsewhere."""
+        limits = score_limits(run.baselines.get(scenario), len(step))
+        return tuple(
+            np.where(policy.near_tie(logits_TE, limit)[:, None], logits_TE, np.float32(np.nan))
+            for policy, logits_TE, limit in zip(run.policies, step, limits, strict=True)
+        )
+
+    def align(scenario: str, observation: Observation) -> tuple[Observation, Observation]:
+        expected = run.observations[scenario]
+        if candidate.open_forced is None or not run.num_mismatches(scenario, observation.routers):
+            return observation, expected
+        forced = [near_ties(scenario, step) for step in expected.routers]
+        runner = candidate.open_forced()
+        return observe(runner, run.scenarios[scenario], run.noise, forced=forced), expected
+
+    return align
 
 
-def greedy(runner: Runner, extent: Extent, noise: Noise, advance: Advance) -> NDArray[np.int64]:
-    """The runner's own greedy continuation of the prompt: what every runner is then made to decode."""
-    runner.reset(noise)
-    tokens = np.zeros(extent.decode, dtype=np.int64)
-    plan = scenarios(prompt_of(extent), tokens, extent.page_size)
-    steps = next(s for s in plan if s.name == "decode").steps
-    logits = runner.step(steps[0])
-    advance(1)
-    for i in range(extent.decode):
-        tokens[i] = int(logits[-1].argmax())
-        steps[1 + i].input_ids[:] = tokens[i]
-        logits = runner.step(steps[1 + i])
-        advance(1)
-    return tokens
+def observe_all(
+    runner: Runner, scenarios: Scenarios, noise: Noise, advance: Advance
+) -> dict[str, Observation]:
+    """What a runner produces in every scenario."""
+    return {name: observe(runner, steps, noise, advance=advance) for name, steps in scenarios.items()}
+
+
+def observe_greedy(
+    runner: Runner, workload: Workload, noise: Noise, advance: Advance
+) -> tuple[Scenarios, dict[str, Observation]]:
+    """The scenarios with the runner's own greedy continuation of the prompt, and what it produces in each."""
+    tokens = np.zeros(workload.decode, dtype=np.int64)
+    steps = workload.scenarios(tokens)[DECODE]
+
+    def continue_greedily(step: int, logits_RV: Array) -> None:
+        if step < len(tokens):
+            tokens[step] = logits_RV[-1].argmax()
+            steps[step + 1].input_ids[:] = tokens[step]
+
+    decoded = observe(runner, steps, noise, advance=advance, after_step=continue_greedily)
+    scenarios = workload.scenarios(tokens)
+    others = {name: steps for name, steps in scenarios.items() if name != DECODE}
+    return scenarios, observe_all(runner, others, noise, advance) | {DECODE: decoded}
 
 
 def observe(
-    runner: Runner, plan: tuple[Scenario, ...], noise: Noise, advance: Advance
-) -> dict[str, Observation]:
-    """What a runner shows in every scenario."""
-    return {scenario.name: observe_one(runner, scenario, noise, advance=advance) for scenario in plan}
-
-
-def observe_one(
     runner: Runner,
-    scenario: Scenario,
+    steps: Sequence[StepInputs],
     noise: Noise,
     *,
+    forced: Sequence[RouterLogits] = (),
     advance: Advance = ignore,
-    step: Callable[[int], NDArray[np.float64]] | None = None,
+    after_step: Callable[[int, Array], None] = lambda step, logits_RV: None,
 ) -> Observation:
-    """What a runner shows in one scenario; `step` runs the step of that number in another way than plainly."""
+    """What a runner produces over the steps; `forced` router logits of each step, if any, choose the experts."""
     runner.reset(noise)
     logits, routers = [], []
-    for number, inputs in enumerate(scenario.steps):
-        logits.append(step(number) if step else runner.step(inputs))
-        routers.append(without_padding(runner.router_logits(), inputs))
+    for number, inputs in enumerate(steps):
+        logits.append(runner.step(inputs, forced[number]) if forced else runner.step(inputs))
+        num_tokens = inputs.query_start[-1]
+        routers.append(tuple(logits_TE[:num_tokens] for logits_TE in runner.router_logits()))
+        after_step(number, logits[-1])
         advance(1)
     return Observation(np.concatenate(logits), runner.pools(), tuple(routers))
-
-
-def without_padding(router_logits: RouterLogits, inputs: StepInputs) -> RouterLogits:
-    """Of a step's own tokens."""
-    return tuple(logits_TE[: inputs.query_start[-1]] for logits_TE in router_logits)
-
-
-def on_own_choice(seen: Observation, routers: tuple[RouterLogits, ...], expected: Observation) -> Compared:
-    """What a runner showed beside a reference that chose the same experts."""
-    return Compared(replace(seen, routers=routers), expected)

@@ -1,17 +1,17 @@
-"""How far the carried state departs over a thousand decode steps, with identical tokens and the same experts.
+"""How the error of the carried state develops over a long decode, with identical tokens and the same experts.
 
-Two questions are kept apart. *In the model*, a state's error is that of everything before it, and PyTorch at the
-graph's precision has it too: the baseline. What the state itself loses, as one that is kept in FP16, hides in that. So
-each recurrence is also judged *alone*: replayed in FP64 on what the graph itself fed it, nothing but what is lost from
-step to step is left, and its limit is that of FP32.
+Two errors are measured. *In the model*, a state's error includes the errors of everything before it, and PyTorch at the
+graph's precision has it too: the rounding baseline. That hides what the state itself loses, for example if it is kept
+in FP16. So each *recurrence alone* is also replayed in FP64 on the inputs that the graph itself gave it: only the loss
+from step to step remains, and its limit is that of FP32.
 
-Legend: B sequences, H heads, P head dim, G groups, N state size, E experts, V vocabulary.
+Legend: T steps, B sequences, H heads, P head dim, G groups, N state size, E experts, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,144 +23,101 @@ from nemotrt.exporter.checkpoint.loaded_model import LoadedModel
 from nemotrt.exporter.config import BuildConfig
 from nemotrt.exporter.progress import Advance, ignore
 from nemotrt.exporter.report.model import Drift, DriftCurve, Gate, Metric
-from nemotrt.exporter.runtime.step import StepInputs, pages_of
+from nemotrt.exporter.runtime.step import StepInputs
 from nemotrt.exporter.validation import metrics
 from nemotrt.exporter.validation.gates import BASELINE_FACTOR, FP32_RELATIVE_L2
+from nemotrt.exporter.validation.plan import SEQUENCES, WINDOW, LongDecode
 from nemotrt.exporter.validation.routing import RouterLogits
 from nemotrt.exporter.validation.runners.base import CandidateRunner, Recurrence
-from nemotrt.exporter.validation.runners.torch import (
-    TorchRunner,
-    num_threads,
-    pool_dtype,
-    threads,
-    torch_step,
-)
-from nemotrt.exporter.validation.scenarios import NUM_SLOTS
+from nemotrt.exporter.validation.runners.torch import TorchRunner, num_threads, threads, torch_step
 from nemotrt.plugins.contract import DType, PoolSpec
 from nemotrt.plugins.selective_scan.reference import reference as scan
-
-SEQUENCES = 2
-"""Decoded side by side."""
-
-WINDOW = 30
-"""Steps before each mark whose logits are compared: so many of each sequence."""
 
 SCENARIO = "state drift"
 
 
-@dataclass(frozen=True)
-class _Segment:
-    """Steps from `first` to before `last`, after which the state is looked at; those from `watched` on want logits."""
+class _Snapshot(NamedTuple):
+    """What a runner produced up to one mark."""
 
-    first: int
-    watched: int
-    last: int
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Random tokens [B, steps] of fresh sequences, and the steps after which their state is looked at."""
-
-    tokens_BT: NDArray[np.int64]
-    page_size: int
-
-    @property
-    def num_steps(self) -> int:
-        """Tokens of each sequence."""
-        return int(self.tokens_BT.shape[1])
-
-    @property
-    def num_pages(self) -> int:
-        """Pages of all sequences, scratch included."""
-        return 1 + SEQUENCES * pages_of(self.num_steps, self.page_size)
-
-    @property
-    def marks(self) -> tuple[int, ...]:
-        """1, 2, 5, 10, 20, 50 … and the last."""
-        series = (factor * 10**power for power in range(6) for factor in (1, 2, 5))
-        return (*(mark for mark in series if mark < self.num_steps), self.num_steps)
-
-    @property
-    def segments(self) -> tuple[_Segment, ...]:
-        """What lies between the marks."""
-        starts = (0, *self.marks[:-1])
-        return tuple(
-            _Segment(first, max(first, last - WINDOW), last)
-            for first, last in zip(starts, self.marks, strict=True)
-        )
-
-    def step(self, first: int, last: int, watched: int) -> StepInputs:
-        """One step with the tokens from `first` to before `last` of each sequence."""
-        count = last - first
-        tokens_BT = self.tokens_BT[:, first:last]
-        rows_BT = np.arange(tokens_BT.size, dtype=np.int32).reshape(tokens_BT.shape)
-        pages = np.arange(1, self.num_pages, dtype=np.int32).reshape(SEQUENCES, -1)
-        return StepInputs(
-            input_ids=tokens_BT.flatten(),
-            query_start=np.arange(SEQUENCES + 1, dtype=np.int32) * np.int32(count),
-            context_len=np.full(SEQUENCES, first, dtype=np.int32),
-            slot=np.arange(1, SEQUENCES + 1, dtype=np.int32),
-            page_table=pages,
-            logits_row=rows_BT[:, max(watched - first, 0) :].flatten(),
-        )
+    states: dict[str, NDArray[np.float32]]
+    """The sequences' rows of every recurrent pool."""
+    logits_BTV: NDArray[np.float32]
+    """Of the last steps before the mark."""
+    routers_BTE: RouterLogits = ()
 
 
-@dataclass
-class _Trace:
-    """What a runner showed, an entry for each mark."""
+class DriftComparison:
+    """A long decode by the candidate, followed by PyTorch on the same tokens and with the same experts.
 
-    states: list[dict[str, NDArray[np.float32]]] = field(default_factory=list)
-    """Every recurrent pool's rows of the sequences."""
-    logits_BTV: list[NDArray[np.float32]] = field(default_factory=list)
-    routers_BTE: list[RouterLogits] = field(default_factory=list)
-
-    def add(
-        self,
-        pools: dict[str, NDArray[np.float64]],
-        specs: Sequence[PoolSpec],
-        logits_BTV: NDArray[np.float32],
-        routers_BTE: RouterLogits,
-    ) -> None:
-        """The next mark."""
-        held = {spec.name: pools[spec.name][1 : 1 + SEQUENCES] for spec in _recurrent(specs)}
-        self.states.append({name: rows.astype(np.float32) for name, rows in held.items()})
-        self.logits_BTV.append(logits_BTV)
-        self.routers_BTE.append(routers_BTE)
-
-
-def measure(
-    model: LoadedModel,
-    config: BuildConfig,
-    open_runner: Callable[[int], CandidateRunner],
-    *,
-    num_steps: int,
-    seed: int = 0,
-    advance: Advance = ignore,
-) -> Drift:
-    """The errors of every recurrent state at each mark, and of the next token before it.
-
-    `open_runner` takes the pages of its pool. One runner is held at a time; `advance` hears of `num_runs` steps.
+    The candidate runs first; then each PyTorch network follows while it is loaded: FP32, and the baseline's.
     """
-    dtype, pools = config.dtype, model.pools(config)
-    generator = np.random.default_rng([seed, num_steps])
-    tokens_BT = generator.integers(0, model.config.vocab_size, (SEQUENCES, num_steps), dtype=np.int64)
-    plan = Plan(tokens_BT, config.page_size)
-    replay = _Replay(model, pools)
-    seen, alone = _candidate(open_runner(plan.num_pages), plan, pools, replay, advance)
-    expected = _torch(model, pools, torch.float32, plan, seen, advance)
-    baseline = None
-    if dtype != "float32":
-        baseline = _torch(model, pools, getattr(torch, dtype), plan, seen, advance)
-    curves = []
-    for name in (spec.name for spec in _recurrent(pools)):
-        base = _errors(baseline, expected, name) if baseline else ()
-        curves.append(curve(name, Metric.RELATIVE_L2, _errors(seen, expected, name), base))
-        if errors := tuple(at_mark[name] for at_mark in alone if name in at_mark):
-            base = tuple(replay.baselines.get(name, ()))
-            curves.append(curve(name, Metric.RECURRENCE, errors, base))
-    kl, base = _kl(seen, expected), _kl(baseline, expected) if baseline else ()
-    curves.append(curve("logits", Metric.MEAN_KL, kl, base))
-    return Drift(plan.marks, SEQUENCES, tuple(curves))
+
+    def __init__(self, model: LoadedModel, config: BuildConfig, decode: LongDecode) -> None:
+        self.decode = decode
+        self._pools = model.pools(config)
+        self._recurrent = [spec.name for spec in self._pools if not spec.is_paged]
+        self._replay = _Replay(model, self._pools)
+        self._candidate: list[_Snapshot] = []
+        self._followers: list[list[_Snapshot]] = []
+        self._replay_errors: list[dict[str, float]] = []
+
+    def run_candidate(self, runner: CandidateRunner, advance: Advance = ignore) -> None:
+        """Decode token by token, and replay each recurrence; reports each step."""
+        runner.reset(self.decode.empty_pools(self._pools))
+        for first, watched, last in self.decode.spans:
+            logits, routers = [], []
+            for t in range(first, last):
+                inputs = self.decode.step(t, t + 1, watched)
+                logits.append(runner.step(inputs).astype(np.float32))
+                routers.append(runner.router_logits())
+                self._replay.step(inputs, runner.recurrences())
+                advance(1)
+            logits_BTV = np.stack([rows for rows in logits if len(rows)], axis=1)
+            routers_BTE = tuple(np.stack(steps, axis=1) for steps in zip(*routers, strict=True))
+            snapshot = _Snapshot(self._states(runner.pools()), logits_BTV, routers_BTE)
+            self._candidate.append(snapshot)
+            self._replay_errors.append(self._replay.errors(snapshot.states))
+
+    def follow(self, runner: TorchRunner, advance: Advance = ignore) -> None:
+        """Run PyTorch with the candidate's experts, all tokens up to a mark at once; reports each mark.
+
+        A state that is narrower than FP32 loses precision in every step, so then the tokens run one by one.
+        """
+        runner.reset(self.decode.empty_pools(self._pools))
+        snapshots = []
+        for (first, watched, last), candidate in zip(self.decode.spans, self._candidate, strict=True):
+            stride = 1 if runner.has_narrow_state else last - first
+            rows = []
+            for t in range(first, last, stride):
+                offset = slice(t - first, t - first + stride)
+                forced = tuple(
+                    layer[:, offset].reshape(-1, layer.shape[-1]) for layer in candidate.routers_BTE
+                )
+                logits = runner.step(self.decode.step(t, t + stride, watched), forced)
+                if len(logits):
+                    rows.append(logits.astype(np.float32).reshape(SEQUENCES, -1, logits.shape[-1]))
+            snapshots.append(_Snapshot(self._states(runner.pools()), np.concatenate(rows, axis=1)))
+            advance(1)
+        self._followers.append(snapshots)
+
+    def result(self) -> Drift:
+        """Every error at every mark, against the network that followed first; the second one is the baseline."""
+        reference, *baselines = self._followers
+        curves = []
+        for name in self._recurrent:
+            base = _state_errors(baselines[0], reference, name) if baselines else ()
+            errors = _state_errors(self._candidate, reference, name)
+            curves.append(curve(name, Metric.RELATIVE_L2, errors, base))
+            if name in self._replay_errors[0]:
+                errors = tuple(at_mark[name] for at_mark in self._replay_errors)
+                base = tuple(self._replay.baselines.get(name, ()))
+                curves.append(curve(name, Metric.RECURRENCE, errors, base))
+        base = _mean_kl(baselines[0], reference) if baselines else ()
+        curves.append(curve("logits", Metric.MEAN_KL, _mean_kl(self._candidate, reference), base))
+        return Drift(self.decode.marks, SEQUENCES, tuple(curves))
+
+    def _states(self, pools: dict[str, NDArray[np.float64]]) -> dict[str, NDArray[np.float32]]:
+        return {name: pools[name][1 : 1 + SEQUENCES].astype(np.float32) for name in self._recurrent}
 
 
 def curve(output: str, metric: Metric, values: tuple[float, ...], baseline: tuple[float, ...]) -> DriftCurve:
@@ -171,14 +128,8 @@ def curve(output: str, metric: Metric, values: tuple[float, ...], baseline: tupl
     return DriftCurve(output, metric, values, baseline, limits)
 
 
-def num_runs(precision: str, num_steps: int) -> int:
-    """Steps that `measure` tells of."""
-    marks = len(Plan(np.zeros((SEQUENCES, num_steps), dtype=np.int64), 1).marks) if num_steps else 0
-    return num_steps + marks * (1 if precision == "fp32" else 2)
-
-
 def gates(drift: Drift) -> list[Gate]:
-    """For each curve the gate at the mark that uses most of its limit."""
+    """For each curve with limits, the gate at the mark that uses most of its limit."""
     return [_gate(curve, drift.steps) for curve in drift.curves if curve.limits]
 
 
@@ -199,85 +150,26 @@ def _gate(curve: DriftCurve, steps: Sequence[int]) -> Gate:
     return max(marks, key=lambda gate: gate.limit_fraction)
 
 
-def _candidate(
-    runner: CandidateRunner,
-    plan: Plan,
-    pools: tuple[PoolSpec, ...],
-    replay: _Replay,
-    advance: Advance,
-) -> tuple[_Trace, list[dict[str, float]]]:
-    """What the candidate shows, a token at a time, and each recurrence's own error at each mark."""
-    runner.reset(_zeros(pools, plan.num_pages))
-    trace, alone = _Trace(), []
-    for segment in plan.segments:
-        logits, routers = [], []
-        for t in range(segment.first, segment.last):
-            inputs = plan.step(t, t + 1, segment.watched)
-            logits.append(runner.step(inputs).astype(np.float32))
-            routers.append(runner.router_logits())
-            replay.step(inputs, runner.recurrences())
-            advance(1)
-        rows = np.stack([rows for rows in logits if len(rows)], axis=1)
-        by_layer = (np.stack(steps, axis=1) for steps in zip(*routers, strict=True))
-        trace.add(runner.pools(), pools, rows, tuple(by_layer))
-        alone.append(replay.errors(trace.states[-1]))
-    return trace, alone
-
-
-def _torch(
-    model: LoadedModel,
-    pools: tuple[PoolSpec, ...],
-    dtype: torch.dtype,
-    plan: Plan,
-    leader: _Trace,
-    advance: Advance,
-) -> _Trace:
-    """What PyTorch shows on the leader's choice of experts: all tokens between two marks at once.
-
-    A state that is narrower than FP32 loses in every step, and is stepped so.
-    """
-    runner = TorchRunner(model, pools, dtype)
-    runner.reset(_zeros(pools, plan.num_pages))
-    is_narrow = any(pool_dtype(spec, dtype) != torch.float32 for spec in pools if spec.kind == "ssm_state")
-    trace = _Trace()
-    for segment, routers_BTE in zip(plan.segments, leader.routers_BTE, strict=True):
-        stride = 1 if is_narrow else segment.last - segment.first
-        rows = []
-        for first in range(segment.first, segment.last, stride):
-            here = slice(first - segment.first, first - segment.first + stride)
-            led = tuple(layer[:, here].reshape(-1, layer.shape[-1]) for layer in routers_BTE)
-            logits = runner.step(plan.step(first, first + stride, segment.watched), led)
-            if len(logits):
-                rows.append(logits.astype(np.float32).reshape(SEQUENCES, -1, logits.shape[-1]))
-        trace.add(runner.pools(), pools, np.concatenate(rows, axis=1), ())
-        advance(1)
-    return trace
-
-
-def _recurrent(pools: Sequence[PoolSpec]) -> list[PoolSpec]:
-    return [spec for spec in pools if not spec.is_paged]
-
-
-def _zeros(pools: Sequence[PoolSpec], num_pages: int) -> dict[str, NDArray[np.float32]]:
-    rows = {spec.name: num_pages if spec.is_paged else NUM_SLOTS for spec in pools}
-    return {spec.name: np.zeros((rows[spec.name], *spec.row_shape), dtype=np.float32) for spec in pools}
-
-
-def _errors(trace: _Trace, expected: _Trace, pool: str) -> tuple[float, ...]:
-    pairs = zip(trace.states, expected.states, strict=True)
-    return tuple(metrics.relative_l2(*(side[pool].astype(np.float64) for side in pair)) for pair in pairs)
-
-
-def _kl(trace: _Trace, expected: _Trace) -> tuple[float, ...]:
-    """The mean over the rows before each mark, in nats."""
-    pairs = zip(trace.logits_BTV, expected.logits_BTV, strict=True)
+def _state_errors(
+    snapshots: Sequence[_Snapshot], reference: Sequence[_Snapshot], pool: str
+) -> tuple[float, ...]:
+    pairs = zip(snapshots, reference, strict=True)
     return tuple(
-        float(metrics.kl_divergence(*(side.astype(np.float64) for side in pair)).mean()) for pair in pairs
+        metrics.relative_l2(*(side.states[pool].astype(np.float64) for side in pair)) for pair in pairs
+    )
+
+
+def _mean_kl(snapshots: Sequence[_Snapshot], reference: Sequence[_Snapshot]) -> tuple[float, ...]:
+    """The mean over the rows before each mark, in nats."""
+    pairs = zip(snapshots, reference, strict=True)
+    return tuple(
+        float(metrics.kl_divergence(*(side.logits_BTV.astype(np.float64) for side in pair)).mean())
+        for pair in pairs
     )
 
 
 class _Replay:
-    """Every recurrence in FP64, and as its pool holds it where that is narrower than FP32; on given inputs."""
+    """Every recurrence in FP64 on given inputs; and, if its pool is narrower than FP32, as the pool stores it."""
 
     def __init__(self, model: LoadedModel, pools: tuple[PoolSpec, ...]) -> None:
         self._dt_min, self._dt_max = model.config.time_step_limit
@@ -290,33 +182,32 @@ class _Replay:
             {name: torch.empty(spec.row_shape, device="meta") for name, spec in self._specs.items()}
         )
         self._exact: dict[str, Tensor] = {}
-        self._held: dict[str, Tensor] = {}
+        self._stored: dict[str, Tensor] = {}
         self.baselines: dict[str, list[float]] = {}
+        """The errors at each mark that come from the pool's dtype."""
 
     def step(self, inputs: StepInputs, recurrences: dict[str, Recurrence]) -> None:
-        """One step of the recurrences that are seen."""
+        """Advance the recurrences whose inputs are visible by one step."""
         with threads(self._num_threads):
-            for name, seen in recurrences.items():
-                self._exact[name] = self._next(name, seen, inputs, self._exact, torch.float64, torch.float64)
-                held = getattr(torch, self._specs[name].dtype)
-                if held != torch.float32:
-                    self._held[name] = self._next(name, seen, inputs, self._held, torch.float32, held)
+            for name, given in recurrences.items():
+                spec = self._specs[name]
+                exact = self._state(self._exact, spec, torch.float64)
+                self._exact[name] = self._next(spec, given, inputs, exact, torch.float64)
+                if spec.dtype is not DType.FLOAT32:
+                    stored = self._state(self._stored, spec, spec.dtype.torch)
+                    self._stored[name] = self._next(spec, given, inputs, stored, torch.float32)
+
+    def _state(self, states: dict[str, Tensor], spec: PoolSpec, dtype: torch.dtype) -> Tensor:
+        empty = torch.zeros(1 + SEQUENCES, *spec.row_shape, dtype=dtype)
+        return states.get(spec.name, empty)
 
     def _next(
-        self,
-        name: str,
-        seen: Recurrence,
-        inputs: StepInputs,
-        states: dict[str, Tensor],
-        dtype: torch.dtype,
-        held: torch.dtype,
+        self, spec: PoolSpec, given: Recurrence, inputs: StepInputs, state: Tensor, dtype: torch.dtype
     ) -> Tensor:
-        empty = torch.zeros(1 + SEQUENCES, *self._specs[name].row_shape, dtype=held)
-        x, dt, b = (torch.from_numpy(values).to(dtype) for values in (seen.x, seen.dt, seen.B))
-        a, dt_bias = self._weights[name]
-        packed = torch_step(inputs)
-        state = states.get(name, empty)
-        # C and D make y, which is not looked at.
+        x, dt, b = (torch.from_numpy(values).to(dtype) for values in given)
+        a, dt_bias = self._weights[spec.name]
+        step = torch_step(inputs)
+        # C and D only affect y, which is not used.
         _, next_state = scan(
             x,
             dt,
@@ -326,27 +217,28 @@ class _Replay:
             dt_bias,
             dt_bias,
             state,
-            packed.query_start,
-            packed.context_len,
-            packed.slot,
+            step.query_start,
+            step.context_len,
+            step.slot,
             dt_min=self._dt_min,
             dt_max=self._dt_max,
         )
         return next_state
 
     def errors(self, states: dict[str, NDArray[np.float32]]) -> dict[str, float]:
-        """Of each state the worst head's relative L2; of the narrow ones the baseline is kept in `baselines`."""
-        for name, held in self._held.items():
-            self.baselines.setdefault(name, []).append(self._worst_head(name, held[1:].double().numpy()))
+        """The relative L2 of the worst head of each state; also extends `baselines`."""
+        for name, stored in self._stored.items():
+            worst = self._worst_head(name, stored[1:].double().numpy())
+            self.baselines.setdefault(name, []).append(worst)
         return {name: self._worst_head(name, states[name].astype(np.float64)) for name in self._exact}
 
     def _worst_head(self, name: str, state_BHPN: NDArray[np.float64]) -> float:
         exact_BHPN = self._exact[name][1:].numpy()
-        lost_H, norm_H = (
+        error_H, norm_H = (
             np.einsum("bhpn,bhpn->h", values, values) for values in (state_BHPN - exact_BHPN, exact_BHPN)
         )
         # A head that no token has moved is zero on both sides.
-        return float(np.sqrt(np.divide(lost_H, norm_H, out=lost_H.copy(), where=norm_H > 0)).max())
+        return float(np.sqrt(np.divide(error_H, norm_H, out=error_H.copy(), where=norm_H > 0)).max())
 
 
 def _head_weight(model: LoadedModel, spec: PoolSpec, which: str) -> Tensor:

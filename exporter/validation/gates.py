@@ -1,14 +1,14 @@
-"""The gates: every number that a validation holds against a limit.
+"""The gates: every number that a validation compares with a limit.
 
-FP32 is held to 1e-4. A lower precision is held to three times its *baseline*: what PyTorch itself loses at that
-precision against PyTorch in FP32, measured on the same tokens.
+FP32 must be within 1e-4. A lower precision must be within three times its *rounding baseline*: the error of PyTorch at
+that precision against PyTorch in FP32, on the same tokens.
 
 Legend: R rows of logits, V vocabulary, T tokens, E experts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,54 +17,45 @@ from numpy.typing import NDArray
 from nemotrt.exporter.errors import ValidationError
 from nemotrt.exporter.report.model import Gate, Metric
 from nemotrt.exporter.validation import metrics, routing
+from nemotrt.exporter.validation.metrics import Array
 from nemotrt.exporter.validation.routing import RouterLogits
-
-Array = NDArray[np.float64]
 
 FP32_RELATIVE_L2 = 1e-4
 BASELINE_FACTOR = 3.0
 """The worst of ten prompt batches was 2.45 times the median of the rounding baseline, so three."""
 
-ALONE = "each layer alone"
-"""The scenario in which every part runs on inputs that are the same to the bit."""
-
 COSINE, NORM_RATIO = 0.99, 0.25
-"""The two gates of TensorRT Edge-LLM, on top."""
+"""Two further gates, with TensorRT Edge-LLM's thresholds."""
+
+ALONE = "each layer alone"
+"""The scenario in which every part runs alone, on inputs that are bitwise equal."""
+
+Pair = tuple[Array, Array]
+"""The candidate's values, and the reference's."""
+
+Noise = dict[str, NDArray[np.float32]]
+"""The initial contents of every pool."""
 
 
 @dataclass(frozen=True)
 class Observation:
-    """What one runner showed in one scenario: logits of every step side by side, and the pools at its end."""
+    """What one runner produced in one scenario."""
 
     logits_RV: Array
+    """Of all steps."""
     pools: dict[str, Array]
+    """After the last step."""
     routers: tuple[RouterLogits, ...] = ()
-    """A step each, its tokens only; nothing in them where the runner does not show any."""
+    """One per step, without padding; empty entries if the runner does not output router logits."""
 
 
 @dataclass(frozen=True)
-class Compared:
-    """What a runner showed, and the reference with the experts that the runner chose."""
-
-    seen: Observation
-    expected: Observation
-
-
-Pair = tuple[Array, Array]
-"""A runner's values, and the reference's."""
-
-Noise = dict[str, NDArray[np.float32]]
-"""What each pool held at first."""
-
-
-@dataclass(frozen=True)
-class Distances:
-    """How far one output of a runner is from the reference's; no distance is measured where a side is not finite."""
+class OutputErrors:
+    """How far one output is from the reference; no distance is measured if a value is not finite."""
 
     not_finite: int
-    """Values that are NaN or infinite."""
+    """The candidate's NaN and infinite values."""
     reference_not_finite: int = 0
-    """Such values of the reference."""
     relative_l2: float = 0.0
     norm_ratio: float = 0.0
     angle: float = 0.0
@@ -72,208 +63,187 @@ class Distances:
 
 
 @dataclass(frozen=True)
-class TokenDistances:
-    """How far a runner's next-token distributions are from the reference's."""
+class ScenarioErrors:
+    """How far a runner is from the reference in one scenario: every number that a gate or a limit needs."""
 
-    kl: tuple[float, ...]
-    """Nats, a row of logits each."""
-    flip_margin: float
-    """The most by which the reference prefers its own best token to the runner's, where they differ; in logits."""
-    largest: float
-    """The largest difference of a logit."""
-
-
-@dataclass(frozen=True)
-class Measured:
-    """How far a runner is from the reference in one scenario: every number that a gate judges, or derives from."""
-
-    outputs: dict[str, Distances]
+    outputs: dict[str, OutputErrors]
     """Of the logits and of every pool, by name."""
-    next_token: TokenDistances | None
-    """None where logits are not finite."""
-    score_errors: tuple[float, ...]
-    """The largest error of a router's score, for each MoE layer; nothing where the runner does not show any."""
+    kl: tuple[float, ...]
+    """Nats, one per row of logits; empty if logits are not finite."""
+    mismatch_margin: float
+    """The largest logit margin by which the reference prefers its own top-1 token over the runner's."""
+    max_logit_error: float
+    router_scores: tuple[float, ...]
+    """The largest error of a router's score, per MoE layer; empty if the runner does not output router logits."""
 
 
-def measured(compared: Compared, noise: Noise) -> Measured:
-    """How far the runner is from the reference; of pools what the reference wrote, so that noise dilutes no error."""
-    logits = compared.seen.logits_RV, compared.expected.logits_RV
-    outputs = {"logits": _distances_of(logits)}
-    for name in compared.expected.pools:
-        outputs[name] = _distances_of(_of_pool(compared, name, noise[name]))
-    is_finite = all(np.isfinite(values).all() for values in logits)
-    next_token = _next_token_of(logits) if is_finite else None
-    return Measured(outputs, next_token, _score_errors(compared))
+def measure(candidate: Observation, reference: Observation, noise: Noise) -> ScenarioErrors:
+    """The candidate's errors; in pools only of what the reference wrote, so that noise dilutes no error."""
+    logits = candidate.logits_RV, reference.logits_RV
+    outputs = {"logits": _errors(logits)}
+    for name, expected in reference.pools.items():
+        written = written_mask(name, expected[1:], noise[name][1:])
+        outputs[name] = _errors((candidate.pools[name][1:][written], expected[1:][written]))
+    scores = _router_errors(candidate.routers, reference.routers)
+    if outputs["logits"].not_finite or outputs["logits"].reference_not_finite:
+        return ScenarioErrors(outputs, (), 0.0, 0.0, scores)
+    return ScenarioErrors(
+        outputs=outputs,
+        kl=tuple(metrics.kl_divergence(*logits).tolist()),
+        mismatch_margin=float(metrics.mismatch_margins(*logits).max(initial=0.0)),
+        max_logit_error=float(np.abs(logits[0] - logits[1]).max()),
+        router_scores=scores,
+    )
 
 
-def layer_gates(place: str, shown: dict[str, Pair], baseline: dict[str, Pair] | None) -> list[Gate]:
-    """The gates of one part that ran alone: of each value that it gave, beside the reference's on the same inputs."""
-    found = []
-    for name, pair in shown.items():
-        base = _distances_of(baseline[name]) if baseline else None
-        found += _output(ALONE, f"{place} {name}".strip(), _distances_of(pair), base)
-    return found
-
-
-def gates(scenario: str, candidate: Compared, baseline: Measured | None, noise: Noise) -> list[Gate]:
+def scenario_gates(
+    scenario: str,
+    candidate: Observation,
+    reference: Observation,
+    baseline: ScenarioErrors | None,
+    noise: Noise,
+) -> list[Gate]:
     """Every gate of one scenario: finiteness, logits, next token, routers, and every pool without its scratch row.
 
-    `baseline` is of PyTorch at the candidate's precision. Raises ValidationError when an output that should be compared
-    is missing.
+    `baseline` is PyTorch's at the candidate's precision, None in FP32. Raises ValidationError if the candidate lacks an
+    output of the reference.
     """
-    seen, expected = candidate.seen, candidate.expected
-    missing = sorted(set(expected.pools) - set(seen.pools))
-    if missing or seen.logits_RV.shape != expected.logits_RV.shape:
+    missing = sorted(set(reference.pools) - set(candidate.pools))
+    if missing or candidate.logits_RV.shape != reference.logits_RV.shape:
         raise ValidationError(
             f"{scenario}: {missing[0] if missing else 'logits'} was not produced by the graph"
         )
-    found: list[Gate] = []
-    own = measured(candidate, noise)
-    for name, distances in own.outputs.items():
+    errors = measure(candidate, reference, noise)
+    gates: list[Gate] = []
+    for name, output in errors.outputs.items():
         if name in noise:
-            found.append(_stray_writes(scenario, name, candidate, noise[name]))
-        found += _output(scenario, name, distances, baseline.outputs[name] if baseline else None)
-    found += _routers(scenario, own, baseline)
-    if own.next_token and baseline is None:
-        scale = float(np.abs(expected.logits_RV).max())
-        flipped = own.next_token.flip_margin
-        found.append(Gate(scenario, "logits", Metric.TOP1_MARGIN, flipped, FP32_RELATIVE_L2 * scale))
-    elif own.next_token and baseline and baseline.next_token:
-        found += _next_token(scenario, own.next_token, baseline.next_token)
-    return found
+            stray = _num_out_of_bounds(name, candidate.pools[name], reference.pools[name], noise[name])
+            gates.append(Gate(scenario, name, Metric.OUT_OF_BOUNDS, float(stray), 0.0))
+        gates += _output_gates(scenario, name, output, baseline.outputs[name] if baseline else None)
+    gates += _router_gates(scenario, errors, baseline)
+    if errors.kl and baseline is None:
+        limit = FP32_RELATIVE_L2 * float(np.abs(reference.logits_RV).max())
+        gates.append(Gate(scenario, "logits", Metric.TOP1_MARGIN, errors.mismatch_margin, limit))
+    elif errors.kl and baseline and baseline.kl:
+        gates += _next_token_gates(scenario, errors, baseline)
+    return gates
 
 
-def _of_pool(compared: Compared, name: str, noise: NDArray[np.float32]) -> Pair:
-    seen, expected = compared.seen.pools[name][1:], compared.expected.pools[name][1:]
-    written = written_of(name, expected, noise[1:])
-    return seen[written], expected[written]
+def layer_gates(place: str, values: dict[str, Pair], baseline: dict[str, Pair] | None) -> list[Gate]:
+    """The gates of one part that ran alone; `values` are its outputs by name, `baseline` PyTorch's."""
+    gates: list[Gate] = []
+    for name, pair in values.items():
+        base = _errors(baseline[name]) if baseline else None
+        gates += _output_gates(ALONE, f"{place} {name}".strip(), _errors(pair), base)
+    return gates
 
 
-def _stray_writes(scenario: str, name: str, candidate: Compared, noise: NDArray[np.float32]) -> Gate:
-    """What the reference did not write must be as it was, to the bit."""
-    written = written_of(name, candidate.expected.pools[name][1:], noise[1:])
-    stray = np.count_nonzero(candidate.seen.pools[name][1:][~written] != noise[1:][~written])
-    return Gate(scenario, name, Metric.OUT_OF_BOUNDS, float(stray), 0.0)
-
-
-def _output(scenario: str, name: str, own: Distances, baseline: Distances | None) -> list[Gate]:
-    """Finiteness, and then the distances."""
-    found = [Gate(scenario, name, Metric.NOT_FINITE, float(own.not_finite), 0.0)]
-    if own.reference_not_finite:
-        lost = float(own.reference_not_finite)
-        found.append(Gate(scenario, name, Metric.REFERENCE_NOT_FINITE, lost, 0.0))
-    elif baseline and baseline.not_finite:
-        # An infinite baseline is a limit that everything passes.
-        found.append(Gate(scenario, name, Metric.BASELINE_NOT_FINITE, float(baseline.not_finite), 0.0))
-    elif not own.not_finite:
-        found += _distances(scenario, name, own, baseline)
-    return found
-
-
-def score_limits(baseline: Measured | None, num_layers: int) -> list[float]:
-    """How far off a router's score may be, for each of the MoE layers."""
-    if baseline is None:
-        return [FP32_RELATIVE_L2] * num_layers
-    return [BASELINE_FACTOR * error for error in baseline.score_errors]
-
-
-def _routers(scenario: str, own: Measured, baseline: Measured | None) -> list[Gate]:
-    """How far the scores by which experts are chosen are off, at worst: what excuses another choice, and no more."""
-    if not own.score_errors:
-        return []
-    limits = score_limits(baseline, len(own.score_errors))
-    bases: Sequence[float | None] = baseline.score_errors if baseline else [None] * len(limits)
-    return [
-        Gate(scenario, f"router {layer}", Metric.ROUTER_SCORE, error, limit, base)
-        for layer, (error, limit, base) in enumerate(zip(own.score_errors, limits, bases, strict=True))
+def same_bits(scenario: str, first: Observation, second: Observation) -> Gate:
+    """How many outputs differ bitwise between two modes, such as pools updated in place and pools copied."""
+    differing = [
+        name
+        for name in first.pools
+        if not np.array_equal(first.pools[name][1:], second.pools[name][1:], equal_nan=True)
     ]
+    if not np.array_equal(first.logits_RV, second.logits_RV, equal_nan=True):
+        differing.append("logits")
+    output = differing[0] if differing else "all"
+    return Gate(scenario, output, Metric.MODES_DIFFER, float(len(differing)), 0.0)
 
 
-def _score_errors(compared: Compared) -> tuple[float, ...]:
-    """The largest difference of any token's score of any expert, for each MoE layer."""
-    if not any(compared.seen.routers):
-        return ()
-    pairs = zip(routing.joined(compared.seen.routers), routing.joined(compared.expected.routers), strict=True)
-    return tuple(float(np.abs(routing.scores(a) - routing.scores(b)).max(initial=0.0)) for a, b in pairs)
-
-
-def written_of(name: str, pool: Array, noise: NDArray[np.float32]) -> NDArray[np.bool_]:
+def written_mask(name: str, pool: Array, noise: NDArray[np.float32]) -> NDArray[np.bool_]:
     """Which of a pool's values a step wrote: whole slots, and whole positions of pages.
 
-    Not value by value: among the hundred millions of a large model's state, some equal their noise by chance.
+    Values are not compared one by one: of a large model's hundred million, some equal their noise by chance.
     """
     within = (1, 2, 4) if name.startswith("kv_cache.") else tuple(range(1, pool.ndim))
     changed = (pool != noise).any(axis=within, keepdims=True)
     return np.broadcast_to(changed, pool.shape)
 
 
-def _distances_of(pair: Pair) -> Distances:
-    own, reference = (int(np.count_nonzero(~np.isfinite(values))) for values in pair)
-    if own or reference:
-        return Distances(own, reference)
-    return Distances(
+def score_limits(baseline: ScenarioErrors | None, num_layers: int) -> list[float]:
+    """The largest allowed error of a router's score, for each MoE layer."""
+    if baseline is None:
+        return [FP32_RELATIVE_L2] * num_layers
+    return [BASELINE_FACTOR * error for error in baseline.router_scores]
+
+
+def _num_out_of_bounds(name: str, pool: Array, expected: Array, noise: NDArray[np.float32]) -> int:
+    """How many values changed that the reference did not write."""
+    written = written_mask(name, expected[1:], noise[1:])
+    return int(np.count_nonzero(pool[1:][~written] != noise[1:][~written]))
+
+
+def _errors(pair: Pair) -> OutputErrors:
+    broken, reference_broken = (int(np.count_nonzero(~np.isfinite(values))) for values in pair)
+    if broken or reference_broken:
+        return OutputErrors(broken, reference_broken)
+    return OutputErrors(
         0, 0, metrics.relative_l2(*pair), metrics.norm_ratio_error(*pair), 1 - metrics.cosine(*pair)
     )
 
 
-def _distances(scenario: str, name: str, own: Distances, baseline: Distances | None) -> list[Gate]:
-    """Relative L2, and at a lower precision the norm ratio too, each against its limit."""
+def _router_errors(candidate: Sequence[RouterLogits], reference: Sequence[RouterLogits]) -> tuple[float, ...]:
+    if not any(candidate):
+        return ()
+    pairs = zip(routing.concatenated(candidate), routing.concatenated(reference), strict=True)
+    return tuple(routing.score_error(*pair) for pair in pairs)
+
+
+def _output_gates(
+    scenario: str, name: str, errors: OutputErrors, baseline: OutputErrors | None
+) -> Iterator[Gate]:
+    """Finiteness, and then the distances."""
+    yield Gate(scenario, name, Metric.NOT_FINITE, float(errors.not_finite), 0.0)
+    if errors.reference_not_finite:
+        yield Gate(scenario, name, Metric.REFERENCE_NOT_FINITE, float(errors.reference_not_finite), 0.0)
+    elif baseline and baseline.not_finite:
+        # Everything would pass a limit that derives from an infinite baseline.
+        yield Gate(scenario, name, Metric.BASELINE_NOT_FINITE, float(baseline.not_finite), 0.0)
+    elif not errors.not_finite:
+        yield from _distance_gates(scenario, name, errors, baseline)
+
+
+def _distance_gates(
+    scenario: str, name: str, errors: OutputErrors, baseline: OutputErrors | None
+) -> Iterator[Gate]:
+    """Relative L2, and at a lower precision the norm ratio and the cosine too."""
     if baseline is None:
-        return [Gate(scenario, name, Metric.RELATIVE_L2, own.relative_l2, FP32_RELATIVE_L2)]
-    # A norm can come out right by luck: its error is never larger than the relative L2 of the same values.
+        yield Gate(scenario, name, Metric.RELATIVE_L2, errors.relative_l2, FP32_RELATIVE_L2)
+        return
+    l2_limit = BASELINE_FACTOR * baseline.relative_l2
+    # A norm can be right by luck: its error never exceeds the relative L2 of the same values.
     norm_limit = BASELINE_FACTOR * max(baseline.norm_ratio, baseline.relative_l2)
-    # Edge-LLM's thresholds suit trained models. Where PyTorch itself misses them at this precision (a router that
-    # is near a tie, as with random weights), its own loss is the measure.
+    # Edge-LLM's thresholds suit trained models. If PyTorch itself misses them at this precision (a router near a tie,
+    # as with random weights), the limit derives from its error.
     angle_limit = max(1 - COSINE, BASELINE_FACTOR * baseline.angle)
     absolute_limit = max(NORM_RATIO, BASELINE_FACTOR * baseline.norm_ratio)
-    return [
-        Gate(
-            scenario,
-            name,
-            Metric.RELATIVE_L2,
-            own.relative_l2,
-            BASELINE_FACTOR * baseline.relative_l2,
-            baseline.relative_l2,
-        ),
-        Gate(scenario, name, Metric.NORM_RATIO, own.norm_ratio, norm_limit, baseline.norm_ratio),
-        Gate(scenario, name, Metric.COSINE, own.angle, angle_limit, baseline.angle),
-        Gate(scenario, name, Metric.NORM_RATIO_ABSOLUTE, own.norm_ratio, absolute_limit, baseline.norm_ratio),
-    ]
+    for metric, error, limit, base in (
+        (Metric.RELATIVE_L2, errors.relative_l2, l2_limit, baseline.relative_l2),
+        (Metric.NORM_RATIO, errors.norm_ratio, norm_limit, baseline.norm_ratio),
+        (Metric.COSINE, errors.angle, angle_limit, baseline.angle),
+        (Metric.NORM_RATIO_ABSOLUTE, errors.norm_ratio, absolute_limit, baseline.norm_ratio),
+    ):
+        yield Gate(scenario, name, metric, error, limit, base)
 
 
-def _next_token_of(logits: Pair) -> TokenDistances:
-    kl = metrics.kl_divergence(*logits)
-    flipped = metrics.flips(*logits).max(initial=0.0)
-    return TokenDistances(tuple(kl.tolist()), float(flipped), float(np.abs(logits[0] - logits[1]).max()))
+def _router_gates(scenario: str, errors: ScenarioErrors, baseline: ScenarioErrors | None) -> Iterator[Gate]:
+    """The largest error of each router's scores: only such an error excuses a routing mismatch."""
+    limits = score_limits(baseline, len(errors.router_scores))
+    bases: Sequence[float | None] = baseline.router_scores if baseline else [None] * len(limits)
+    if errors.router_scores:
+        for layer, numbers in enumerate(zip(errors.router_scores, limits, bases, strict=True)):
+            yield Gate(scenario, f"router {layer}", Metric.ROUTER_SCORE, *numbers)
 
 
-def _next_token(scenario: str, own: TokenDistances, baseline: TokenDistances) -> list[Gate]:
-    """KL of the next-token distributions, and how clearly the reference prefers a token that was not chosen."""
-    mean, baseline_mean = float(np.mean(own.kl)), float(np.mean(baseline.kl))
-    # Where the baseline flips nothing, a flip may still stand between two tokens closer than the baseline's own error.
-    margin = max(baseline.flip_margin, baseline.largest)
-    return [
-        Gate(scenario, "logits", Metric.MEAN_KL, mean, BASELINE_FACTOR * baseline_mean, baseline_mean),
-        Gate(
-            scenario,
-            "logits",
-            Metric.MAX_KL,
-            max(own.kl),
-            BASELINE_FACTOR * max(baseline.kl),
-            max(baseline.kl),
-        ),
-        Gate(scenario, "logits", Metric.TOP1_MARGIN, own.flip_margin, 2 * margin, baseline.flip_margin),
-    ]
-
-
-def same_bits(scenario: str, bound: Observation, unbound: Observation) -> Gate:
-    """One way against the other, as pools updated in place against pools fed and fetched: not a bit may differ."""
-    differing = [
-        name
-        for name in bound.pools
-        if not np.array_equal(bound.pools[name][1:], unbound.pools[name][1:], equal_nan=True)
-    ]
-    if not np.array_equal(bound.logits_RV, unbound.logits_RV, equal_nan=True):
-        differing.append("logits")
-    where = differing[0] if differing else "all"
-    return Gate(scenario, where, Metric.MODES_DIFFER, float(len(differing)), 0.0)
+def _next_token_gates(scenario: str, errors: ScenarioErrors, baseline: ScenarioErrors) -> Iterator[Gate]:
+    """KL of the next-token distributions, and by how much the reference prefers a token that was not chosen."""
+    for metric, error, base in (
+        (Metric.MEAN_KL, float(np.mean(errors.kl)), float(np.mean(baseline.kl))),
+        (Metric.MAX_KL, max(errors.kl), max(baseline.kl)),
+    ):
+        yield Gate(scenario, "logits", metric, error, BASELINE_FACTOR * base, base)
+    # Without a mismatch in the baseline, two tokens may still be closer than the baseline's own error.
+    limit = 2 * max(baseline.mismatch_margin, baseline.max_logit_error)
+    margin = errors.mismatch_margin
+    yield Gate(scenario, "logits", Metric.TOP1_MARGIN, margin, limit, baseline.mismatch_margin)

@@ -1,4 +1,7 @@
-"""How far a candidate is from a reference, in numbers that a gate can judge. All take float64 NumPy arrays."""
+"""Distances between a candidate and a reference; all functions take float64 arrays.
+
+Legend: R rows of logits, V vocabulary.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +11,11 @@ from numpy.typing import NDArray
 Array = NDArray[np.float64]
 
 TIE = 1e-4
-"""Tokens this near, relative to the largest logit, are as good as equal in FP32."""
+"""Logits that are closer than this, relative to the largest, count as equal in FP32."""
 
 
 def relative_l2(candidate: Array, reference: Array) -> float:
-    """‖candidate − reference‖ / ‖reference‖; 0 when both are 0, infinite when only the reference is."""
+    """‖candidate − reference‖ / ‖reference‖; 0 if both are 0, infinite if only the reference is."""
     error, norm = float(np.linalg.norm(candidate - reference)), float(np.linalg.norm(reference))
     if norm == 0:
         return 0.0 if error == 0 else float("inf")
@@ -20,7 +23,7 @@ def relative_l2(candidate: Array, reference: Array) -> float:
 
 
 def norm_ratio_error(candidate: Array, reference: Array) -> float:
-    """|‖candidate‖ / ‖reference‖ − 1|: what cosine does not see, such as logits scaled by 1.5."""
+    """|‖candidate‖ / ‖reference‖ − 1|: unlike the cosine, it finds logits that are scaled by 1.5."""
     norm = float(np.linalg.norm(reference))
     if norm == 0:
         return 0.0 if not candidate.any() else float("inf")
@@ -28,7 +31,7 @@ def norm_ratio_error(candidate: Array, reference: Array) -> float:
 
 
 def cosine(candidate: Array, reference: Array) -> float:
-    """The cosine of the angle between the two, flattened; 1 when both are 0."""
+    """The cosine of the angle between the two, flattened; 1 if both are 0."""
     norms = float(np.linalg.norm(candidate) * np.linalg.norm(reference))
     if norms == 0:
         return 1.0 if not candidate.any() and not reference.any() else 0.0
@@ -36,31 +39,30 @@ def cosine(candidate: Array, reference: Array) -> float:
 
 
 def kl_divergence(candidate_RV: Array, reference_RV: Array) -> Array:
-    """KL(reference ‖ candidate) of the next-token distributions, in nats, a row each [R]."""
+    """KL(reference ‖ candidate) of the next-token distributions [R], in nats."""
     log_p, log_q = log_softmax(reference_RV), log_softmax(candidate_RV)
-    # Rounding can leave −1e-17 where both are equal.
+    # Rounding can leave −1e-17 if both are equal.
     return np.maximum((np.exp(log_p) * (log_p - log_q)).sum(-1), 0.0)  # type: ignore[no-any-return]
 
 
 def log_softmax(logits_RV: Array) -> Array:
-    """log softmax along the vocabulary."""
+    """The log of the softmax over the vocabulary."""
     shifted = logits_RV - logits_RV.max(-1, keepdims=True)
     return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))  # type: ignore[no-any-return]
 
 
-def flips(candidate_RV: Array, reference_RV: Array) -> Array:
-    """For each row where the best token differs, by how much the reference prefers its own [flips]; empty if none."""
-    own, other = reference_RV.argmax(-1), candidate_RV.argmax(-1)
-    rows = np.flatnonzero(own != other)
-    return reference_RV[rows, own[rows]] - reference_RV[rows, other[rows]]  # type: ignore[no-any-return]
+def mismatch_margins(candidate_RV: Array, reference_RV: Array) -> Array:
+    """For each row [R], the reference's logit for its top-1 token minus its logit for the candidate's top-1 token."""
+    chosen = np.take_along_axis(reference_RV, candidate_RV.argmax(-1)[:, None], 1)[:, 0]
+    return reference_RV.max(-1) - chosen  # type: ignore[no-any-return]
 
 
 def mean_and_error(values: Array) -> tuple[float, float]:
-    """The mean, and its standard error: that of values which do not depend on each other."""
+    """The mean and its standard error, for independent values."""
     error = float(values.std(ddof=1)) / len(values) ** 0.5 if len(values) > 1 else float("inf")
     return float(values.mean()), error
 
 
-def surprise(logits_RV: Array, next_token_R: NDArray[np.int64]) -> Array:
-    """−log of the probability of the token that follows, in nats, a row each [R]."""
+def negative_log_likelihood(logits_RV: Array, next_token_R: NDArray[np.int64]) -> Array:
+    """The negative log-likelihood of the token that follows each row [R], in nats."""
     return -log_softmax(logits_RV)[np.arange(len(next_token_R)), next_token_R]

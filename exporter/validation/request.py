@@ -1,4 +1,4 @@
-"""How a bundle is to be judged again: what it is compared with, and through what it runs."""
+"""The options of `validate`: what a bundle is compared with, and what runs it."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ FLAGS = {
     "drift_steps": "--drift-steps",
 }
 
-RECORDED = ("checkpoint", "save_golden", "text", "base", "layers_alone", "bisect", "drift_steps")
-"""What PyTorch is needed for."""
+PYTORCH_ONLY = ("checkpoint", "save_golden", "text", "base", "layers_alone", "bisect", "drift_steps")
+"""Options that need PyTorch as the reference."""
 
 EXCLUDED: dict[str, tuple[tuple[str, ...], str]] = {
-    "golden": (("against", "seed", *RECORDED), "the golden is the reference"),
-    "against": (RECORDED, "the other bundle is the reference"),
-    "engine": (("provider", "text", "base", "layers_alone"), "{other} is of the graph in ONNX Runtime"),
+    "golden": (("against", "seed", *PYTORCH_ONLY), "the reference file is the reference"),
+    "against": (PYTORCH_ONLY, "the other bundle is the reference"),
+    "engine": (("provider", "text", "base", "layers_alone"), "{other} is for the graph in ONNX Runtime"),
     "provider": (("text", "base", "bisect"), "{other} runs the graph on the CPU"),
-    "layers_alone": (("provider", "text", "save_golden", "drift_steps"), "{other} is of the whole model"),
+    "layers_alone": (("provider", "text", "save_golden", "drift_steps"), "{other} needs the whole model"),
 }
-"""A request → those that cannot be meant beside it, and why."""
+"""For each option, the options that cannot be combined with it, and why."""
 
 
 @dataclass(frozen=True)
 class ValidationRequest:
-    """One call of `validate`; raises UsageError on requests that exclude one another."""
+    """One call of `validate`; raises UsageError on options that cannot be combined."""
 
     bundle: Path
     checkpoint: Path | None = None
@@ -46,7 +46,7 @@ class ValidationRequest:
     save_golden: Path | None = None
     engine: bool = False
     provider: str | None = None
-    """What ONNX Runtime runs the graph on, `cpu` where it is not said."""
+    """What ONNX Runtime runs the graph on; None means `cpu`."""
     base: Path | None = None
     text: Path | None = None
     layers_alone: bool = False
@@ -55,12 +55,14 @@ class ValidationRequest:
     drift_steps: int | None = None
 
     def __post_init__(self) -> None:
-        for one, (others, reason) in EXCLUDED.items():
+        for option, (others, reason) in EXCLUDED.items():
             for other in others:
-                if self._is_given(one) and self._is_given(other):
-                    why = reason.format(other=FLAGS[other])
-                    raise UsageError(f"{FLAGS[one]} and {FLAGS[other]} exclude each other: {why}")
+                if self._is_given(option) and self._is_given(other):
+                    raise UsageError(
+                        f"{FLAGS[option]} and {FLAGS[other]} exclude each other:"
+                        f" {reason.format(other=FLAGS[other])}"
+                    )
 
-    def _is_given(self, name: str) -> bool:
-        value = getattr(self, name)
+    def _is_given(self, option: str) -> bool:
+        value = getattr(self, option)
         return value is not None and value is not False

@@ -1,120 +1,95 @@
-"""The steps that a validation drives through every runner: identical tokens, carried state, every kind of batch."""
+"""The scenarios: steps that every runner executes, with identical tokens, carried state, and every kind of batch."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from nemotrt.exporter.runtime.step import StepInputs
+from nemotrt.exporter.runtime.step import StepInputs, pages_of
 
-MIXED = "mixed batch"
-"""The scenario of every kind of sequence at once: fresh, carried on, decoding, empty, and padding."""
+PREFILL, CHUNKED, DECODE, MIXED = "prefill", "chunked prefill", "decode", "mixed batch"
+"""The names of the scenarios; a mixed batch has fresh, continued, decoding and empty sequences, and padding."""
 
-PIECES = (1, 17, 64)
-"""Uneven pieces of a prompt; what is left is the last piece."""
-
-
-@dataclass(frozen=True)
-class Scenario:
-    """Named steps, run in order on pools that start as noise: a fresh sequence must not read them."""
-
-    name: str
-    steps: tuple[StepInputs, ...]
-
-
-@dataclass
-class _Sequence:
-    slot: int
-    pages: list[int]
-    tokens: NDArray[np.int64]
-    done: int = 0
-
-
-@dataclass
-class _Plan:
-    """Packs pieces of sequences into steps."""
-
-    page_size: int
-    max_pages: int
-    steps: list[StepInputs] = field(default_factory=list)
-
-    def step(self, pieces: list[tuple[_Sequence | None, int]], *, padding: int = 0) -> None:
-        """One step with `n` further tokens of each sequence; None stands for an empty place of a padded batch."""
-        tokens, starts, contexts, slots, tables = [], [0], [], [], []
-        for sequence, count in pieces:
-            table = [0] * self.max_pages
-            if sequence is not None:
-                tokens.append(sequence.tokens[sequence.done : sequence.done + count])
-                table[: len(sequence.pages)] = sequence.pages
-            starts.append(starts[-1] + count)
-            contexts.append(sequence.done if sequence is not None else 0)
-            slots.append(sequence.slot if sequence is not None else 0)
-            tables.append(table)
-            if sequence is not None:
-                sequence.done += count
-        tokens.append(np.zeros(padding, dtype=np.int64))
-        self.steps.append(
-            StepInputs(
-                input_ids=np.concatenate(tokens),
-                query_start=np.asarray(starts, dtype=np.int32),
-                context_len=np.asarray(contexts, dtype=np.int32),
-                slot=np.asarray(slots, dtype=np.int32),
-                page_table=np.asarray(tables, dtype=np.int32),
-                logits_row=np.arange(starts[-1], dtype=np.int32),
-            )
-        )
-
+CHUNKS = (1, 17, 64)
+"""Uneven chunks of a prompt; the rest of it is the last chunk."""
 
 NUM_SLOTS = 5
 """Slots that the scenarios use, scratch included."""
 
-
-def num_pages(prompt: int, decode: int, page_size: int) -> int:
-    """Pages that the scenarios use, scratch included."""
-    return 1 + (NUM_SLOTS - 1) * pages_of(prompt + decode, page_size)
+Scenarios = dict[str, tuple[StepInputs, ...]]
+"""Named steps, run in order on pools that hold noise at first: a fresh sequence must not read them."""
 
 
-def pages_of(tokens: int, page_size: int) -> int:
-    """Pages that hold so many tokens."""
-    return -(-tokens // page_size)
+class SequenceChunk(NamedTuple):
+    """The next tokens of one sequence in a step; no tokens for an empty place of a padded batch."""
+
+    tokens: NDArray[np.int64]
+    context_len: int
+    slot: int
+    pages: Sequence[int]
 
 
-def scenarios(
-    prompt: NDArray[np.int64], continuation: NDArray[np.int64], page_size: int
-) -> tuple[Scenario, ...]:
-    """Prefill at once, in uneven pieces, then decode; and a mixed batch with an empty and a padded sequence.
+EMPTY = SequenceChunk(np.zeros(0, dtype=np.int64), 0, 0, ())
 
-    `prompt` must have more tokens than the pieces; `continuation` is decoded token by token, whatever a runner says.
+
+def packed_step(chunks: Sequence[SequenceChunk], *, padding: int = 0, first_logits: int = 0) -> StepInputs:
+    """One step with these chunks, packed; logits are wanted of each chunk's tokens from `first_logits` on."""
+    starts = np.cumsum([0, *(len(chunk.tokens) for chunk in chunks)])
+    pages = np.zeros((len(chunks), max(len(chunk.pages) for chunk in chunks)), dtype=np.int32)
+    for row, chunk in zip(pages, chunks, strict=True):
+        row[: len(chunk.pages)] = chunk.pages
+    rows = [np.arange(start + first_logits, end) for start, end in pairwise(starts)]
+    return StepInputs(
+        input_ids=np.concatenate([*(chunk.tokens for chunk in chunks), np.zeros(padding, dtype=np.int64)]),
+        query_start=starts.astype(np.int32),
+        context_len=np.asarray([chunk.context_len for chunk in chunks], dtype=np.int32),
+        slot=np.asarray([chunk.slot for chunk in chunks], dtype=np.int32),
+        page_table=pages,
+        logits_row=np.concatenate(rows).astype(np.int32),
+    )
+
+
+class _Sequence:
+    """A sequence in a slot, which gives its tokens chunk by chunk."""
+
+    def __init__(self, slot: int, tokens: NDArray[np.int64], page_size: int) -> None:
+        self._slot, self._tokens, self._position = slot, tokens, 0
+        # Pages are scattered and out of order, so that the page table matters.
+        pages = reversed(range(pages_of(len(tokens), page_size)))
+        self._pages = [slot + i * (NUM_SLOTS - 1) for i in pages]
+
+    def next(self, count: int) -> SequenceChunk:
+        """The next `count` tokens."""
+        first = self._position
+        self._position += count
+        return SequenceChunk(self._tokens[first : self._position], first, self._slot, self._pages)
+
+
+def scenarios(prompt: NDArray[np.int64], continuation: NDArray[np.int64], page_size: int) -> Scenarios:
+    """Prefill at once, chunked prefill, prefill and decode, and a mixed batch with an empty sequence and padding.
+
+    `prompt` must have more tokens than the chunks; `continuation` is decoded token by token.
     """
     tokens = np.concatenate([prompt, continuation])
-    per_sequence = pages_of(len(tokens), page_size)
-
-    def sequence(slot: int, values: NDArray[np.int64] = tokens) -> _Sequence:
-        # Pages are scattered, and not in order, so that the page table matters.
-        pages = [1 + (slot - 1) + i * (NUM_SLOTS - 1) for i in reversed(range(per_sequence))]
-        return _Sequence(slot, pages, values)
-
-    at_once = _Plan(page_size, per_sequence)
-    one = sequence(2)
-    at_once.step([(one, len(prompt))])
-
-    decode = _Plan(page_size, per_sequence)
-    one = sequence(3)
-    decode.step([(one, len(prompt))])
-    for _ in continuation:
-        decode.step([(one, 1)])
-
-    pieces = _Plan(page_size, per_sequence)
-    one = sequence(1)
-    for count in (*PIECES, len(prompt) - sum(PIECES)):
-        pieces.step([(one, count)])
-
-    mixed = _Plan(page_size, per_sequence)
-    first, second, third = sequence(4), sequence(1, tokens[::-1].copy()), sequence(2, np.roll(tokens, 7))
-    mixed.step([(first, len(prompt)), (second, 5)], padding=3)
-    mixed.step([(third, 33), (first, 1), (None, 0), (second, 21)], padding=2)
-    mixed.step([(first, 1), (None, 0), (third, 1), (second, 1)], padding=1)
-    plans = {"prefill": at_once, "prefill in pieces": pieces, "decode": decode, MIXED: mixed}
-    return tuple(Scenario(name, tuple(plan.steps)) for name, plan in plans.items())
+    whole, chunked, decoding = (_Sequence(slot, tokens, page_size) for slot in (2, 1, 3))
+    chunks = (*CHUNKS, len(prompt) - sum(CHUNKS))
+    first = _Sequence(4, tokens, page_size)
+    second = _Sequence(1, tokens[::-1].copy(), page_size)
+    third = _Sequence(2, np.roll(tokens, 7), page_size)
+    return {
+        PREFILL: (packed_step([whole.next(len(prompt))]),),
+        CHUNKED: tuple(packed_step([chunked.next(count)]) for count in chunks),
+        DECODE: (
+            packed_step([decoding.next(len(prompt))]),
+            *(packed_step([decoding.next(1)]) for _ in continuation),
+        ),
+        MIXED: (
+            packed_step([first.next(len(prompt)), second.next(5)], padding=3),
+            packed_step([third.next(33), first.next(1), EMPTY, second.next(21)], padding=2),
+            packed_step([first.next(1), EMPTY, third.next(1), second.next(1)], padding=1),
+        ),
+    }

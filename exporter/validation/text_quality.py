@@ -7,7 +7,9 @@ reference with the unquantized model, and *total* compares the graph with the un
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,30 +24,50 @@ from nemotrt.exporter.runtime.graph_file import OnnxGraph
 from nemotrt.exporter.runtime.step import StepInputs, pages_of
 from nemotrt.exporter.validation import metrics
 from nemotrt.exporter.validation.gates import BASELINE_FACTOR
+from nemotrt.exporter.validation.metrics import Array
+from nemotrt.exporter.validation.plan import empty_pools
+from nemotrt.exporter.validation.references.pytorch import router_policies
 from nemotrt.exporter.validation.routing import num_mismatches
-from nemotrt.exporter.validation.runners.base import Array, GraphRunner
+from nemotrt.exporter.validation.runners.base import GraphRunner, Mode, Runner
 from nemotrt.exporter.validation.runners.torch import TorchRunner
+from nemotrt.exporter.validation.scenarios import SequenceChunk, packed_step
+from nemotrt.plugins.contract import DType, LayerName
 
-MEAN_KL, OTHER_TOP, PERPLEXITY_RATIO = 0.02, 0.03, 1.01
-"""Limits of what quantization may cost: nats a token, the share of tokens whose best differs, growth of perplexity."""
+MEAN_KL, TOP1_DISAGREEMENT, PERPLEXITY_RATIO = 0.02, 0.03, 1.01
+"""Limits of what quantization may cost: nats per token, fraction of top-1 disagreement, growth of perplexity."""
 
 FP32_MEAN_KL = 1e-6
-"""FP32's logits may be off by 1e-4 of themselves: some 1e-3 of logits that reach 10, and KL is half its square."""
+"""FP32 logits may be off by 1e-4 relative, some 1e-3 for logits that reach 10; KL is half the square of that."""
 
 ATTRIBUTION_SEQUENCES = 4
-"""Of the text, for what each layer costs: it runs once more for each layer."""
+"""Sequences of the text that measure what each layer costs: they run once more for each layer."""
+
+NUM_SLOTS = 2
+"""One sequence at a time, and scratch."""
 
 CONVERSION, BASELINE, QUANTIZATION, TOTAL = "conversion", "baseline", "quantization", "total"
 
 
-@dataclass(frozen=True)
-class _Runners:
-    """The graph, the same model in FP32 and at the graph's precision, and the model before it was quantized."""
+class TextPlan(NamedTuple):
+    """What a comparison on text runs; the number of its sequences is the total of the progress bar."""
 
-    built: GraphRunner
-    reference: TorchRunner
-    baseline: TorchRunner | None
-    before: TorchRunner | None
+    steps: tuple[StepInputs, ...]
+    """One fresh sequence each."""
+    attribution: tuple[tuple[int, StepInputs], ...]
+    """A layer that is quantized alone, and the sequence on which."""
+
+    @property
+    def num_sequences(self) -> int:
+        """How often a sequence runs."""
+        return len(self.steps) + len(self.attribution)
+
+
+def plan_text(model: LoadedModel, base: LoadedModel | None, config: BuildConfig, text: Sequences) -> TextPlan:
+    """What a comparison on this text runs."""
+    steps = tuple(_step(sequence, config.page_size) for sequence in text)
+    layers = _quantized_layers(model) if base else []
+    attribution = ((layer, inputs) for layer in layers for inputs in steps[:ATTRIBUTION_SEQUENCES])
+    return TextPlan(steps, tuple(attribution))
 
 
 def measure(
@@ -53,199 +75,156 @@ def measure(
     base: LoadedModel | None,
     config: BuildConfig,
     graph: OnnxGraph,
-    text: Sequences,
+    plan: TextPlan,
     name: str,
     *,
     advance: Advance = ignore,
 ) -> TextReport:
-    """The figures of the graph, and with a `base`, from which the model was quantized, what that and each layer cost.
-
-    `advance` hears of the sequences that were run, `num_runs` in all.
-    """
-    dtype, pools = config.dtype, model.pools(config)
+    """How the graph compares on the text, and with a `base` (the unquantized model) what quantization costs."""
     pages = 1 + pages_of(SEQUENCE_TOKENS, config.page_size)
-    runners = _Runners(
-        built=GraphRunner(graph, num_slots=2, num_pages=pages, bound=False),
-        reference=TorchRunner(model, pools, torch.float32),
-        baseline=TorchRunner(model, pools, getattr(torch, dtype)) if dtype != "float32" else None,
-        before=TorchRunner(base, base.pools(config), torch.float32) if base else None,
-    )
-    zeros = _zeros(model, config, pages)
-    for runner in (runners.built, runners.reference, runners.baseline, runners.before):
-        if runner:
-            runner.reset(zeros)
-    tallies: dict[str, _Tally] = {}
-    steps = [_step(sequence, config.page_size) for sequence in text]
-    for inputs in steps:
-        for name_, (candidate, reference) in _figures(runners, inputs).items():
-            tallies.setdefault(name_, _Tally()).add(candidate, reference, inputs)
+    dtype, pools = config.dtype, model.pools(config)
+    runners: dict[str, Runner] = {
+        "graph": GraphRunner(graph, num_slots=NUM_SLOTS, num_pages=pages, mode=Mode.UNBOUND)
+    }
+    reference = runners["reference"] = TorchRunner(model, pools, torch.float32)
+    if dtype is not DType.FLOAT32:
+        runners[BASELINE] = TorchRunner(model, pools, dtype.torch)
+    unquantized = TorchRunner(base, base.pools(config), torch.float32) if base else None
+    if unquantized:
+        runners["unquantized"] = unquantized
+    zeros = empty_pools(pools, NUM_SLOTS, pages)
+    for runner in runners.values():
+        runner.reset(zeros)
+    pairs = _PairedRunners(model, runners)
+    tallies: dict[str, _Tally] = defaultdict(_Tally)
+    for inputs in plan.steps:
+        for figure, (candidate, expected) in pairs.logits(inputs).items():
+            tallies[figure].add(candidate, expected, inputs)
         advance(1)
-    costs: list[TextComparison] = []
-    if runners.before:
-        costs = _costs(model, runners.before, runners.reference, steps, zeros, advance)
+    costs: dict[int, _Tally] = defaultdict(_Tally)
+    if unquantized:
+        for layer, inputs in plan.attribution:
+            unquantized.reset(zeros)
+            expected = unquantized.step(inputs)
+            with unquantized.borrowed(reference, layer):
+                unquantized.reset(zeros)
+                costs[layer].add(unquantized.step(inputs), expected, inputs)
+            advance(1)
+    kinds = model.config.numbered_layers
+    layers = [tally.comparison(f"layers.{layer}", kinds[layer]) for layer, tally in costs.items()]
     return TextReport(
         text=name,
-        num_tokens=sum(map(len, text)),
+        num_tokens=sum(len(inputs.input_ids) for inputs in plan.steps),
         base=base.folder.resolve().name if base else "",
-        comparisons=tuple(tally.comparison(name) for name, tally in tallies.items()),
-        layers=tuple(sorted(costs, key=lambda cost: -cost.mean_kl)),
+        comparisons=tuple(tally.comparison(figure) for figure, tally in tallies.items()),
+        layers=tuple(sorted(layers, key=lambda cost: -cost.mean_kl)),
     )
 
 
-def _figures(runners: _Runners, inputs: StepInputs) -> dict[str, tuple[Array, Array]]:
-    """Logits of one sequence, which is fresh, for each figure: the candidate's, and what they are compared with."""
-    seen, expected = runners.built.step(inputs), runners.reference.step(inputs)
-    own = runners.reference.router_logits()
+class _PairedRunners:
+    """The graph, PyTorch in FP32 and at the graph's precision, and the unquantized model, on the same sequences."""
 
-    def beside(runner: GraphRunner | TorchRunner) -> Array:
-        """The reference on the runner's choice of experts: near ties are no loss."""
-        leader = runner.router_logits()
-        if not num_mismatches(runners.reference.choosing, [own], [leader]):
-            return expected
-        return runners.reference.step(inputs, leader)
+    def __init__(self, model: LoadedModel, runners: dict[str, Runner]) -> None:
+        self._runners, self._policies = runners, router_policies(model)
 
-    found = {CONVERSION: (seen, beside(runners.built))}
-    if runners.baseline:
-        lowered = runners.baseline.step(inputs)
-        found[BASELINE] = (lowered, beside(runners.baseline))
-    if runners.before:
-        before = runners.before.step(inputs)
-        found |= {QUANTIZATION: (expected, before), TOTAL: (seen, before)}
-    return found
+    def logits(self, inputs: StepInputs) -> dict[str, tuple[Array, Array]]:
+        """For each comparison the two models' logits of one fresh sequence."""
+        own = {name: runner.step(inputs) for name, runner in self._runners.items()}
+        routers = self._runners["reference"].router_logits()
 
+        def aligned(name: str) -> Array:
+            """The reference with the same expert routing, so that a near tie is not an error."""
+            forced = self._runners[name].router_logits()
+            if not num_mismatches(self._policies, [routers], [forced]):
+                return own["reference"]
+            return self._runners["reference"].step(inputs, forced)
 
-def _costs(
-    model: LoadedModel,
-    before: TorchRunner,
-    quantized: TorchRunner,
-    steps: list[StepInputs],
-    zeros: dict[str, NDArray[np.float32]],
-    advance: Advance,
-) -> list[TextComparison]:
-    """What quantizing each layer alone costs."""
-    costs = []
-    for layer in _quantized_layers(model):
-        tally = _Tally()
-        for inputs in steps[:ATTRIBUTION_SEQUENCES]:
-            before.reset(zeros)
-            reference = before.step(inputs)
-            with before.borrowed(quantized, layer):
-                before.reset(zeros)
-                tally.add(before.step(inputs), reference, inputs)
-            advance(1)
-        costs.append(tally.comparison(f"layers.{layer}", model.config.numbered_layers[layer]))
-    return costs
+        pairs = {CONVERSION: (own["graph"], aligned("graph"))}
+        if BASELINE in own:
+            pairs[BASELINE] = (own[BASELINE], aligned(BASELINE))
+        if "unquantized" in own:
+            pairs[QUANTIZATION] = own["reference"], own["unquantized"]
+            pairs[TOTAL] = own["graph"], own["unquantized"]
+        return pairs
 
 
 def num_copies(base: LoadedModel | None) -> float:
-    """Of the weights in FP32, that `measure` holds at most."""
+    """How many copies of the FP32 weights `measure` holds at most."""
     return 2.5 if base else 1.5
 
 
-def num_runs(model: LoadedModel, base: LoadedModel | None, text: Sequences) -> int:
-    """Sequences that `measure` tells of."""
-    attributed = len(_quantized_layers(model)) * min(len(text), ATTRIBUTION_SEQUENCES) if base else 0
-    return len(text) + attributed
-
-
 def gates(report: TextReport) -> tuple[Gate, ...]:
-    """Conversion against the baseline, or FP32's limits; what quantization costs against its own."""
-    figures = {figure.name: figure for figure in report.comparisons}
+    """Conversion against the baseline, or FP32's limits; the cost of quantization against its own limits."""
+    comparisons = {comparison.name: comparison for comparison in report.comparisons}
+    conversion, baseline = comparisons[CONVERSION], comparisons.get(BASELINE)
     scenario = f"text {report.text}"
-    found = [
-        Gate(scenario, figure.name, metric, value, limit)
-        for figure in report.comparisons
-        if figure.name in (QUANTIZATION, TOTAL)
-        for metric, value, limit in (
-            (Metric.MEAN_KL, figure.mean_kl, MEAN_KL),
-            (Metric.TOP1_DISAGREEMENT, 1 - figure.top1_agreement, OTHER_TOP),
-            (Metric.PERPLEXITY_RATIO, figure.perplexity_ratio, PERPLEXITY_RATIO),
-        )
-    ]
-    own, baseline = figures[CONVERSION], figures.get(BASELINE)
-    return (*_conversion(scenario, own, baseline, report.num_tokens), *found)
+    gates = list(_conversion_gates(scenario, conversion, baseline, report.num_tokens))
+    for name in (QUANTIZATION, TOTAL):
+        if cost := comparisons.get(name):
+            disagreement = 1 - cost.top1_agreement
+            gates += [
+                Gate(scenario, name, Metric.MEAN_KL, cost.mean_kl, MEAN_KL),
+                Gate(scenario, name, Metric.TOP1_DISAGREEMENT, disagreement, TOP1_DISAGREEMENT),
+                Gate(scenario, name, Metric.PERPLEXITY_RATIO, cost.perplexity_ratio, PERPLEXITY_RATIO),
+            ]
+    return tuple(gates)
 
 
-def _conversion(
-    scenario: str, own: TextComparison, baseline: TextComparison | None, num_tokens: int
-) -> list[Gate]:
-    growth, other = abs(own.perplexity_ratio - 1), 1 - own.top1_agreement
-    # A baseline without a flip may as well have had one, and a ratio that came out right is luck within its error.
-    one = 1 / num_tokens
-    if baseline is None:
-        spread = (2 * FP32_MEAN_KL) ** 0.5
-        return [
-            Gate(scenario, CONVERSION, Metric.MEAN_KL, own.mean_kl, FP32_MEAN_KL),
-            Gate(scenario, CONVERSION, Metric.TOP1_DISAGREEMENT, other, (BASELINE_FACTOR + 0.5) * one),
-            Gate(scenario, CONVERSION, Metric.PERPLEXITY_CHANGE, growth, spread),
-        ]
-    flips, drift = 1 - baseline.top1_agreement, abs(baseline.perplexity_ratio - 1)
-    luck = max(drift, baseline.perplexity_ratio_error)
-    return [
-        Gate(
-            scenario,
-            CONVERSION,
-            Metric.MEAN_KL,
-            own.mean_kl,
-            BASELINE_FACTOR * baseline.mean_kl,
-            baseline.mean_kl,
-        ),
-        Gate(
-            scenario,
-            CONVERSION,
-            Metric.TOP1_DISAGREEMENT,
-            other,
-            BASELINE_FACTOR * max(flips, one) + one / 2,
-            flips,
-        ),
-        Gate(scenario, CONVERSION, Metric.PERPLEXITY_CHANGE, growth, BASELINE_FACTOR * luck, drift),
-    ]
+def _conversion_gates(
+    scenario: str, conversion: TextComparison, baseline: TextComparison | None, num_tokens: int
+) -> Iterator[Gate]:
+    disagreement, change = 1 - conversion.top1_agreement, abs(conversion.perplexity_ratio - 1)
+    token = 1 / num_tokens
+    kl_limit = FP32_MEAN_KL
+    disagreement_limit = (BASELINE_FACTOR + 0.5) * token
+    change_limit: float = (2 * FP32_MEAN_KL) ** 0.5
+    base: Sequence[float | None] = (None, None, None)
+    if baseline:
+        mismatches, drift = 1 - baseline.top1_agreement, abs(baseline.perplexity_ratio - 1)
+        kl_limit = BASELINE_FACTOR * baseline.mean_kl
+        # A baseline without a mismatch could as well have had one, and a ratio that is exact is luck within its error.
+        disagreement_limit = BASELINE_FACTOR * max(mismatches, token) + token / 2
+        change_limit = BASELINE_FACTOR * max(drift, baseline.perplexity_ratio_error)
+        base = (baseline.mean_kl, mismatches, drift)
+    yield Gate(scenario, CONVERSION, Metric.MEAN_KL, conversion.mean_kl, kl_limit, base[0])
+    yield Gate(scenario, CONVERSION, Metric.TOP1_DISAGREEMENT, disagreement, disagreement_limit, base[1])
+    yield Gate(scenario, CONVERSION, Metric.PERPLEXITY_CHANGE, change, change_limit, base[2])
 
 
 def _quantized_layers(model: LoadedModel) -> list[int]:
     recipe = model.config.recipe
-    own = {int(name.split(".")[2]) for name in recipe.modules}
+    names = (LayerName.parse(name) for name in recipe.modules)
+    quantized = {name.layer for name in names if name}
     kinds = model.config.numbered_layers
-    return [i for i, kind in kinds.items() if i in own or (recipe.kv_cache and kind == "attention")]
-
-
-def _zeros(model: LoadedModel, config: BuildConfig, pages: int) -> dict[str, NDArray[np.float32]]:
-    return {
-        pool.name: np.zeros((pages if pool.is_paged else 2, *pool.row_shape), dtype=np.float32)
-        for pool in model.pools(config)
-    }
+    return [i for i, kind in kinds.items() if i in quantized or (recipe.kv_cache and kind == "attention")]
 
 
 def _step(sequence: NDArray[np.int64], page_size: int) -> StepInputs:
-    """A fresh sequence at once, every token's logits wanted."""
-    count = len(sequence)
-    return StepInputs(
-        input_ids=sequence,
-        query_start=np.asarray([0, count], dtype=np.int32),
-        context_len=np.zeros(1, dtype=np.int32),
-        slot=np.ones(1, dtype=np.int32),
-        page_table=np.arange(1, pages_of(count, page_size) + 1, dtype=np.int32)[None],
-        logits_row=np.arange(count, dtype=np.int32),
-    )
+    """A fresh sequence at once."""
+    pages = range(1, pages_of(len(sequence), page_size) + 1)
+    return packed_step([SequenceChunk(sequence, 0, 1, pages)])
 
 
 class _Tally:
-    """Values a token, as sequences are added; the last token of a sequence has none that follows."""
+    """Numbers per token, collected over sequences; the last token of a sequence has no successor."""
 
     def __init__(self) -> None:
         self._kl: list[Array] = []
-        self._is_same: list[NDArray[np.bool_]] = []
-        self._surprise: list[Array] = []
+        self._agrees: list[NDArray[np.bool_]] = []
+        self._growth: list[Array] = []
 
     def add(self, candidate: Array, reference: Array, inputs: StepInputs) -> None:
         candidate, reference, following = candidate[:-1], reference[:-1], inputs.input_ids[1:]
         self._kl.append(metrics.kl_divergence(candidate, reference))
-        self._is_same.append(candidate.argmax(-1) == reference.argmax(-1))
-        self._surprise.append(metrics.surprise(candidate, following) - metrics.surprise(reference, following))
+        self._agrees.append(candidate.argmax(-1) == reference.argmax(-1))
+        losses = (metrics.negative_log_likelihood(logits, following) for logits in (candidate, reference))
+        self._growth.append(np.subtract(*losses))
 
     def comparison(self, name: str, kind: str = "") -> TextComparison:
         kl, kl_error = metrics.mean_and_error(np.concatenate(self._kl))
-        same, same_error = metrics.mean_and_error(np.concatenate(self._is_same).astype(np.float64))
-        growth, growth_error = metrics.mean_and_error(np.concatenate(self._surprise))
+        agreement, agreement_error = metrics.mean_and_error(np.concatenate(self._agrees).astype(np.float64))
+        growth, growth_error = metrics.mean_and_error(np.concatenate(self._growth))
         ratio = float(np.exp(growth))
-        return TextComparison(name, kl, kl_error, same, same_error, ratio, ratio * growth_error, kind)
+        return TextComparison(
+            name, kl, kl_error, agreement, agreement_error, ratio, ratio * growth_error, kind
+        )

@@ -1,6 +1,6 @@
-"""Validate: the graph against PyTorch on identical tokens and carried state, judged by gates that can fail.
+"""Validates a graph or an engine against PyTorch, on identical tokens and carried state.
 
-How the two are driven and judged stands in `comparison.py`.
+`comparison.py` compares whole steps, `drift.py` a long decode, and `parts/` each layer and each op alone.
 """
 
 from __future__ import annotations
@@ -11,75 +11,69 @@ from collections.abc import Callable, Iterator
 from nemotrt.exporter.checkpoint.layer_selection import partial_model
 from nemotrt.exporter.checkpoint.loaded_model import LoadedModel
 from nemotrt.exporter.checkpoint.quant_config import cache_notes
-from nemotrt.exporter.config import BUILD_DRIFT_STEPS, DRIFT_STEPS, BuildConfig
+from nemotrt.exporter.config import DRIFT_STEPS, BuildConfig
 from nemotrt.exporter.progress import Advance, ignore
 from nemotrt.exporter.report.model import Drift, Metric, NotCompared, Omitted, ValidationReport
 from nemotrt.exporter.runtime.graph_file import OnnxGraph
-from nemotrt.exporter.validation import drift
-from nemotrt.exporter.validation.candidates import ENGINE, graph_candidate
-from nemotrt.exporter.validation.comparison import WATCHED, Candidate, Extent, Recording, compare
+from nemotrt.exporter.validation import drift as drifts
+from nemotrt.exporter.validation.candidates import ENGINE
+from nemotrt.exporter.validation.comparison import Candidate, ReferenceRun, compare
+from nemotrt.exporter.validation.drift import DriftComparison
 from nemotrt.exporter.validation.graph_dtypes import dtype_gates, expected_dtypes
 from nemotrt.exporter.validation.parts.layerwise import compare_parts
-from nemotrt.exporter.validation.references.pytorch import Follower, record
-
-PROMPT, DECODE = 96, 64
-"""Tokens of the prompt, and tokens decoded after it."""
+from nemotrt.exporter.validation.plan import Plan, plan_validation, workload_of
+from nemotrt.exporter.validation.references.pytorch import REFERENCE, LoadedReference, record
+from nemotrt.exporter.validation.runners.base import Mode
+from nemotrt.exporter.validation.runners.torch import TorchRunner
+from nemotrt.plugins.contract import DType
 
 NO_TEXT = NotCompared(Omitted.TEXT, "none was given (nemo-export validate --eval FILE, or default)")
 NO_COST = NotCompared(Omitted.QUANTIZATION_COST, "no text was given (nemo-export validate --eval FILE)")
+NO_DRIFT = NotCompared(Omitted.DRIFT, "no decode steps were requested")
+PARTS_ALONE = NotCompared(
+    Omitted.MODEL, "its layers ran one at a time (--layers-alone); its logits were not compared"
+)
 
 
 def validate(
     model: LoadedModel,
     config: BuildConfig,
-    graph: OnnxGraph,
-    *,
-    seed: int = 0,
-    drift_steps: int = BUILD_DRIFT_STEPS,
-    advance: Advance = ignore,
-) -> ValidationReport:
-    """The report of every gate on the graph in ONNX Runtime; as `judge`."""
-    candidate = graph_candidate(graph)
-    return judge(model, config, candidate, seed=seed, drift_steps=drift_steps, advance=advance)
-
-
-def judge(
-    model: LoadedModel,
-    config: BuildConfig,
     candidate: Candidate,
+    plan: Plan | None = None,
     *,
-    seed: int = 0,
-    drift_steps: int = BUILD_DRIFT_STEPS,
     advance: Advance = ignore,
-    recorded: Callable[[Recording], None] = lambda _: None,
+    recorded: Callable[[ReferenceRun], None] = lambda run: None,
 ) -> ValidationReport:
-    """The report of every gate; raises ValidationError when an output that should be compared is missing.
+    """The report of every gate; raises ValidationError if the candidate lacks an output of the reference.
 
-    `drift_steps` may be none. `advance` hears of the steps that were run, `num_steps` in all; `recorded` of the
-    reference, before the candidate is run.
+    Without a `plan` it is that of a build. `advance` counts up to the plan's length; `recorded` is called with the
+    reference's run before it is compared. At most two
+    copies of the weights are in memory: FP32, and the graph's precision.
     """
-    recording = record(model, config, extent(model, config, seed), _left_out(model, config), advance)
-    recorded(recording)
-    beside = Follower(model, model.pools(config), recording).beside
-    report = compare(recording, candidate, beside, advance)
-    drifted = _drift(model, config, candidate, drift_steps, seed, advance)
-    report = dataclasses.replace(
-        report,
-        gates=(*report.gates, *(drift.gates(drifted) if drifted else ())),
-        drift=drifted,
-        not_compared=(*report.not_compared, *_not_drifted(drift_steps, drifted)),
-    )
-    if not candidate.graph:
-        return report
-    parts = compare_parts(model, config, candidate.graph, recording.extent, advance=advance)
-    return dataclasses.replace(
-        report, gates=(*report.gates, *parts.gates), layers=parts.layers, ops=parts.ops
-    )
+    plan = plan or plan_validation(model, config)
+    drift = DriftComparison(model, config, plan.drift) if plan.drift else None
+    if drift:
+        drift.run_candidate(candidate.open(drift.decode.num_pages, Mode.WATCHED), advance)
 
+    def follow(runner: TorchRunner) -> None:
+        if drift:
+            drift.follow(runner, advance)
 
-PARTS_ALONE = NotCompared(
-    Omitted.MODEL, "its layers ran one at a time (--layers-alone); its logits were not compared"
-)
+    reference = LoadedReference(model, config)
+    run = record(reference, plan.workload, _left_out(model, config), advance=advance, while_loaded=follow)
+    recorded(run)
+    reference.release()  # The candidate's weights take its place; a routing mismatch loads it again.
+    report = compare(run, candidate, reference.align(run), advance)
+    reference.release()
+    if drift:
+        report = _with_drift(report, drift.result())
+    elif "mamba" in model.config.layers:
+        report = dataclasses.replace(report, not_compared=(*report.not_compared, NO_DRIFT))
+    if candidate.graph and plan.parts:
+        parts = compare_parts(model, config, candidate.graph, plan.workload, advance=advance)
+        gates = (*report.gates, *parts.gates)
+        report = dataclasses.replace(report, gates=gates, layers=parts.layers, ops=parts.ops)
+    return report
 
 
 def validate_parts(
@@ -90,17 +84,14 @@ def validate_parts(
     seed: int = 0,
     advance: Advance = ignore,
 ) -> ValidationReport:
-    """The report of each part and each op alone, with no more of the model in memory, and of the graph's dtypes.
-
-    `advance` hears of parts.
-    """
-    driven, dtype = extent(model, config, seed), config.dtype
-    parts = compare_parts(model, config, graph, driven, advance=advance)
+    """The report of each part and each op alone, and of the graph's dtypes; only one part is in memory at a time."""
+    workload, dtype = workload_of(model, config, seed), config.dtype
+    parts = compare_parts(model, config, graph, workload, advance=advance)
     return ValidationReport(
         candidate=f"ONNX Runtime, one part at a time, {parts.runs_as}",
-        reference="PyTorch, FP32",
-        baseline="" if dtype == "float32" else f"PyTorch, {dtype}",
-        tokens={"prompt": driven.prompt, "decode": driven.decode, "seed": seed},
+        reference=REFERENCE,
+        baseline="" if dtype is DType.FLOAT32 else f"PyTorch, {dtype}",
+        tokens={"prompt": workload.prompt, "decode": workload.decode, "seed": seed},
         gates=(*dtype_gates(graph.model, expected_dtypes(model, config)), *parts.gates),
         routing_mismatches={},
         not_compared=(PARTS_ALONE, ENGINE, *_left_out(model, config)),
@@ -108,16 +99,6 @@ def validate_parts(
         ops=parts.ops,
         is_whole=False,
     )
-
-
-def num_parts(num_layers: int) -> int:
-    """Parts of a model: its layers, the embeddings and the head."""
-    return num_layers + 2
-
-
-def extent(model: LoadedModel, config: BuildConfig, seed: int) -> Extent:
-    """How much a validation drives."""
-    return Extent(PROMPT, DECODE, seed, model.config.vocab_size, config.page_size)
 
 
 def _left_out(model: LoadedModel, config: BuildConfig) -> tuple[NotCompared, ...]:
@@ -130,41 +111,17 @@ def _left_out(model: LoadedModel, config: BuildConfig) -> tuple[NotCompared, ...
     )
 
 
-def _drift(
-    model: LoadedModel,
-    config: BuildConfig,
-    candidate: Candidate,
-    num_steps: int,
-    seed: int,
-    advance: Advance,
-) -> Drift | None:
-    """Over as many steps as a sequence may have tokens, and `num_steps` at most; None of a model without a state."""
-    steps = min(num_steps, config.max_context)
-    if not steps or "mamba" not in model.config.layers:
-        return None
-    return drift.measure(
-        model,
-        config,
-        lambda pages: candidate.open(pages, WATCHED),
-        num_steps=steps,
-        seed=seed,
-        advance=advance,
+def _with_drift(report: ValidationReport, drift: Drift) -> ValidationReport:
+    return dataclasses.replace(
+        report,
+        gates=(*report.gates, *drifts.gates(drift)),
+        drift=drift,
+        not_compared=(*report.not_compared, *_not_in_drift(drift)),
     )
 
 
-def _not_drifted(num_steps: int, drift: Drift | None) -> Iterator[NotCompared]:
-    if drift is None:
-        if not num_steps:
-            yield NotCompared(Omitted.DRIFT, "no decode steps were requested")
-        return
+def _not_in_drift(drift: Drift) -> Iterator[NotCompared]:
     if drift.steps[-1] < DRIFT_STEPS:
         yield NotCompared(Omitted.DRIFT, f"beyond {drift.steps[-1]} decode steps")
     if all(curve.metric is not Metric.RECURRENCE for curve in drift.curves):
         yield NotCompared(Omitted.RECURRENCES, "their inputs are not visible")
-
-
-def num_steps(precision: str, num_layers: int, drift_steps: int = BUILD_DRIFT_STEPS) -> int:
-    """Steps of a validation: the greedy continuation's, the scenarios' for each runner, each part alone, and drift."""
-    num_runners = 3 if precision == "fp32" else 4
-    whole = 1 + DECODE + num_runners * Extent(PROMPT, DECODE, 0, 1, PROMPT).num_steps
-    return whole + num_parts(num_layers) + drift.num_runs(precision, drift_steps)

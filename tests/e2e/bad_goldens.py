@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nemotrt.exporter.runtime import manifest as manifests
-from nemotrt.exporter.validation.references import golden as goldens
+from nemotrt.exporter.validation.references import reference_file
 
 Damage = Callable[[Path, Path], None]
 """To a golden, beside the bundle that it is of."""
@@ -20,18 +20,22 @@ def of(**changes: Any) -> Damage:
 
     def damage(golden: Path, bundle: Path) -> None:
         manifest = manifests.read(bundle)
-        identity = dataclasses.replace(goldens.identity_of(manifest), **changes)
-        goldens.save(golden, goldens.read(golden, bundle, manifest), identity)
+        identity = dataclasses.replace(reference_file.identity_of(manifest), **changes)
+        reference_file.save(golden, reference_file.read(golden, bundle, manifest), identity)
 
     return damage
 
 
-def newer(golden: Path, _: Path) -> None:
-    """A schema that is not known yet."""
-    content = golden.read_bytes()
-    changed = content.replace(rb"\"schema_version\": 1,", rb"\"schema_version\":99,")
-    assert changed != content
-    golden.write_bytes(changed)
+def of_schema(version: bytes) -> Damage:
+    """A file of another schema, written with two digits to keep its size."""
+
+    def damage(golden: Path, _: Path) -> None:
+        content = golden.read_bytes()
+        changed = content.replace(rb"\"schema_version\": 2,", rb"\"schema_version\":" + version + b",")
+        assert changed != content
+        golden.write_bytes(changed)
+
+    return damage
 
 
 def changed_byte(golden: Path, _: Path) -> None:
@@ -56,21 +60,22 @@ def a_checkpoint(golden: Path, bundle: Path) -> None:
 
 
 ALL: dict[str, tuple[Damage, str, int]] = {
-    "golden-of-another-model": (of(config_sha256="0" * 64), "is of another model: their config.json differ", 2),
+    "golden-of-another-model": (of(config_sha256="0" * 64), "is of another model: config.json differs", 2),
     "golden-of-another-tokenizer": (of(tokenizer_sha256="0" * 64), "is of another tokenizer", 2),
     "golden-of-another-precision": (of(precision="bf16"), "is of precision bf16, the bundle has", 2),
     "golden-of-another-state": (of(state_dtype="float16"), "is of a recurrent state in float16, the bundle has", 2),
     "golden-of-another-kv-cache": (of(kv_dtype="float8_e4m3fn"), "is of a KV cache in float8_e4m3fn, the", 2),
     "golden-of-other-pages": (of(page_size=64), "is of pages of 64 tokens, the bundle has 128", 2),
     "golden-of-other-layers": (of(layers=(0, 1)), "is of layers 0, 1, the bundle has all layers", 2),
-    "golden-newer-schema": (newer, "has schema 99, this nemo-export reads up to", 7),
+    "golden-older-schema": (of_schema(b" 1"), "was written by an older nemo-export", 7),
+    "golden-newer-schema": (of_schema(b"99"), "has schema 99, this nemo-export reads", 7),
     "golden-truncated": (lambda golden, _: os.truncate(golden, 9999), "is truncated", 7),
     "golden-cut-short": (
         lambda golden, _: os.truncate(golden, golden.stat().st_size - 4), "is truncated", 7,
     ),
     "golden-empty": (lambda golden, _: os.truncate(golden, 0), "is truncated", 7),
     "golden-changed-byte": (changed_byte, "was changed after it was written", 7),
-    "golden-is-a-checkpoint": (a_checkpoint, "is no golden", 7),
+    "golden-is-a-checkpoint": (a_checkpoint, "is not a reference file", 7),
     "golden-is-a-manifest": (another_file("manifest.json"), "is truncated", 7),
 }  # fmt: skip
 
@@ -99,7 +104,13 @@ AGAINST: dict[str, tuple[Callable[[manifests.Manifest], manifests.Manifest], str
 PLACES: dict[str, tuple[str, str]] = {
     "golden-in-the-bundle": ("bundle/model.golden", "is inside the bundle"),
     "golden-in-no-folder": ("nowhere/model.golden", "nowhere is not a folder"),
-    "golden-over-weights": ("checkpoint/model.safetensors", "exists and is no golden: it is not replaced"),
-    "golden-over-a-text": ("checkpoint/config.json", "exists and is no golden: it is not replaced"),
+    "golden-over-weights": (
+        "checkpoint/model.safetensors",
+        "exists and is not a reference file: it is not replaced",
+    ),
+    "golden-over-a-text": (
+        "checkpoint/config.json",
+        "exists and is not a reference file: it is not replaced",
+    ),
 }
 """Where --save-golden is not followed."""

@@ -37,7 +37,7 @@ FLAGS: dict[str, tuple[tuple[str, ...], str]] = {
     **{
         f"golden-with-{name}": (
             ("validate", "checkpoint", "--golden", "checkpoint/config.json", f"--{name}", *value),
-            f"--golden and --{name} exclude each other: the golden is the reference",
+            f"--golden and --{name} exclude each other: the reference file is the reference",
         )
         for name, value in {
             "checkpoint": ("checkpoint",),
@@ -58,11 +58,11 @@ FLAGS: dict[str, tuple[tuple[str, ...], str]] = {
     ),
     "engine-with-layers-alone": (
         ("validate", "checkpoint", "--engine", "--layers-alone"),
-        "--engine and --layers-alone exclude each other: --layers-alone is of the graph in ONNX Runtime",
+        "--engine and --layers-alone exclude each other: --layers-alone is for the graph in ONNX Runtime",
     ),
     "layers-alone-with-save-golden": (
         ("validate", "checkpoint", "--layers-alone", "--save-golden", "model.golden"),
-        "--layers-alone and --save-golden exclude each other: --save-golden is of the whole model",
+        "--layers-alone and --save-golden exclude each other: --save-golden needs the whole model",
     ),
     "layer-outside": (("inspect", "checkpoint", "--layer", "7"), "--layer 7 is no layer of this model"),
     "check-of-nothing": (("check",), "check needs a checkpoint, or --config and --tensors"),

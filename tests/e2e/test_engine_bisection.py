@@ -20,7 +20,7 @@ from nemotrt.exporter.stages.trace import trace
 from nemotrt.exporter.validation.parts.engine_parts import part_request, sizes
 from nemotrt.exporter.validation.parts.layerwise import mixed_steps
 from nemotrt.exporter.validation.parts.subgraphs import cuts
-from nemotrt.exporter.validation.validate import extent
+from nemotrt.exporter.validation.plan import workload_of
 
 pytestmark = [
     pytest.mark.tensorrt,
@@ -43,7 +43,7 @@ def test_marked_parts_build(tmp_path: Path, precision: str) -> None:
     config = BuildConfig(checkpoint=checkpoint, output=graph.parent, precision=precision)
     graph.parent.mkdir()
     lower(model, trace(model, config), graph)
-    driven = extent(model, config, 0)
+    driven = workload_of(model, config, 0)
     used = backend("tensorrt-rtx")
     profile = sizes(mixed_steps(driven), driven)
     found = {cut.place: cut for cut in cuts(OnnxGraph.read(graph).proto)}

@@ -40,8 +40,8 @@ from nemotrt.exporter.stages.load import load
 from nemotrt.exporter.stages.lower import lower
 from nemotrt.exporter.stages.trace import trace
 from nemotrt.exporter.validation.parts.bisection import bisect
+from nemotrt.exporter.validation.plan import workload_of
 from nemotrt.exporter.validation.runners.onnx_part import PartSession
-from nemotrt.exporter.validation.validate import extent
 
 Built = tuple[LoadedModel, BuildConfig, Path]
 
@@ -62,7 +62,7 @@ def build(checkpoint: Path, folder: Path, precision: str) -> Built:
 
 def found(built: Built, *, seed: int = 0, graph: Path | None = None) -> Bisection:
     model, config, path = built
-    return bisect(model, config, OnnxGraph.read(graph or path), extent(model, config, seed))
+    return bisect(model, config, OnnxGraph.read(graph or path), workload_of(model, config, seed))
 
 
 def scaled_down_proj(graph: Graph) -> None:
@@ -167,5 +167,7 @@ class Disturbed(PartSession):
 
 def test_it_is_said_that_marking_changed_the_result(built: Built) -> None:
     model, config, graph = built
-    disturbed = bisect(model, config, OnnxGraph.read(graph), extent(model, config, 0), open_part=Disturbed)
+    disturbed = bisect(
+        model, config, OnnxGraph.read(graph), workload_of(model, config, 0), open_part=Disturbed
+    )
     assert disturbed.marking_changed == ("layers.3",)

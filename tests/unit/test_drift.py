@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +11,7 @@ from faults import Graph, broken, half_state
 
 from nemotrt.exporter.checkpoint.loaded_model import LoadedModel
 from nemotrt.exporter.config import BuildConfig
+from nemotrt.exporter.progress import Advance, ignore
 from nemotrt.exporter.report.model import Drift, Gate, Metric
 from nemotrt.exporter.runtime.graph_file import OnnxGraph
 from nemotrt.exporter.runtime.strict_json import decode, encode
@@ -20,7 +20,9 @@ from nemotrt.exporter.stages.lower import lower
 from nemotrt.exporter.stages.trace import trace
 from nemotrt.exporter.validation import drift
 from nemotrt.exporter.validation.candidates import graph_candidate
-from nemotrt.exporter.validation.comparison import WATCHED
+from nemotrt.exporter.validation.plan import plan_validation
+from nemotrt.exporter.validation.runners.base import Mode
+from nemotrt.exporter.validation.runners.torch import TorchRunner
 
 STEPS = 60
 
@@ -37,9 +39,15 @@ def built(model: LoadedModel, folder: Path, **options: str) -> BuildConfig:
     return config
 
 
-def measured(model: LoadedModel, config: BuildConfig, steps: int = STEPS) -> Drift:
+def measured(model: LoadedModel, config: BuildConfig, steps: int = STEPS, advance: Advance = ignore) -> Drift:
+    plan = plan_validation(model, config, drift_steps=steps, with_parts=False)
+    assert plan.drift is not None
     candidate = graph_candidate(OnnxGraph.read(config.output / "model.onnx"))
-    return drift.measure(model, config, partial(candidate.open, way=WATCHED), num_steps=steps)
+    comparison = drift.DriftComparison(model, config, plan.drift)
+    comparison.run_candidate(candidate.open(plan.drift.num_pages, Mode.WATCHED), advance)
+    for dtype in plan.dtypes:
+        comparison.follow(TorchRunner(model, model.pools(config), dtype.torch), advance)
+    return comparison.result()
 
 
 def failed(found: Drift) -> list[tuple[str, str]]:
@@ -83,13 +91,10 @@ def test_a_state_that_is_declared_in_fp16_has_its_own_baseline(loaded: LoadedMod
 def test_fp32_is_held_to_its_limit(loaded: LoadedModel, tmp_path: Path) -> None:
     config = built(loaded, tmp_path / "graph", precision="fp32")
     heard: list[int] = []
-    candidate = graph_candidate(OnnxGraph.read(tmp_path / "graph" / "model.onnx"))
-    found = drift.measure(
-        loaded, config, partial(candidate.open, way=WATCHED), num_steps=STEPS, advance=heard.append
-    )
+    found = measured(loaded, config, advance=heard.append)
     assert not failed(found)
     assert found.steps == (1, 2, 5, 10, 20, 50, 60)
-    assert sum(heard) == drift.num_runs("fp32", STEPS)
+    assert sum(heard) == STEPS + len(found.steps)
     assert {gate.limit for gate in drift.gates(found)} == {1e-4}
     broken(tmp_path / "graph" / "model.onnx", half_state)
     assert ("ssm_state.0", Metric.RELATIVE_L2) in failed(measured(loaded, config))

@@ -25,8 +25,8 @@ from nemotrt.exporter.validation.parts import engine_parts
 from nemotrt.exporter.validation.parts.bisection import bisect
 from nemotrt.exporter.validation.parts.engine_parts import EngineParts
 from nemotrt.exporter.validation.parts.layerwise import mixed_steps
+from nemotrt.exporter.validation.plan import workload_of
 from nemotrt.exporter.validation.request import ValidationRequest
-from nemotrt.exporter.validation.validate import extent
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +73,7 @@ def requests(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> list[EngineRequ
 
 def opened(bundle: Path, config: BuildConfig) -> tuple[EngineParts, Any, Any]:
     model = load(config.checkpoint)
-    driven = extent(model, config, 0)
+    driven = workload_of(model, config, 0)
     parts = EngineParts(bundle, manifests.read(bundle), mixed_steps(driven), driven)
     return parts, model, driven
 

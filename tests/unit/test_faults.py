@@ -18,8 +18,10 @@ from nemotrt.exporter.stages.load import load
 from nemotrt.exporter.stages.lower import lower
 from nemotrt.exporter.stages.trace import trace
 from nemotrt.exporter.validation import drift, gates, graph_dtypes
-from nemotrt.exporter.validation import validate as stage
+from nemotrt.exporter.validation import plan as plans
+from nemotrt.exporter.validation.candidates import graph_candidate
 from nemotrt.exporter.validation.parts import opwise
+from nemotrt.exporter.validation.plan import plan_validation
 from nemotrt.exporter.validation.validate import validate
 
 STATE_IN_FP16, PAGE_MIX_UP = "recurrent state in FP16", "a page mix-up"
@@ -33,7 +35,8 @@ class Right(NamedTuple):
     graph: Path
 
     def failed(self, graph: Path, seed: int = 0, **options: int) -> list[Gate]:
-        report = validate(self.model, self.config, OnnxGraph.read(graph), seed=seed, **options)
+        plan = plan_validation(self.model, self.config, seed=seed, **options)
+        report = validate(self.model, self.config, graph_candidate(OnnxGraph.read(graph)), plan)
         return [gate for gate in report.gates if not gate.passed]
 
 
@@ -52,7 +55,7 @@ def right(
 def test_a_fault_is_caught_and_blamed_on_its_own_layer(
     right: Right, fault: Fault, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stage, "DECODE", DECODE_STEPS)
+    monkeypatch.setattr(plans, "DECODE", DECODE_STEPS)
     shutil.copytree(right.graph.parent, tmp_path / "broken")
     broken(tmp_path / "broken" / "model.onnx", fault.inject)
     drift_steps = DRIFT_STEPS if fault.name == STATE_IN_FP16 else 0
@@ -77,7 +80,7 @@ def test_a_fault_is_caught_and_blamed_on_its_own_layer(
 def test_a_right_graph_raises_no_alarm_on_a_short_run(
     right: Right, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stage, "DECODE", DECODE_STEPS)
+    monkeypatch.setattr(plans, "DECODE", DECODE_STEPS)
     assert right.failed(right.graph, seed, drift_steps=DRIFT_STEPS) == []
 
 

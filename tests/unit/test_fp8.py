@@ -28,6 +28,7 @@ from nemotrt.exporter.pipelines.validate import revalidate
 from nemotrt.exporter.runtime.fp32_emulation import emulate_in_fp32
 from nemotrt.exporter.runtime.graph_file import OnnxGraph
 from nemotrt.exporter.stages.load import load
+from nemotrt.exporter.validation.candidates import graph_candidate
 from nemotrt.exporter.validation.request import ValidationRequest
 from nemotrt.exporter.validation.validate import validate
 from nemotrt.model.config import ModelConfig
@@ -132,7 +133,7 @@ def test_an_expert_may_have_a_scale_for_each_output(tmp_path: Path) -> None:
         for own in ("up", "down"):
             each = [bits(stored[f"{prefix}.{expert}.{own}_proj.weight_scale"]) for expert in range(4)]
             assert found[f"{prefix}.{own}_scale"][1] == b"".join(each)
-    report = validate(load(config.checkpoint), config, OnnxGraph.read(graph))
+    report = validate(load(config.checkpoint), config, graph_candidate(OnnxGraph.read(graph)))
     assert [gate for gate in report.gates if not gate.passed] == []
 
 
@@ -164,7 +165,7 @@ def test_a_linear_is_what_tensorrt_fuses(tmp_path: Path) -> None:
 
 def test_the_graph_is_the_fake_quantized_reference(tmp_path: Path) -> None:
     graph, config = lowered(small(tmp_path / "fp8"), tmp_path)
-    report = validate(load(config.checkpoint), config, OnnxGraph.read(graph))
+    report = validate(load(config.checkpoint), config, graph_candidate(OnnxGraph.read(graph)))
     failed = [gate for gate in report.gates if not gate.passed]
     assert not failed
     assert "FP8" in report.candidate
@@ -178,7 +179,9 @@ def test_a_forgotten_scale_is_caught(tmp_path: Path) -> None:
     scale = next(t for t in model.graph.initializer if t.name == f"{IN_PROJ}.weight_scale")
     scale.raw_data = (np.frombuffer(scale.raw_data, np.float32) * np.float32(1.1)).tobytes()
     onnx.save(model, tmp_path / "wrong.onnx")
-    report = validate(load(config.checkpoint), config, OnnxGraph.read(tmp_path / "wrong.onnx"))
+    report = validate(
+        load(config.checkpoint), config, graph_candidate(OnnxGraph.read(tmp_path / "wrong.onnx"))
+    )
     assert not report.passed
 
 

@@ -21,7 +21,7 @@ from nemotrt.exporter.stages.load import load
 from nemotrt.exporter.validation.parts.bisection import bisect
 from nemotrt.exporter.validation.parts.layerwise import compare_parts
 from nemotrt.exporter.validation.parts.torch_parts import PartModules
-from nemotrt.exporter.validation.validate import extent
+from nemotrt.exporter.validation.plan import workload_of
 
 
 def run(*arguments: object) -> Result:
@@ -138,5 +138,5 @@ def test_no_more_than_one_part_is_alive(bundle: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(PartModules, "module", watched)
     subject = subject_of(bundle, None, None)
     look = bisect if inside else compare_parts
-    look(subject.model, subject.config, subject.graph, extent(subject.model, subject.config, 0))
+    look(subject.model, subject.config, subject.graph, workload_of(subject.model, subject.config, 0))
     assert len(alive) == 2 * 8

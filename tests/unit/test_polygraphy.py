@@ -17,7 +17,7 @@ from nemotrt.exporter.errors import ValidationError
 from nemotrt.exporter.pipelines import build
 from nemotrt.exporter.runtime import manifest as manifests
 from nemotrt.exporter.stages.load import load
-from nemotrt.exporter.validation.comparison import Extent, noise_of, prompt_of
+from nemotrt.exporter.validation.plan import Workload
 from nemotrt.exporter.validation.runners.polygraphy import (
     RelativeL2,
     StepRunner,
@@ -25,7 +25,7 @@ from nemotrt.exporter.validation.runners.polygraphy import (
     graph_runner,
 )
 from nemotrt.exporter.validation.runners.torch import TorchRunner
-from nemotrt.exporter.validation.scenarios import scenarios
+from nemotrt.exporter.validation.scenarios import MIXED
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -40,21 +40,19 @@ def example(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     build.build(config)
     model = load(config.checkpoint)
     pools = model.pools(config)
-    extent = Extent(90, 4, 0, model.config.vocab_size, config.page_size)
-    noise = noise_of(pools, extent)
-    tokens = prompt_of(extent)
-    plan = scenarios(tokens, tokens[:4], config.page_size)
+    workload = Workload(90, 4, 0, model.config.vocab_size, config.page_size)
+    noise = workload.noise(pools)
+    mixed = workload.scenarios(workload.random_tokens(4))[MIXED]
 
     def open_torch() -> TorchRunner:
         return TorchRunner(model, pools, torch.float32)
 
-    mixed = next(scenario for scenario in plan if scenario.name == "mixed batch")
     return SimpleNamespace(
         bundle=config.output,
         manifest=manifests.read(config.output),
         pytorch=StepRunner("PyTorch", pools, open_torch),
         feeds=list(feed_dicts(open_torch(), mixed, noise)),
-        num_pages=extent.num_pages,
+        num_pages=workload.num_pages,
     )
 
 

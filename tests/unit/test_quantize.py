@@ -12,14 +12,16 @@ from checkpoints import write_checkpoint
 from fp8_checkpoints import NANO, NANO_BF16, lowered, parsed, small
 from safetensors.torch import load_file, save_file
 
+from nemotrt.exporter.checkpoint.loaded_model import LoadedModel
 from nemotrt.exporter.config import PRESETS, BuildConfig
 from nemotrt.exporter.errors import UsageError
 from nemotrt.exporter.pipelines import build
 from nemotrt.exporter.pipelines.check import check, read_headers
 from nemotrt.exporter.pipelines.validate import revalidate
 from nemotrt.exporter.quantization.presets import exclusions, recipe_of
-from nemotrt.exporter.quantization.text import sequences
-from nemotrt.exporter.report.model import Metric
+from nemotrt.exporter.quantization.text import Sequences, sequences
+from nemotrt.exporter.report.model import Metric, TextReport
+from nemotrt.exporter.runtime.graph_file import OnnxGraph
 from nemotrt.exporter.stages.load import load
 from nemotrt.exporter.stages.quantize import quantize
 from nemotrt.exporter.validation import text_quality
@@ -146,11 +148,18 @@ def test_a_layer_that_cannot_be_calibrated_is_named(
     assert not list((tmp_path / "fp8").iterdir())
 
 
+def on_text(
+    model: LoadedModel, base: LoadedModel, config: BuildConfig, graph: OnnxGraph, text: Sequences, name: str
+) -> TextReport:
+    plan = text_quality.plan_text(model, base, config, text)
+    return text_quality.measure(model, base, config, graph, plan, name)
+
+
 def test_text_figures_of_a_model_against_itself_are_nothing_and_attribute_nothing(tmp_path: Path) -> None:
     graph, config = lowered(small(tmp_path / "fp8"), tmp_path)
     model = load(config.checkpoint)
     text = tuple(np.random.default_rng(0).integers(0, 96, (2, 40)))
-    found = text_quality.measure(model, model, config, graph, text, "random")
+    found = on_text(model, model, config, graph, text, "random")
     figures = {figure.name: figure for figure in found.comparisons}
     assert list(figures) == ["conversion", "baseline", "quantization", "total"]
     quantization, total = figures["quantization"], figures["total"]
@@ -175,8 +184,8 @@ def test_the_dearest_layer_is_found(tmp_path: Path) -> None:
     tensors = load_file(file)
     tensors["backbone.layers.3.mixer.up_proj.input_scale"] /= 100  # most of the input saturates
     save_file(tensors, file)
-    graph, config = lowered(tmp_path / "fp8")
-    found = text_quality.measure(load(tmp_path / "fp8"), base, config, graph, text, "random")
+    graph, config = lowered(tmp_path / "fp8", tmp_path)
+    found = on_text(load(tmp_path / "fp8"), base, config, graph, text, "random")
     assert found.layers[0].name == "layers.3"
     assert found.layers[0].mean_kl > 3 * found.layers[1].mean_kl
     failed = {(gate.output, gate.metric) for gate in text_quality.gates(found) if not gate.passed}
@@ -221,9 +230,9 @@ def test_what_the_example_loses_on_held_out_text(tmp_path: Path, preset: str, lo
     recipe = recipe_of(base.config, preset, (), kv_cache=True, per_output=True)
     (tmp_path / "fp8").mkdir()
     quantize(base, recipe, sequences(TINY, None, base.config.bos_token_id), tmp_path / "fp8")
-    graph, config = lowered(tmp_path / "fp8")
+    graph, config = lowered(tmp_path / "fp8", tmp_path)
     text = sequences(TINY, TINY / "heldout.txt", base.config.bos_token_id)
-    found = text_quality.measure(load(tmp_path / "fp8"), base, config, graph, text, "held out")
+    found = on_text(load(tmp_path / "fp8"), base, config, graph, text, "held out")
     failed = {(gate.output, gate.metric) for gate in text_quality.gates(found) if not gate.passed}
     missed = {(figure, Metric.TOP1_DISAGREEMENT) for figure in ("quantization", "total")}
     assert failed == (missed if loses else set())

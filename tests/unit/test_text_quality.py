@@ -13,6 +13,7 @@ from nemotrt.exporter.checkpoint.loaded_model import LoadedModel
 from nemotrt.exporter.config import BuildConfig
 from nemotrt.exporter.quantization.text import BUILT_IN, EVALUATION, evaluation_text, sequences
 from nemotrt.exporter.report.model import Metric, TextComparison, TextReport
+from nemotrt.exporter.runtime.graph_file import OnnxGraph
 from nemotrt.exporter.stages.load import load
 from nemotrt.exporter.stages.lower import lower
 from nemotrt.exporter.stages.trace import trace
@@ -45,16 +46,21 @@ def scaled(graph: Graph) -> None:
 def test_a_graph_is_judged_on_text(loaded: LoadedModel, tmp_path: Path, precision: str) -> None:
     config = built(loaded, tmp_path, precision)
     heard: list[int] = []
-    arguments = (loaded, None, config, tmp_path / "model.onnx", TOKENS, "random")
-    found = text_quality.measure(*arguments, advance=heard.append)
+    plan = text_quality.plan_text(loaded, None, config, TOKENS)
+
+    def on_text() -> TextReport:
+        graph = OnnxGraph.read(tmp_path / "model.onnx")
+        return text_quality.measure(loaded, None, config, graph, plan, "random", advance=heard.append)
+
+    found = on_text()
     assert not failed(found), text_quality.gates(found)
     assert [figure.name for figure in found.comparisons] == (
         ["conversion"] if precision == "fp32" else ["conversion", "baseline"]
     )
     assert not found.layers
-    assert sum(heard) == text_quality.num_runs(loaded, None, TOKENS)
+    assert sum(heard) == plan.num_sequences == len(TOKENS)
     broken(tmp_path / "model.onnx", scaled)
-    assert Metric.MEAN_KL in failed(text_quality.measure(*arguments))
+    assert Metric.MEAN_KL in failed(on_text())
 
 
 def report(own: TextComparison, baseline: TextComparison) -> TextReport:

@@ -21,14 +21,16 @@ from nemotrt.exporter.stages.load import load
 from nemotrt.exporter.stages.lower import lower
 from nemotrt.exporter.stages.trace import trace
 from nemotrt.exporter.validation import gates, metrics
-from nemotrt.exporter.validation import validate as stage
+from nemotrt.exporter.validation import plan as plans
+from nemotrt.exporter.validation.candidates import graph_candidate
 from nemotrt.exporter.validation.comparison import Candidate
-from nemotrt.exporter.validation.gates import Compared, Observation
+from nemotrt.exporter.validation.gates import Observation
 from nemotrt.exporter.validation.parts import opwise
-from nemotrt.exporter.validation.routing import Choosing
-from nemotrt.exporter.validation.runners.base import Recurrence
+from nemotrt.exporter.validation.references import pytorch
+from nemotrt.exporter.validation.routing import RouterPolicy
+from nemotrt.exporter.validation.runners.base import Mode, Recurrence
 from nemotrt.exporter.validation.runners.torch import TorchRunner
-from nemotrt.exporter.validation.validate import judge, validate
+from nemotrt.exporter.validation.validate import validate
 from nemotrt.model.moe import Router
 from nemotrt.plugins.contract import PoolSpec
 from nemotrt.plugins.moe_dispatch.reference import route
@@ -49,7 +51,10 @@ def build(model: LoadedModel, folder: Path, precision: str) -> BuildConfig:
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
 def test_a_right_graph_passes(loaded: LoadedModel, tmp_path: Path, precision: str) -> None:
     config = build(loaded, tmp_path / "graph", precision)
-    report = validate(loaded, config, OnnxGraph.read(tmp_path / "graph" / "model.onnx"))
+    candidate = graph_candidate(OnnxGraph.read(tmp_path / "graph" / "model.onnx"))
+    plan, heard = plans.plan_validation(loaded, config), []
+    report = validate(loaded, config, candidate, plan, advance=heard.append)
+    assert sum(heard) == len(plan)
     assert report.passed, [gate for gate in report.gates if not gate.passed]
     compared = [gate for gate in report.gates if gate.metric == Metric.RELATIVE_L2]
     pools = {pool.name for pool in loaded.pools(config)}
@@ -78,19 +83,23 @@ def test_experts_are_chosen_as_the_op_chooses(groups: int) -> None:
     logits = generator.standard_normal((50, 16)).astype(np.float32)
     logits[3] = 0  # all equal: the first ones are taken
     bias = generator.standard_normal(16).astype(np.float32) * np.float32(0.1)
-    choosing = Choosing(0, bias, top_k=3, num_groups=groups, topk_group=2 if groups > 1 else 1)
+    policy = RouterPolicy(0, bias, top_k=3, num_groups=groups, topk_group=2 if groups > 1 else 1)
     options = {"norm_topk_prob": 1, "routed_scaling_factor": 1.0}
-    sizes = {"top_k": 3, "num_groups": groups, "topk_group": choosing.topk_group}
+    sizes = {"top_k": 3, "num_groups": groups, "topk_group": policy.topk_group}
     wanted, _ = route(torch.from_numpy(logits), torch.from_numpy(bias), **sizes, **options)
-    assert np.array_equal(choosing.chosen(logits), wanted.sort(1).values.numpy())
-    assert (choosing.margin(logits) >= 0).all()
+    assert np.array_equal(policy.experts(logits), wanted.sort(1).values.numpy())
+    assert (policy.margin(logits) >= 0).all()
 
 
 def test_a_fault_is_blamed_on_its_own_layer(loaded: LoadedModel, tmp_path: Path) -> None:
     config = build(loaded, tmp_path / "graph", "fp16")
     path = tmp_path / "graph" / "model.onnx"
     broken(path, lambda graph: graph.weights["backbone.layers.3.mixer.down_proj.weight"].__imul__(1.02))
-    failed = [gate for gate in validate(loaded, config, OnnxGraph.read(path)).gates if not gate.passed]
+    failed = [
+        gate
+        for gate in validate(loaded, config, graph_candidate(OnnxGraph.read(path))).gates
+        if not gate.passed
+    ]
     blamed = {gate.output.split()[0] for gate in failed if gate.scenario == gates.ALONE}
     assert blamed == {"layers.3"}
 
@@ -142,11 +151,11 @@ def test_a_wrong_weight_is_caught(
     fault: Callable[[dict[str, np.ndarray]], None],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(stage, "DECODE", 4)  # the prompt alone finds every one of them
+    monkeypatch.setattr(plans, "DECODE", 4)  # the prompt alone finds every one of them
     config = build(loaded, tmp_path / "graph", "fp32")
     path = tmp_path / "graph" / "model.onnx"
     broken(path, lambda graph: fault(graph.weights))
-    report = validate(loaded, config, OnnxGraph.read(path))
+    report = validate(loaded, config, graph_candidate(OnnxGraph.read(path)))
     assert not report.passed
 
 
@@ -155,22 +164,21 @@ def test_a_wrong_attribute_is_caught(loaded: LoadedModel, tmp_path: Path) -> Non
     path = tmp_path / "graph" / "model.onnx"
     epsilon = ir.AttrFloat32("epsilon", 0.05)
     broken(path, lambda graph: graph.named("layers.3.norm.rms_norm").attributes.add(epsilon))
-    assert not validate(loaded, config, OnnxGraph.read(path)).passed
+    assert not validate(loaded, config, graph_candidate(OnnxGraph.read(path))).passed
 
 
 def judged(
     candidate: np.ndarray, reference: np.ndarray, noise: np.ndarray, **baseline: np.ndarray
 ) -> list[Gate]:
     """The gates of one recurrent pool [slots, 4] that fail, its logits being right."""
-    logits = np.ones((1, 3))
 
-    def beside(pool: np.ndarray) -> Compared:
-        seen, expected = (Observation(logits, {"ssm_state.0": values}) for values in (pool, reference))
-        return Compared(seen, expected)
+    def observed(pool: np.ndarray) -> Observation:
+        return Observation(np.ones((1, 3)), {"ssm_state.0": pool})
 
     pools = {"ssm_state.0": noise.astype(np.float32)}
-    baselines = gates.measured(beside(baseline["baseline"]), pools) if baseline else None
-    found = gates.gates("s", beside(candidate), baselines, pools)
+    expected = observed(reference)
+    base = gates.measure(observed(baseline["baseline"]), expected, pools) if baseline else None
+    found = gates.scenario_gates("s", observed(candidate), expected, base, pools)
     return [gate for gate in found if not gate.passed]
 
 
@@ -187,6 +195,15 @@ def tied(monkeypatch: pytest.MonkeyPatch) -> None:
                 module.e_score_correction_bias[1] = module.e_score_correction_bias[0]
 
     monkeypatch.setattr(TorchRunner, "__init__", make_tied)
+    read_policies = pytorch.router_policies
+
+    def tied_policies(model: LoadedModel) -> tuple[RouterPolicy, ...]:
+        policies = read_policies(model)
+        for policy in policies:
+            policy.correction_bias[1] = policy.correction_bias[0]
+        return policies
+
+    monkeypatch.setattr(pytorch, "router_policies", tied_policies)
 
 
 class Nudged(TorchRunner):
@@ -212,11 +229,12 @@ class Nudged(TorchRunner):
 def test_only_a_near_tie_excuses_another_expert(
     loaded: LoadedModel, tmp_path: Path, nudge: float, failing: set[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stage, "DECODE", 4)
+    monkeypatch.setattr(plans, "DECODE", 4)
     config = BuildConfig(checkpoint=loaded.folder, output=tmp_path, precision="fp32")
     pools = loaded.pools(config)
-    candidate = Candidate("PyTorch", ("once", "again"), lambda pages, way: Nudged(loaded, pools, nudge), ())
-    report = judge(loaded, config, candidate)
+    modes = Mode.BOUND, Mode.UNBOUND
+    candidate = Candidate("PyTorch", modes, lambda num_pages, mode: Nudged(loaded, pools, nudge), ())
+    report = validate(loaded, config, candidate)
     assert all(report.routing_mismatches.values())
     assert failing <= {gate.metric for gate in report.gates if not gate.passed}
     assert report.passed == (not failing)
@@ -268,4 +286,4 @@ def test_metrics_see_what_they_are_for() -> None:
     assert metrics.relative_l2(values, values * 0) == float("inf")
     flipped = values.copy()
     flipped[2, values[2].argmax()] -= 100
-    assert len(metrics.flips(flipped, values)) == 1
+    assert np.count_nonzero(metrics.mismatch_margins(flipped, values)) == 1

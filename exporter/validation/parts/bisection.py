@@ -25,7 +25,6 @@ from nemotrt.exporter.progress import Advance, ignore
 from nemotrt.exporter.report.model import Bisection, DivergentValue
 from nemotrt.exporter.runtime.graph_file import OnnxGraph
 from nemotrt.exporter.stages.trace import trace
-from nemotrt.exporter.validation.comparison import Extent
 from nemotrt.exporter.validation.parts.layerwise import part_noise, trials
 from nemotrt.exporter.validation.parts.part_trial import (
     FLOAT,
@@ -38,6 +37,7 @@ from nemotrt.exporter.validation.parts.part_trial import (
 )
 from nemotrt.exporter.validation.parts.subgraphs import Cut
 from nemotrt.exporter.validation.parts.torch_parts import PartModules, TracedTorchPart
+from nemotrt.exporter.validation.plan import Workload
 from nemotrt.exporter.validation.runners.onnx_part import PartSession
 from nemotrt.plugins.contract import STEP_INPUTS, DType, PoolSpec
 
@@ -51,7 +51,7 @@ def bisect(
     model: LoadedModel,
     config: BuildConfig,
     graph: OnnxGraph,
-    extent: Extent,
+    workload: Workload,
     *,
     open_part: OpenPart = PartSession,
     advance: Advance = ignore,
@@ -73,13 +73,13 @@ def bisect(
         runner = _Marked(cut, names, changed, lambda part: open_part(OnnxGraph(part, graph.path)))
         runs_as.append(runner.runs_as)
         reference, baseline = program.parts(modules, cut, pools)
-        return PartTrial(cut, runner, reference, baseline, part_noise(cut, pools, extent), names)
+        return PartTrial(cut, runner, reference, baseline, part_noise(cut, pools, workload), names)
 
     kinds = {f"layers.{index}": kind for index, kind in model.config.numbered_layers.items()}
     diverging: list[DivergentValue] = []
     nearest: DivergentValue | None = None
     num_values = num_unmatched = 0
-    for cut, done, _ in trials(config, graph, trial, extent):
+    for cut, done, _ in trials(config, graph, trial, workload):
         found = list(_suspects(cut, done, kinds.get(cut.place, cut.place)))
         num_values += len(found)
         num_unmatched += sum(len(node.output) for node in cut.model.graph.node) - len(found)

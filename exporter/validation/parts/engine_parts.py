@@ -17,7 +17,7 @@ from nemotrt.exporter.runtime.engine_file import check_libraries, engine_profile
 from nemotrt.exporter.runtime.graph_file import OnnxGraph
 from nemotrt.exporter.runtime.manifest import Manifest
 from nemotrt.exporter.runtime.step import StepInputs
-from nemotrt.exporter.validation.comparison import Extent
+from nemotrt.exporter.validation.plan import Workload
 from nemotrt.exporter.validation.runners.engine_part import EnginePart
 from nemotrt.exporter.validation.scenarios import NUM_SLOTS
 from nemotrt.plugins.spec import DOMAIN
@@ -29,12 +29,14 @@ if TYPE_CHECKING:
 class EngineParts:
     """Opens parts with the TensorRT and the plugin library of a bundle's engine."""
 
-    def __init__(self, bundle: Path, manifest: Manifest, steps: Sequence[StepInputs], extent: Extent) -> None:
+    def __init__(
+        self, bundle: Path, manifest: Manifest, steps: Sequence[StepInputs], workload: Workload
+    ) -> None:
         """Raises BundleError where the bundle has no engine, or its library was changed; UsageError without a GPU."""
         profile = engine_profile(bundle, manifest)
         self._backend: Backend = backend(profile.runtime)
         (self._library,) = check_libraries(bundle, manifest)
-        self._sizes = sizes(steps, extent)
+        self._sizes = sizes(steps, workload)
         try:
             self._device = Device()
         except CudaError as error:
@@ -51,7 +53,7 @@ class EngineParts:
         return EnginePart(opened, self._device, inputs, outputs)
 
 
-def sizes(steps: Sequence[StepInputs], extent: Extent) -> EngineProfile:
+def sizes(steps: Sequence[StepInputs], workload: Workload) -> EngineProfile:
     """What the steps have of each axis, as an engine's one profile."""
     found = {
         "T": [len(step.input_ids) for step in steps],
@@ -60,7 +62,7 @@ def sizes(steps: Sequence[StepInputs], extent: Extent) -> EngineProfile:
         "M": [step.page_table.shape[1] for step in steps],
         "R": [len(step.logits_row) for step in steps],
         "S": [NUM_SLOTS],
-        "K": [extent.num_pages],
+        "K": [workload.num_pages],
     }
     return EngineProfile(
         "part", {axis: Bounds(min(seen), max(seen), max(seen)) for axis, seen in found.items()}

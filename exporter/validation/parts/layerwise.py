@@ -9,7 +9,7 @@ Legend: T tokens, D hidden size.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -23,12 +23,12 @@ from nemotrt.exporter.runtime.graph_file import OnnxGraph
 from nemotrt.exporter.runtime.step import StepInputs
 from nemotrt.exporter.validation import gates as judged
 from nemotrt.exporter.validation import metrics
-from nemotrt.exporter.validation.comparison import Extent, noise_of, prompt_of
 from nemotrt.exporter.validation.gates import Noise
 from nemotrt.exporter.validation.parts import opwise
 from nemotrt.exporter.validation.parts.part_trial import Compared, PartRun, PartTrial
 from nemotrt.exporter.validation.parts.subgraphs import Cut, cuts
 from nemotrt.exporter.validation.parts.torch_parts import PartModules, TorchPart
+from nemotrt.exporter.validation.plan import Workload
 from nemotrt.exporter.validation.runners.onnx_part import PartSession
 from nemotrt.exporter.validation.scenarios import MIXED, scenarios
 from nemotrt.plugins.contract import PoolSpec
@@ -52,7 +52,7 @@ def compare_parts(
     model: LoadedModel,
     config: BuildConfig,
     graph: OnnxGraph,
-    extent: Extent,
+    workload: Workload,
     *,
     advance: Advance = ignore,
 ) -> Parts:
@@ -68,14 +68,14 @@ def compare_parts(
         session = PartSession(OnnxGraph(shown, graph.path))
         runs_as.append(session.runs_as)
         baseline = TorchPart(modules, cut, pools, dtype) if dtype != torch.float32 else None
-        noise = part_noise(cut, pools, extent)
+        noise = part_noise(cut, pools, workload)
         return PartTrial(cut, session, reference, baseline, noise, cut.edges)
 
     kinds = {f"layers.{index}": kind for index, kind in model.config.numbered_layers.items()}
     gates: list[Gate] = []
     layers: list[PartError] = []
     ops: list[PartError] = []
-    for cut, done, counts in trials(config, graph, trial, extent):
+    for cut, done, counts in trials(config, graph, trial, workload):
         shown, baseline = _labelled(cut, done.shown), _labelled(cut, done.baseline) or None
         gates += judged.layer_gates(cut.place, shown, baseline)
         if cut.mixed:
@@ -97,23 +97,22 @@ def _layer_error(
     return PartError(place, kind, "", error if np.isfinite(error) else None, broken, base, limit)
 
 
-def mixed_steps(extent: Extent) -> tuple[StepInputs, ...]:
+def mixed_steps(workload: Workload) -> tuple[StepInputs, ...]:
     """The steps that every part runs alone: the mixed batch, on random tokens."""
-    tokens = prompt_of(replace(extent, prompt=extent.prompt + extent.decode))
-    plan = scenarios(tokens[: extent.prompt], tokens[extent.prompt :], extent.page_size)
-    return next(scenario.steps for scenario in plan if scenario.name == MIXED)
+    tokens = workload.random_tokens(workload.prompt + workload.decode)
+    return scenarios(tokens[: workload.prompt], tokens[workload.prompt :], workload.page_size)[MIXED]
 
 
-def part_noise(cut: Cut, pools: Sequence[PoolSpec], extent: Extent) -> Noise:
+def part_noise(cut: Cut, pools: Sequence[PoolSpec], workload: Workload) -> Noise:
     """What a part's pools hold at first."""
-    return noise_of([pool for pool in pools if pool.name in cut.pools], extent)
+    return workload.noise(pool for pool in pools if pool.name in cut.pools)
 
 
 def trials(
-    config: BuildConfig, graph: OnnxGraph, trial: MakeTrial, extent: Extent
+    config: BuildConfig, graph: OnnxGraph, trial: MakeTrial, workload: Workload
 ) -> Iterator[tuple[Cut, PartRun, list[int]]]:
     """What every part gave, and how many tokens each had; what flows in is what the reference gave before it."""
-    steps = mixed_steps(extent)
+    steps = mixed_steps(workload)
     counts = [int(inputs.query_start[-1]) for inputs in steps]
     dtype = config.dtype.torch
     flows: list[Tensor] = [torch.from_numpy(inputs.input_ids) for inputs in steps]

@@ -19,7 +19,8 @@ from torch import Tensor
 from nemotrt.exporter.runtime.step import StepInputs
 from nemotrt.exporter.validation import gates as judged
 from nemotrt.exporter.validation import metrics
-from nemotrt.exporter.validation.gates import BASELINE_FACTOR, FP32_RELATIVE_L2, Array, Pair
+from nemotrt.exporter.validation.gates import BASELINE_FACTOR, FP32_RELATIVE_L2, Pair
+from nemotrt.exporter.validation.metrics import Array
 from nemotrt.exporter.validation.parts.subgraphs import Cut
 from nemotrt.exporter.validation.parts.torch_parts import OpCall, TorchPart
 from nemotrt.exporter.validation.routing import RouterLogits
@@ -154,7 +155,7 @@ def feeds(cut: Cut, flow: Tensor, inputs: StepInputs) -> dict[str, NDArray[Any]]
 
 def written(pool: str, after: Array, before: NDArray[Any]) -> NDArray[np.bool_]:
     """What a step wrote of a pool, its scratch row left out."""
-    found = judged.written_of(pool, after, before).copy()
+    found = judged.written_mask(pool, after, before).copy()
     found[0] = False
     return found
 

@@ -152,7 +152,7 @@ class TorchPart:
 
     def router_logits(self) -> RouterLogits:
         """Of the last step's tokens, before another's choices took their place."""
-        return tuple(self._tap.seen)
+        return tuple(self._tap.logits)
 
 
 def _keep(
@@ -216,5 +216,5 @@ class _Interpreter(fx.Interpreter):
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if target is torch.ops.nemo.moe_dispatch.default:
             x_TL, router_logits_TE, *weights = args
-            args = (x_TL, self._tap.led(router_logits_TE), *weights)
+            args = (x_TL, self._tap.routed(router_logits_TE), *weights)
         return super().call_function(target, args, kwargs)

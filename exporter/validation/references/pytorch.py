@@ -1,117 +1,132 @@
-"""PyTorch as the reference: it runs here, and again on the experts that a candidate chose."""
+"""PyTorch as the reference, which can run again with the experts that a candidate chose."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
 from nemotrt.exporter.checkpoint import weights
 from nemotrt.exporter.checkpoint.loaded_model import LoadedModel
 from nemotrt.exporter.config import BuildConfig
-from nemotrt.exporter.progress import Advance
+from nemotrt.exporter.progress import Advance, ignore
 from nemotrt.exporter.report.model import NotCompared
 from nemotrt.exporter.validation.comparison import (
-    Extent,
-    Recording,
-    greedy,
-    noise_of,
-    num_routing_mismatches,
+    AlignRouting,
+    ReferenceRun,
     observe,
-    observe_one,
-    on_own_choice,
-    prompt_of,
+    observe_all,
+    observe_greedy,
 )
-from nemotrt.exporter.validation.gates import Compared, Observation, measured
+from nemotrt.exporter.validation.gates import Observation, measure
 from nemotrt.exporter.validation.graph_dtypes import expected_dtypes
-from nemotrt.exporter.validation.routing import Choosing, RouterLogits
+from nemotrt.exporter.validation.plan import Workload
+from nemotrt.exporter.validation.routing import RouterPolicy
 from nemotrt.exporter.validation.runners.torch import TorchRunner
-from nemotrt.exporter.validation.scenarios import scenarios
-from nemotrt.plugins.contract import DType, PoolSpec
+from nemotrt.plugins.contract import DType
 
 REFERENCE = "PyTorch, FP32"
 
+WhileLoaded = Callable[[TorchRunner], None]
+"""Further work for a network while its weights are in memory."""
+
+
+class LoadedReference:
+    """PyTorch in FP32: loaded when it is first needed, and kept until it is released."""
+
+    def __init__(self, model: LoadedModel, config: BuildConfig) -> None:
+        self.model, self.config = model, config
+        self.pools = model.pools(config)
+        self._runner: TorchRunner | None = None
+
+    @property
+    def runner(self) -> TorchRunner:
+        """The network in FP32."""
+        if self._runner is None:
+            self._runner = TorchRunner(self.model, self.pools, torch.float32)
+        return self._runner
+
+    def release(self) -> None:
+        """Free the weights; the next use loads them again."""
+        self._runner = None
+
+    def align(self, run: ReferenceRun) -> AlignRouting:
+        """Aligns routing with PyTorch, which runs again with the candidate's experts if any token's differ."""
+
+        def align(scenario: str, candidate: Observation) -> tuple[Observation, Observation]:
+            if not run.num_mismatches(scenario, candidate.routers):
+                return candidate, run.observations[scenario]
+            steps, forced = run.scenarios[scenario], candidate.routers
+            return candidate, observe(self.runner, steps, run.noise, forced=forced)
+
+        return align
+
 
 def record(
-    model: LoadedModel,
-    config: BuildConfig,
-    extent: Extent,
-    left_out: tuple[NotCompared, ...],
+    reference: LoadedReference,
+    workload: Workload,
+    not_compared: tuple[NotCompared, ...],
+    *,
+    advance: Advance = ignore,
+    while_loaded: WhileLoaded = lambda runner: None,
+) -> ReferenceRun:
+    """PyTorch's run in FP32 on its own greedy continuation, with the rounding baseline of a lower precision."""
+    noise = workload.noise(reference.pools)
+    scenarios, observations = observe_greedy(reference.runner, workload, noise, advance)
+    while_loaded(reference.runner)
+    run = ReferenceRun(
+        reference=REFERENCE,
+        workload=workload,
+        scenarios=scenarios,
+        noise=noise,
+        observations=observations,
+        policies=router_policies(reference.model),
+        dtypes=expected_dtypes(reference.model, reference.config),
+        not_compared=not_compared,
+    )
+    return _with_baselines(run, reference, advance, while_loaded)
+
+
+def with_baselines_of(run: ReferenceRun, reference: LoadedReference, advance: Advance) -> ReferenceRun:
+    """Another reference's run with the rounding baseline of PyTorch on its scenarios."""
+    observations = observe_all(reference.runner, run.scenarios, run.noise, advance)
+    pytorch = replace(run, observations=observations, policies=router_policies(reference.model))
+    pytorch = _with_baselines(pytorch, reference, advance)
+    return replace(pytorch, observations=run.observations)
+
+
+def _with_baselines(
+    run: ReferenceRun,
+    reference: LoadedReference,
     advance: Advance,
-) -> Recording:
-    """What PyTorch shows in FP32, and what it loses at the graph's precision, on its own greedy continuation."""
-    pools = model.pools(config)
-    noise = noise_of(pools, extent)
-    reference = TorchRunner(model, pools, torch.float32)
-    continuation = greedy(reference, extent, noise, advance)
-    plan = scenarios(prompt_of(extent), continuation, extent.page_size)
-    seen, choosing = observe(reference, plan, noise, advance), reference.choosing
-    del reference  # one copy of the weights at a time is enough
-    dtypes = expected_dtypes(model, config)
-    recording = Recording(REFERENCE, "", extent, plan, noise, seen, choosing, {}, dtypes, left_out)
-    return with_baselines(recording, model, config, advance)
-
-
-def record_plan(recording: Recording, model: LoadedModel, config: BuildConfig, advance: Advance) -> Recording:
-    """What PyTorch shows in FP32 on another reference's plan, and what it loses at the precision of `config`."""
-    reference = TorchRunner(model, model.pools(config), torch.float32)
-    seen = observe(reference, recording.plan, recording.noise, advance)
-    own = replace(recording, reference=REFERENCE, seen=seen, choosing=reference.choosing)
-    del reference
-    return with_baselines(own, model, config, advance)
-
-
-def with_baselines(
-    recording: Recording, model: LoadedModel, config: BuildConfig, advance: Advance
-) -> Recording:
-    """The recording of PyTorch in FP32, with what PyTorch loses at a lower precision."""
-    dtype = config.dtype
-    if dtype == "float32":
-        return recording
-    pools = model.pools(config)
-    follower = Follower(model, pools, recording)
-    runner = TorchRunner(model, pools, getattr(torch, dtype))
-    seen = observe(runner, recording.plan, recording.noise, advance)
+    while_loaded: WhileLoaded = lambda runner: None,
+) -> ReferenceRun:
+    dtype = reference.config.dtype
+    if dtype is DType.FLOAT32:
+        return run
+    if not run.policies:
+        reference.release()  # Only a routing mismatch needs it again.
+    runner = TorchRunner(reference.model, reference.pools, dtype.torch)
+    observations = observe_all(runner, run.scenarios, run.noise, advance)
+    while_loaded(runner)
+    del runner
+    align = reference.align(run)
     baselines = {
-        name: measured(follower.beside(name, found, found.routers), recording.noise)
-        for name, found in seen.items()
+        name: measure(*align(name, observation), run.noise) for name, observation in observations.items()
     }
-    return replace(recording, baseline=f"PyTorch, {dtype}", baselines=baselines)
+    return replace(run, baseline=f"PyTorch, {dtype}", baselines=baselines)
 
 
-@dataclass(frozen=True)
-class Follower:
-    """What PyTorch showed by itself, and shows on another runner's choice of experts."""
-
-    model: LoadedModel
-    pools: tuple[PoolSpec, ...]
-    recording: Recording
-
-    def beside(self, name: str, seen: Observation, routers: tuple[RouterLogits, ...]) -> Compared:
-        """What another runner showed in a scenario, whose choice is in `routers`, beside PyTorch on that choice."""
-        expected = self.recording.seen[name]
-        if num_routing_mismatches(self.recording, name, routers):
-            runner = TorchRunner(self.model, self.pools, torch.float32)
-            scenario = next(scenario for scenario in self.recording.plan if scenario.name == name)
-            expected = observe_one(
-                runner,
-                scenario,
-                self.recording.noise,
-                step=lambda number: runner.step(scenario.steps[number], routers[number]),
-            )
-        return on_own_choice(seen, routers, expected)
-
-
-def choosing_of(model: LoadedModel) -> tuple[Choosing, ...]:
-    """How each MoE layer of the model chooses experts; only their biases are read."""
+def router_policies(model: LoadedModel) -> tuple[RouterPolicy, ...]:
+    """How each MoE layer of the model chooses experts; only their correction biases are read."""
     config = model.config
-    shape = (config.n_routed_experts,)
     return tuple(
-        Choosing(
+        RouterPolicy(
             layer,
             weights.read(
                 model.weights[f"backbone.layers.{layer}.mixer.gate.e_score_correction_bias"],
-                shape,
+                (config.n_routed_experts,),
                 DType.FLOAT32,
             ).numpy(),
             config.num_experts_per_tok,

@@ -1,12 +1,12 @@
-"""What a scenario is driven through, behind one interface: a graph in ONNX Runtime, an engine; no PyTorch here."""
+"""Runners of what is validated: a graph in ONNX Runtime, or an engine; no PyTorch here."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from enum import StrEnum
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +15,7 @@ from nemotrt.exporter.runtime.engine_session import EngineSession
 from nemotrt.exporter.runtime.graph_file import PROVIDERS, OnnxGraph
 from nemotrt.exporter.runtime.session import Session
 from nemotrt.exporter.runtime.step import StepInputs
+from nemotrt.exporter.validation.metrics import Array
 from nemotrt.exporter.validation.routing import RouterLogits
 from nemotrt.plugins.contract import LayerName
 from nemotrt.plugins.moe_dispatch import SPEC as MOE
@@ -24,44 +25,42 @@ from nemotrt.plugins.selective_scan import SPEC as SCAN
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-Array = NDArray[np.float64]
 
+class Mode(StrEnum):
+    """How a runner executes steps."""
 
-class PoolShape(Protocol):
-    """A pool as the model or a graph describes it."""
-
-    @property
-    def name(self) -> str:
-        """The kind and the layer's index: `ssm_state.7`."""
-
-    @property
-    def row_shape(self) -> tuple[int, ...]:
-        """Of a slot or a page."""
-
-    @property
-    def is_paged(self) -> bool:
-        """Whether rows are pages."""
+    BOUND = "bound"
+    """A graph updates its pools in place."""
+    UNBOUND = "unbound"
+    """A graph returns new pools in each step, and its router logits."""
+    WATCHED = "watched"
+    """Unbound, and the graph returns the inputs of its recurrences too."""
+    CAPTURED = "captured"
+    """An engine launches decode steps as CUDA graphs."""
+    UNCAPTURED = "uncaptured"
 
 
 class Runner(Protocol):
-    """Steps on pools that the runner holds."""
+    """Executes steps on pools that it holds."""
 
     def reset(self, pools: dict[str, NDArray[np.float32]]) -> None:
         """Fill every pool."""
 
-    def step(self, inputs: StepInputs) -> Array:
-        """The logits [R, V] of one step; the pools move on."""
+    def step(self, inputs: StepInputs, forced: RouterLogits = ()) -> Array:
+        """The logits [R, V] of one step, which updates the pools.
+
+        `forced` router logits of the step's first tokens choose their experts; only some runners take them.
+        """
 
     def pools(self) -> dict[str, Array]:
         """Every pool's values, scratch row included."""
 
     def router_logits(self) -> RouterLogits:
-        """Of the last step's tokens, padding included; nothing where they cannot be seen."""
+        """The runner's own router logits in the last step, padding included; empty if it does not output them."""
 
 
-@dataclass(frozen=True)
-class Recurrence:
-    """What went into one layer's recurrence in a step; in NumPy's FP32."""
+class Recurrence(NamedTuple):
+    """The inputs of one layer's recurrence in a step, in FP32."""
 
     x: NDArray[np.float32]
     """[T, H, P]"""
@@ -75,21 +74,14 @@ class CandidateRunner(Runner, Protocol):
     """A runner of what was built."""
 
     runs_as: str
-    """On what, in words."""
+    """What it runs on, in reports."""
 
     def recurrences(self) -> dict[str, Recurrence]:
-        """Of the last step, by the state's pool; nothing where they cannot be seen."""
-
-
-class LedRunner(Runner, Protocol):
-    """A runner whose experts can be told to it."""
-
-    def step_with_routing(self, inputs: StepInputs, told: RouterLogits) -> Array:
-        """As `step`, by these router logits; by the runner's own where they are NaN."""
+        """The inputs of the recurrences in the last step, by the state's pool; empty if they are not visible."""
 
 
 class SessionRunner:
-    """A session of either runtime."""
+    """Runs a session of either runtime."""
 
     def __init__(self, session: Session | EngineSession) -> None:
         self._session = session
@@ -100,16 +92,17 @@ class SessionRunner:
         for name, values in pools.items():
             self._session.set_pool(name, values)
 
-    def step(self, inputs: StepInputs) -> Array:
-        """The logits [R, V] of one step."""
+    def step(self, inputs: StepInputs, forced: RouterLogits = ()) -> Array:
+        """The logits [R, V] of one step; its routing cannot be forced."""
+        assert not forced, "what runs in production takes no router logits"
         return self._session.step(inputs).astype(np.float64)
 
     def router_logits(self) -> RouterLogits:
-        """Nothing: what runs in production does not show them."""
+        """Nothing: what runs in production does not output them."""
         return ()
 
     def recurrences(self) -> dict[str, Recurrence]:
-        """Nothing, as the router logits."""
+        """Nothing: what runs in production does not output them."""
         return {}
 
     def pools(self) -> dict[str, Array]:
@@ -118,10 +111,7 @@ class SessionRunner:
 
 
 class GraphRunner(SessionRunner):
-    """A lowered graph in ONNX Runtime; `bound` pools are updated in place, others are fed and fetched.
-
-    Unbound, the router logits are outputs too, and with `watched` what goes into the recurrences.
-    """
+    """Runs a graph in ONNX Runtime, in one of its three modes."""
 
     def __init__(
         self,
@@ -129,29 +119,27 @@ class GraphRunner(SessionRunner):
         *,
         num_slots: int,
         num_pages: int,
-        bound: bool = True,
-        watched: bool = False,
+        mode: Mode = Mode.BOUND,
         providers: Sequence[str] = PROVIDERS["cpu"],
     ) -> None:
-        self._routers = () if bound else router_logits_names(graph.model)
-        self._recurrences = recurrence_inputs(graph.model) if watched else {}
-        extra_outputs = [*self._routers, *chain.from_iterable(self._recurrences.values())]
+        self._routers = () if mode is Mode.BOUND else router_logits_names(graph.model)
+        self._recurrences = recurrence_inputs(graph.model) if mode is Mode.WATCHED else {}
         self._graph = Session(
             graph,
             num_slots=num_slots,
             num_pages=num_pages,
-            bound=bound,
-            extra_outputs=extra_outputs,
+            bound=mode is Mode.BOUND,
+            extra_outputs=[*self._routers, *chain.from_iterable(self._recurrences.values())],
             providers=providers,
         )
         super().__init__(self._graph)
 
     def router_logits(self) -> RouterLogits:
-        """Of the last step's tokens, if unbound."""
+        """The graph's router logits in the last step; empty if its pools are bound."""
         return tuple(self._graph.extra_values[name] for name in self._routers)
 
     def recurrences(self) -> dict[str, Recurrence]:
-        """Of the last step, if watched."""
+        """The inputs of the recurrences in the last step; empty unless watched."""
         values = self._graph.extra_values
         return {
             pool: Recurrence(*(values[name].astype(np.float32) for name in names))
@@ -177,7 +165,8 @@ def recurrence_inputs(model: ir.Model) -> dict[str, tuple[str, ...]]:
 
 
 class EngineRunner(SessionRunner):
-    """A bundle's engine on a GPU; with `capture` steps that decode are launched as CUDA graphs."""
+    """Runs a bundle's engine on a GPU."""
 
-    def __init__(self, bundle: Path, *, num_slots: int, num_pages: int, capture: bool = True) -> None:
+    def __init__(self, bundle: Path, *, num_slots: int, num_pages: int, mode: Mode = Mode.CAPTURED) -> None:
+        capture = mode is Mode.CAPTURED
         super().__init__(EngineSession(bundle, num_slots=num_slots, num_pages=num_pages, capture=capture))

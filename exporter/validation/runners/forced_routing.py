@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 
 from nemotrt.exporter.runtime.graph_file import PROVIDERS, OnnxGraph
 from nemotrt.exporter.runtime.step import StepInputs
+from nemotrt.exporter.validation.metrics import Array
 from nemotrt.exporter.validation.routing import RouterLogits
-from nemotrt.exporter.validation.runners.base import Array, router_logits_names
+from nemotrt.exporter.validation.runners.base import router_logits_names
 from nemotrt.exporter.validation.runners.onnx_part import PartSession
 from nemotrt.plugins.contract import LOGITS, NEXT
 from nemotrt.plugins.moe_dispatch import SPEC as MOE
@@ -67,11 +68,7 @@ class ForcedRoutingRunner:
         """Fill every pool."""
         self._pools = dict(pools)
 
-    def step(self, inputs: StepInputs) -> Array:
-        """The logits [R, V] of one step, with the graph's own experts."""
-        return self.step_with_routing(inputs, ())
-
-    def step_with_routing(self, inputs: StepInputs, forced: RouterLogits) -> Array:
+    def step(self, inputs: StepInputs, forced: RouterLogits = ()) -> Array:
         """The logits [R, V] of one step with these router logits for its first tokens; NaN keeps the graph's own."""
         padded = {}
         for number, (name, num_experts) in enumerate(self._num_experts.items()):

@@ -25,9 +25,9 @@ from nemotrt.exporter.runtime.manifest import Manifest
 from nemotrt.exporter.runtime.step import StepInputs
 from nemotrt.exporter.validation import metrics
 from nemotrt.exporter.validation.gates import FP32_RELATIVE_L2, Noise
-from nemotrt.exporter.validation.runners.base import EngineRunner, GraphRunner, PoolShape, Runner
-from nemotrt.exporter.validation.scenarios import NUM_SLOTS, Scenario
-from nemotrt.plugins.contract import LOGITS, NEXT, STEP_INPUTS
+from nemotrt.exporter.validation.runners.base import EngineRunner, GraphRunner, Runner
+from nemotrt.exporter.validation.scenarios import NUM_SLOTS
+from nemotrt.plugins.contract import LOGITS, NEXT, STEP_INPUTS, PoolSpec
 
 FeedDict = dict[str, NDArray[Any]]
 
@@ -35,7 +35,7 @@ FeedDict = dict[str, NDArray[Any]]
 class StepRunner(BaseRunner):  # type: ignore[misc]
     """A runner of ours; it is opened when Polygraphy activates it, and closed when it is done."""
 
-    def __init__(self, name: str, pools: Iterable[PoolShape], open_runner: Callable[[], Runner]) -> None:
+    def __init__(self, name: str, pools: Iterable[PoolSpec], open_runner: Callable[[], Runner]) -> None:
         super().__init__(name=name)
         self._pools = {pool.name: pool.row_shape for pool in pools}
         self._open = open_runner
@@ -94,10 +94,10 @@ def engine_runner(bundle: Path, manifest: Manifest, *, num_pages: int, name: str
     )
 
 
-def feed_dicts(leader: Runner, scenario: Scenario, noise: Noise) -> Iterator[FeedDict]:
-    """A feed dict for each step of a scenario, with the state that the leader carries to it."""
+def feed_dicts(leader: Runner, steps: Iterable[StepInputs], noise: Noise) -> Iterator[FeedDict]:
+    """A feed dict for each step, with the state that the leader carries to it."""
     leader.reset(noise)
-    for inputs in scenario.steps:
+    for inputs in steps:
         state = {name: values.astype(np.float32) for name, values in leader.pools().items()}
         yield inputs.as_dict() | state
         leader.step(inputs)

@@ -1,4 +1,4 @@
-"""The routers of a PyTorch model, seen, and made to choose as another runner did.
+"""A hook on the routers of a PyTorch model: it records their logits, and can force another runner's routing.
 
 Legend: T tokens, E experts.
 """
@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from nemotrt.exporter.validation.routing import Choosing, RouterLogits
+from nemotrt.exporter.validation.routing import RouterLogits
 from nemotrt.model.moe import MoE, Router
 from nemotrt.plugins.moe_dispatch.reference import route
 
@@ -22,52 +22,44 @@ OPTIONS = ("top_k", "num_groups", "topk_group", "norm_topk_prob", "routed_scalin
 
 
 class RouterTap:
-    """Sees the router logits of a model's MoE layers, and makes it choose as another runner did.
+    """Records the router logits of a model's MoE layers, and can force the routing of another runner.
 
-    A token's logits are replaced by the other's only where they lead to other experts.
+    A token's logits are replaced by the other runner's only if these lead to other experts.
     """
 
     def __init__(self, network: nn.Module) -> None:
-        self.seen: list[NDArray[np.float32]] = []
-        self._leader: RouterLogits = ()
+        self.logits: list[NDArray[np.float32]] = []
+        """Of the last step: the model's own, per MoE layer."""
+        self._forced: RouterLogits = ()
         self._layers = [module for module in network.modules() if isinstance(module, MoE)]
-        # A hook that held the tap, which holds the layers, would keep the weights until a look for garbage.
+        # A hook that held the tap, which holds the layers, would keep the weights until garbage collection.
         tap = weakref.ref(self)
         for moe in self._layers:
-            moe.gate.register_forward_hook(partial(_pass, tap))
+            moe.gate.register_forward_hook(partial(_hook, tap))
 
-    def choosing(self, indices: list[int]) -> tuple[Choosing, ...]:
-        """How each layer chooses, by the layers' indices in the model."""
-        return tuple(
-            Choosing(
-                index, moe.gate.e_score_correction_bias.numpy(), moe.top_k, moe.num_groups, moe.topk_group
-            )
-            for index, moe in zip(indices, self._layers, strict=True)
-        )
+    def begin(self, forced: RouterLogits = ()) -> None:
+        """Start a step; `forced` router logits, one row for each of its first tokens, choose the experts."""
+        self.logits, self._forced = [], forced
 
-    def begin(self, leader: RouterLogits = ()) -> None:
-        """Forget the last step; in the next, choose as in `leader`, whose rows are the step's first ones."""
-        self.seen, self._leader = [], leader
-
-    def led(self, logits_TE: Tensor) -> Tensor:
-        """The next layer's router logits, seen, or the leader's where those lead to other experts."""
-        layer = len(self.seen)
-        self.seen.append(logits_TE.numpy().copy())
-        if not self._leader:
+    def routed(self, logits_TE: Tensor) -> Tensor:
+        """The next layer's router logits: its own, or the forced ones of tokens for which these differ in experts."""
+        layer = len(self.logits)
+        self.logits.append(logits_TE.numpy().copy())
+        if not self._forced:
             return logits_TE
-        led_TE = torch.from_numpy(self._leader[layer])
-        ours_TE = logits_TE[: len(led_TE)]
+        forced_TE = torch.from_numpy(self._forced[layer])
+        own_TE = logits_TE[: len(forced_TE)]
         moe = self._layers[layer]
-        differs_T = (_experts(moe, ours_TE) != _experts(moe, led_TE)).any(1)
-        return torch.cat([torch.where(differs_T[:, None], led_TE, ours_TE), logits_TE[len(led_TE) :]])
+        differs_T = (_experts(moe, own_TE) != _experts(moe, forced_TE)).any(1)
+        return torch.cat([torch.where(differs_T[:, None], forced_TE, own_TE), logits_TE[len(forced_TE) :]])
 
 
-def _pass(tap: weakref.ref[RouterTap], gate: Router, args: tuple[Tensor], logits_TE: Tensor) -> Tensor:
-    found = tap()
-    return logits_TE if found is None else found.led(logits_TE)
+def _hook(tap: weakref.ref[RouterTap], gate: Router, args: tuple[Tensor], logits_TE: Tensor) -> Tensor:
+    alive = tap()
+    return logits_TE if alive is None else alive.routed(logits_TE)
 
 
 def _experts(moe: MoE, logits_TE: Tensor) -> Tensor:
-    """The experts of each token, in ascending order: as the op itself chooses, to the last bit."""
+    """The experts of each token in ascending order, chosen by the op's own reference."""
     options: dict[str, Any] = {name: getattr(moe, name) for name in OPTIONS}
     return route(logits_TE, moe.gate.e_score_correction_bias, **options)[0].sort(1).values

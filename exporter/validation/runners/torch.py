@@ -1,4 +1,4 @@
-"""The reference that a scenario is driven through: the PyTorch model, whole, in one dtype."""
+"""Runs the whole PyTorch model, in one dtype, on the CPU."""
 
 from __future__ import annotations
 
@@ -13,22 +13,21 @@ from torch import Tensor
 from nemotrt.exporter.checkpoint import weights
 from nemotrt.exporter.checkpoint.loaded_model import LoadedModel
 from nemotrt.exporter.runtime.step import StepInputs
+from nemotrt.exporter.validation.metrics import Array
 from nemotrt.exporter.validation.routing import RouterLogits
-from nemotrt.exporter.validation.runners.base import Array
 from nemotrt.exporter.validation.runners.router_hook import RouterTap
 from nemotrt.model.fp8 import widen
 from nemotrt.model.hybrid import NemotronH
 from nemotrt.model.step import Step
 from nemotrt.plugins.contract import DType, PoolSpec
-from nemotrt.plugins.e4m3 import FP8
 
 SMALL_MODEL_BYTES = 64 << 20
-"""Below this PyTorch runs on one thread: a second one waits longer than it works (three times the CPU time)."""
+"""Models smaller than this run on one thread: a second one would wait more than work (three times the CPU time)."""
 
 
 @contextmanager
 def threads(count: int) -> Iterator[None]:
-    """PyTorch on so many threads meanwhile."""
+    """Limit PyTorch to this number of threads while the context is open."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -38,28 +37,27 @@ def threads(count: int) -> Iterator[None]:
 
 
 def num_threads(state: Mapping[str, Tensor]) -> int:
-    """Threads for a module of these weights."""
+    """The number of threads for a module with these weights."""
     is_small = sum(tensor.nbytes for tensor in state.values()) < SMALL_MODEL_BYTES
     return 1 if is_small else torch.get_num_threads()
 
 
 def pool_dtype(spec: PoolSpec, dtype: torch.dtype) -> torch.dtype:
-    """What a model of a dtype holds a pool in: FP32 keeps all in FP32 but what is quantized."""
-    own: torch.dtype = getattr(torch, spec.dtype)
-    is_wide = dtype == torch.float32 and own != FP8
-    return torch.float32 if is_wide else own
+    """The dtype of a pool in a model of this dtype: an FP32 model keeps every pool in FP32, except FP8 caches."""
+    is_wide = dtype == torch.float32 and spec.dtype is not DType.FLOAT8_E4M3
+    return torch.float32 if is_wide else spec.dtype.torch
 
 
 STEP_FIELDS = ("query_start", "context_len", "slot", "page_table")
 
 
 def torch_step(inputs: StepInputs) -> Step:
-    """The step as the model takes it."""
+    """The step in the model's own form."""
     return Step(*(torch.from_numpy(getattr(inputs, name)) for name in STEP_FIELDS))
 
 
 class TorchRunner:
-    """The reference model in one dtype, on the CPU."""
+    """Runs the PyTorch model in one dtype."""
 
     def __init__(self, model: LoadedModel, pools: tuple[PoolSpec, ...], dtype: torch.dtype) -> None:
         self._specs = pools
@@ -73,16 +71,20 @@ class TorchRunner:
         self._network.load_state_dict(state, assign=True)
         widen(self._network)
         self.tap = RouterTap(self._network)
-        moe = [index for index, kind in model.config.numbered_layers.items() if kind == "moe"]
-        self.choosing = self.tap.choosing(moe)
         self._num_threads = num_threads(state)
         self._pools: list[torch.Tensor] = []
 
+    @property
+    def has_narrow_state(self) -> bool:
+        """Whether a recurrent state is narrower than FP32, so that every step loses precision."""
+        states = (spec for spec in self._specs if spec.kind == "ssm_state")
+        return any(pool_dtype(spec, self._dtype) != torch.float32 for spec in states)
+
     @contextmanager
     def borrowed(self, other: TorchRunner, layer: int) -> Iterator[None]:
-        """With one layer, and its pools' dtypes, of another runner of the same layers; pools are to be reset."""
+        """Use one layer of another runner, and its pools' dtypes, while the context is open; pools must be reset."""
         layers, specs = self._network.backbone.layers, self._specs
-        own = layers[str(layer)]
+        original = layers[str(layer)]
         other.tap.begin()
         layers[str(layer)] = other._network.backbone.layers[str(layer)]
         self._specs = tuple(
@@ -91,7 +93,7 @@ class TorchRunner:
         try:
             yield
         finally:
-            layers[str(layer)], self._specs = own, specs
+            layers[str(layer)], self._specs = original, specs
 
     def reset(self, pools: dict[str, NDArray[np.float32]]) -> None:
         """Fill every pool, in its own dtype."""
@@ -101,9 +103,9 @@ class TorchRunner:
         ]
 
     @torch.no_grad()
-    def step(self, inputs: StepInputs, leader: RouterLogits = ()) -> Array:
-        """The logits [R, V] of one step, with the experts that `leader` leads to."""
-        self.tap.begin(leader)
+    def step(self, inputs: StepInputs, forced: RouterLogits = ()) -> Array:
+        """The logits [R, V] of one step; `forced` router logits, if any, choose the experts."""
+        self.tap.begin(forced)
         ids, rows = torch.from_numpy(inputs.input_ids), torch.from_numpy(inputs.logits_row)
         with threads(self._num_threads):
             logits, self._pools = self._network(ids, torch_step(inputs), rows, self._pools)
@@ -114,5 +116,5 @@ class TorchRunner:
         return {spec.name: pool.double().numpy() for spec, pool in zip(self._specs, self._pools, strict=True)}
 
     def router_logits(self) -> RouterLogits:
-        """Of the last step's tokens: the model's own, before another's choices took their place."""
-        return tuple(self.tap.seen)
+        """The model's own router logits in the last step, before any were replaced."""
+        return tuple(self.tap.logits)

@@ -1,4 +1,4 @@
-"""A golden judges a bundle as PyTorch does, and other bundles are compared by the same means."""
+"""A reference file gives the same verdict as PyTorch, and other bundles are compared by the same means."""
 
 from __future__ import annotations
 
@@ -22,16 +22,17 @@ from nemotrt.exporter.report.model import Metric, ValidationReport
 from nemotrt.exporter.runtime import manifest as manifests
 from nemotrt.exporter.runtime.graph_file import OnnxGraph
 from nemotrt.exporter.validation import gates, routing
-from nemotrt.exporter.validation import validate as stage
+from nemotrt.exporter.validation import plan as plans
 from nemotrt.exporter.validation.candidates import graph_candidate
-from nemotrt.exporter.validation.comparison import Leader, Recording, compare
-from nemotrt.exporter.validation.references import golden as goldens
+from nemotrt.exporter.validation.comparison import ReferenceRun, compare, force_routing
+from nemotrt.exporter.validation.plan import plan_validation
+from nemotrt.exporter.validation.references import reference_file
 from nemotrt.exporter.validation.request import ValidationRequest
-from nemotrt.exporter.validation.routing import Choosing
-from nemotrt.exporter.validation.runners.base import GraphRunner
+from nemotrt.exporter.validation.routing import RouterPolicy
+from nemotrt.exporter.validation.runners.base import GraphRunner, Mode
 from nemotrt.exporter.validation.runners.forced_routing import ForcedRoutingRunner
-from nemotrt.exporter.validation.scenarios import NUM_SLOTS
-from nemotrt.exporter.validation.validate import judge
+from nemotrt.exporter.validation.scenarios import MIXED, NUM_SLOTS, PREFILL
+from nemotrt.exporter.validation.validate import validate
 
 
 @pytest.fixture(scope="module")
@@ -42,16 +43,17 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     config = BuildConfig(checkpoint, folder / "bundle", "bf16", runtime="onnx", validate=False)
     build.build(config)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stage, "DECODE", 6)
+        patch.setattr(plans, "DECODE", 6)
         subject = subject_of(config.output, checkpoint, None)
-        kept: list[Recording] = []
+        runs: list[ReferenceRun] = []
         candidate = graph_candidate(subject.graph)
-        report = judge(subject.model, subject.config, candidate, drift_steps=0, recorded=kept.append)
+        plan = plan_validation(subject.model, subject.config, drift_steps=0)
+        report = validate(subject.model, subject.config, candidate, plan, recorded=runs.append)
     manifest = manifests.read(config.output)
     path = folder / "model.golden"
-    goldens.save(path, kept[0], goldens.identity_of(manifest))
+    reference_file.save(path, runs[0], reference_file.identity_of(manifest))
     return SimpleNamespace(
-        checkpoint=checkpoint, bundle=config.output, manifest=manifest, golden=path, recording=kept[0],
+        checkpoint=checkpoint, bundle=config.output, manifest=manifest, golden=path, run=runs[0],
         report=report, graph=subject.graph,
     )  # fmt: skip
 
@@ -61,26 +63,26 @@ def by_golden(bundle: Path, golden: Path) -> ValidationReport:
 
 
 def test_a_golden_comes_back_as_it_was(made: SimpleNamespace) -> None:
-    found = goldens.read(made.golden, made.bundle, made.manifest)
-    kept: Recording = made.recording
-    assert found.extent == kept.extent
-    assert found.baselines == kept.baselines
-    assert [scenario.name for scenario in found.plan] == [scenario.name for scenario in kept.plan]
-    for name, seen in kept.seen.items():
-        assert np.array_equal(found.seen[name].logits_RV, seen.logits_RV)
-        for pool, values in seen.pools.items():
-            assert np.array_equal(found.seen[name].pools[pool][1:], values[1:]), pool
-        for ours, theirs in zip(found.seen[name].routers, seen.routers, strict=True):
+    found = reference_file.read(made.golden, made.bundle, made.manifest)
+    run: ReferenceRun = made.run
+    assert found.workload == run.workload
+    assert found.baselines == run.baselines
+    assert list(found.scenarios) == list(run.scenarios)
+    for name, observation in run.observations.items():
+        assert np.array_equal(found.observations[name].logits_RV, observation.logits_RV)
+        for pool, values in observation.pools.items():
+            assert np.array_equal(found.observations[name].pools[pool][1:], values[1:]), pool
+        for ours, theirs in zip(found.observations[name].routers, observation.routers, strict=True):
             assert all(np.array_equal(a, b) for a, b in zip(ours, theirs, strict=True))
-    for one, other in zip(found.choosing, kept.choosing, strict=True):
-        assert np.array_equal(one.correction_bias, other.correction_bias)
+    for ours, theirs in zip(found.policies, run.policies, strict=True):
+        assert np.array_equal(ours.correction_bias, theirs.correction_bias)
 
 
 def test_a_golden_judges_as_pytorch_does(made: SimpleNamespace) -> None:
     """The same gates with the same limits; the same values where no expert was chosen otherwise."""
     found = by_golden(made.bundle, made.golden)
     assert found.passed, [gate for gate in found.gates if not gate.passed]
-    whole = {scenario.name for scenario in made.recording.plan} | {"dtypes"}
+    whole = set(made.run.scenarios) | {"dtypes"}
     live = {(g.scenario, g.output, g.metric): g for g in made.report.gates if g.scenario in whole}
     own = {(g.scenario, g.output, g.metric): g for g in found.gates}
     assert set(own) == set(live)
@@ -90,7 +92,7 @@ def test_a_golden_judges_as_pytorch_does(made: SimpleNamespace) -> None:
         if not found.routing_mismatches.get(gate.scenario):
             assert gate == live[key]
     assert found.routing_mismatches == made.report.routing_mismatches
-    assert set(goldens.ABSENT) <= set(found.not_compared)
+    assert set(reference_file.ABSENT) <= set(found.not_compared)
 
 
 def test_where_there_is_no_pytorch_a_golden_judges_still(made: SimpleNamespace, tmp_path: Path) -> None:
@@ -118,8 +120,8 @@ def test_where_there_is_no_pytorch_a_golden_judges_still(made: SimpleNamespace, 
 
 def test_a_golden_finds_a_wrong_weight(made: SimpleNamespace, tmp_path: Path) -> None:
     candidate = graph_candidate(OnnxGraph.read(damaged(made.graph.path, tmp_path)))
-    recording = goldens.read(made.golden, made.bundle, made.manifest)
-    report = compare(recording, candidate, Leader(recording, candidate).beside, lambda _: None)
+    run = reference_file.read(made.golden, made.bundle, made.manifest)
+    report = compare(run, candidate, force_routing(run, candidate))
     assert not report.passed
 
 
@@ -136,16 +138,16 @@ def turned(made: SimpleNamespace, folder: Path, by: float) -> Path:
 
     `by` is how much, as a share of what a score may be off.
     """
-    recording: Recording = made.recording
-    choosing = recording.choosing[0]
-    logits_TE = np.concatenate([step[0] for seen in recording.seen.values() for step in seen.routers])
-    margin_T = choosing.margin(logits_TE)
+    run: ReferenceRun = made.run
+    policy = run.policies[0]
+    logits_TE = np.concatenate([step[0] for seen in run.observations.values() for step in seen.routers])
+    margin_T = policy.margin(logits_TE)
     nearest = int(margin_T.argmin())
-    next_best = int(np.argsort(-choosing.ranked(logits_TE[[nearest]])[0])[choosing.top_k])
+    next_best = int(np.argsort(-policy.ranking(logits_TE[[nearest]])[0])[policy.top_k])
     score = routing.scores(logits_TE)[nearest, next_best]
-    baselines = recording.baselines.values()
+    baselines = run.baselines.values()
     higher = score + by * min(
-        gates.score_limits(baseline, len(baseline.score_errors))[0] for baseline in baselines
+        gates.score_limits(baseline, len(baseline.router_scores))[0] for baseline in baselines
     )
     added = np.zeros(logits_TE.shape[1], np.float32)
     added[next_best] = np.log(higher / (1 - higher)) - np.log(score / (1 - score))
@@ -164,31 +166,31 @@ def turned(made: SimpleNamespace, folder: Path, by: float) -> Path:
 
 
 def test_a_near_tie_is_compared_on_the_reference_s_choice(made: SimpleNamespace, tmp_path: Path) -> None:
-    recording = goldens.read(made.golden, made.bundle, made.manifest)
+    run = reference_file.read(made.golden, made.bundle, made.manifest)
     candidate = graph_candidate(OnnxGraph.read(turned(made, tmp_path, 0.5)))
-    report = compare(recording, candidate, Leader(recording, candidate).beside, lambda _: None)
+    report = compare(run, candidate, force_routing(run, candidate))
     assert sum(report.routing_mismatches.values())
     assert report.passed, [gate for gate in report.gates if not gate.passed]
     assert len(report.gates) == len(by_golden(made.bundle, made.golden).gates)
-    unled = dataclasses.replace(candidate, open_led=None)
-    report = compare(recording, unled, Leader(recording, unled).beside, lambda _: None)
+    unforced = dataclasses.replace(candidate, open_forced=None)
+    report = compare(run, unforced, force_routing(run, unforced))
     assert not report.passed
 
 
 def test_what_is_no_near_tie_is_not_excused(made: SimpleNamespace, tmp_path: Path) -> None:
-    recording = goldens.read(made.golden, made.bundle, made.manifest)
+    run = reference_file.read(made.golden, made.bundle, made.manifest)
     candidate = graph_candidate(OnnxGraph.read(turned(made, tmp_path, 2)))
-    report = compare(recording, candidate, Leader(recording, candidate).beside, lambda _: None)
+    report = compare(run, candidate, force_routing(run, candidate))
     assert Metric.ROUTER_SCORE in {gate.metric for gate in report.gates if not gate.passed}
 
 
 def test_a_graph_that_is_told_nothing_is_the_graph(made: SimpleNamespace) -> None:
-    recording: Recording = made.recording
-    plain = GraphRunner(made.graph, num_slots=NUM_SLOTS, num_pages=recording.extent.num_pages, bound=False)
+    run: ReferenceRun = made.run
+    plain = GraphRunner(made.graph, num_slots=NUM_SLOTS, num_pages=run.workload.num_pages, mode=Mode.UNBOUND)
     led = ForcedRoutingRunner(made.graph)
-    plain.reset(recording.noise)
-    led.reset(recording.noise)
-    for inputs in recording.plan[3].steps:
+    plain.reset(run.noise)
+    led.reset(run.noise)
+    for inputs in run.scenarios[MIXED]:
         assert np.array_equal(plain.step(inputs), led.step(inputs))
         for one, other in zip(plain.router_logits(), led.router_logits(), strict=True):
             assert np.array_equal(one, other)
@@ -196,16 +198,16 @@ def test_a_graph_that_is_told_nothing_is_the_graph(made: SimpleNamespace) -> Non
 
 
 def test_a_graph_that_is_told_an_expert_takes_it(made: SimpleNamespace) -> None:
-    recording: Recording = made.recording
-    inputs = recording.plan[0].steps[0]
+    run: ReferenceRun = made.run
+    inputs = run.scenarios[PREFILL][0]
     runner = ForcedRoutingRunner(made.graph)
-    runner.reset(recording.noise)
+    runner.reset(run.noise)
     own = runner.step(inputs)
     shown = runner.router_logits()
     told = [np.full_like(logits_TE, np.nan) for logits_TE in shown]
     told[-1][40] = -shown[-1][40]
-    runner.reset(recording.noise)
-    led = runner.step_with_routing(inputs, tuple(told))
+    runner.reset(run.noise)
+    led = runner.step(inputs, tuple(told))
     assert np.array_equal(led[:40], own[:40])
     assert not np.array_equal(led[40], own[40])
     assert all(np.array_equal(one, other) for one, other in zip(shown, runner.router_logits(), strict=True))
@@ -215,26 +217,26 @@ def test_a_graph_that_is_told_an_expert_takes_it(made: SimpleNamespace) -> None:
 def test_a_near_tie_is_what_two_errors_can_turn(distance: float, is_near: bool) -> None:
     scores = np.array([[0.9, 0.5, 0.5 - distance, 0.2]])
     logits = np.log(scores / (1 - scores)).astype(np.float32)
-    choosing = Choosing(0, np.zeros(4, np.float32), top_k=2, num_groups=1, topk_group=1)
-    assert choosing.near_tie(logits, 1e-3).tolist() == [is_near]
+    policy = RouterPolicy(0, np.zeros(4, np.float32), top_k=2, num_groups=1, topk_group=1)
+    assert policy.near_tie(logits, 1e-3).tolist() == [is_near]
 
 
 def test_groups_may_be_nearly_tied_too() -> None:
     scores = np.array([[0.9, 0.5, 0.7, 0.702, 0.1, 0.1]])
     logits = np.log(scores / (1 - scores)).astype(np.float32)
-    choosing = Choosing(0, np.zeros(6, np.float32), top_k=2, num_groups=3, topk_group=1)
-    assert choosing.margin(logits)[0] > 1
-    assert choosing.near_tie(logits, 1e-3).tolist() == [True]
-    assert choosing.near_tie(logits, 1e-4).tolist() == [False]
+    policy = RouterPolicy(0, np.zeros(6, np.float32), top_k=2, num_groups=3, topk_group=1)
+    assert policy.margin(logits)[0] > 1
+    assert policy.near_tie(logits, 1e-3).tolist() == [True]
+    assert policy.near_tie(logits, 1e-4).tolist() == [False]
 
 
 def test_no_golden_is_made_of_a_reference_that_is_not_finite(made: SimpleNamespace, tmp_path: Path) -> None:
-    seen = made.recording.seen["prefill"].logits_RV
+    seen = made.run.observations[PREFILL].logits_RV
     before = seen[3, 4]
     seen[3, 4] = np.nan
     try:
         with pytest.raises(NotFiniteError, match="prefill, logits: the reference is not finite"):
-            goldens.save(tmp_path / "x.golden", made.recording, goldens.identity_of(made.manifest))
+            reference_file.save(tmp_path / "x.golden", made.run, reference_file.identity_of(made.manifest))
     finally:
         seen[3, 4] = before
     assert list(tmp_path.iterdir()) == []
@@ -245,13 +247,13 @@ def test_a_changed_byte_is_seen(made: SimpleNamespace, tmp_path: Path) -> None:
     content[-5] ^= 1
     (tmp_path / "x.golden").write_bytes(content)
     with pytest.raises(BundleError, match="was changed after it was written"):
-        goldens.read(tmp_path / "x.golden", made.bundle, made.manifest)
+        reference_file.read(tmp_path / "x.golden", made.bundle, made.manifest)
 
 
 def test_two_bundles_of_a_model_agree_at_another_precision(
     made: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stage, "DECODE", 6)
+    monkeypatch.setattr(plans, "DECODE", 6)
     other = tmp_path / "fp32"
     build.build(BuildConfig(made.checkpoint, other, "fp32", runtime="onnx", validate=False))
     for one, reference in ((made.bundle, other), (other, made.bundle), (other, other)):
@@ -268,7 +270,7 @@ def test_another_bundle_s_wrong_weight_is_found(
     made: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Which of the two is wrong, no comparison of two says."""
-    monkeypatch.setattr(stage, "DECODE", 6)
+    monkeypatch.setattr(plans, "DECODE", 6)
     other = tmp_path / "other"
     build.build(BuildConfig(made.checkpoint, other, "bf16", runtime="onnx", validate=False))
     graph = other / "model.onnx"
