@@ -1,16 +1,17 @@
 # mypy: disable-error-code="no-untyped-def,untyped-decorator"
-# Parameters of a jit function have Triton's types, which Python's cannot say.
+# Python's types cannot express the types of a jit function's parameters.
 """The op's Triton kernels. Legend: T tokens, B sequences, C channels, TAPS taps, S slots.
 
-- `conv_sequences`: a program owns one sequence and one block of channels. It walks the sequence's first
-  `walk` tokens with the window in registers, then keeps the last inputs in the pool. T ≤ B: all tokens.
-- `conv_tokens`: a program owns a block of packed tokens, whichever sequences they belong to, and a block of
-  channels. It writes the tokens whose window lies within this step, and zeroes padding. T > B: this for the
-  bulk, and conv_sequences with walk = TAPS − 1 for the tokens that need their sequence's history.
+- `conv_sequences`: a program owns one sequence and one block of channels. It processes the sequence's first
+  `walk` tokens with the window in registers, and then stores the last inputs in the pool. If T ≤ B, it processes
+  all tokens.
+- `conv_tokens`: a program owns a block of packed tokens of any sequences, and a block of channels. It writes the
+  tokens whose window is within this step, and zeroes padding. If T > B, it processes most tokens, and
+  conv_sequences with walk = TAPS − 1 those that need their sequence's history.
 
-Only conv_sequences touches the pool, and each of the pool's values has one program that reads it, then writes
-it: so the pool is updated in place. The launches have no output token in common: their order does not matter.
-Sums are FP32; inputs reach the pool without conversion, so their bits are kept.
+Only conv_sequences uses the pool, and each value is read and then written by one program, so that the pool can be
+updated in place. No output token is written by both launches, so that their order does not matter.
+Sums are FP32; inputs are stored in the pool without conversion.
 """
 
 from __future__ import annotations
@@ -30,10 +31,10 @@ from nemotrt.plugins.variant import Launch, Variant, check_sm, device_sm
 BLOCKS: dict[str, dict[str, int]] = {
     "conv_sequences": {
         "BLOCK_C": 128
-    },  # one channel a thread: a wider block moves the window between threads
+    },  # one channel per thread: a wider block would move the window between threads
     "conv_tokens": {"BLOCK_T": 64, "BLOCK_C": 128},
 }
-"""Block sizes of each kernel, the same on every SM: nothing is kept in shared memory."""
+"""The block sizes of each kernel, which are the same on every SM, since no shared memory is used."""
 
 WARPS = {"conv_sequences": 4, "conv_tokens": 8}
 
@@ -46,8 +47,8 @@ def silu(value):
 
 @triton.jit
 def tap_weights(weight, c, inside, TAPS: tl.constexpr):
-    """FP32 weights of the taps at lag 0, 1, 2 and 3; a tap that is not there repeats another's."""
-    # A channel's taps lie side by side, so that 4 or 2 come in one load.
+    """The FP32 weights of the taps at lag 0, 1, 2 and 3; a missing tap repeats another one."""
+    # A channel's taps are adjacent, so that one load reads 4 or 2 of them.
     if TAPS == 4:
         taps = tl.load(weight + c[:, None] * 4 + tl.arange(0, 4)[None, :], mask=inside[:, None], other=0.0)
         even, odd = tl.split(tl.reshape(taps.to(tl.float32), [c.shape[0], 2, 2]))
@@ -88,7 +89,7 @@ def conv_sequences(
     inside = c < C
     start = tl.load(query_start + b)
     end = tl.load(query_start + b + 1)
-    if (b < T) & (b >= tl.load(query_start + B)):  # where T ≤ B, every padding row has a program
+    if (b < T) & (b >= tl.load(query_start + B)):  # if T ≤ B, every padding row has a program
         tl.store(y + b.to(tl.int64) * C + c, tl.zeros([BLOCK_C], y.dtype.element_ty), mask=inside)
     if start < end:
         state = conv_state + (tl.load(slot + b).to(tl.int64) * C + c) * (TAPS - 1)
@@ -118,14 +119,14 @@ def conv_sequences(
             newest = now
             here += C
 
-        if walk_end < end:  # walk ≥ TAPS − 1, so the last inputs are all of this step
+        if walk_end < end:  # walk ≥ TAPS − 1, so the last inputs are all from this step
             last = x + end.to(tl.int64) * C + c
             newest = tl.load(last - C, mask=inside, other=0.0)
             if TAPS >= 3:
                 middle = tl.load(last - 2 * C, mask=inside, other=0.0)
             if TAPS >= 4:
                 oldest = tl.load(last - 3 * C, mask=inside, other=0.0)
-        tl.debug_barrier()  # no warp stores before all have loaded: two may hold the same channel
+        tl.debug_barrier()  # all warps must load before any stores: two of them may hold the same channel
         tl.store(state + TAPS - 2, newest, mask=inside)
         if TAPS >= 3:
             tl.store(state + TAPS - 3, middle, mask=inside)
@@ -135,7 +136,7 @@ def conv_sequences(
 
 @triton.jit
 def sequence_start(query_start, token, B):
-    """Where the sequence that owns each token starts; a padding token counts as the last sequence's."""
+    """The start of each token's sequence; a padding token counts as one of the last sequence."""
     low = token * 0
     high = low + B
     width = B
@@ -168,7 +169,7 @@ def conv_tokens(
     inside = c < C
     own = (t < T)[:, None] & inside[None, :]
     here = t.to(tl.int64)[:, None] * C + c[None, :]
-    # Loaded before anything is known of the sequences, so that the search below hides in their latency.
+    # Load before searching for the sequence, so that the search overlaps with the loads.
     now = tl.load(x + here, mask=own, other=0.0)
     newest = tl.load(x + here - C, mask=own & (t >= 1)[:, None], other=0.0)
     if TAPS >= 3:
@@ -179,7 +180,7 @@ def conv_tokens(
     offset = tl.load(bias + c, mask=inside, other=0.0).to(tl.float32)
 
     padding = t >= tl.load(query_start + B)
-    whole = t - sequence_start(query_start, t, B) >= TAPS - 1  # its window lies within this step
+    whole = t - sequence_start(query_start, t, B) >= TAPS - 1  # its window is within this step
 
     total = offset[None, :] + weight_now[None, :] * now.to(tl.float32)
     total += weight_newest[None, :] * newest.to(tl.float32)
@@ -197,7 +198,7 @@ POINTERS = {
     "conv_sequences": ("x", "weight", "bias", "conv_state", "query_start", "context_len", "slot", "y"),
     "conv_tokens": ("x", "weight", "bias", "query_start", "y"),
 }
-"""Pointers of each kernel, in declaration order, by the SPEC's names; `conv_state` is the output pool too."""
+"""Pointers of each kernel, in declaration order, by the SPEC's names; `conv_state` is also the output pool."""
 
 INTEGERS = {"conv_sequences": ("T", "B", "C", "walk"), "conv_tokens": ("T", "B", "C")}
 """Runtime integers of each kernel, in declaration order, after its pointers."""
@@ -220,7 +221,7 @@ def variant(kernel: str, dtype: str, taps: int) -> Variant:
 
 
 def variants(sm: int) -> Iterator[Variant]:
-    """Every variant of the op on an SM; raises ValueError for an SM that is not in `SMS`."""
+    """Every variant of the op on an SM; raises ValueError if the SM is not in `SMS`."""
     check_sm(SPEC.name, sm)
     for kernel in KERNELS:
         for dtype in FLOATS:
@@ -245,9 +246,9 @@ def launches(sizes: dict[str, int], dtypes: dict[str, str], sm: int) -> list[Lau
 
 
 def run(*tensors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the op's reference gives, by the kernels: inputs in SPEC order → y [T, C], next pool [S, C, K-1].
+    """Run the op like its reference, with the kernels: inputs in SPEC order → y [T, C], next pool [S, C, K-1].
 
-    Runs on the tensors' device, on a CPU in Triton's interpreter only. Raises what `supports` raises.
+    Runs on the tensors' device, or on a CPU in Triton's interpreter. Raises ValueError as `supports` does.
     """
     sizes = SPEC.sizes([tuple(tensor.shape) for tensor in tensors])
     buffers = {spec.name: tensor.contiguous() for spec, tensor in zip(SPEC.inputs, tensors, strict=True)}

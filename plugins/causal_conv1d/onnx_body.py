@@ -1,4 +1,4 @@
-"""The op in standard ONNX operators. Legend: T tokens, B sequences, C channels, K taps, S slots."""
+"""The op's ONNX body, in standard operators. Legend: T tokens, B sequences, C channels, K taps, S slots."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,7 +13,7 @@ from nemotrt.plugins.ragged import bounds, group_of_rows, size_of, written_slots
 def body(
     op: Operators, inputs: Mapping[str, ir.Value], sizes: Mapping[str, Any], _: Mapping[str, int | float]
 ) -> tuple[ir.Value, ir.Value]:
-    """y and the next pool: every tap gathers from the histories [B·(K−1), C] and the tokens [T, C] laid end to end."""
+    """y and the next pool; each tap gathers rows of the histories [B·(K−1), C] and the tokens [T, C], concatenated."""
     taps = int(sizes["K"])
     kept = taps - 1
     start_B, end_B = bounds(op, op.cast(inputs["query_start"], ir.DataType.INT64))
@@ -30,7 +30,7 @@ def body(
     rows_RC = op.Concat(history_RC, inputs["x"], axis=0)
 
     def rows_before(position_I: ir.Value, token_I: ir.Value, sequence_I: ir.Value, lags: range) -> ir.Value:
-        """The row that lies each lag before a token [I, lags]: a token of its own sequence, or of its history."""
+        """The row at each lag before a token [I, lags]: a token of its sequence, or of its history."""
         lag_L = np.asarray(lags)
         in_history = op.Add(op.Unsqueeze(op.Add(op.Mul(sequence_I, kept), position_I), [1]), kept - lag_L)
         in_tokens = op.Add(op.Unsqueeze(op.Add(token_I, num_history), [1]), -lag_L)
@@ -41,7 +41,7 @@ def body(
 
     sequence_T, is_owned_T = group_of_rows(op, end_B, num_tokens)
     token_T = op.Range(0, num_tokens, 1)
-    # A padding token belongs to nobody: position 0 of the last sequence keeps its rows in range until it is masked.
+    # Padding tokens get position 0 of the last sequence, so that their rows are in range; they are masked below.
     position_T = op.Where(is_owned_T, op.Sub(token_T, op.Gather(start_B, sequence_T)), 0)
     row_TK = rows_before(position_T, token_T, sequence_T, range(kept, -1, -1))
     weight_KC = op.Transpose(op.cast(inputs["weight"], ir.DataType.FLOAT), perm=[1, 0])

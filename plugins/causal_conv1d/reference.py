@@ -1,4 +1,7 @@
-"""The definition of correct, in plain PyTorch. Legend: T tokens, B sequences, C channels, K taps, S slots."""
+"""The reference that defines correct results, in plain PyTorch.
+
+Legend: T tokens, B sequences, C channels, K taps, S slots.
+"""
 
 from itertools import pairwise
 
@@ -15,10 +18,10 @@ def reference(
     context_len: Tensor,
     slot: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """y [T, C] and the next pool [S, C, K-1]; y of padding tokens is 0, an empty sequence keeps its state's bits.
+    """y [T, C] and the next pool [S, C, K-1]; y of padding tokens is 0, and an empty sequence's state does not change.
 
     y[t] = silu(bias + Σ_k weight[:, k] · x[t − (K−1) + k]), where inputs before a sequence's first token come from
-    its state, zero when its context is empty (Gu and Dao 2023, arXiv 2312.00752, section 3.4, its convolution).
+    its state, or are zero if its context is empty (the convolution of Gu and Dao 2023, arXiv 2312.00752, section 3.4).
     """
     taps = weight.shape[1]
     y = torch.zeros_like(x)

@@ -1,30 +1,30 @@
-"""The op in Triton: route, permute on the device, two grouped matrix products, ordered combine.
+"""The op's Triton kernels: route, permute on the device, two grouped matrix products, ordered combine.
 
-Legend: T tokens, L expert input size, R routed experts, E experts here, I inner size, k experts a token,
-C chunks of tokens. A *slot* is one choice of one token, t · k + rank; a *row* is a slot's place once slots
-are sorted by expert, then token; a *block* is up to BLOCK_M rows of one expert.
+Legend: T tokens, L expert input size, R routed experts, E experts here, I inner size, k experts per token,
+C chunks of tokens. A *slot* is one token's choice of one expert, t · k + rank; a *row* is a slot's position after
+slots are sorted by expert, then token; a *block* is up to BLOCK_M rows of one expert.
 
-What is launched depends on shapes alone, and nothing depends on the order in which programs run:
+The launches depend only on shapes, and no result depends on the order in which programs run:
 
-1. `route_kernel`: a token's experts and weights, and `ranks` [T, experts], where 0 is "not chosen". With FP8
+1. `route_kernel`: a token's experts and weights, and `ranks` [T, experts], where 0 means "not chosen". With FP8
    weights, `route_and_quantize_kernel` also quantizes x once.
-2. `count_kernel` (only for more tokens than one chunk) and `place_kernel`: `slots` [T · k], each row's slot,
+2. `count_kernel` (only for more tokens than one chunk) and `place_kernel`: `slots` [T · k], the slot of each row,
    and `blocks` [3, bound], each block's expert (−1: none), first row and number of rows.
 3. `up_kernel` gathers a block's rows of x and writes `hidden` by row; `down_kernel` writes `parts` by slot.
 4. `combine_kernel` adds a token's parts in the order of rank.
 
-Blocks have 128 or 64 rows where experts have many (prefill) and 16 where they have few (decode). There the
-weights are the product's left operand, so that 16 rows fill a tensor core's narrow side. One token alone
-needs no permutation: its slots are its blocks.
+Blocks have 128 or 64 rows if experts have many rows (prefill), and 16 if they have few (decode). With 16 rows, the
+weights are the product's left operand, so that the rows fill the narrow side of a tensor core. A single token needs
+no permutation: its slots are its blocks.
 
-Parts are FP32: the reference rounds only the hidden activation and y, and a part may overflow FP16 where y
-does not. For 8192 tokens of Super that is 1.5 GB written and read, half of it the price of FP32.
+Parts are FP32, because the reference rounds only the hidden activation and y, and a part may overflow FP16 even if y
+does not. For 8192 tokens of Super, 1.5 GB are written and read, half of which FP16 would save.
 """
 
 # ruff: noqa: E741
-# I is the SPEC's name for an expert's inner size.
+# I is the SPEC's name of an expert's inner size.
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
-# Kernels are Triton's language: their parameters are device values, without Python types.
+# Python's types cannot express the types of a jit function's parameters.
 
 from __future__ import annotations
 
@@ -44,16 +44,16 @@ from nemotrt.plugins.spec import FLOATS
 from nemotrt.plugins.variant import Launch, Variant, check_sm, device_sm, supports_fp8
 
 CHUNK_TOKENS = 128
-"""Tokens whose slots one program of `place_kernel` sorts."""
+"""Tokens per `place_kernel` program."""
 
 LEAST = tl.constexpr(-(2**31))
-"""Below the key of every number: marks what was taken or is not there."""
+"""Smaller than the key of every number; marks entries that are already chosen or do not exist."""
 STEP = tl.constexpr(16)
-"""Rows of `ranks` or `counts` that a program holds at a time."""
+"""Rows of `ranks` or `counts` that a program loads at a time."""
 
 _SIZES = ("T", "R", "E", "num_chunks", "max_blocks", "block_rows")
 _ATTRIBUTES = ("top_k", "num_groups", "topk_group", "norm_topk_prob", "first_expert")
-# Else Triton compiles anew where one of these is 1 or a multiple of 16, and launches not the Variant's code.
+# Otherwise Triton would compile another version if one of these is 1 or a multiple of 16.
 _kernel = triton.jit(do_not_specialize=_SIZES + _ATTRIBUTES)
 
 
@@ -62,7 +62,7 @@ _kernel = triton.jit(do_not_specialize=_SIZES + _ATTRIBUTES)
 
 @triton.jit
 def _key(value):
-    """An int32 that orders as the FP32 value does, NaN above all as in torch.sort."""
+    """An int32 with the order of the FP32 value; NaN is the largest, as in torch.sort."""
     bits = value.to(tl.int32, bitcast=True)
     return tl.where(value != value, 0x7FFFFFFF, bits ^ ((bits >> 31) & 0x7FFFFFFF))
 
@@ -74,20 +74,20 @@ def _value(key):
 
 @triton.jit
 def _first_best(key, index, SIZE: tl.constexpr):
-    """The index of the largest key, the lower one on a tie; a warp reduces integers in one instruction."""
+    """The lowest index of the largest key; a warp reduces integers in one instruction."""
     return tl.min(tl.where(key == tl.max(key, axis=0), index, SIZE - 1), axis=0)
 
 
 @triton.jit
 def _sigmoid(value):
-    # exp of −|value| never overflows, and keeps the order of very negative logits.
+    # exp(−|value|) never overflows, and preserves the order of very negative logits.
     decay = tl.exp(-tl.abs(value))
     return tl.where(value >= 0, 1.0, decay) / (1.0 + decay)
 
 
 @triton.jit
 def _within_kept_groups(key_R, index_R, R, num_groups, topk_group, BLOCK_R: tl.constexpr):
-    """Keys, −inf outside the topk_group best groups; a group's score is the sum of its two best."""
+    """The keys, with −inf outside the topk_group best groups; a group's score is the sum of its two best."""
     group_size = R // num_groups
     group_R = index_R // group_size
     score_R = tl.full([BLOCK_R], LEAST, tl.int32)
@@ -152,7 +152,7 @@ def _route(
     slot_k = token * top_k + rank_k
     tl.store(experts + slot_k, here_k, mask=valid_k)
     tl.store(weights + slot_k, weight_k * routed_scaling_factor, mask=valid_k)
-    # The columns wrap around, so that every column of the row is written whatever the first expert.
+    # The columns wrap around, so that every column is written for any first expert.
     here_R = index_R - first_expert
     place_R = tl.where((here_R >= 0) & (here_R < E), place_R, 0)
     tl.store(ranks + token.to(tl.int64) * BLOCK_R + (here_R & (BLOCK_R - 1)), place_R.to(tl.int8))
@@ -176,7 +176,7 @@ def route_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_TOP_K: tl.constexpr,
 ):
-    """Experts [T, k], −1 where not here; weights [T, k]; ranks [T, BLOCK_R], rank + 1, or 0 where not chosen.
+    """Experts [T, k], −1 if not here; weights [T, k]; ranks [T, BLOCK_R], rank + 1, or 0 if not chosen.
 
     Grid: T. Formula: the reference's `route`.
     """
@@ -222,7 +222,7 @@ def route_and_quantize_kernel(
     BLOCK_TOP_K: tl.constexpr,
     BLOCK_L: tl.constexpr,
 ):
-    """What `route_kernel` writes, and x_fp8 [T, L] = E4M3(x / input_scale), saturated as PTX's cvt does.
+    """The outputs of `route_kernel`, and x_fp8 [T, L] = E4M3(x / input_scale), saturated by PTX's cvt.
 
     Grid: T, 1 + ⌈L / BLOCK_L⌉; a token's first program routes it, the others quantize.
     """
@@ -254,13 +254,15 @@ def route_and_quantize_kernel(
 
 @triton.jit
 def _divided(value, scale):
-    """Value / scale as a division rounds it, in four instructions a value instead of a dozen."""
-    # By the inverse alone, many a BF16 value halfway between two E4M3 ones rounds to the other one.
+    """Value / scale, rounded as a division, with four instructions per value instead of a dozen."""
+    # With the inverse alone, many BF16 values halfway between two E4M3 values would be rounded to the other one.
     inverse = tl.div_rn(1.0, scale)
     quotient = value * inverse
     remainder = tl.fma(-quotient, scale + tl.zeros_like(value), value)
     corrected = tl.fma(remainder, inverse + tl.zeros_like(value), quotient)
-    return tl.where(quotient < 1e3, corrected, quotient)  # that saturates; and of inf, the remainder is NaN
+    return tl.where(
+        quotient < 1e3, corrected, quotient
+    )  # larger quotients saturate, and the remainder of inf is NaN
 
 
 # 2. Permutation
@@ -268,7 +270,7 @@ def _divided(value, scale):
 
 @_kernel
 def count_kernel(ranks, counts, T, BLOCK_E: tl.constexpr, CHUNK: tl.constexpr):
-    """Counts [C, BLOCK_E]: how many of a chunk's tokens chose each expert here. Grid: C."""
+    """Counts [C, BLOCK_E]: the number of a chunk's tokens that chose each expert. Grid: C."""
     chunk = tl.program_id(0)
     expert = tl.arange(0, BLOCK_E)
     count_E = tl.zeros([BLOCK_E], tl.int32)
@@ -295,8 +297,8 @@ def place_kernel(
 ):
     """Slots [T · k]: each row's slot, rows sorted by expert, then token; blocks [3, max_blocks].
 
-    `blocks` holds each block's expert (−1: no such block), first row and number of rows. Rows past the last
-    expert's are not written. Grid: C; without `counts` (COUNTED = 0) there is one chunk, counted here.
+    `blocks` has each block's expert (−1: no such block), first row and number of rows. Rows after the last expert's
+    are not written. Grid: C; without `counts` (COUNTED = 0) there is one chunk, which is counted here.
     """
     chunk = tl.program_id(0)
     expert = tl.arange(0, BLOCK_E)
@@ -328,7 +330,7 @@ def place_kernel(
 
 @triton.jit
 def _ranks(ranks, start, T, expert, BLOCK_E: tl.constexpr):
-    """Ranks of STEP tokens from `start` on as int32 [STEP, BLOCK_E]; 0 past the last token."""
+    """The ranks of STEP tokens from `start` on, as int32 [STEP, BLOCK_E]; 0 past the last token."""
     token = start + tl.arange(0, STEP)
     at = token.to(tl.int64)[:, None] * BLOCK_E + expert[None, :]
     return tl.load(ranks + at, mask=(token < T)[:, None], other=0).to(tl.int32)
@@ -353,7 +355,7 @@ def _write_blocks(blocks, total_E, first_E, expert, max_blocks, block_rows, BLOC
 
 @triton.jit
 def _tile(num_blocks, num_tiles, GROUP: tl.constexpr):
-    """This program's block and tile of columns; GROUP blocks walk the columns together, to share weights."""
+    """This program's block and tile of columns; GROUP blocks process the columns together, to share weights in L2."""
     program = tl.program_id(0)
     first = program // (GROUP * num_tiles) * GROUP
     width = tl.minimum(num_blocks - first, GROUP)
@@ -363,7 +365,7 @@ def _tile(num_blocks, num_tiles, GROUP: tl.constexpr):
 
 @triton.jit
 def _block(blocks, block, max_blocks, DIRECT: tl.constexpr):
-    """A block's expert (−1: none), first row and number of rows; DIRECT: one row, the slot of that number."""
+    """A block's expert (−1: none), first row and number of rows; with DIRECT, its one row is the slot of its number."""
     expert = tl.load(blocks + block)
     if DIRECT:
         first = block
@@ -390,9 +392,9 @@ def _product(
     BLOCK_K: tl.constexpr,
     SWAP: tl.constexpr,
 ):
-    """[BLOCK_M, BLOCK_N] FP32 = the rows that the pointers rows_M lead to [·, K] @ weight [N, K]ᵀ · weight_scale [N].
+    """[BLOCK_M, BLOCK_N] FP32 = rows [·, K] at the pointers rows_M @ weight [N, K]ᵀ · weight_scale [N].
 
-    With FP8 weights also times row_scale [1].
+    With FP8 weights, the product is also multiplied by row_scale [1].
     """
     k_K = tl.arange(0, BLOCK_K)
     row_MK = rows_M[:, None] + k_K[None, :]
@@ -403,14 +405,14 @@ def _product(
     sum_ = tl.zeros([BLOCK_N, BLOCK_M] if SWAP else [BLOCK_M, BLOCK_N], tl.float32)
     for start in range(0, K, BLOCK_K):
         within_K = k_K < K - start
-        # Weights first: their addresses are known before those of the rows are loaded.
+        # Load weights first: their addresses do not depend on a load.
         b_NK = tl.load(weight_NK, mask=there_N[:, None] & within_K[None, :], other=0.0)
         a_MK = tl.load(row_MK, mask=there_M[:, None] & within_K[None, :], other=0.0)
         left = b_NK if SWAP else a_MK
         right = tl.trans(a_MK if SWAP else b_NK)
         if weight.dtype.element_ty == tl.float8e4nv:
-            # Hopper's FP8 products carry some 14 bits of their sum: FP32 carries it from block to block. With
-            # max_num_imprecise_acc instead, Triton 3.7's PTX reads the product before it has waited for it.
+            # Hopper's FP8 products accumulate with about 14 bits, so accumulate blocks in FP32. The alternative,
+            # max_num_imprecise_acc, is broken: Triton 3.7's PTX reads the product before waiting for it.
             sum_ += tl.dot(left, right)
         else:
             sum_ = tl.dot(left, right, sum_, input_precision="ieee")
@@ -418,7 +420,7 @@ def _product(
         weight_NK += BLOCK_K
     sum_MN = tl.trans(sum_) if SWAP else sum_
     if not SWAP:
-        # Sooner, they would take 32 registers a thread through the loop, and SM 90 the second program of an SM.
+        # Loading earlier would keep 32 registers per thread occupied, and prevent a second program per SM on SM 90.
         scale_N = tl.load(weight_scale + column_N, mask=there_N, other=0.0)
     if weight.dtype.element_ty == tl.float8e4nv:
         scale_N *= tl.load(row_scale)
@@ -449,8 +451,8 @@ def up_kernel(
 ):
     """Hidden [T · k, I] = relu(x[token of row] @ up[expert]ᵀ · scale)², by row.
 
-    With FP8 weights, x is E4M3 already and hidden is rounded to the dtype ROUND, then quantized. DIRECT takes
-    `experts` for blocks. Grid: max_blocks · ⌈I / BLOCK_N⌉.
+    With FP8 weights, x is already E4M3, and hidden is rounded to the dtype ROUND and then quantized. With DIRECT,
+    `blocks` is `experts`. Grid: max_blocks · ⌈I / BLOCK_N⌉.
     """
     block, tile = _tile(max_blocks, tl.cdiv(I, BLOCK_N), GROUP)
     expert, first, rows = _block(blocks, block, max_blocks, DIRECT)
@@ -546,7 +548,7 @@ def down_kernel(
 
 @_kernel
 def combine_kernel(parts, experts, weights, y, L, top_k, BLOCK_TOP_K: tl.constexpr, BLOCK_L: tl.constexpr):
-    """Y [T, L] = Σ_k weight · part in FP32, in the order of rank, experts not here left out.
+    """Y [T, L] = Σ_k weight · part in FP32, in the order of rank, without experts that are not here.
 
     Grid: T, ⌈L / BLOCK_L⌉.
     """
@@ -567,7 +569,7 @@ def combine_kernel(parts, experts, weights, y, L, top_k, BLOCK_TOP_K: tl.constex
 
 @dataclass(frozen=True)
 class Tile:
-    """The blocking of one matrix product: rows, columns and terms a program takes at a time."""
+    """The block sizes of a matrix product (rows, columns and terms) and how it is launched."""
 
     block_m: int
     block_n: int
@@ -579,11 +581,11 @@ class Tile:
 
 
 def _tiles(sm: int, W: str) -> tuple[Tile, ...]:
-    """The tiles of a weight dtype on an SM: few rows an expert, some, many, and many in wide columns if any.
+    """The tiles of a weight dtype on an SM: for few rows per expert, some, many, and optionally many with wide columns.
 
-    A block of K is 128 bytes, the widest swizzle of shared memory, and 128 terms where weights are streamed.
-    Stages fill shared memory, 163 KB on SM 80, 227 on 90 and 100, 99 on the others; tiles that stream weights
-    leave room for two or three programs, so that one streams while another starts or ends.
+    A block of K is 128 bytes, the widest swizzle of shared memory, or 128 terms if weights are streamed. Stages fill
+    shared memory: 163 KB on SM 80, 227 KB on SM 90 and 100, 99 KB on the others. Tiles that stream weights leave room
+    for two or three programs, so that one streams while another starts or ends.
     """
     if W == "float32":
         return Tile(16, 64, 32, 4, 2, swap=True), Tile(64, 64, 32, 4, 2, group=8)
@@ -602,14 +604,14 @@ def _tiles(sm: int, W: str) -> tuple[Tile, ...]:
 
 
 def _chosen_tile(rows: int, columns: int, sm: int, W: str) -> Tile:
-    """The tile for experts that have this many rows each on average, and this many columns."""
+    """The tile for this average number of rows per expert and this number of columns."""
     few, some, *many = _tiles(sm, W)
     if rows <= few.block_m:
         return few
     if rows <= some.block_m or not many:
         return some
     wide = many[-1].block_n
-    # Columns padded to the wide tile may cost a sixteenth: Super's 2688 do, Nano's 1856 do not.
+    # Use wide tiles if padding the columns costs at most a sixteenth: true for Super's 2688, false for Nano's 1856.
     return many[-1] if -(-columns // wide) * wide * 16 <= columns * 17 else many[0]
 
 
@@ -620,7 +622,7 @@ def _pointer(dtype: str) -> str:
 def _variant(
     kernel: Any, types: dict[str, str], constants: dict[str, Any], num_warps: int, num_stages: int
 ) -> Variant:
-    """A variant whose pointers, and sizes L and I, are multiples of 16; `i32` where no type is given."""
+    """A variant whose pointers and sizes L and I are multiples of 16; parameters without a type are `i32`."""
     signature = {name: types.get(name, "i32") for name in kernel.arg_names if name not in constants}
     aligned = tuple(name for name, kind in signature.items() if kind.startswith("*") or name in ("L", "I"))
     return Variant(kernel.__name__, signature, constants, num_warps, num_stages, aligned)
@@ -687,7 +689,7 @@ def _block_top_k(attributes: Mapping[str, float]) -> int:
 
 
 def variants(sm: int) -> Iterator[Variant]:
-    """Each variant that `launches` can name on an SM, once; raises ValueError for an SM not in SMS."""
+    """Every variant of the op on an SM; raises ValueError if the SM is not in `SMS`."""
     check_sm(SPEC.name, sm)
     weight_dtypes = (*FLOATS, FP8) if supports_fp8(sm) else FLOATS
     found: dict[str, Variant] = {}
@@ -707,24 +709,24 @@ def variants(sm: int) -> Iterator[Variant]:
 
 @dataclass(frozen=True)
 class Buffer:
-    """A scratch buffer: its shape and dtype (`int8` beside the SPEC's names)."""
+    """A scratch buffer: its shape and dtype."""
 
     shape: tuple[int, ...]
     dtype: str
 
     @property
     def num_bytes(self) -> int:
-        """What the buffer takes in the workspace: a multiple of 256, which keeps the next one aligned."""
-        itemsize: int = getattr(torch, self.dtype).itemsize
-        return -(-prod(self.shape) * itemsize // 256) * 256
+        """Its size in the workspace, a multiple of 256, so that the next buffer is aligned."""
+        return -(-prod(self.shape) * DType(self.dtype).itemsize // 256) * 256
 
 
 def scratch(
     dims: Mapping[str, int], attributes: Mapping[str, int], dtypes: Mapping[str, str]
 ) -> dict[str, Buffer]:
-    """The scratch buffers by name, in the order in which they lie in the workspace; all grow with T, or stay.
+    """The scratch buffers by name, in workspace order.
 
-    They do not depend on which variants are launched, so the workspace of the largest T serves every T.
+    Their sizes do not shrink with growing T and do not depend on the variants, so the workspace of the maximum T fits
+    every T.
     """
     T, L, block_r, slots = dims["T"], dims["L"], _block_r(dims), dims["T"] * attributes["top_k"]
     found = {
@@ -741,14 +743,14 @@ def scratch(
 
 
 def _num_blocks(dims: Mapping[str, int], slots: int, block_m: int) -> int:
-    """The most blocks that this many slots can need: each expert that has any may leave one unfilled."""
+    """The maximum number of blocks for these slots: each expert with slots may have one partial block."""
     return slots // block_m + min(dims["E"], slots)
 
 
 def derived(
     dims: Mapping[str, int], attributes: Mapping[str, int], dtypes: Mapping[str, str], sm: int
 ) -> dict[str, int]:
-    """The integers that launches take beside axes and attributes: num_chunks, max_blocks, block_rows."""
+    """The integer arguments other than axes and attributes: num_chunks, max_blocks, block_rows."""
     slots = dims["T"] * attributes["top_k"]
     block_m = _chosen_tile(slots // dims["R"], dims["I"], sm, dtypes["W"]).block_m
     return {
@@ -763,7 +765,7 @@ def launches(
 ) -> list[Launch]:
     """The kernels to launch, in order, from shapes, attributes and dtypes alone.
 
-    Raises ValueError as `supports` does, or where an attribute does not fit the axes.
+    Raises ValueError as `supports` does.
     """
     supports({**dims, **attributes}, dtypes, sm)
     T, L, I, X, W = dims["T"], dims["L"], dims["I"], dtypes["X"], dtypes["W"]
@@ -802,7 +804,7 @@ def launches(
 
 
 def _renames(variant: Variant, direct: bool, W: str) -> dict[str, str]:
-    """What pointers of a product take other than their own: one token's slots are its blocks, and FP8 its own x."""
+    """Pointers of a product that are bound to other names: the experts of a single token, and x in FP8."""
     renames = {"blocks": "experts"} if direct else {}
     if W == FP8 and variant.kernel == "up_kernel":
         renames["x"] = "x_fp8"
@@ -810,9 +812,9 @@ def _renames(variant: Variant, direct: bool, W: str) -> dict[str, str]:
 
 
 def run(*tensors: torch.Tensor, **attributes: Any) -> tuple[torch.Tensor]:
-    """What the reference gives, from the kernels; raises ValueError on inputs that they do not take.
+    """Run the op like its reference, with the kernels; raises ValueError on unsupported inputs.
 
-    Tensors are contiguous, on one device; on a CPU they are SM 90's, in Triton's interpreter.
+    Tensors are contiguous and on one device; on a CPU, the variants of SM 90 run in Triton's interpreter.
     """
     names = [tensor.name for tensor in SPEC.inputs]
     values: dict[str, Any] = dict(zip(names, tensors, strict=True))
@@ -826,7 +828,7 @@ def run(*tensors: torch.Tensor, **attributes: Any) -> tuple[torch.Tensor]:
     planned = launches(dims, attributes, dtypes, sm)
     values |= attributes
     for name, buffer in scratch(dims, attributes, dtypes).items():
-        values[name] = torch.empty(buffer.shape, dtype=getattr(torch, buffer.dtype), device=device)
+        values[name] = torch.empty(buffer.shape, dtype=DType(buffer.dtype).torch, device=device)
     values["y"] = torch.empty_like(values["x"])
     execute(planned, values)
     return (values["y"],)

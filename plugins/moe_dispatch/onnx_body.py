@@ -1,8 +1,8 @@
-"""The op in standard ONNX operators: one expert after the other, each on the rows that chose it.
+"""The op's ONNX body, in standard operators: a Scan over the experts, each of which processes the rows that chose it.
 
-Scan hands each expert's weights over where they lie; gathering them by number would copy them.
+Scan passes each expert's weights without a copy, unlike Gather.
 
-Legend: T tokens, k experts a token, A = T·k assignments, R routed experts, E experts here, L expert input size,
+Legend: T tokens, k experts per token, A = T·k assignments, R routed experts, E experts here, L expert input size,
 I inner size, J rows of one expert.
 """
 
@@ -20,13 +20,13 @@ def body(
     sizes: Mapping[str, Any],
     attributes: Mapping[str, int | float],
 ) -> tuple[ir.Value]:
-    """y, computed in FP32; both activations are rounded as the reference does, see `_rounded`."""
+    """y, computed in FP32; both activations are rounded as in the reference, see `_rounded`."""
     experts, top_k = int(sizes["E"]), int(attributes["top_k"])
     chosen_Tk, weight_Tk = _route(op, inputs, sizes, attributes)
     local_A = op.Sub(op.Reshape(chosen_Tk, [-1]), int(attributes["first_expert"]))
     is_local_A = op.And(op.GreaterOrEqual(local_A, 0), op.Less(local_A, experts))
-    expert_A = op.Where(is_local_A, local_A, experts)  # another rank's experts sort behind all of ours
-    _, order_A = op.TopK(expert_A, op.Shape(expert_A), largest=0, outputs=2)  # ties keep their order
+    expert_A = op.Where(is_local_A, local_A, experts)  # other ranks' experts are sorted after ours
+    _, order_A = op.TopK(expert_A, op.Shape(expert_A), largest=0, outputs=2)  # TopK keeps the order of ties
     token_A1 = op.Unsqueeze(op.Div(order_A, top_k), [1])
     weight_A1 = op.Unsqueeze(op.Gather(op.Reshape(weight_Tk, [-1]), order_A), [1])
     start_E, end_E = _bounds(op, expert_A, experts)
@@ -73,7 +73,7 @@ def body(
 
 
 def _bounds(op: Operators, expert_A: ir.Value, experts: int) -> tuple[ir.Value, ir.Value]:
-    """Where each expert's assignments start and end [E], sorted by expert."""
+    """The start and end [E] of each expert's assignments, sorted by expert."""
     ones = op.Expand(1, op.Shape(expert_A))
     count = op.ScatterElements(op.Expand(0, [experts + 1]), expert_A, ones, axis=0, reduction="add")
     count_E = op.Slice(count, [0], [experts], [0])
@@ -84,7 +84,7 @@ def _bounds(op: Operators, expert_A: ir.Value, experts: int) -> tuple[ir.Value, 
 def _rounded(op: Operators, values: ir.Value, scale: ir.Value, weights: ir.Value) -> ir.Value:
     """values / scale rounded to the weights' dtype, in FP32.
 
-    A cast to FP8 saturates; where the weights are of x's dtype, and the scale is 1, nothing is lost.
+    A cast to FP8 saturates. If the weights have x's dtype and the scale is 1, the values do not change.
     """
     scaled = op.Div(op.cast(values, ir.DataType.FLOAT), scale)
     return op.cast(op.CastLike(scaled, weights), ir.DataType.FLOAT)

@@ -1,4 +1,4 @@
-"""The definition of correct, in plain PyTorch.
+"""The reference that defines correct results, in plain PyTorch.
 
 Legend: T tokens, L expert input size, R routed experts, E experts here, I inner size, k experts a token.
 """
@@ -29,8 +29,8 @@ def reference(
 ) -> tuple[Tensor]:
     """y [T, L] = Σ_k w_k · down_k(relu(up_k x)²) over a token's chosen experts, summed in the order of their rank.
 
-    Experts outside [first_expert, first_expert + E) add nothing: another rank adds them. The hidden activation is
-    rounded to x's dtype. With FP8 weights, x and the hidden activation are quantized to E4M3 by their scales.
+    Experts outside [first_expert, first_expert + E) are skipped, since another rank adds them. The hidden activation
+    is rounded to x's dtype. With FP8 weights, x and the hidden activation are quantized to E4M3 by their scales.
     Every output of a weight has its own scale.
     """
     compute = torch.promote_types(x.dtype, torch.float32)
@@ -70,7 +70,7 @@ def route(
     norm_topk_prob: int,
     routed_scaling_factor: float,
 ) -> tuple[Tensor, Tensor]:
-    """The chosen experts [T, k] int64 in order of rank, and their weights [T, k]; ties go to the lower index.
+    """The chosen experts [T, k] int64 in order of rank, and their weights [T, k]; the lower index wins a tie.
 
     s = sigmoid(logits); choose by s + correction_bias among the topk_group groups whose two best sum highest;
     w = s / (Σ s + 1e-20) · routed_scaling_factor (DeepSeek-V3, arXiv 2412.19437, section 2.1.2).

@@ -1,19 +1,19 @@
 # mypy: disable-error-code="no-untyped-def,untyped-decorator"
-# Parameters of a jit function have Triton's types, which Python's cannot say.
+# Python's types cannot express the types of a jit function's parameters.
 """The op's Triton kernels.
 
 Legend: T tokens, B sequences, Q query heads, V key-value heads, G = Q / V, D head dim, M pages of a sequence.
 
-- `paged_append`, first: a program owns a block of packed tokens and one key-value head, and writes their keys
-  and values into their pages, in FP8 where the cache is. It also zeroes o of padding tokens.
-- `paged_decode`: a program owns one sequence, one key-value head and one of `splits` equal parts of the
-  sequence's keys. It serves short sequences: of at most `short` tokens where T > B, all of them where T ≤ B.
-- `paged_combine`, after paged_decode: a program owns one token of a short sequence and one query head, and
-  adds up the parts in order.
-- `paged_prefill` (T > B): a program owns a block of tokens of one long sequence and one key-value head.
+- `paged_append` runs first: a program owns a block of packed tokens and one key-value head, and writes their keys
+  and values into their pages, in FP8 if the cache is FP8. It also zeroes o of padding tokens.
+- `paged_decode`: a program owns one sequence, one key-value head and one of `splits` equal parts of the sequence's
+  keys. It processes short sequences: those of at most `short` tokens if T > B, and all if T ≤ B.
+- `paged_combine`, after paged_decode: a program owns one token of a short sequence and one query head, and adds up
+  the parts in order.
+- `paged_prefill` (only if T > B): a program owns a block of tokens of one long sequence and one key-value head.
 
-A tile of queries holds tokens × the G heads that share its keys, so a tile of keys is read once for all.
-The cache is updated in place: the rows that paged_append writes are read by later launches only.
+A tile of queries contains tokens × the G heads that share keys, so that each tile of keys is read once for all of
+them. The cache is updated in place: the rows that paged_append writes are read only by later launches.
 Softmax and sums are FP32, in powers of 2; probabilities are rounded to q's dtype for the tensor cores.
 """
 
@@ -37,7 +37,7 @@ FP8_MAX = tl.constexpr(448.0)
 
 @triton.jit
 def sequence_of(query_start, token, B):
-    """The sequence that owns each token: the last that starts at or before it; padding is the last's."""
+    """The sequence of each token: the last that starts at or before it; padding counts as the last sequence."""
     low = token * 0
     high = low + B
     width = B
@@ -52,9 +52,9 @@ def sequence_of(query_start, token, B):
 
 @triton.jit
 def cached(values, scale, kv_cache):
-    """Keys or values as the cache holds them: divided by their scale and saturated where it is FP8."""
+    """Keys or values as stored in the cache; for FP8, divided by their scale and saturated."""
     if kv_cache.dtype.element_ty == tl.float8e4nv:
-        # The quotient of `/` is approximate: near a tie it would not give the reference's bits.
+        # `/` is approximate, and would differ from the reference's bits near a tie.
         values = tl.math.div_rn(values.to(tl.float32), tl.load(scale))
         values = tl.clamp(values, -FP8_MAX, FP8_MAX, propagate_nan=tl.PropagateNan.ALL)
     return values.to(kv_cache.dtype.element_ty)
@@ -62,7 +62,7 @@ def cached(values, scale, kv_cache):
 
 @triton.jit
 def cache_scale(scale, kv_cache):
-    """What the cache's numbers are multiplied by: 1 unless it is FP8."""
+    """The factor of the cache's values: 1 unless the cache is FP8."""
     factor = 1.0
     if kv_cache.dtype.element_ty == tl.float8e4nv:
         factor = tl.load(scale)
@@ -71,11 +71,11 @@ def cache_scale(scale, kv_cache):
 
 @triton.jit
 def dot_query(query, kv_cache, factor):
-    """Queries in the dtype that their keys are multiplied in, and what turns each row's products into scores.
+    """Queries in the dtype of the products with keys, and the factor from each row's products to scores.
 
-    FP8 keys become FP16: a GPU has an instruction for that, and none for BF16. A row of BF16 queries follows,
-    divided by a power of two so that it fits: exactly, but that what is below 2⁻¹⁴ of its largest is rounded
-    to 2⁻²⁴ of that.
+    FP8 keys are converted to FP16: GPUs have an instruction for that, but none for BF16. A row of BF16 queries is
+    converted to FP16 too, after division by a power of two. This is exact, except that values below 2⁻¹⁴ of the
+    row's maximum are rounded to multiples of 2⁻²⁴ of it.
     """
     factors = tl.full([query.shape[0]], 1.0, tl.float32) * factor
     if kv_cache.dtype.element_ty == tl.float8e4nv and query.dtype == tl.bfloat16:
@@ -108,7 +108,7 @@ def paged_append(
     D: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
-    """Grid (token blocks, V, 1): a block of keys and values to their pages; zeroes o of padding."""
+    """Grid (token blocks, V, 1): writes a block of keys and values to their pages, and zeroes o of padding."""
     t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     head = tl.program_id(1)
     d = tl.arange(0, D)
@@ -154,20 +154,20 @@ def attend(
     BLOCK_N: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """The softmax after keys first…last − 1: largest score, sum of 2^(score − largest), sum of values.
+    """The softmax over keys first…last − 1: maximum score, sum of 2^(score − maximum), weighted sum of values.
 
-    `position` is each row's own, `keys` the cache at page 0 and this head. A row sees keys up to its own:
-    unless MASKED, these must be all.
+    `position` is the position of each row, `keys` the cache at page 0 and this head. A row attends to keys up to its
+    position; unless MASKED, all keys must satisfy that.
     """
     n = tl.arange(0, BLOCK_N)
     tile = n[:, None] * D + tl.arange(0, D)[None, :]
-    # A tile's page number is loaded one tile ahead: a load that needs another's result costs pipeline stages.
+    # Load page numbers one tile ahead: a load that depends on another one costs pipeline stages.
     page_index = tl.load(pages + first // page, mask=first < last, other=0)
     for n0 in range(first, last, BLOCK_N):
         row = page_index.to(tl.int64) * 2 * V * page + n0 % page
         page_index = tl.load(pages + (n0 + BLOCK_N) // page, mask=n0 + BLOCK_N < last, other=0)
         key = tl.load(keys + row * D + tile).to(query.dtype)
-        if MASKED:  # rows past the last key may hold NaN, which 0 would not erase
+        if MASKED:  # rows past the last key may contain NaN, and 0 · NaN is NaN
             value = tl.load(keys + (row + V * page) * D + tile, mask=(n0 + n < num_keys)[:, None], other=0.0)
         else:
             value = tl.load(keys + (row + V * page) * D + tile)
@@ -176,7 +176,7 @@ def attend(
             score = tl.where((n0 + n)[None, :] <= position[:, None], score, -float("inf"))
         best = tl.maximum(top, tl.max(score, axis=1))
         shift = best
-        if MASKED:  # a row that has seen no key yet: its sums stay 0, not NaN
+        if MASKED:  # for a row without keys so far, the sums stay 0 instead of NaN
             shift = tl.where(best == -float("inf"), 0.0, best)
         probability = tl.exp2(score - shift[:, None])
         fade = tl.exp2(top - shift)
@@ -214,8 +214,8 @@ def paged_decode(
 ):
     """Grid (splits, V, B): partial o, and log2 of its softmax sum, from one part of the keys.
 
-    A token's row in partial [rows, Q, splits, D] and lse [rows, Q, splits] is t where T ≤ B, b · short + i
-    elsewhere. A part with no keys for a token has lse −inf, and its partial o is not written.
+    A token's row in partial [rows, Q, splits, D] and lse [rows, Q, splits] is t if T ≤ B, else b · short + i.
+    A part with no keys for a token has lse −inf, and its partial o is not written.
     """
     split = tl.program_id(0)
     head = tl.program_id(1)
@@ -261,7 +261,7 @@ def paged_decode(
                 BLOCK_N,
                 True,
             )
-            seen = mass != 0.0  # NaN counts: combined, it shows
+            seen = mass != 0.0  # NaN counts, so that it reaches the output
             total = total / mass[:, None] * cache_scale(v_scale, kv_cache)
             target = ((row + i).to(tl.int64) * Q + query_head) * splits + split
             tl.store(lse + target, tl.where(seen, top + tl.log2(mass), -float("inf")), mask=own)
@@ -337,7 +337,9 @@ def paged_prefill(
     BLOCK_N: tl.constexpr,
 ):
     """Grid (T // step + B, V, 1), step = BLOCK_M // G: o of `step` tokens of a long sequence."""
-    block = tl.num_programs(0) - 1 - tl.program_id(0)  # last blocks see most keys: they go first
+    block = (
+        tl.num_programs(0) - 1 - tl.program_id(0)
+    )  # the last blocks have the most keys, so start with them
     head = tl.program_id(1)
     group = Q // V
     step = BLOCK_M // group
@@ -430,16 +432,16 @@ SCALARS = {
     "paged_combine": ("T", "B", "Q", "splits", "short"),
     "paged_prefill": ("scale", "B", "Q", "V", "M", "page", "short"),
 }
-"""Runtime numbers of each kernel, in declaration order, after its pointers; `scale` FP32, others int32."""
+"""Runtime scalars of each kernel, in declaration order, after its pointers; `scale` is FP32, the others int32."""
 
 DECODE_ROWS = MAX_GROUP
-"""Rows of a decode tile; a sequence is short where its rows, tokens × G, fill no more than one."""
+"""Rows of a decode tile; a sequence is short if its rows, tokens × G, fit in one."""
 
 DECODE_PROGRAMS = 1024
-"""Programs that paged_decode is split into: four waves of two on each of 128 SMs. Chosen, not measured."""
+"""Target number of paged_decode programs: four waves of two on each of 128 SMs. Not tuned by measurement."""
 
 MIN_SPLIT_KEYS = 128
-"""Keys under which a part is not split further: two tiles."""
+"""The minimum number of keys of a part: two tiles."""
 
 BLOCK_T = 16
 BLOCK_N = 64
@@ -447,7 +449,7 @@ BLOCK_S = 16
 
 
 def shape(kernel: str, dtype: str, head_dim: int, sm: int) -> tuple[dict[str, int], int, int]:
-    """A kernel's block sizes, warps and pipeline stages, within an SM's registers and shared memory."""
+    """A kernel's block sizes, warps and pipeline stages, which fit an SM's registers and shared memory."""
     if kernel == "paged_append":
         return {"D": head_dim, "BLOCK_T": BLOCK_T}, 4, 1
     if kernel == "paged_combine":
@@ -460,7 +462,7 @@ def shape(kernel: str, dtype: str, head_dim: int, sm: int) -> tuple[dict[str, in
 
 
 def variant(kernel: str, dtype: str, cache: str, head_dim: int, sm: int) -> Variant:
-    """The variant of a kernel for q's dtype and the cache's, as the SPEC writes them, on an SM."""
+    """The variant of a kernel for q's dtype and the cache's dtype on an SM."""
     kinds = {"X": dtype, "CACHE": cache}
     types = {tensor.name: kinds.get(tensor.dtype, tensor.dtype) for tensor in (*SPEC.inputs, *SPEC.outputs)}
     types |= {"partial": "float32", "lse": "float32"}
@@ -477,7 +479,7 @@ def variant(kernel: str, dtype: str, cache: str, head_dim: int, sm: int) -> Vari
 
 
 def variants(sm: int) -> Iterator[Variant]:
-    """Every variant of the op on an SM; raises ValueError for an SM that is not in `SMS`."""
+    """Every variant of the op on an SM; raises ValueError if the SM is not in `SMS`."""
     check_sm(SPEC.name, sm)
     for head_dim in HEAD_DIMS:
         for kernel in ("paged_append", "paged_decode", "paged_prefill"):
@@ -488,19 +490,19 @@ def variants(sm: int) -> Iterator[Variant]:
 
 
 def short_tokens(sizes: dict[str, int]) -> int:
-    """Tokens of the longest sequence that paged_decode takes where T > B."""
+    """The maximum length of sequences that paged_decode processes if T > B."""
     return DECODE_ROWS // (sizes["Q"] // sizes["V"])
 
 
 def num_splits(sizes: dict[str, int]) -> int:
-    """Parts that a sequence's keys are divided into: enough programs, but parts worth a program."""
+    """The number of parts of a sequence's keys: enough programs for the GPU, but not too small parts."""
     enough = DECODE_PROGRAMS // (sizes["B"] * sizes["V"])
     worth: int = triton.cdiv(sizes["M"] * sizes["page"], MIN_SPLIT_KEYS)
     return max(1, min(enough, worth))
 
 
 def workspace(sizes: dict[str, int]) -> dict[str, int]:
-    """FP32 elements of each scratch buffer; no less for larger sizes, so the largest sizes' serve all."""
+    """FP32 elements of each scratch buffer; they grow with the sizes, so the maximum sizes' buffers fit every step."""
     parts = sizes["B"] * triton.cdiv(sizes["M"] * sizes["page"], MIN_SPLIT_KEYS)
     rows = short_tokens(sizes) * sizes["Q"] * max(sizes["B"], min(DECODE_PROGRAMS // sizes["V"], parts))
     return {"partial": rows * sizes["D"], "lse": rows}
@@ -531,9 +533,9 @@ def launches(sizes: dict[str, int], dtypes: dict[str, str], sm: int) -> list[Lau
 
 
 def run(*tensors: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the op's reference gives, by the kernels: inputs in SPEC order → o [T, Q, D], next cache.
+    """Run the op like its reference, with the kernels: inputs in SPEC order → o [T, Q, D], next cache.
 
-    Runs on the tensors' device, on a CPU in Triton's interpreter only. Raises what `supports` raises.
+    Runs on the tensors' device, or on a CPU in Triton's interpreter. Raises ValueError as `supports` does.
     """
     sizes = SPEC.sizes([tuple(tensor.shape) for tensor in tensors])
     buffers = {spec.name: tensor.contiguous() for spec, tensor in zip(SPEC.inputs, tensors, strict=True)}

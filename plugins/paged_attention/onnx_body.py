@@ -1,7 +1,7 @@
-"""The op in standard ONNX operators: append, then attend chunk by chunk over the pages a chunk can see.
+"""The op's ONNX body, in standard operators: appends keys and values, then attends in chunks of queries.
 
 Legend: T tokens, B sequences, C chunks, I queries of a chunk, Q query heads, V key-value heads, D head dim, K pages,
-M pages of a sequence, L keys a chunk can see.
+M pages of a sequence, L keys that a chunk attends to.
 """
 
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ from nemotrt.plugins.onnx_op import Operators
 from nemotrt.plugins.ragged import bounds, chunks, group_of_rows, size_of
 
 CHUNK = 64
-"""Query tokens a chunk: a chunk's scores take query heads × CHUNK × context numbers."""
+"""Query tokens per chunk; a chunk has query heads × CHUNK × context scores."""
 
 
 def body(
@@ -22,14 +22,14 @@ def body(
     sizes: Mapping[str, Any],
     attributes: Mapping[str, int | float],
 ) -> tuple[ir.Value, ir.Value]:
-    """o and the next cache; the softmax is in FP32. The scales of a cache that is not FP8 must be 1."""
+    """o and the next cache; the softmax is in FP32. If the cache is not FP8, its scales must be 1."""
     int64 = ir.DataType.INT64
     start_B, end_B = bounds(op, op.cast(inputs["query_start"], int64))
     context_B = op.cast(inputs["context_len"], int64)
     page_table_BM = op.cast(inputs["page_table"], int64)
     num_tokens, num_sequences = size_of(op, inputs["q"], 0), size_of(op, start_B, 0)
     sequence_T, is_owned_T = group_of_rows(op, end_B, num_tokens)
-    # Padding tokens count as position 0 of the scratch page; their rows are masked below.
+    # Padding tokens get position 0 of the scratch page; they are masked below.
     within_T = op.Sub(op.Range(0, num_tokens, 1), op.Gather(start_B, sequence_T))
     position_T = op.Where(is_owned_T, op.Add(op.Gather(context_B, sequence_T), within_T), 0)
     page_size = int(sizes["page"])
@@ -78,7 +78,7 @@ def _append(
     is_owned_T: ir.Value,
     position_T: ir.Value,
 ) -> ir.Value:
-    """The cache with every token's key and value in its row; padding tokens put zeros into row 0 of page 0."""
+    """The cache with every token's key and value in its row; padding tokens write zeros to row 0 of page 0."""
     page_size, kv_heads, head_dim = int(sizes["page"]), int(sizes["V"]), int(sizes["D"])
     page_index_T2 = op.Concat(
         op.Unsqueeze(sequence_T, [1]), op.Unsqueeze(op.Div(position_T, page_size), [1]), axis=1
@@ -100,7 +100,7 @@ def _append(
     both_T2VD = op.Concat(op.Unsqueeze(inputs["k"], [1]), op.Unsqueeze(inputs["v"], [1]), axis=1)
     scale_211 = op.Reshape(op.Concat(inputs["k_scale"], inputs["v_scale"], axis=0), [2, 1, 1])
     scaled_T2VD = op.Div(op.cast(both_T2VD, ir.DataType.FLOAT), scale_211)
-    both_T2VD = op.CastLike(scaled_T2VD, inputs["kv_cache"])  # to FP8 it saturates
+    both_T2VD = op.CastLike(scaled_T2VD, inputs["kv_cache"])  # a cast to FP8 saturates
     zero = op.CastLike(op.Expand(0.0, [1, 1, 1, head_dim]), inputs["kv_cache"])
     updates = op.Where(op.Unsqueeze(is_owned_T, [1, 2, 3]), both_T2VD, zero)
     return op.ScatterND(inputs["kv_cache"], index_T2V4, updates)  # type: ignore[no-any-return]
@@ -122,13 +122,13 @@ def _attend(
     past = op.cast(op.Gather(cache, pages, axis=0), ir.DataType.FLOAT)  # [pages, 2, V, page, D]
     past_2VLD = op.Reshape(op.Transpose(past, perm=[1, 2, 0, 3, 4]), [2, kv_heads, -1, head_dim])
     keys_VLD, values_VLD = op.Gather(past_2VLD, 0, axis=0), op.Gather(past_2VLD, 1, axis=0)
-    # Query heads of one key-value head lie side by side, so they are rows of one product.
+    # Query heads of one key-value head are adjacent, so they are rows of one product.
     q_QID = op.Transpose(op.cast(q_IQD, ir.DataType.FLOAT), perm=[1, 0, 2])
     scale = op.Mul(inputs["k_scale"], float(attributes["scale"]))
     q_VRD = op.Reshape(op.Mul(q_QID, scale), [kv_heads, -1, head_dim])
     scores_VRL = op.MatMul(q_VRD, op.Transpose(keys_VLD, perm=[0, 2, 1]))
     keys = size_of(op, keys_VLD, 1)
-    # Rows past the last key hold what another sequence left: 0 · NaN is NaN.
+    # Rows past the last key contain old data, possibly NaN, and 0 · NaN is NaN.
     is_seen_L1 = op.Unsqueeze(op.Less(op.Range(0, keys, 1), seen), [1])
     values_VLD = op.Where(is_seen_L1, values_VLD, 0.0)
     by_head = op.Concat([heads], op.Shape(position_I), op.Unsqueeze(keys, [0]), axis=0)

@@ -1,4 +1,4 @@
-"""The definition of correct, in plain PyTorch.
+"""The reference that defines correct results, in plain PyTorch.
 
 Legend: T tokens, B sequences, Q query heads, V key-value heads, D head dim, K pages, M pages of a sequence, L keys.
 """
@@ -26,9 +26,9 @@ def reference(
 ) -> tuple[Tensor, Tensor]:
     """o [T, Q, D] and the next cache [K, 2, V, page, D]; o of padding tokens is 0.
 
-    Token i of a sequence sees the context and its own tokens up to i: o = softmax(scale · q kᵀ) v, query head j
-    against key-value head j // (Q / V). Position p lives in row p % page of the sequence's page p // page. An FP8
-    cache holds k / k_scale and v / v_scale; any other cache ignores the scales.
+    Token i of a sequence attends to the context and to the sequence's tokens up to i: o = softmax(scale · q kᵀ) v,
+    with query head j and key-value head j // (Q / V). Position p is stored in row p % page of the sequence's page
+    p // page. An FP8 cache stores k / k_scale and v / v_scale; other caches ignore the scales.
     """
     compute = torch.promote_types(q.dtype, torch.float32)
     if kv_cache.dtype != FP8:

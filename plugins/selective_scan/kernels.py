@@ -1,39 +1,41 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
-# Parameters of a jit function have Triton's types, which Python's cannot say.
+# Python's types cannot express the types of a jit function's parameters.
 """The op's Triton kernels. Legend: Q tokens of a chunk, N state size, P columns of a piece of a head, R rows.
 
-- `step_sequences`: a program owns ROWS rows of one sequence's and head's state. It loads them once, runs the
-  recurrence over the tokens and stores them: a read and a write of the state, which is nearly all the traffic.
-- `prepare_chunks`: a program owns a chunk and a group. It writes the chunk's C · Bᵀ, once for all heads of the
-  group, and each head's Δ and running sum of Δ · A. It zeroes padding.
-- `scan_sequences`: a program owns a piece of one head's columns, and walks the chunks of a sequence in order with
+- `step_sequences`: a program owns ROWS rows of the state of one sequence and head. It loads them once, runs the
+  recurrence over the tokens and stores them, so that reading and writing the state is nearly all the traffic.
+- `prepare_chunks`: a program owns a chunk and a group. It writes the chunk's C · Bᵀ once for all heads of the group,
+  and each head's Δ and running sum of Δ · A. It zeroes padding.
+- `scan_sequences`: a program owns a piece of one head's columns, and processes the chunks of a sequence in order with
   the state [N, P] in registers.
 
-T ≤ B, decode: `step_sequences` alone, right for any lengths. Else `prepare_chunks`, `scan_sequences` for sequences
-of more than STEP_TOKENS tokens, and `step_sequences` for the others: a mixed step's decodes cost what they cost in
-a decode step. No two launches write the same row of the pool or of y, and a program that writes state is the only
-one to read it: the pool is updated in place.
+If T ≤ B (decode), only `step_sequences` runs, which is correct for any lengths. Otherwise `prepare_chunks` and
+`scan_sequences` process the sequences of more than STEP_TOKENS tokens, and `step_sequences` the others, so that
+decodes in a mixed step cost the same as in a decode step. No two launches write the same row of the pool or of y, and
+state is read only by the program that writes it, so the pool is updated in place.
 
-Why a walk, and not the form that is parallel over chunks: that one writes and reads every chunk's state. For 8192
-tokens of 128 heads × 64 with 8 groups and N 128 it moves 1359 MB, which is 316 µs at the 4.3 TB/s that an H200
-copies; the walk moves 310 MB (72 µs) and 17 MB of scratch that stay in L2. Its 44 GFLOP are 56 µs at 790 TFLOP/s.
-What bounds it is the chain of chunks: one sequence gives 128 programs for 132 SMs, 128 chunks each, about a thousand
-instructions a warp and 48 KB a chunk, 0.8 GB of it from L2: on paper 150 to 200 µs. None of this is measured. Where
-heads are few they are cut in pieces of 32 columns to fill the SMs; each piece reads B, C and C · Bᵀ again.
+Scanning chunks in order is cheaper than the form that is parallel over chunks, which writes and reads the state of
+every chunk. For 8192 tokens of 128 heads × 64 with 8 groups and N 128, the parallel form moves 1359 MB, which takes
+316 µs at the 4.3 TB/s that an H200 copies. The sequential form moves 310 MB (72 µs) and 17 MB of scratch that stay in
+L2; its 44 GFLOP take 56 µs at 790 TFLOP/s. It is bound by the chain of chunks: one sequence gives 128 programs for
+132 SMs with 128 chunks each, about a thousand instructions per warp and 48 KB per chunk, 0.8 GB of it from L2, which
+is an estimated 150 to 200 µs (not measured). With few heads, they are split into pieces of 32 columns to fill the
+SMs, and each piece reads B, C and C · Bᵀ again.
 
-A chunk's place in scratch needs no table: sequence b's chunks begin at query_start[b] // Q + b. That leaves every
-sequence room for its chunks, ⌊s/Q⌋ + ⌈l/Q⌉ ≤ ⌊(s + l)/Q⌋ + 1, and ends within T // Q + B.
+The place of a chunk in scratch needs no table: sequence b's chunks begin at query_start[b] // Q + b. Every sequence
+has room for its chunks, since ⌊s/Q⌋ + ⌈l/Q⌉ ≤ ⌊(s + l)/Q⌋ + 1, and they end within T // Q + B.
 
-Precision: sums, exponents and the state are FP32, factors of matrix products are of x's dtype.
-- Exponents are differences of running sums, clamped at 0 before exp2: a masked entry is 0 · 1, never 0 · ∞. A
-  token's decay is clamped at 2^−160, which is 0 in FP32, lest a step of −10⁶ drown those after it. Running sums
-  are added up in FP64 and rounded once: what is left is a relative error of 4e-4 behind many tokens that erase the
-  state, and far less anywhere else. In FP32 each slow token after them would be rounded anew, and 4e-3 was seen.
-- FP16 factors are divided by powers of two, so that none overflows and none is subnormal but where it is negligible:
-  C · Bᵀ by its largest entry, Δ and the weights of x by the head's largest in the chunk, all in `prepare_chunks`;
-  the state by its largest entry at each chunk. BF16 has FP32's range and needs none of it.
-- FP32 x, which is for validation, takes the recurrence at any length: exact, and slow for long sequences.
-A ≤ 0 is assumed, as −exp(A_log) is, and finite inputs: a NaN spreads over its chunk, never to another sequence.
+Precision: sums, exponents and the state are FP32; factors of matrix products have x's dtype.
+- Exponents are differences of running sums, clamped at 0 before exp2, so that a masked entry is 0 · 1 and never
+  0 · ∞. The decay of a token is clamped at 2^−160, which is 0 in FP32, so that a step of −10⁶ does not absorb the
+  following ones. Running sums are computed in FP64 and rounded once. The remaining relative error is 4e-4 after many
+  tokens that erase the state, and far less otherwise. FP32 sums would round each following slow token again; errors
+  of 4e-3 were measured.
+- FP16 factors are divided by powers of two, so that none overflows, and only negligible ones are subnormal: C · Bᵀ by
+  its maximum, Δ and the weights of x by the head's maximum in the chunk (all in `prepare_chunks`), and the state by
+  its maximum at each chunk. BF16 has FP32's range and needs no scaling.
+- FP32 x, which is for validation, uses the recurrence at any length: it is exact, but slow for long sequences.
+The kernels assume A ≤ 0, as −exp(A_log) is, and finite inputs: a NaN affects its chunk, but no other sequence.
 """
 
 from __future__ import annotations
@@ -55,9 +57,9 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LEAST_STEP = tl.constexpr(-160.0)
 """The strongest decay of one token, as a power of two: 0 in FP32."""
 SEARCH = tl.constexpr(128)
-"""Sequences that a program compares at a time when it looks for its own."""
+"""Sequences that a program compares at a time when it searches for its own."""
 LEAST_SCALED = tl.constexpr(2.0**-40)
-"""A factor whose largest entry is below is not scaled up further: quotients of scales stay within FP32."""
+"""The minimum for scaling: smaller factors are not scaled up further, so that quotients of scales fit in FP32."""
 COLUMNS = tl.constexpr(128)
 """Columns of padding that a program of `prepare_chunks` zeroes at a time."""
 ONE_EXPONENT = tl.constexpr(1 << 23)
@@ -66,7 +68,7 @@ ONE_EXPONENT = tl.constexpr(1 << 23)
 
 @triton.jit
 def _softplus(value):
-    """log(1 + exp(value)) with FP32's relative accuracy, however small it is."""
+    """log(1 + exp(value)) with FP32's relative accuracy, even for tiny results."""
     # log(1 + e) = 2 artanh(e / (2 + e)), whose argument is at most 1/3: eight terms of its series.
     e = tl.exp2(tl.abs(value) * -LOG2E)
     s = e / (2.0 + e)
@@ -84,14 +86,14 @@ def _softplus(value):
 
 @triton.jit
 def _delta(raw, bias, dt_min, dt_max):
-    """Δ from an op's raw dt: softplus and clamp, in FP32."""
+    """Δ from the raw dt: softplus and clamp, in FP32."""
     delta = _softplus(raw.to(tl.float32) + bias)
     return tl.clamp(delta, dt_min, dt_max, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
 def _power_of_two(largest, EXPONENT: tl.constexpr):
-    """A power of two, exact, that divides numbers up to `largest` to less than 2^(EXPONENT + 1), and its inverse."""
+    """A power of two that scales numbers up to `largest` to below 2^(EXPONENT + 1), and its inverse; both exact."""
     bits = tl.maximum(largest, LEAST_SCALED).to(tl.int32, bitcast=True) & 0x7F800000
     bits -= EXPONENT * ONE_EXPONENT
     return bits.to(tl.float32, bitcast=True), (-bits + 254 * ONE_EXPONENT).to(tl.float32, bitcast=True)
@@ -125,9 +127,9 @@ def step_sequences(
     N: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Sequences of 1 … step_tokens tokens, and padding where step_tokens ≥ T. Grid: H · head_dim / ROWS, B."""
+    """Sequences of 1 … step_tokens tokens, and padding if step_tokens ≥ T. Grid: H · head_dim / ROWS, B."""
     sequence = tl.program_id(1)
-    # All that says what to load next is loaded at once.
+    # Load everything that decides the next loads at once.
     start = tl.load(query_start + sequence)
     end = tl.load(query_start + sequence + 1)
     used = tl.load(query_start + num_sequences)
@@ -164,7 +166,7 @@ def step_sequences(
     bias = tl.load(dt_bias + head)
     state_RN = stored_RN.to(tl.float32)
     for token in range(start, end):
-        # The next token's inputs are on their way while this one's are used.
+        # Load the next token's inputs while this one's are used.
         is_next = token + 1 < end
         x += width
         dt += num_heads
@@ -206,7 +208,7 @@ def _owner(query_start, num_sequences, chunk, Q: tl.constexpr):
 
 @triton.jit
 def _long_sequence(query_start, num_sequences, n, step_tokens):
-    """The n-th sequence of more than step_tokens tokens, from 0; num_sequences where there are fewer."""
+    """The n-th sequence (from 0) of more than step_tokens tokens; num_sequences if there are fewer."""
     index = 0
     seen = 0
     for first in range(0, num_sequences, SEARCH):
@@ -248,8 +250,8 @@ def prepare_chunks(
     """Chunks of sequences of more than step_tokens tokens, and all padding. Grid: T // Q + B + 1, G.
 
     products [chunks, G, Q, Q]: C_i · B_j for j ≤ i, else 0. decays [chunks, H, 2, Q]: log2 of the decay since the
-    chunk's beginning, and Δ, which is 0 past the sequence's end. scales [chunks, H, 3], for FP16 only: what
-    (C_i · B_j) Δ_j was divided by, what turns Δ into a scaled weight of x, and what that weight was divided by.
+    chunk's beginning, and Δ, which is 0 past the sequence's end. scales [chunks, H, 3], for FP16 only: the divisor
+    of (C_i · B_j) Δ_j, the factor from Δ to a scaled weight of x, and the divisor of that weight.
     """
     chunk = tl.program_id(0)
     group = tl.program_id(1)
@@ -305,7 +307,7 @@ def prepare_chunks(
         step_QH = tl.maximum(delta_QH * A_H[None, :], LEAST_STEP)
         at_H = chunk.to(tl.int64) * num_heads + h
         at_QH = at_H[None, :] * (2 * Q) + q[:, None]
-        # In FP64, since roundings after a token that erases the state would add up over the slow ones that follow.
+        # FP64: after a token that erases the state, FP32 rounding errors would add up over the following slow tokens.
         decay_QH = tl.cumsum(step_QH.to(tl.float64), axis=0).to(tl.float32)
         if dtype == tl.float16:
             total_H = tl.sum(step_QH, axis=0)
@@ -371,7 +373,7 @@ def scan_sequences(
 ):
     """Sequences of more than step_tokens tokens, in turns. Grid: H · head_dim / (P + TAIL), turns.
 
-    A piece is P columns and TAIL more, which are a state of their own: tiles are powers of two, and 80 is 64 + 16.
+    A piece has P columns plus TAIL columns with a separate state, since tiles are powers of two, and 80 is 64 + 16.
     """
     first_column = tl.program_id(0) * (P + TAIL)
     head = first_column // head_dim
@@ -395,12 +397,12 @@ def scan_sequences(
             tail = tl.arange(0, TAIL)
             tail_at_PN = (P + tail)[:, None] * N + n[None, :]
             tail_NP = tl.trans(tl.load(state + tail_at_PN, mask=continued, other=0.0).to(tl.float32))
-        unit = 1.0  # FP16: what the state is to be multiplied by
+        unit = 1.0  # for FP16, the scale of the state
         skip = tl.load(D + head)
         chunk = start // Q + sequence
-        # Registers are short in this loop: what can be computed again is not hoisted out of it.
+        # Registers are scarce in this loop, so disable hoisting of values that can be recomputed.
         for first in tl.range(start, end, Q, disable_licm=True):
-            # Past the end: the last token again, whose Δ there is 0, so it has no weight.
+            # Past the end, load the last token again; its Δ is 0 there, so it has no weight.
             token_Q = tl.minimum(q, end - 1 - first)
             at_QN = (token_Q * (num_groups * N))[:, None] + n[None, :]
             from_BC = (tl.cast(first, tl.int64) * num_groups + group) * N
@@ -501,9 +503,10 @@ POINTERS = {
         *("query_start", "context_len", "slot", "y"),
     ),
 }
-"""Pointers of each kernel in declaration order: the SPEC's names (`ssm_state` is both pools), and scratch.
+"""Pointers of each kernel, in declaration order, by the SPEC's names and the workspace's.
 
-The pool is first because `Variant.name` lists dtypes by their first use: only so does it tell an FP16 pool apart.
+`ssm_state` is both the input and the output pool. It comes first because `Variant.name` lists each dtype once, in
+order, so that the name of a variant with an FP16 pool is different.
 """
 
 INTEGERS = {
@@ -524,35 +527,36 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "scan_sequences": (),
     "step_sequences": ("dt_min", "dt_max"),
 }
-"""The op's attributes that each kernel takes, FP32, in declaration order, after its integers."""
+"""Attributes of each kernel (FP32), in declaration order, after its integers."""
 
 STEP_TOKENS = 8
-"""Sequences up to this long take the recurrence in a step that also has longer ones.
+"""Sequences up to this length use the recurrence, even in a step with longer ones.
 
-A chunk costs a program the same however few its tokens are. The recurrence costs the state's traffic, until its
-arithmetic takes longer: at about this many tokens, an estimate that is not measured.
+A chunk has the same cost for any number of tokens. The recurrence costs the state's traffic, until its arithmetic
+takes longer: at about this many tokens, by an estimate, not a measurement.
 """
 
 CHUNKED = ("float16", "bfloat16")
-"""Dtypes of x that take the chunk kernels. FP32, for validation, takes the recurrence at any length: it is exact."""
+"""Dtypes of x for which the chunk kernels are used. FP32, for validation, always uses the exact recurrence."""
 
 FULL_GPU = 96
-"""Programs that keep a GPU busy: with fewer heads than this, a head is cut in pieces of 32 columns."""
+"""Number of programs that fill a GPU: with fewer, heads are split into pieces of 32 columns."""
 
 WALKERS = 1024
-"""Programs of `scan_sequences` that are launched at most, or one to a piece: they take the sequences in turns.
+"""Maximum number of `scan_sequences` programs, but at least one per piece; they process the sequences in turns.
 
-A program that finds no sequence costs an SM about half a microsecond (an estimate), since its shared memory lets no
-other run beside it. Were there one to a piece and sequence, a mixed step's decodes would cost as much as its prefill.
+A program that finds no sequence costs an SM about half a microsecond (an estimate), since its shared memory allows
+no other program at the same time. With one program per piece and sequence, the decodes of a mixed step would cost as
+much as its prefill.
 """
 
 HEADS_BLOCK = 16
-"""Heads whose running sums `prepare_chunks` computes at a time."""
+"""Heads that `prepare_chunks` processes at a time."""
 
 
 @dataclass(frozen=True)
 class Piece:
-    """What columns of a head a program of `scan_sequences` takes, P and TAIL, its warps and its stages."""
+    """The columns of a head that a `scan_sequences` program processes, P and TAIL, and its warps and stages."""
 
     P: int
     TAIL: int
@@ -561,17 +565,17 @@ class Piece:
 
 
 def chunk_tokens(sm: int) -> int:
-    """Q: 64 where warpgroups multiply (SM 90 and 100), else 32, so that less has to be in registers."""
+    """Q: 64 with warpgroup products (SM 90 and 100), else 32 to save registers."""
     return 64 if sm in (90, 100) else 32
 
 
 def pieces(N: int, sm: int) -> dict[str, Piece]:
-    """The pieces that heads are cut in, by use: `wide`, `narrow` (few heads), `eighty` (heads of 80 columns).
+    """The pieces of heads, by use: `wide`, `narrow` (for few heads), `eighty` (for heads of 80 columns).
 
-    Three stages load two chunks ahead; for N 256 on SM 90 and 100 they would take 244 KB, of 227. On SM 90 one
-    warpgroup multiplies: a second would compute the chunk's weights over again, but 80 columns need its registers,
-    and with three stages those of FP16 would still spill. With these nothing spills on SM 90; elsewhere 80 columns
-    do, most on SM 120.
+    Three stages load two chunks ahead; for N 256 on SM 90 and 100 they would need 244 KB of the 227 KB available. On
+    SM 90 one warpgroup is enough, since a second would compute the chunk's weights again. But 80 columns need its
+    registers, and with three stages FP16 would still spill. With these choices nothing spills on SM 90; on other SMs
+    80 columns do, most on SM 120.
     """
     one_or_two = 4 if sm == 90 else 8
     if N == 256:
@@ -584,7 +588,7 @@ def pieces(N: int, sm: int) -> dict[str, Piece]:
 
 
 def piece_of(sizes: dict[str, int], sm: int) -> Piece:
-    """The piece for these sizes: the widest that divides a head and still gives every SM a program."""
+    """The piece for these sizes: the widest that divides a head and gives every SM a program."""
     known = pieces(sizes["N"], sm)
     if "eighty" in known and sizes["P"] == 80:
         return known["eighty"]
@@ -595,7 +599,7 @@ def piece_of(sizes: dict[str, int], sm: int) -> Piece:
 
 
 def step_rows(P: int, N: int) -> int:
-    """State rows of a program of `step_sequences`: 16 KB of an FP32 pool, or 8 KB where heads have 80."""
+    """State rows per `step_sequences` program: 16 KB of an FP32 pool, or 8 KB for heads of 80 columns."""
     return 32 if P % 32 == 0 and N == 128 else 16
 
 
@@ -606,7 +610,7 @@ def variant(
     num_warps: int,
     num_stages: int,
 ) -> Variant:
-    """The variant of a kernel for dtypes as the SPEC writes them."""
+    """The variant of a kernel for the SPEC's dtype variables."""
     kinds = {tensor.name: tensor.dtype for tensor in (*SPEC.inputs, *SPEC.outputs)}
     kinds |= {"products": "X", "decays": "float32", "scales": "float32"}
     signature = {name: f"*{DType(dtypes.get(kinds[name], kinds[name])).triton}" for name in POINTERS[kernel]}
@@ -634,12 +638,12 @@ def scan_variant(dtypes: Mapping[str, str], N: int, piece: Piece, sm: int) -> Va
 
 
 def step_variant(dtypes: Mapping[str, str], N: int, rows: int) -> Variant:
-    """The variant of `step_sequences`: 16 numbers of the state a thread, so that many programs fit an SM."""
+    """The variant of `step_sequences`, with 16 state values per thread, so that many programs fit on an SM."""
     return variant("step_sequences", dtypes, {"N": N, "ROWS": rows}, num_warps=rows * N // 512, num_stages=1)
 
 
 def variants(sm: int) -> Iterator[Variant]:
-    """Every variant of the op on an SM; raises ValueError for an SM that is not in `SMS`."""
+    """Every variant of the op on an SM; raises ValueError if the SM is not in `SMS`."""
     check_sm(SPEC.name, sm)
     for X, STATE in DTYPES:
         dtypes = {"X": X, "STATE": STATE}
@@ -654,14 +658,14 @@ def variants(sm: int) -> Iterator[Variant]:
 
 
 def is_step(sizes: dict[str, int], dtypes: Mapping[str, str]) -> bool:
-    """Whether `step_sequences` alone runs: T ≤ B, as in decode, no more tokens than it takes anyway, or FP32."""
+    """Whether only `step_sequences` runs: if T ≤ B, as in decode, if T ≤ STEP_TOKENS, or for FP32."""
     return sizes["T"] <= max(sizes["B"], STEP_TOKENS) or dtypes["X"] not in CHUNKED
 
 
 def workspace(
     sizes: dict[str, int], dtypes: Mapping[str, str], sm: int
 ) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Scratch buffers: name → dtype and shape, of sizes that follow from shapes alone; none for a step."""
+    """Dtype and shape of each scratch buffer, by name; none if `is_step`."""
     if is_step(sizes, dtypes):
         return {}
     Q = chunk_tokens(sm)
@@ -676,7 +680,7 @@ def workspace(
 def launches(sizes: dict[str, int], dtypes: Mapping[str, str], sm: int) -> list[Launch]:
     """The launches, in order, for these sizes (the SPEC's axes) and dtypes (its variables).
 
-    Raises what `supports` raises.
+    Raises ValueError as `supports` does.
     """
     supports(sizes, dtypes, sm)
     T, B, H, P, G, N = (sizes[axis] for axis in ("T", "B", "H", "P", "G", "N"))
@@ -707,10 +711,10 @@ def launches(sizes: dict[str, int], dtypes: Mapping[str, str], sm: int) -> list[
 def run(
     *tensors: torch.Tensor, dt_min: float, dt_max: float, sm: int | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the op's reference gives, by the kernels: inputs in SPEC order → y [T, H, P], pool [S, H, P, N].
+    """Run the op like its reference, with the kernels: inputs in SPEC order → y [T, H, P], pool [S, H, P, N].
 
-    Runs on the tensors' device, on a CPU in Triton's interpreter only; `sm` takes another GPU's variants than
-    the device's own. Raises what `supports` raises.
+    Runs on the tensors' device, or on a CPU in Triton's interpreter; `sm` selects the variants of another
+    GPU than the device. Raises ValueError as `supports` does.
     """
     sizes = SPEC.sizes([tuple(tensor.shape) for tensor in tensors])
     dtypes = _dtypes(tensors)
@@ -735,11 +739,11 @@ def execute(plan: list[Launch], buffers: dict[str, torch.Tensor], dt_min: float,
 
 
 def _dtypes(tensors: tuple[torch.Tensor, ...]) -> dict[str, str]:
-    """The dtype of each of the SPEC's dtype variables; raises ValueError that names an input of another."""
-    found: dict[str, str] = {}
+    """The value of each of the SPEC's dtype variables; raises ValueError that names a mismatching input."""
+    variables: dict[str, str] = {}
     for spec, tensor in zip(SPEC.inputs, tensors, strict=True):
-        given = str(tensor.dtype).removeprefix("torch.")
-        wanted = found.setdefault(spec.dtype, given) if spec.dtype in SPEC.dtypes else spec.dtype
-        if given != wanted:
-            raise ValueError(f"{SPEC.name}: {spec.name} is {given}, expected {wanted}")
-    return found
+        dtype = DType.from_torch(tensor.dtype)
+        expected = variables.setdefault(spec.dtype, dtype) if spec.dtype in SPEC.dtypes else spec.dtype
+        if dtype != expected:
+            raise ValueError(f"{SPEC.name}: {spec.name} is {dtype}, expected {expected}")
+    return variables

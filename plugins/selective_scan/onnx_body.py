@@ -1,11 +1,10 @@
-"""The op in standard ONNX operators: chunks in order for prefill, one recurrence step for decode.
+"""The op's ONNX body, in standard operators: chunks in order for prefill, one step of the recurrence for decode.
 
-Legend: T tokens, B sequences, Q tokens a chunk, C chunks, H heads, P head dim, G groups, R = H / G, N state size.
+Legend: T tokens, B sequences, Q tokens per chunk, C chunks, H heads, P head dim, G groups, R = H / G, N state size.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import onnx_ir as ir
 
@@ -13,12 +12,11 @@ from nemotrt.plugins.onnx_op import Operators
 from nemotrt.plugins.ragged import bounds, chunks, group_of_rows, size_of, written_slots
 
 CHUNK = 64
-"""Tokens a chunk: work within a chunk grows with its square, work between chunks with their number."""
+"""Tokens per chunk. Work inside a chunk grows with its square, and work between chunks with their number."""
 
 
-@dataclass(frozen=True)
-class _Packed:
-    """Values that both forms read: tokens in FP32, and whose they are."""
+class _Packed(NamedTuple):
+    """The values that both forms use: tokens in FP32, and their sequences."""
 
     x_THP: ir.Value
     delta_TH: ir.Value
@@ -47,7 +45,7 @@ def body(
     """y and the next pool, computed in FP32."""
     packed, is_owned_T = _read(op, inputs, sizes, attributes)
     length_B = op.Sub(packed.end_B, packed.start_B)
-    # A fresh sequence has no state to step from: its one token counts as two, so that it goes the way of a prefill.
+    # A new sequence has no state to step from, so double its length to choose the chunked form.
     longest = op.ReduceMax(op.Where(packed.is_fresh_B, op.Mul(length_B, 2), length_B), keepdims=0)
     y_THP, state_BHPN = op.If(
         op.LessOrEqual(longest, 1),
@@ -118,7 +116,7 @@ def _one_step(op: Operators, packed: _Packed) -> tuple[ir.Value, ir.Value]:
 
 
 def _chunked(op: Operators, packed: _Packed) -> tuple[ir.Value, ir.Value]:
-    """y without the skip [T, H, P] and the states [B, H, P, N]; the state passes from chunk to chunk of a sequence."""
+    """y without the skip [T, H, P] and the states [B, H, P, N]; the state is passed from chunk to chunk."""
     num_sequences = size_of(op, packed.start_B, 0)
     per_sequence = op.Div(op.Add(packed.num_tokens, op.Sub(num_sequences, 1)), num_sequences)
     start = op.Concat(packed.start_B, op.Slice(packed.end_B, [-1], [2**31 - 1], [0]), axis=0)
@@ -139,7 +137,7 @@ def _chunked(op: Operators, packed: _Packed) -> tuple[ir.Value, ir.Value]:
     position_T = op.Sub(op.Range(0, packed.num_tokens, 1), op.Gather(packed.start_B, packed.sequence_T))
     first_row_T = op.Mul(op.Gather(table.first_N, packed.sequence_T), table.size)
     y_RHP = op.Reshape(y_CQHP, [-1, packed.heads, packed.head_dim])
-    # Padding tokens run past the last chunk; they are masked by the caller.
+    # Padding tokens would be past the last chunk; the caller masks them.
     row_T = op.Min(op.Add(first_row_T, position_T), op.Sub(size_of(op, y_RHP, 0), 1))
     return op.Gather(y_RHP, row_T, axis=0), op.Gather(state_CHPN, table.last_N, axis=0)
 
@@ -159,7 +157,7 @@ def _chunk(
     heads, head_dim, groups, state_size = packed.heads, packed.head_dim, packed.groups, packed.state_size
     float32 = ir.DataType.FLOAT
     delta_QH = op.Gather(packed.delta_TH, row_Q, axis=0)
-    delta_QH = op.Where(op.Unsqueeze(is_own_Q, [1]), delta_QH, 0.0)  # Δ = 0 leaves the state as it is
+    delta_QH = op.Where(op.Unsqueeze(is_own_Q, [1]), delta_QH, 0.0)  # Δ = 0 does not change the state
     x_QHP = op.Gather(packed.x_THP, row_Q, axis=0)
     input_HPQ = op.Transpose(op.Mul(op.Unsqueeze(delta_QH, [2]), x_QHP), perm=[1, 2, 0])
     B_QGN = op.Gather(packed.B_TGN, row_Q, axis=0)
@@ -172,15 +170,15 @@ def _chunk(
         then_branch=op.subgraph("first", lambda inner: [_initial_state(inner, packed, sequence)]),
         else_branch=op.subgraph("carry", lambda inner: [carried_HPN]),
     )
-    # The decay's logarithm from the chunk's start, in FP64: one token of strong decay makes it large, and what counts
-    # is the small difference between tokens after it.
+    # The logarithm of the decay since the chunk's start is FP64: a token of strong decay makes it large, while the
+    # small differences between later tokens matter.
     steps_QH = op.cast(op.Mul(delta_QH, packed.A_H), ir.DataType.DOUBLE)
     decay_HQ = op.Transpose(op.CumSum(steps_QH, 0), perm=[1, 0])
     from_state = op.MatMul(op.Reshape(state_HPN, by_group), C_GNQ)
     from_start_HQ = op.Exp(op.cast(decay_HQ, float32))
     from_state_HPQ = op.Mul(op.Reshape(from_state, by_head), op.Unsqueeze(from_start_HQ, [1]))
 
-    # weights_HJI: what input J adds to output I ≥ J, (C_I · B_J) exp(decay_I − decay_J).
+    # weights_HJI: the weight of input J in output I ≥ J, (C_I · B_J) exp(decay_I − decay_J).
     between_HJI = op.cast(op.Sub(op.Unsqueeze(decay_HQ, [1]), op.Unsqueeze(decay_HQ, [2])), float32)
     between_HJI = op.Exp(op.Where(is_past_JI, between_HJI, float("-inf")))
     dots_GJI = op.MatMul(op.Transpose(B_QGN, perm=[1, 0, 2]), C_GNQ)
@@ -200,7 +198,7 @@ def _chunk(
 
 
 def _initial_state(op: Operators, packed: _Packed, sequence: ir.Value) -> ir.Value:
-    """The state [H, P, N] that a sequence's first chunk starts from: its slot's, or zero when it is fresh."""
+    """The state [H, P, N] at the start of a sequence: its slot's, or zero if the sequence is new."""
     slot = op.Gather(packed.slot_B, sequence)
     stored_HPN = op.cast(op.Gather(packed.pool_SHPN, slot, axis=0), ir.DataType.FLOAT)
     return op.Where(op.Gather(packed.is_fresh_B, sequence), 0.0, stored_HPN)  # type: ignore[no-any-return]

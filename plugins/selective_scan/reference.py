@@ -1,4 +1,4 @@
-"""The definition of correct, in plain PyTorch.
+"""The reference that defines correct results, in plain PyTorch.
 
 Legend: T tokens, B sequences, H heads, P head dim, G groups, N state size, S slots.
 """
@@ -25,11 +25,11 @@ def reference(
     dt_min: float,
     dt_max: float,
 ) -> tuple[Tensor, Tensor]:
-    """y [T, H, P] and the next pool [S, H, P, N]; y of padding tokens is 0, an empty sequence keeps its state's bits.
+    """y [T, H, P] and the next pool [S, H, P, N]; y of padding is 0, and an empty sequence's state does not change.
 
-    Token by token (Dao and Gu 2024, arXiv 2405.21060, equation 2 with a scalar A a head):
-    Δ = clamp(softplus(dt + dt_bias), dt_min, dt_max); h ← exp(Δ·A)·h + Δ·B ⊗ x; y = C·h + D·x. FP32 throughout,
-    FP64 for FP64 inputs.
+    Token by token (Dao and Gu 2024, arXiv 2405.21060, equation 2 with a scalar A per head):
+    Δ = clamp(softplus(dt + dt_bias), dt_min, dt_max); h ← exp(Δ·A)·h + Δ·B ⊗ x; y = C·h + D·x. Computed in FP32,
+    or in FP64 for FP64 inputs.
     """
     compute = torch.promote_types(x.dtype, torch.float32)
     per_group = x.shape[1] // B.shape[1]

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
@@ -100,9 +101,9 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     titles: list[str] = []
     ask = Workers.ask
 
-    def recorded(self: Workers, requests: dict[str, object], done: object) -> object:
+    def recorded(self: Workers, requests: dict[str, Any], *done: Any) -> Any:
         titles.extend(requests)
-        return ask(self, requests, done)  # type: ignore[arg-type]
+        return ask(self, requests, *done)
 
     monkeypatch.setattr(Workers, "ask", recorded)
     return titles
