@@ -241,7 +241,7 @@ def test_run_leaves_its_inputs_alone() -> None:
 def test_a_state_of_its_own_memory_is_refused() -> None:
     _, outputs = addresses("causal_conv1d")
     with pytest.raises(
-        PluginError, match=r"next_conv_state is not in conv_state's memory.*ALIASED_PLUGIN_IO"
+        PluginError, match=r"does not have the address of conv_state.*ALIASED_PLUGIN_IO"
     ):
         enqueue("causal_conv1d", shaped("causal_conv1d"), outputs=[outputs[0], outputs[1] + 256])
 
@@ -262,5 +262,5 @@ def test_an_address_that_kernels_cannot_take_is_refused() -> None:
 
 def test_an_enqueue_before_shapes_is_refused() -> None:
     plugin = library().plugin(SPECS["causal_conv1d"], {})
-    with pytest.raises(PluginError, match="before the shapes were set"):
+    with pytest.raises(PluginError, match="the shapes must be set before enqueue"):
         enqueue("causal_conv1d", plugin)

@@ -173,11 +173,11 @@ def edited(folder: Path, **fields: str) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (changed_byte, "was changed after it was installed"),
-        (lambda folder: (folder / LIBRARY_NAME).unlink(), "is not as it was installed"),
-        (lambda folder: (folder / DESCRIPTION_NAME).write_text("{"), "is not as it was installed"),
-        (lambda folder: edited(folder, version="9.9.9"), r"is of nemo-export 9\.9\.9, this is"),
-        (lambda folder: edited(folder, hash="0" * 64), "is build .*, wanted is 000000000000"),
+        (changed_byte, "has changed since it was installed"),
+        (lambda folder: (folder / LIBRARY_NAME).unlink(), "is damaged"),
+        (lambda folder: (folder / DESCRIPTION_NAME).write_text("{"), "is damaged"),
+        (lambda folder: edited(folder, version="9.9.9"), r"belongs to nemo-export 9\.9\.9, not to"),
+        (lambda folder: edited(folder, hash="0" * 64), "is build .*, but build 000000000000 is required"),
     ],
     ids=["changed byte", "no library", "broken description", "other version", "other build"],
 )
