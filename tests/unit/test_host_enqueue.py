@@ -240,9 +240,7 @@ def test_run_leaves_its_inputs_alone() -> None:
 
 def test_a_state_of_its_own_memory_is_refused() -> None:
     _, outputs = addresses("causal_conv1d")
-    with pytest.raises(
-        PluginError, match=r"does not have the address of conv_state.*ALIASED_PLUGIN_IO"
-    ):
+    with pytest.raises(PluginError, match=r"does not have the address of conv_state.*ALIASED_PLUGIN_IO"):
         enqueue("causal_conv1d", shaped("causal_conv1d"), outputs=[outputs[0], outputs[1] + 256])
 
 
