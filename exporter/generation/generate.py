@@ -1,9 +1,10 @@
-"""Text from a bundle: prompts in, pieces of text out as they come, all prompts at once."""
+"""Text from a bundle: prompts in, text out as it is generated, with all prompts batched together."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
 from pathlib import Path
 from typing import Protocol
 
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 
 from nemotrt.exporter.errors import BundleError, UsageError
 from nemotrt.exporter.generation.sampling import Sampler, SamplingConfig
-from nemotrt.exporter.generation.scheduler import Limits, PlannedStep, Request, Scheduler
+from nemotrt.exporter.generation.scheduler import Request, Scheduler
 from nemotrt.exporter.generation.tokenizer import Tokenizer
 from nemotrt.exporter.runtime import manifest as manifests
 from nemotrt.exporter.runtime.engine_file import engine_profile
@@ -21,25 +22,28 @@ from nemotrt.exporter.runtime.manifest import Manifest, Profile
 from nemotrt.exporter.runtime.session import Session
 from nemotrt.exporter.runtime.step import StepInputs, pages_of
 
-RUNTIME = "onnx"
-"""The runtime of the profile that runs anywhere."""
 
-GOING_ON, EOS, LENGTH, CONTEXT = "", "eos", "length", "context"
-"""Why a text ends: its last token says so, the tokens asked for are there, or the context is full."""
+class Finish(StrEnum):
+    """Why a text ended: with an end-of-text token, or at the number of tokens requested, or at a full context."""
+
+    NOT_YET = ""
+    EOS = "eos"
+    LENGTH = "length"
+    CONTEXT = "context"
 
 
 @dataclass(frozen=True)
 class GenerateConfig:
-    """What is asked of every prompt; raises UsageError on what cannot be meant."""
+    """How to generate; raises UsageError on options that contradict each other."""
 
     max_new_tokens: int = 128
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     chat: bool = False
-    """Whether a prompt is a user's message to the chat template, and not plain text."""
+    """Whether a prompt is a user's message for the chat template instead of plain text."""
     threads: int = 0
-    """Threads of ONNX Runtime; 0 takes all cores."""
+    """Threads of ONNX Runtime; 0 uses all cores."""
     engine: bool = False
-    """Whether the bundle's TensorRT engine runs, on a GPU, instead of its graph in ONNX Runtime."""
+    """Whether to run the TensorRT engine on a GPU instead of the graph in ONNX Runtime."""
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -48,123 +52,108 @@ class GenerateConfig:
             raise UsageError("--threads is ONNX Runtime's, and --engine does not use it")
 
 
-class Steps(Protocol):
-    """What runs steps: a session of either runtime."""
+class AnySession(Protocol):
+    """A session of either runtime."""
+
+    num_slots: int
+    num_pages: int
+
+    @property
+    def page_size(self) -> int:
+        """Tokens a page, 0 without a KV cache."""
 
     def step(self, inputs: StepInputs) -> NDArray[np.float32]:
         """The logits [R, V] of one step."""
 
 
 @dataclass(frozen=True)
-class TokenEvent:
-    """One new token of a request, and why it is the last, empty while it is not."""
-
-    request: int
-    token: int
-    finish: str
-
-
-@dataclass(frozen=True)
 class TextEvent:
-    """One new token of a prompt with the text that it completes; `finish` as in TokenEvent."""
+    """One new token of a prompt, and the text that it completes; `finish` is empty until the last token."""
 
     prompt: int
     token: int
     text: str
-    finish: str
+    finish: Finish
 
 
 def generate(bundle: Path, prompts: Sequence[str], config: GenerateConfig) -> Iterator[TextEvent]:
-    """Text for every prompt, token by token as steps end; events of one prompt come in order.
+    """Generate text for every prompt, one event for each token; the events of one prompt come in order.
 
-    Raises BundleError on a bundle that is not whole or not fit for text, UsageError on prompts that are not.
+    Raises BundleError if the bundle is damaged or cannot generate text, UsageError if a prompt is empty or too long.
     """
     manifest = manifests.verify(bundle, deep=False)
     tokenizer = Tokenizer(bundle)
     profile = engine_profile(bundle, manifest) if config.engine else _graph_profile(bundle, manifest)
     requests = _requests(tokenizer, prompts, config, profile.max_context)
-    at_once = min(profile.max_sequences, len(requests))
-    num_slots = 1 + at_once
-    num_pages = 1 + max(1, _num_pages(requests, at_once, profile.page_size))
+    batch = min(profile.max_sequences, len(requests))
+    needed = [pages_of(len(r.prompt) + r.max_new_tokens, profile.page_size) for r in requests]
+    # The largest requests may run at the same time.
+    num_slots, num_pages = 1 + batch, 1 + max(1, sum(sorted(needed)[-batch:]))
     session = (
         EngineSession(bundle, num_slots=num_slots, num_pages=num_pages)
         if config.engine
         else Session(bundle / profile.path, num_slots=num_slots, num_pages=num_pages, threads=config.threads)
     )
-    limits = Limits(
-        max_tokens=profile.max_tokens,
-        max_sequences=profile.max_sequences,
-        max_context=profile.max_context,
-        page_size=session.page_size,
-        num_slots=session.num_slots,
-        num_pages=session.num_pages,
-    )
     streams = [tokenizer.stream() for _ in prompts]
-    for event in generate_tokens(session, limits, requests, config.sampling, tokenizer.eos_ids):
-        stream = streams[event.request]
-        text = stream.push(event.token) + (stream.end() if event.finish else "")
-        finish = event.finish
-        if finish == LENGTH and requests[event.request].max_new_tokens < config.max_new_tokens:
-            finish = CONTEXT
-        yield TextEvent(event.request, event.token, text, finish)
+    for prompt, token, finish in generate_tokens(
+        session, profile, requests, config.sampling, tokenizer.eos_ids
+    ):
+        text = streams[prompt].push(token) + (streams[prompt].end() if finish else "")
+        if finish == Finish.LENGTH and requests[prompt].max_new_tokens < config.max_new_tokens:
+            finish = Finish.CONTEXT
+        yield TextEvent(prompt, token, text, finish)
 
 
 def _graph_profile(bundle: Path, manifest: Manifest) -> Profile:
-    found = next((profile for profile in manifest.profiles if profile.runtime == RUNTIME), None)
-    if found is None:
-        raise BundleError(f"{bundle} has no graph for ONNX Runtime")
-    return found
+    for profile in manifest.profiles:
+        if profile.runtime == "onnx":
+            return profile
+    raise BundleError(f"{bundle} has no graph for ONNX Runtime")
 
 
 def generate_tokens(
-    session: Steps,
-    limits: Limits,
+    session: AnySession,
+    profile: Profile,
     requests: Sequence[Request],
     sampling: SamplingConfig,
     eos_ids: frozenset[int],
-) -> Iterator[TokenEvent]:
-    """New tokens of every request as steps end, the token that ends a text included.
+) -> Iterator[tuple[int, int, Finish]]:
+    """Each new token with its request's number and whether it is the last; end-of-text tokens are included.
 
     Raises UsageError on a request that could never run, BundleError when logits are not finite.
     """
-    scheduler = Scheduler(limits)
+    profile = replace(profile, page_size=session.page_size)
+    scheduler = Scheduler(profile, num_slots=session.num_slots, num_pages=session.num_pages)
     for request in requests:
         scheduler.submit(request)
     samplers = {request.number: Sampler(sampling, request.number) for request in requests}
-    left = {request.number: request.max_new_tokens for request in requests}
+    remaining = {request.number: request.max_new_tokens for request in requests}
     while not scheduler.is_done:
-        step = scheduler.next_step()
+        inputs, numbers = scheduler.next_step()
         events = []
-        for number, token in _chosen(session, step, samplers).items():
-            left[number] -= 1
-            finish = EOS if token in eos_ids else GOING_ON if left[number] else LENGTH
-            events.append(TokenEvent(number, token, finish))
+        for number, logits_V in zip(numbers, session.step(inputs), strict=True):
+            if not np.isfinite(logits_V).all():
+                raise BundleError(
+                    f"the logits of prompt {number + 1} are not finite",
+                    hint="the model overflows its precision: build it with --precision bf16 or fp32",
+                )
+            token = samplers[number].choose(logits_V)
+            remaining[number] -= 1
+            finish = (
+                Finish.EOS if token in eos_ids else Finish.NOT_YET if remaining[number] else Finish.LENGTH
+            )
+            events.append((number, token, finish))
         scheduler.complete(
-            step,
-            {event.request: event.token for event in events},
-            ended=[event.request for event in events if event.finish],
+            {number: token for number, token, _ in events},
+            ended=[number for number, _, finish in events if finish],
         )
         yield from events
-
-
-def _chosen(session: Steps, step: PlannedStep, samplers: dict[int, Sampler]) -> dict[int, int]:
-    """A request that wants logits → its next token."""
-    logits_RV = session.step(step.inputs)
-    tokens = {}
-    for number, logits_V in zip(step.wanting, logits_RV, strict=True):
-        if not np.isfinite(logits_V).all():
-            raise BundleError(
-                f"the logits of prompt {number + 1} are not finite",
-                hint="the model overflows its precision: build it with --precision bf16 or fp32",
-            )
-        tokens[number] = samplers[number].choose(logits_V)
-    return tokens
 
 
 def _requests(
     tokenizer: Tokenizer, prompts: Sequence[str], config: GenerateConfig, max_context: int
 ) -> list[Request]:
-    """A request for each prompt, asking for no more than the context holds."""
+    """A request for each prompt, with no more new tokens than the context has room for."""
     if not prompts:
         raise UsageError("there is no prompt")
     requests = []
@@ -172,7 +161,7 @@ def _requests(
         message = [{"role": "user", "content": prompt}]
         tokens = tokenizer.chat(message) if config.chat else tokenizer.encode(prompt)
         if not tokens:
-            raise UsageError(f"prompt {number + 1} is empty", hint="give some text to go on from")
+            raise UsageError(f"prompt {number + 1} is empty", hint="give some text to continue")
         room = max_context - len(tokens)
         if room < 1:
             raise UsageError(
@@ -181,9 +170,3 @@ def _requests(
             )
         requests.append(Request(number, tokens, min(config.max_new_tokens, room)))
     return requests
-
-
-def _num_pages(requests: Sequence[Request], at_once: int, page_size: int) -> int:
-    """Pages for the largest requests that may run at once."""
-    needed = [pages_of(len(request.prompt) + request.max_new_tokens, page_size) for request in requests]
-    return sum(sorted(needed)[-at_once:])

@@ -79,7 +79,7 @@ PROMPTS: dict[str, tuple[tuple[str, ...], str]] = {
     "tokens-none": (("--prompt", "for", "--max-new-tokens", "0"), "--max-new-tokens 0 is below 1"),
     "temperature-negative": (
         ("--prompt", "for", "--temperature", "-1"),
-        r"--temperature -1\.0 is no number from 0 up",
+        r"--temperature -1\.0 is not a finite number of at least 0",
     ),
     "sampling-without-effect": (("--prompt", "for", "--top-k", "5"), "have no effect at temperature 0"),
 }

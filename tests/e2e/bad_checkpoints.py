@@ -386,7 +386,7 @@ CONFIGS = {
     ),
     "config-end-token": Case("eos_token_id 96 is outside the vocabulary", config={"eos_token_id": 96}),
     "tokenizer-broken": Case(
-        "tokenizer.json is no tokenizer",
+        "tokenizer.json is not a tokenizer",
         tokenizer(text("tokenizer.json", '{"version": "1.0"}')),
         model={"vocab_size": 1024},
     ),

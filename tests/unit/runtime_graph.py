@@ -13,7 +13,7 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
-from nemotrt.exporter.generation.scheduler import Limits
+from nemotrt.exporter.runtime.manifest import Profile
 from nemotrt.exporter.runtime.session import Session
 from nemotrt.exporter.runtime.step import StepInputs
 from nemotrt.plugins import onnx_op
@@ -181,16 +181,8 @@ def open_session(path: Path, *, num_slots: int = 4, num_pages: int = 30, bound: 
     return Session(path, num_slots=num_slots, num_pages=num_pages, bound=bound, threads=1)
 
 
-def limits_of(session: Session, **changes: int) -> Limits:
-    values = {
-        "max_tokens": 16,
-        "max_sequences": session.num_slots - 1,
-        "max_context": 64,
-        "page_size": session.page_size,
-        "num_slots": session.num_slots,
-        "num_pages": session.num_pages,
-    }
-    return Limits(**(values | changes))
+def profile_of(session: Session, *, max_tokens: int = 16) -> Profile:
+    return Profile("onnx", "model.onnx", max_tokens, session.num_slots - 1, 64, session.page_size)
 
 
 def int32(*values: int) -> np.ndarray:

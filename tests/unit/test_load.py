@@ -163,7 +163,7 @@ def test_the_tokenizer_goes_along(with_tokenizer: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("tokenizer.json", "{}", "tokenizer.json is no tokenizer"),
+        ("tokenizer.json", "{}", "tokenizer.json is not a tokenizer"),
         ("tokenizer.json", "{", "tokenizer.json is not valid JSON"),
         ("tokenizer_config.json", "[]", "tokenizer_config.json is not a JSON object"),
         ("generation_config.json", '{"eos_token_id": "x"}', "eos_token_id is x, not token ids"),

@@ -7,11 +7,12 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from runtime_bundle import write_bundle
-from runtime_graph import DTYPES, VOCAB, limits_of, one_sequence, open_session, write_graph
+from runtime_graph import DTYPES, VOCAB, one_sequence, open_session, profile_of, write_graph
 
 from nemotrt.exporter.errors import BundleError, UsageError
 from nemotrt.exporter.generation.generate import GenerateConfig, TextEvent, generate, generate_tokens
@@ -45,16 +46,18 @@ def workload(count: int) -> list[Request]:
 
 
 def tokens_of(
-    session: Session,
+    session: Session | SimpleNamespace,
     requests: Sequence[Request],
     sampling: SamplingConfig = GREEDY,
     eos: frozenset[int] = frozenset(),
-    **limits: int,
+    *,
+    max_tokens: int = 16,
 ) -> dict[int, list[int]]:
-    found: dict[int, list[int]] = {request.number: [] for request in requests}
-    for event in generate_tokens(session, limits_of(session, **limits), requests, sampling, eos):
-        found[event.request].append(event.token)
-    return found
+    tokens: dict[int, list[int]] = {request.number: [] for request in requests}
+    profile = profile_of(session, max_tokens=max_tokens)
+    for number, token, _ in generate_tokens(session, profile, requests, sampling, eos):
+        tokens[number].append(token)
+    return tokens
 
 
 def test_requests_in_company_get_the_tokens_they_get_alone(session: Session) -> None:
@@ -71,7 +74,10 @@ def test_scarce_pages_make_requests_wait_and_change_nothing(session: Session) ->
     requests = workload(5)
     expected = tokens_of(session, requests)
     needed = max(len(request.prompt) + request.max_new_tokens for request in requests) // 4 + 1
-    assert tokens_of(session, requests, num_pages=1 + needed) == expected
+    scarce = SimpleNamespace(
+        step=session.step, num_slots=session.num_slots, num_pages=1 + needed, page_size=session.page_size
+    )
+    assert tokens_of(scarce, requests) == expected
 
 
 def test_greedy_is_the_largest_logit_step_by_step(session: Session) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -10,10 +11,27 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nemotrt.exporter.errors import UsageError
-from nemotrt.exporter.generation.scheduler import Limits, PlannedStep, Request, Scheduler
-from nemotrt.exporter.runtime.step import check_step, pages_of
+from nemotrt.exporter.generation.scheduler import Request, Scheduler
+from nemotrt.exporter.runtime.manifest import Profile
+from nemotrt.exporter.runtime.step import StepInputs, check_step, pages_of
 
-ROOMY = Limits(max_tokens=16, max_sequences=4, max_context=64, page_size=4, num_slots=5, num_pages=99)
+PROFILE = Profile("onnx", "", max_tokens=16, max_sequences=4, max_context=64, page_size=4)
+
+
+@dataclass(frozen=True)
+class Limits:
+    profile: Profile = PROFILE
+    num_slots: int = 5
+    num_pages: int = 99
+
+
+ROOMY = Limits()
+
+
+class RecordedStep(NamedTuple):
+    inputs: StepInputs
+    counts: dict[int, int]
+    """The number of tokens of each request in the step."""
 
 
 def token_of(number: int, position: int) -> int:
@@ -25,40 +43,41 @@ def request(number: int, prompt: int, new: int) -> Request:
     return Request(number, tuple(token_of(number, i) for i in range(prompt)), new)
 
 
-def drive(limits: Limits, requests: list[Request], ends_after: dict[int, int]) -> list[PlannedStep]:
+def drive(limits: Limits, requests: list[Request], ends_after: dict[int, int]) -> list[RecordedStep]:
     """Run all requests; `ends_after` is how many new tokens a request really makes. Checks every step."""
-    scheduler = Scheduler(limits)
+    scheduler = Scheduler(limits.profile, num_slots=limits.num_slots, num_pages=limits.num_pages)
     for one in requests:
         scheduler.submit(one)
     seen: dict[int, list[int]] = {one.number: [] for one in requests}
     made = dict.fromkeys(seen, 0)
     steps = []
     while not scheduler.is_done:
-        step = scheduler.next_step()
-        steps.append(step)
+        inputs, numbers = scheduler.next_step()
         check_step(
-            step.inputs,
+            inputs,
             vocab_size=10**9,
             num_slots=limits.num_slots,
             num_pages=limits.num_pages,
-            page_size=limits.page_size,
+            page_size=limits.profile.page_size,
         )
-        assert 1 <= len(step.inputs.input_ids) <= limits.max_tokens
-        assert len(step.counts) <= limits.max_sequences
-        tokens = np.split(step.inputs.input_ids, step.inputs.query_start[1:-1])
-        for b, (number, piece) in enumerate(zip(step.counts, tokens, strict=True)):
-            assert step.inputs.context_len[b] == len(seen[number])
-            seen[number] += piece.tolist()
-        wanting = [int(step.inputs.input_ids[row]) // 1000 for row in step.inputs.logits_row]
-        assert wanting == list(step.wanting)
+        assert 1 <= len(inputs.input_ids) <= limits.profile.max_tokens
+        assert len(inputs.slot) <= limits.profile.max_sequences
+        counts = {}
+        for b, chunk in enumerate(np.split(inputs.input_ids, inputs.query_start[1:-1])):
+            number = int(chunk[0]) // 1000
+            counts[number] = len(chunk)
+            assert inputs.context_len[b] == len(seen[number])
+            seen[number] += chunk.tolist()
+        steps.append(RecordedStep(inputs, counts))
+        assert tuple(int(inputs.input_ids[row]) // 1000 for row in inputs.logits_row) == numbers
         new, ended = {}, []
         for one in requests:
-            if one.number in step.wanting:
+            if one.number in numbers:
                 new[one.number] = token_of(one.number, len(one.prompt) + made[one.number])
                 made[one.number] += 1
                 if made[one.number] == ends_after[one.number]:
                     ended.append(one.number)
-        scheduler.complete(step, new, ended)
+        scheduler.complete(new, ended)
     for one in requests:
         length = len(one.prompt) + ends_after[one.number] - 1
         assert seen[one.number] == [token_of(one.number, i) for i in range(length)]
@@ -73,10 +92,7 @@ def workloads(draw: st.DrawFn) -> tuple[Limits, list[Request], dict[int, int]]:
     largest = max(pages_of(len(one.prompt) + one.max_new_tokens - 1, page_size) for one in requests)
     max_sequences = draw(st.integers(1, 4))
     limits = Limits(
-        max_tokens=max_sequences + draw(st.integers(0, 12)),
-        max_sequences=max_sequences,
-        max_context=42,
-        page_size=page_size,
+        Profile("onnx", "", max_sequences + draw(st.integers(0, 12)), max_sequences, 42, page_size),
         num_slots=draw(st.integers(2, 6)),
         num_pages=1 + max(1, largest) + draw(st.integers(0, 10)),
     )
@@ -90,14 +106,18 @@ def test_every_workload_ends_whatever_is_scarce(
     drive(*workload)
 
 
-def test_a_request_waits_for_pages_and_then_runs() -> None:
-    limits = replace(ROOMY, num_pages=1 + 5)
-    requests = [request(0, 9, 8), request(1, 9, 8)]  # 4 pages each: 5 hold one whole and a part
-    steps = drive(limits, requests, {0: 8, 1: 8})
-    assert any(len(step.counts) == 2 for step in steps)
-    waits = [step for step in steps if list(step.counts) == [0]]
-    assert waits, "the second never waited: the pages were not scarce"
-    assert len(steps) > len(drive(ROOMY, requests, {0: 8, 1: 8}))
+def test_a_request_waits_until_all_its_pages_are_free() -> None:
+    requests = [request(0, 9, 8), request(1, 9, 8)]  # 4 pages each
+    scarce = drive(replace(ROOMY, num_pages=1 + 7), requests, {0: 8, 1: 8})
+    assert [number for step in scarce for number in step.counts] == [0] * 8 + [1] * 8
+    enough = drive(replace(ROOMY, num_pages=1 + 8), requests, {0: 8, 1: 8})
+    assert enough[0].counts.keys() == {0, 1}
+
+
+def test_pages_of_a_request_that_ends_early_are_free_again() -> None:
+    requests = [request(0, 9, 8), request(1, 9, 8)]
+    steps = drive(replace(ROOMY, num_pages=1 + 4), requests, {0: 1, 1: 1})
+    assert [step.inputs.page_table.tolist() for step in steps] == [[[1, 2, 3]], [[1, 2, 3]]]
 
 
 def test_the_next_request_takes_the_slot_and_pages_of_one_that_ended() -> None:
@@ -113,7 +133,7 @@ def test_prompts_come_in_pieces_beside_tokens_that_decode() -> None:
 
 
 def test_who_decodes_gets_a_token_in_every_step_of_a_long_prompt() -> None:
-    limits = replace(ROOMY, max_tokens=4)
+    limits = replace(ROOMY, profile=replace(PROFILE, max_tokens=4))
     steps = drive(limits, [request(0, 1, 9), request(1, 20, 1)], {0: 9, 1: 1})
     assert [step.counts for step in steps[:7]] == [{0: 1, 1: 3}] * 6 + [{0: 1, 1: 2}]
 
@@ -134,7 +154,7 @@ def test_nothing_is_padded() -> None:
     ],
 )
 def test_a_request_that_could_never_run_is_refused_at_once(one: Request, message: str) -> None:
-    scheduler = Scheduler(replace(ROOMY, num_pages=10))
+    scheduler = Scheduler(PROFILE, num_slots=5, num_pages=10)
     with pytest.raises(UsageError, match=message):
         scheduler.submit(one)
     assert scheduler.is_done

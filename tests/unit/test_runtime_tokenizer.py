@@ -117,7 +117,7 @@ REFUSED = {
     "escape": ("{{ ''.__class__.__mro__ }}", BundleError, "may not"),
     "mutation": ("{{ messages.append(1) }}", BundleError, "may not"),
     "range": ("{% for i in range(1000000000) %}{% endfor %}", BundleError, "template is broken"),
-    "no text": (5, BundleError, "chat_template is no text"),
+    "no text": (5, BundleError, "chat_template is not text"),
     "none": ("", UsageError, "no chat template"),
 }
 
@@ -157,7 +157,7 @@ def test_an_absent_or_broken_tokenizer_is_refused(folder: Path) -> None:
     path = folder / "tokenizer.json"
     for text in ("{", "{}", '{"version": "1.0", "model": {"type": "Unheard"}}'):
         path.write_text(text)
-        with pytest.raises(BundleError, match=r"tokenizer\.json is no tokenizer"):
+        with pytest.raises(BundleError, match=r"tokenizer\.json is not a tokenizer"):
             Tokenizer(folder)
     path.write_bytes(b"\xff")
     with pytest.raises(BundleError, match="cannot be read"):
