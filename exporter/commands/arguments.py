@@ -140,7 +140,9 @@ def _numbers(context: click.Context, parameter: click.Parameter, value: str) -> 
 
 
 PRECISION = click.option(
-    "--precision", type=click.Choice(PRECISIONS), help="Default: the checkpoint's precision."
+    "--precision",
+    type=click.Choice(PRECISIONS),
+    help="Precision of the bundle. Default: the checkpoint's precision.",
 )
 RUNTIME = click.option(
     "--runtime",

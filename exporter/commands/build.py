@@ -34,11 +34,14 @@ from nemotrt.exporter.config import STATE_DTYPES, BuildConfig
 @RUNTIME
 @SMS
 @click.option(
-    "--max-tokens", default=2048, show_default=True, help="Tokens in a step, of all sequences together."
+    "--max-tokens",
+    default=2048,
+    show_default=True,
+    help="Maximum tokens per step, over all sequences.",
 )
-@click.option("--max-sequences", default=16, show_default=True, help="Sequences in a step.")
-@click.option("--max-context", default=8192, show_default=True, help="Tokens in a sequence.")
-@click.option("--page-size", default=128, show_default=True, help="Tokens in a page of the KV cache.")
+@click.option("--max-sequences", default=16, show_default=True, help="Maximum sequences per step.")
+@click.option("--max-context", default=8192, show_default=True, help="Maximum tokens per sequence.")
+@click.option("--page-size", default=128, show_default=True, help="Tokens per page of the KV cache.")
 @click.option(
     "--state-dtype",
     type=click.Choice(STATE_DTYPES),
@@ -62,7 +65,10 @@ from nemotrt.exporter.config import STATE_DTYPES, BuildConfig
 def build(
     console: Console, /, precision: str | None, no_validate: bool, as_json: bool, **options: Any
 ) -> None:
-    """Build a bundle from CHECKPOINT: an ONNX graph, TensorRT engines, a validation report and a manifest."""
+    """Build a bundle from CHECKPOINT and validate it against PyTorch.
+
+    A bundle is a folder with an ONNX graph, its weights, TensorRT engines, a validation report and a manifest.
+    """
     from nemotrt.exporter.pipelines import build
 
     config = BuildConfig(precision=precision or "", validate=not no_validate, **options)

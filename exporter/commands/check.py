@@ -54,9 +54,9 @@ def check(
     weights: str,
     as_json: bool,
 ) -> None:
-    """Report what a build of CHECKPOINT would produce, need and reject, without writing anything.
+    """Report what a build of CHECKPOINT would produce, need and reject.
 
-    Reads the configuration and the tensor headers; exits with 3 if a build would reject them.
+    Reads the configuration and the tensor headers, and writes nothing; exits with 3 if a build would reject them.
     """
     from nemotrt.exporter.pipelines import check as checks
 

@@ -25,7 +25,11 @@ TOP_P = "Nucleus sampling: keep the smallest set of tokens whose probability rea
 @command("generate tiny.bundle --prompt 'The for statement' --max-new-tokens 40")
 @BUNDLE
 @click.option(
-    "--prompt", "prompts", multiple=True, required=True, help="May be repeated: all prompts run together."
+    "--prompt",
+    "prompts",
+    multiple=True,
+    required=True,
+    help="Text to continue. Repeat the option to run several prompts together.",
 )
 @click.option("--chat", is_flag=True, help="Format each prompt as a user message with the chat template.")
 @click.option(
@@ -34,9 +38,15 @@ TOP_P = "Nucleus sampling: keep the smallest set of tokens whose probability rea
     show_default=True,
     help="Maximum number of tokens to generate for each prompt.",
 )
-@click.option("--temperature", default=0.0, show_default=True, help="0 selects the most likely token.")
+@click.option(
+    "--temperature",
+    default=0.0,
+    show_default=True,
+    help="Sampling temperature; 0 selects the most likely token.",
+)
 @click.option(
     "--top-p",
+    metavar="P",
     default=1.0,
     show_default=True,
     help="Nucleus sampling: keep the smallest set of tokens whose probability reaches P.",

@@ -16,7 +16,7 @@ from nemotrt.exporter.commands.arguments import JSON, ExistingPath, command
 @click.option("--layer", type=int, help="Show the tensors and nodes of this layer; the first layer is 0.")
 @JSON
 def inspect(path: Path, layer: int | None, as_json: bool) -> None:
-    """Describe PATH, which is a checkpoint folder, an ONNX file or a bundle, without reading weights."""
+    """Describe the checkpoint, the ONNX file or the bundle at PATH, without reading weights."""
     from nemotrt.exporter.pipelines import inspect
 
     result = inspect.inspect(path, layer)

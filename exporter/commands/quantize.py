@@ -32,7 +32,7 @@ from nemotrt.exporter.commands.console import Console
 @JSON
 @click.pass_obj
 def quantize(console: Console, /, output: Path, as_json: bool, **options: Any) -> None:
-    """Quantize CHECKPOINT to FP8 with static scales, in the layout of NVIDIA ModelOpt."""
+    """Quantize CHECKPOINT to FP8 with static scales, in NVIDIA ModelOpt's layout."""
     from nemotrt.exporter.pipelines.quantize import quantize_checkpoint
 
     result = quantize_checkpoint(output=output, progress=console, **options)

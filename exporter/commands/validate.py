@@ -52,7 +52,7 @@ OUTPUT_FILE = click.Path(dir_okay=False, writable=True, path_type=Path)
     "text",
     type=EvaluationText(),
     metavar="FILE|default",
-    help="Text (.txt, .jsonl) for measuring the quality loss of FP8; `default` is a built-in text.",
+    help="Also compare on this text (.txt, .jsonl) and measure the quality loss of FP8; `default` is built in.",
 )
 @click.option(
     "--base",
@@ -79,7 +79,10 @@ OUTPUT_FILE = click.Path(dir_okay=False, writable=True, path_type=Path)
 def validate(
     console: Console, /, html: Path | None, junit: Path | None, as_json: bool, **options: Any
 ) -> None:
-    """Compare BUNDLE with PyTorch, a reference file or another bundle; exits with 6 if a gate fails, 8 on NaN."""
+    """Compare BUNDLE with PyTorch, a reference file or another bundle.
+
+    Exits with 6 if a gate fails, and with 8 if a value is not finite.
+    """
     from nemotrt.exporter.pipelines.validate import revalidate
     from nemotrt.exporter.validation.request import ValidationRequest
 
