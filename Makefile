@@ -19,7 +19,7 @@ $(VENV)/.ready: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1' 'setuptools>=77'
 	$(BIN)/python -m pip install --quiet '$(TORCH)'
-	$(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[cpu,kernels]' --group dev
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[build,cpu,kernels]' --group dev
 # TensorRT-RTX builds engines without a GPU. Its packages exist for x86-64 Linux and Windows only.
 	$(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[rtx]' || echo 'TensorRT-RTX is not available: bundles will have no engines' >&2
 	touch $@

@@ -22,6 +22,9 @@ from nemotrt.exporter.commands.validate import validate
 from nemotrt.exporter.commands.verify import verify
 from nemotrt.exporter.errors import ExportError, UsageError
 
+BUILD_PACKAGES = ("torch", "onnx_ir", "polygraphy")
+"""Modules of the packages in the extra `build`."""
+
 
 class Program(click.Group):
     """A group that turns every error of its commands into one line and an exit code."""
@@ -40,6 +43,12 @@ class Program(click.Group):
         except click.UsageError as error:
             command = error.ctx.command_path if error.ctx else ctx.command_path
             _end(ctx, error, error.format_message(), f"see {command} --help", UsageError.exit_code)
+        except ModuleNotFoundError as error:
+            package = str(error.name).partition(".")[0]
+            if package not in BUILD_PACKAGES:
+                raise
+            message = f"{ctx.command_path} {ctx.invoked_subcommand} needs {package}, which is not installed"
+            _end(ctx, error, message, "pip install 'nemo-export[build]'", UsageError.exit_code)
         except KeyboardInterrupt as error:
             _end(ctx, error, "interrupted", "", interrupts.EXIT_CODE)
         except MemoryError as error:

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Builds the source distribution, the wheel from it, and tries the wheel in an environment without the checkout.
+"""Builds the source distribution and the wheel, and tests the wheel in an environment without the checkout.
 
 The environment sees the packages that this one has, by a path, but not this one's own nemo-export: what is tried is
 what the wheel holds, without downloading PyTorch again. Their versions are the installation's to settle.

@@ -1,0 +1,84 @@
+"""The package as a library: the examples of docs/api.md run in order, and imports are lazy."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import nemotrt.exporter
+
+ROOT = Path(__file__).resolve().parents[2]
+EXAMPLES = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs/api.md").read_text(), re.DOTALL | re.MULTILINE)
+
+IMPORTS = """
+import sys
+before = set(sys.modules)
+import nemotrt.exporter
+assert dir(nemotrt.exporter)
+names = {name.partition(".")[0] for name in set(sys.modules) - before} - sys.stdlib_module_names
+assert names == {"nemotrt"}, names
+"""
+
+BLOCKED = """
+import sys
+sys.modules.update(dict.fromkeys(("torch", "onnx_ir", "polygraphy")))
+from nemotrt.exporter.cli import program
+program(sys.argv[1:])
+"""
+
+
+def run(code: str, *arguments: object, folder: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, timeout=300)
+
+
+def test_the_examples_run_in_order(tmp_path: Path) -> None:
+    assert len(EXAMPLES) == 4
+    shutil.copytree(ROOT / "examples", tmp_path / "examples")
+    for example in EXAMPLES:
+        result = run(example, folder=tmp_path)
+        assert result.returncode == 0, result.stderr
+        assert result.stdout
+        assert not result.stderr
+
+
+def test_the_package_imports_nothing_heavy(tmp_path: Path) -> None:
+    result = run(IMPORTS, folder=tmp_path)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("name", nemotrt.exporter.__all__)
+def test_every_public_name_can_be_imported(name: str) -> None:
+    assert getattr(nemotrt.exporter, name)
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="has no attribute 'nonsense'"):
+        _ = nemotrt.exporter.nonsense
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("verify",), ("inspect",), ("generate", "--prompt", "for", "--max-new-tokens", "2")],
+    ids=lambda arguments: arguments[0],
+)
+def test_running_a_bundle_needs_no_package_of_the_extra_build(
+    bundle: Path, tmp_path: Path, arguments: tuple[str, ...]
+) -> None:
+    result = run(BLOCKED, arguments[0], bundle, *arguments[1:], folder=tmp_path)
+    assert result.returncode == 0, result.stderr
+
+
+def test_a_command_that_lacks_the_extra_build_names_it(bundle: Path, tmp_path: Path) -> None:
+    checkpoint = bundle.parent / "checkpoint"
+    result = run(BLOCKED, "build", checkpoint, "--output", tmp_path / "out", folder=tmp_path)
+    assert result.returncode == 2
+    assert result.stderr.splitlines()[-2:] == [
+        "error: nemo-export build needs torch, which is not installed",
+        "  pip install 'nemo-export[build]'",
+    ]
