@@ -6,7 +6,9 @@ import dataclasses
 import logging
 from pathlib import Path
 
-from nemotrt.exporter.config import DRIFT_STEPS
+from nemotrt.exporter.artifacts import TracedModel
+from nemotrt.exporter.checkpoint.loaded_model import LoadedModel
+from nemotrt.exporter.config import DRIFT_STEPS, BuildConfig
 from nemotrt.exporter.errors import UsageError
 from nemotrt.exporter.pipelines import estimates
 from nemotrt.exporter.pipelines.opened_bundle import Subject, subject_of
@@ -128,8 +130,22 @@ def _bisected(
         open_part = EngineParts(request.bundle, subject.manifest, mixed_steps(workload), workload).open
     total = 1 + len(parts_of(model))  # Tracing, and each part.
     with progress.stage("bisect", "every value inside each layer", total=total) as advance:
-        found = bisection.bisect(model, config, subject.graph, workload, open_part=open_part, advance=advance)
-    return dataclasses.replace(report, bisect=found)
+        traced, traced_fp32 = trace_for_bisection(model, config)
+        advance(1)
+        bisected = bisection.bisect(
+            model, config, subject.graph, workload, traced, traced_fp32, open_part=open_part, advance=advance
+        )
+    return dataclasses.replace(report, bisect=bisected)
+
+
+def trace_for_bisection(model: LoadedModel, config: BuildConfig) -> tuple[TracedModel, TracedModel]:
+    """The model traced at the graph's precision and in FP32."""
+    from nemotrt.exporter.stages.trace import trace
+
+    traced = trace(model, config)
+    if config.precision == "fp32":
+        return traced, traced
+    return traced, trace(model, dataclasses.replace(config, precision="fp32", state_dtype="fp32"))
 
 
 def _check_base(subject: Subject, text: Path | None, base: Path | None) -> None:

@@ -71,9 +71,14 @@ class OnnxGraph:
         return model
 
     @cached_property
-    def emulation(self) -> ModelProto | None:
-        """The FP32 emulation; None for a graph in FP32."""
-        return emulate_in_fp32(self.proto) if needs_emulation(self.proto) else None
+    def needs_emulation(self) -> bool:
+        """Whether any value is narrower than FP32."""
+        return needs_emulation(self.proto)
+
+    @cached_property
+    def emulation(self) -> ModelProto:
+        """The FP32 emulation."""
+        return emulate_in_fp32(self.proto)
 
     @property
     def precision(self) -> DType:
@@ -85,6 +90,14 @@ class OnnxGraph:
             return DType.FLOAT8_E4M3
         return max(WEIGHT_DTYPES, key=lambda dtype: sizes[dtype.onnx])
 
+    def is_emulated(self, providers: Sequence[str]) -> bool:
+        """Whether ONNX Runtime runs the FP32 emulation."""
+        return tuple(providers) == (CPU,) and self.needs_emulation
+
+    def runs_as(self, providers: Sequence[str] = (CPU,)) -> str:
+        """How ONNX Runtime runs the graph, in words: `BF16, emulated in FP32`."""
+        return self.precision.label + (", emulated in FP32" if self.is_emulated(providers) else "")
+
 
 def open_graph(
     graph: OnnxGraph,
@@ -94,8 +107,8 @@ def open_graph(
     thread: Interruptible,
     extra_outputs: Sequence[str] = (),
     disabled_optimizers: Sequence[str] = (),
-) -> tuple[ort.InferenceSession, str]:
-    """The graph in ONNX Runtime, and how it runs, in words; on a CPU, BF16, FP16 and FP8 are emulated in FP32.
+) -> ort.InferenceSession:
+    """The graph in ONNX Runtime; on a CPU, BF16, FP16 and FP8 are emulated in FP32.
 
     The values named in `extra_outputs` become outputs too. Raises BundleError if ONNX Runtime refuses the graph,
     UsageError if ONNX Runtime or a provider is missing.
@@ -121,12 +134,10 @@ def open_graph(
     options.add_session_config_entry("session.disable_quant_qdq", "1")
     folder = str(graph.path.parent.resolve())
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
-    emulation = graph.emulation if tuple(providers) == (CPU,) else None
     model = onnx.ModelProto()
-    model.CopyFrom(emulation or graph.proto)
+    model.CopyFrom(graph.emulation if graph.is_emulated(providers) else graph.proto)
     model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in extra_outputs)
-    session = _create(graph.path, model.SerializeToString(), options, providers, thread, disabled_optimizers)
-    return session, graph.precision.label + (", emulated in FP32" if emulation else "")
+    return _create(graph.path, model.SerializeToString(), options, providers, thread, disabled_optimizers)
 
 
 def _create(

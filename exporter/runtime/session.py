@@ -63,8 +63,10 @@ class Session:
             )
         assert not (bound and extra_outputs), "a bound session binds the pools and the logits only"
         self._thread = Interruptible()
-        self._session, self.runs_as = open_graph(
-            OnnxGraph.read(graph) if isinstance(graph, Path) else graph,
+        graph = OnnxGraph.read(graph) if isinstance(graph, Path) else graph
+        self.runs_as = graph.runs_as(providers)
+        self._session = open_graph(
+            graph,
             threads=threads,
             providers=providers,
             thread=self._thread,

@@ -70,9 +70,8 @@ def validate(
     elif "mamba" in model.config.layers:
         report = dataclasses.replace(report, not_compared=(*report.not_compared, NO_DRIFT))
     if candidate.graph and plan.parts:
-        parts = compare_parts(model, config, candidate.graph, plan.workload, advance=advance)
-        gates = (*report.gates, *parts.gates)
-        report = dataclasses.replace(report, gates=gates, layers=parts.layers, ops=parts.ops)
+        gates, layers, ops = compare_parts(model, config, candidate.graph, plan.workload, advance=advance)
+        report = dataclasses.replace(report, gates=(*report.gates, *gates), layers=layers, ops=ops)
     return report
 
 
@@ -86,17 +85,17 @@ def validate_parts(
 ) -> ValidationReport:
     """The report of each part and each op alone, and of the graph's dtypes; only one part is in memory at a time."""
     workload, dtype = workload_of(model, config, seed), config.dtype
-    parts = compare_parts(model, config, graph, workload, advance=advance)
+    gates, layers, ops = compare_parts(model, config, graph, workload, advance=advance)
     return ValidationReport(
-        candidate=f"ONNX Runtime, one part at a time, {parts.runs_as}",
+        candidate=f"ONNX Runtime, one part at a time, {graph.runs_as()}",
         reference=REFERENCE,
         baseline="" if dtype is DType.FLOAT32 else f"PyTorch, {dtype}",
         tokens={"prompt": workload.prompt, "decode": workload.decode, "seed": seed},
-        gates=(*dtype_gates(graph.model, expected_dtypes(model, config)), *parts.gates),
+        gates=(*dtype_gates(graph.model, expected_dtypes(model, config)), *gates),
         routing_mismatches={},
         not_compared=(PARTS_ALONE, ENGINE, *_left_out(model, config)),
-        layers=parts.layers,
-        ops=parts.ops,
+        layers=layers,
+        ops=ops,
         is_whole=False,
     )
 

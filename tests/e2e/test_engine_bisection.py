@@ -17,9 +17,9 @@ from nemotrt.exporter.runtime.graph_file import OnnxGraph
 from nemotrt.exporter.stages.load import load
 from nemotrt.exporter.stages.lower import lower
 from nemotrt.exporter.stages.trace import trace
-from nemotrt.exporter.validation.parts.engine_parts import part_request, sizes
+from nemotrt.exporter.validation.parts.engine_parts import part_profile, part_request
 from nemotrt.exporter.validation.parts.layerwise import mixed_steps
-from nemotrt.exporter.validation.parts.subgraphs import cuts
+from nemotrt.exporter.validation.parts.subgraphs import split
 from nemotrt.exporter.validation.plan import workload_of
 
 pytestmark = [
@@ -45,16 +45,15 @@ def test_marked_parts_build(tmp_path: Path, precision: str) -> None:
     lower(model, trace(model, config), graph)
     driven = workload_of(model, config, 0)
     used = backend("tensorrt-rtx")
-    profile = sizes(mixed_steps(driven), driven)
-    found = {cut.place: cut for cut in cuts(OnnxGraph.read(graph).proto)}
-    for place in KINDS:
-        cut = found[place]
-        folder = tmp_path / place
+    profile = part_profile(mixed_steps(driven), driven)
+    parts = {part.name: part for part in split(OnnxGraph.read(graph))}
+    for name in KINDS:
+        part = parts[name]
+        folder = tmp_path / name
         folder.mkdir()
-        inner = [name for node in cut.model.graph.node for name in node.output if name in cut.types]
-        marked = cut.showing(inner)
-        request = part_request(OnnxGraph(marked, graph), profile, used, library().path, folder, (89,))
+        marked = part.graph(value.name for node in part.model.graph for value in node.outputs)
+        request = part_request(marked, profile, used, library().path, folder, (89,))
         result = run_builder(request, used)
         assert result.num_layers > 0
         assert Path(request.output).stat().st_size > 0
-        assert len(request.plugins) == len(cut.ops)
+        assert len(request.plugins) == len(part.ops)

@@ -34,6 +34,7 @@ from faults import (
 
 from nemotrt.exporter.checkpoint.loaded_model import LoadedModel
 from nemotrt.exporter.config import BuildConfig
+from nemotrt.exporter.pipelines.validate import trace_for_bisection
 from nemotrt.exporter.report.model import Bisection
 from nemotrt.exporter.runtime.graph_file import OnnxGraph
 from nemotrt.exporter.stages.load import load
@@ -62,7 +63,8 @@ def build(checkpoint: Path, folder: Path, precision: str) -> Built:
 
 def found(built: Built, *, seed: int = 0, graph: Path | None = None) -> Bisection:
     model, config, path = built
-    return bisect(model, config, OnnxGraph.read(graph or path), workload_of(model, config, seed))
+    traces = trace_for_bisection(model, config)
+    return bisect(model, config, OnnxGraph.read(graph or path), workload_of(model, config, seed), *traces)
 
 
 def scaled_down_proj(graph: Graph) -> None:
@@ -167,7 +169,8 @@ class Disturbed(PartSession):
 
 def test_it_is_said_that_marking_changed_the_result(built: Built) -> None:
     model, config, graph = built
+    traces = trace_for_bisection(model, config)
     disturbed = bisect(
-        model, config, OnnxGraph.read(graph), workload_of(model, config, 0), open_part=Disturbed
+        model, config, OnnxGraph.read(graph), workload_of(model, config, 0), *traces, open_part=Disturbed
     )
     assert disturbed.marking_changed == ("layers.3",)

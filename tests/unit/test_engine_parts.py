@@ -15,6 +15,7 @@ from nemotrt.exporter.config import BuildConfig
 from nemotrt.exporter.engines.builder import EngineRequest, EngineResult
 from nemotrt.exporter.errors import BundleError, UsageError
 from nemotrt.exporter.pipelines import build, validate
+from nemotrt.exporter.pipelines.validate import trace_for_bisection
 from nemotrt.exporter.report.model import Gate, ValidationReport
 from nemotrt.exporter.runtime import cuda as cuda_module
 from nemotrt.exporter.runtime import engine_file
@@ -86,7 +87,8 @@ def test_an_engine_is_bisected_part_by_part(
     broken(graph, dropped_skip)
     broken(graph, swapped_kv_heads)
     parts, model, driven = opened(bundle, built[1])
-    found = bisect(model, built[1], OnnxGraph.read(graph), driven, open_part=parts.open)
+    traces = trace_for_bisection(model, built[1])
+    found = bisect(model, built[1], OnnxGraph.read(graph), driven, *traces, open_part=parts.open)
     assert [suspect.node for suspect in found.diverging] == ["layers.0.mixer.scan", "layers.2.mixer.k_proj"]
     assert found.runs_as == f"TensorRT-RTX {VERSION} on Fake RTX (SM 89), part by part"
     assert not found.marking_changed
@@ -117,9 +119,10 @@ def test_a_part_that_fails_on_the_gpu_is_said(
     built: tuple[Path, BuildConfig], requests: list[EngineRequest], cuda: FakeCuda
 ) -> None:
     parts, model, driven = opened(*built)
+    traces, graph = trace_for_bisection(model, built[1]), OnnxGraph.read(built[0] / "model.onnx")
     cuda.failing = "cuMemAlloc_v2"
     with pytest.raises(BundleError, match="no room"):
-        bisect(model, built[1], OnnxGraph.read(built[0] / "model.onnx"), driven, open_part=parts.open)
+        bisect(model, built[1], graph, driven, *traces, open_part=parts.open)
 
 
 def test_a_changed_library_runs_nothing(

@@ -17,6 +17,7 @@ from nemotrt.exporter.checkpoint.loaded_model import LoadedModel
 from nemotrt.exporter.cli import program
 from nemotrt.exporter.pipelines import estimates
 from nemotrt.exporter.pipelines.opened_bundle import subject_of
+from nemotrt.exporter.pipelines.validate import trace_for_bisection
 from nemotrt.exporter.stages.load import load
 from nemotrt.exporter.validation.parts.bisection import bisect
 from nemotrt.exporter.validation.parts.layerwise import compare_parts
@@ -122,7 +123,7 @@ def test_another_layer_takes_the_place_of_the_one_before(half: Path) -> None:
     modules = PartModules(load(half))
     modules.module("layers.1", torch.float32)
     modules.module("layers.2", torch.float32)
-    assert all(name.startswith("backbone.layers.2.") for name, _ in modules._held)
+    assert all(name.startswith("backbone.layers.2.") for name, _ in modules._tensors)
 
 
 @pytest.mark.parametrize("inside", [False, True], ids=["layers", "bisect"])
@@ -130,13 +131,17 @@ def test_no_more_than_one_part_is_alive(bundle: Path, monkeypatch: pytest.Monkey
     alive: list[tuple[str, weakref.ref[torch.nn.Module]]] = []
     make = PartModules.module
 
-    def watched(self: PartModules, place: str, dtype: torch.dtype) -> torch.nn.Module:
-        assert {other for other, module in alive if module() is not None} <= {place}
-        alive.append((place, weakref.ref(made := make(self, place, dtype))))
+    def watched(self: PartModules, part: str, dtype: torch.dtype) -> torch.nn.Module:
+        assert {other for other, module in alive if module() is not None} <= {part}
+        alive.append((part, weakref.ref(made := make(self, part, dtype))))
         return made
 
     monkeypatch.setattr(PartModules, "module", watched)
     subject = subject_of(bundle, None, None)
-    look = bisect if inside else compare_parts
-    look(subject.model, subject.config, subject.graph, workload_of(subject.model, subject.config, 0))
+    model, config = subject.model, subject.config
+    if inside:
+        traces = trace_for_bisection(model, config)
+        bisect(model, config, subject.graph, workload_of(model, config, 0), *traces)
+    else:
+        compare_parts(model, config, subject.graph, workload_of(model, config, 0))
     assert len(alive) == 2 * 8

@@ -1,15 +1,12 @@
-"""Each part of the graph alone, on the reference's own inputs: an error stays on the layer that made it.
+"""Each part of the graph alone, on the reference's inputs, so that an error stays in the layer that made it.
 
-One part is in memory at a time, in PyTorch (FP32, and at the graph's precision for the baseline) and in ONNX Runtime,
-with the activations of the steps: a model that fits no machine as a whole is still compared layer by layer.
-
-Legend: T tokens, D hidden size.
+Only one part is in memory at a time, in PyTorch (FP32, and the graph's precision for the rounding baseline) and in
+ONNX Runtime, so that a model that does not fit as a whole is still compared layer by layer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -21,31 +18,19 @@ from nemotrt.exporter.progress import Advance, ignore
 from nemotrt.exporter.report.model import Gate, PartError
 from nemotrt.exporter.runtime.graph_file import OnnxGraph
 from nemotrt.exporter.runtime.step import StepInputs
-from nemotrt.exporter.validation import gates as judged
 from nemotrt.exporter.validation import metrics
-from nemotrt.exporter.validation.gates import Noise
-from nemotrt.exporter.validation.parts import opwise
-from nemotrt.exporter.validation.parts.part_trial import Compared, PartRun, PartTrial
-from nemotrt.exporter.validation.parts.subgraphs import Cut, cuts
+from nemotrt.exporter.validation.gates import BASELINE_FACTOR, FP32_RELATIVE_L2, Pair, layer_gates
+from nemotrt.exporter.validation.parts.opwise import compare_ops
+from nemotrt.exporter.validation.parts.part_run import PartComparison, PartRunner, ValueComparison, run_part
+from nemotrt.exporter.validation.parts.subgraphs import GraphPart, split
 from nemotrt.exporter.validation.parts.torch_parts import PartModules, TorchPart
 from nemotrt.exporter.validation.plan import Workload
 from nemotrt.exporter.validation.runners.onnx_part import PartSession
 from nemotrt.exporter.validation.scenarios import MIXED, scenarios
-from nemotrt.plugins.contract import PoolSpec
+from nemotrt.plugins.contract import NEXT
 
-
-@dataclass(frozen=True)
-class Parts:
-    """What the parts alone showed: gates, each layer's error, and each op's."""
-
-    gates: tuple[Gate, ...] = ()
-    layers: tuple[PartError, ...] = ()
-    ops: tuple[PartError, ...] = ()
-    runs_as: str = ""
-    """How ONNX Runtime ran the graph, in words."""
-
-
-MakeTrial = Callable[[Cut], PartTrial]
+OpenRunners = Callable[[GraphPart], tuple[PartRunner, TorchPart, TorchPart | None, Sequence[str]]]
+"""From a part: its runner, the reference, the rounding baseline if the graph is not FP32, and the compared values."""
 
 
 def compare_parts(
@@ -55,46 +40,52 @@ def compare_parts(
     workload: Workload,
     *,
     advance: Advance = ignore,
-) -> Parts:
-    """Every part alone over the steps of a mixed batch, and in it every op alone; `advance` hears of parts."""
+) -> tuple[tuple[Gate, ...], tuple[PartError, ...], tuple[PartError, ...]]:
+    """The gates, the errors of layers and the errors of ops, each part and each op alone over a mixed batch.
+
+    Calls `advance` after each part.
+    """
     dtype = config.dtype.torch
-    pools, modules = model.pools(config), PartModules(model)
+    modules, pools = PartModules(model), model.pools(config)
 
-    runs_as: list[str] = []
-
-    def trial(cut: Cut) -> PartTrial:
-        shown = cut.showing([cut.router_logits] if cut.router_logits else [])
-        reference = TorchPart(modules, cut, pools, torch.float32)
-        session = PartSession(OnnxGraph(shown, graph.path))
-        runs_as.append(session.runs_as)
-        baseline = TorchPart(modules, cut, pools, dtype) if dtype != torch.float32 else None
-        noise = part_noise(cut, pools, workload)
-        return PartTrial(cut, session, reference, baseline, noise, cut.edges)
+    def open_runners(part: GraphPart) -> tuple[PartSession, TorchPart, TorchPart | None, Sequence[str]]:
+        reference = TorchPart(modules, part, pools, torch.float32)
+        baseline = TorchPart(modules, part, pools, dtype) if dtype != torch.float32 else None
+        return PartSession(part.graph(part.router_logits)), reference, baseline, part.outputs
 
     kinds = {f"layers.{index}": kind for index, kind in model.config.numbered_layers.items()}
     gates: list[Gate] = []
     layers: list[PartError] = []
     ops: list[PartError] = []
-    for cut, done, counts in trials(config, graph, trial, workload):
-        shown, baseline = _labelled(cut, done.shown), _labelled(cut, done.baseline) or None
-        gates += judged.layer_gates(cut.place, shown, baseline)
-        if cut.mixed:
-            layers.append(_layer_error(cut.place, kinds[cut.place], shown["adds"], baseline))
-        op_gates, errors = opwise.compare_ops(cut, graph, done.calls, counts)
+    counts = [int(inputs.query_start[-1]) for inputs in mixed_steps(workload)]
+    for part, comparison in run_parts(model, config, graph, workload, open_runners):
+        candidate, baseline = _pairs(part, comparison)
+        gates += layer_gates(part.name, candidate, baseline)
+        if part.addend:
+            layers.append(_layer_error(part.name, kinds[part.name], candidate, baseline))
+        op_gates, op_errors = compare_ops(part, comparison.calls, counts)
         gates += op_gates
-        ops += errors
-        del done
+        ops += op_errors
+        del comparison
         advance(1)
-    return Parts(tuple(gates), tuple(layers), tuple(ops), max(runs_as, key=runs_as.count))
+    return tuple(gates), tuple(layers), tuple(ops)
 
 
-def _layer_error(
-    place: str, kind: str, pair: judged.Pair, baseline: dict[str, judged.Pair] | None
-) -> PartError:
-    error, broken = metrics.relative_l2(*pair), int(np.count_nonzero(~np.isfinite(pair[0])))
-    base = metrics.relative_l2(*baseline["adds"]) if baseline else None
-    limit = judged.FP32_RELATIVE_L2 if base is None else judged.BASELINE_FACTOR * base
-    return PartError(place, kind, "", error if np.isfinite(error) else None, broken, base, limit)
+def run_parts(
+    model: LoadedModel, config: BuildConfig, graph: OnnxGraph, workload: Workload, open_runners: OpenRunners
+) -> Iterator[tuple[GraphPart, PartComparison]]:
+    """Every part and its comparison; what flows into a part is what flows out of the reference's part before."""
+    steps = mixed_steps(workload)
+    dtype, pools = config.dtype.torch, model.pools(config)
+    flows: list[Tensor] = [torch.from_numpy(inputs.input_ids) for inputs in steps]
+    for part in split(graph):
+        noise = workload.noise(pool for pool in pools if pool.name in part.pools)
+        # Rounding what flows in lets all three runners start from the same bits.
+        rounded = [flow if flow.dtype == torch.int64 else flow.to(dtype) for flow in flows]
+        # No name here may hold a runner: its weights would stay in memory next to those of the following part.
+        flows, comparison = run_part(part, noise, list(zip(rounded, steps, strict=True)), *open_runners(part))
+        yield part, comparison
+        del comparison
 
 
 def mixed_steps(workload: Workload) -> tuple[StepInputs, ...]:
@@ -103,34 +94,21 @@ def mixed_steps(workload: Workload) -> tuple[StepInputs, ...]:
     return scenarios(tokens[: workload.prompt], tokens[workload.prompt :], workload.page_size)[MIXED]
 
 
-def part_noise(cut: Cut, pools: Sequence[PoolSpec], workload: Workload) -> Noise:
-    """What a part's pools hold at first."""
-    return workload.noise(pool for pool in pools if pool.name in cut.pools)
+def _pairs(part: GraphPart, comparison: PartComparison) -> tuple[dict[str, Pair], dict[str, Pair] | None]:
+    """The candidate's values and the baseline's, under the names that gates give them."""
+    labels = {part.flow_out: "", part.addend: "adds"}
+
+    def labeled(values: dict[str, ValueComparison]) -> dict[str, Pair]:
+        return {labels.get(name, name.removeprefix(NEXT)): value.pair for name, value in values.items()}
+
+    return labeled(comparison.candidate), labeled(comparison.baseline) or None
 
 
-def trials(
-    config: BuildConfig, graph: OnnxGraph, trial: MakeTrial, workload: Workload
-) -> Iterator[tuple[Cut, PartRun, list[int]]]:
-    """What every part gave, and how many tokens each had; what flows in is what the reference gave before it."""
-    steps = mixed_steps(workload)
-    counts = [int(inputs.query_start[-1]) for inputs in steps]
-    dtype = config.dtype.torch
-    flows: list[Tensor] = [torch.from_numpy(inputs.input_ids) for inputs in steps]
-    for cut in cuts(graph.proto):
-        running = trial(cut)
-        # What flows is rounded, so that all three start from the same bits.
-        flows = [
-            running.step(flow if flow.dtype == torch.int64 else flow.to(dtype), inputs)
-            for flow, inputs in zip(flows, steps, strict=True)
-        ]
-        found = running.found
-        # Neither its weights nor its ops' are to be in memory beside those of what comes next.
-        del running
-        yield cut, found, counts
-        del found
-
-
-def _labelled(cut: Cut, compared: Compared) -> dict[str, judged.Pair]:
-    """By what a value is to its part: nothing for what flows on, `adds`, or a pool's name."""
-    labels = {cut.flow_out: "", cut.mixed: "adds"}
-    return {labels.get(name, name.removeprefix("next.")): beside.pair for name, beside in compared.items()}
+def _layer_error(
+    name: str, kind: str, candidate: dict[str, Pair], baseline: dict[str, Pair] | None
+) -> PartError:
+    pair = candidate["adds"]
+    error, not_finite = metrics.relative_l2(*pair), int(np.count_nonzero(~np.isfinite(pair[0])))
+    base = metrics.relative_l2(*baseline["adds"]) if baseline else None
+    limit = FP32_RELATIVE_L2 if base is None else BASELINE_FACTOR * base
+    return PartError(name, kind, "", error if np.isfinite(error) else None, not_finite, base, limit)

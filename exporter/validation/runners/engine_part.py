@@ -1,6 +1,6 @@
-"""A part of a graph as an engine of its own, run once at a time on the inputs it is given.
+"""A part of a graph as an engine of its own: every run takes all inputs and gives all outputs.
 
-**Not executed**: as `engine_session`, written against TensorRT's API as its Python modules describe it.
+**Not executed**: like `engine_session`, it is written against TensorRT's API as its Python modules describe it.
 """
 
 from __future__ import annotations
@@ -8,25 +8,23 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import ml_dtypes  # noqa: F401 - teaches NumPy the names bfloat16 and float8_e4m3fn
+import ml_dtypes  # noqa: F401  registers bfloat16 and float8_e4m3fn with NumPy
 import numpy as np
 from numpy.typing import NDArray
 
 from nemotrt.exporter.errors import BundleError
 from nemotrt.exporter.runtime.cuda import CudaError, Device, Memory
 from nemotrt.exporter.runtime.engine_file import OpenEngine, because, create_context
+from nemotrt.exporter.runtime.manifest import GraphSummary
 from nemotrt.plugins.contract import NEXT
 
 
 class EnginePart:
-    """An engine of one profile without state: a pool's output is what its plugin left in the input's place."""
+    """An engine with one profile and no state; the plugin that updates a pool overwrites the input's buffer."""
 
-    def __init__(
-        self, opened: OpenEngine, device: Device, inputs: Mapping[str, str], outputs: Mapping[str, str]
-    ) -> None:
-        """`inputs` and `outputs` are names → NumPy's names of dtypes; raises BundleError where there is no room."""
-        self._opened, self._device = opened, device
-        self._inputs, self._outputs = inputs, outputs
+    def __init__(self, opened: OpenEngine, device: Device, graph: GraphSummary) -> None:
+        """Raises BundleError if the GPU has too little memory."""
+        self._opened, self._device, self._graph = opened, device, graph
         gpu = device.gpu
         self.runs_as = (
             f"{opened.backend.title} {opened.trt.__version__} on {gpu.name} (SM {gpu.sm}), part by part"
@@ -38,11 +36,11 @@ class EnginePart:
             raise BundleError(f"{gpu.name} has no room for a part's scratch memory: {error}") from error
         self._context = create_context(opened)
         self._context.set_device_memory(self._scratch.address, self._scratch.num_bytes)
-        self._accept("a profile", self._context.set_optimization_profile_async(0, device.stream))
+        self._check("a profile", self._context.set_optimization_profile_async(0, device.stream))
         device.synchronize()
 
     def run(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        """Every output by its name, in FP32 where it is no integer; `feeds` may hold more than the part takes."""
+        """Every output by name, floats in FP32; `feeds` may hold more than the part's inputs."""
         try:
             self._device.make_current()
             return self._run(feeds)
@@ -50,31 +48,31 @@ class EnginePart:
             raise BundleError(f"a part failed on the GPU: {error}; {because(self._opened.log)}") from error
 
     def _run(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        held: dict[str, Memory] = {}
-        for name, dtype in self._inputs.items():
-            values = np.ascontiguousarray(feeds[name].astype(dtype))
-            held[name] = self._device.allocate(values.nbytes)
-            self._device.write(held[name], values)
-            self._accept(name, self._context.set_input_shape(name, values.shape))
-            self._accept(name, self._context.set_tensor_address(name, held[name].address))
+        buffers: dict[str, Memory] = {}
+        for value in self._graph.inputs:
+            array = np.ascontiguousarray(feeds[value.name].astype(value.dtype))
+            buffers[value.name] = self._device.allocate(array.nbytes)
+            self._device.write(buffers[value.name], array)
+            self._check(value.name, self._context.set_input_shape(value.name, array.shape))
+            self._check(value.name, self._context.set_tensor_address(value.name, buffers[value.name].address))
         if missing := self._context.infer_shapes():
-            raise BundleError(f"the part's engine has an input {missing[0]} that its graph has not")
+            raise BundleError(f"the part's engine has an input {missing[0]}, which its graph lacks")
         results = {}
-        for name, dtype in self._outputs.items():
-            results[name] = np.empty(tuple(self._context.get_tensor_shape(name)), dtype)
-            pool = name.removeprefix(NEXT)
-            held[name] = held[pool] if pool != name else self._device.allocate(results[name].nbytes)
-            self._accept(name, self._context.set_tensor_address(name, held[name].address))
-        self._accept("the step", self._context.execute_async_v3(self._device.stream))
-        for name, values in results.items():
-            self._device.read(held[name], values)
-        return {name: _readable(values) for name, values in results.items()}
+        for value in self._graph.outputs:
+            array = np.empty(tuple(self._context.get_tensor_shape(value.name)), value.dtype)
+            pool = value.name.removeprefix(NEXT)
+            is_pool = pool != value.name
+            buffers[value.name] = buffers[pool] if is_pool else self._device.allocate(array.nbytes)
+            self._check(value.name, self._context.set_tensor_address(value.name, buffers[value.name].address))
+            results[value.name] = array
+        self._check("the step", self._context.execute_async_v3(self._device.stream))
+        for name, array in results.items():
+            self._device.read(buffers[name], array)
+        return {
+            name: array if array.dtype.kind in "iub" else array.astype(np.float32)
+            for name, array in results.items()
+        }
 
-    def _accept(self, what: str, is_accepted: bool) -> None:
+    def _check(self, subject: str, is_accepted: bool) -> None:
         if not is_accepted:
-            raise BundleError(f"the part's engine refuses {what}: {because(self._opened.log)}")
-
-
-def _readable(values: NDArray[Any]) -> NDArray[Any]:
-    is_whole = values.dtype.kind in "iub"
-    return values if is_whole else values.astype(np.float32)
+            raise BundleError(f"the part's engine refuses {subject}: {because(self._opened.log)}")

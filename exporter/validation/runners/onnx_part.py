@@ -17,7 +17,8 @@ class PartSession:
 
     def __init__(self, graph: OnnxGraph, providers: Sequence[str] = (CPU,)) -> None:
         """Load the graph; raises as `open_graph` does."""
-        self._session, self.runs_as = open_graph(
+        self.runs_as = graph.runs_as(providers)
+        self._session = open_graph(
             graph,
             threads=0,
             providers=providers,

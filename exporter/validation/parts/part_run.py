@@ -1,0 +1,180 @@
+"""One part of the model run three ways on the same inputs, and every result compared with PyTorch in FP32.
+
+A runtime runs the part of the graph. PyTorch runs the same part in FP32, as the reference, and at the graph's
+precision, as the rounding baseline. Padding, and rows of a pool that a step does not write, are not compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from nemotrt.exporter.runtime.step import StepInputs
+from nemotrt.exporter.validation import gates, metrics
+from nemotrt.exporter.validation.gates import BASELINE_FACTOR, FP32_RELATIVE_L2, Noise, Pair
+from nemotrt.exporter.validation.metrics import Array
+from nemotrt.exporter.validation.parts.subgraphs import GraphPart
+from nemotrt.exporter.validation.parts.torch_parts import OpCall, TorchPart
+from nemotrt.plugins.contract import NEXT
+
+
+class PartRunner(Protocol):
+    """A part of the graph in some runtime, without state of its own."""
+
+    runs_as: str
+    """The runtime, the precision and the device, in words."""
+
+    def run(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        """Every output by name; `feeds` may hold more than the part's inputs."""
+
+
+@dataclass
+class ValueComparison:
+    """One value of a part over the steps: a runner's, the reference's, and which elements are compared."""
+
+    steps: list[tuple[Array, Array, Any]] = field(default_factory=list)
+    shapes: tuple[tuple[int, ...], tuple[int, ...]] | None = None
+    """The runner's shape and the reference's if they differ; the runner's elements are then NaN."""
+
+    def add(self, ours: Array, reference: Array, rows: Any) -> None:
+        """Add a step; `rows` indexes the elements that are compared."""
+        if ours.shape != reference.shape:
+            self.shapes = (ours.shape, reference.shape)
+            ours = np.full(reference.shape, np.nan)
+        self.steps.append((ours, reference, rows))
+
+    def first(self, count: int) -> ValueComparison:
+        """The comparison of the first `count` steps."""
+        return ValueComparison(self.steps[:count])
+
+    @property
+    def pair(self) -> Pair:
+        """The compared elements of all steps, the runner's and the reference's."""
+        ours, reference = zip(*((a[rows], b[rows]) for a, b, rows in self.steps), strict=True)
+        return np.concatenate(ours), np.concatenate(reference)
+
+    @property
+    def error(self) -> float:
+        """Relative L2 over all steps; infinite if a value is NaN."""
+        error = metrics.relative_l2(*self.pair)
+        return error if not np.isnan(error) else float("inf")
+
+    def worst(self) -> tuple[int, tuple[int, ...], float, float]:
+        """The step and the index of the largest difference, and both elements there."""
+        candidates: list[tuple[float, int, tuple[int, ...], float, float]] = []
+        for step, (ours, reference, rows) in enumerate(self.steps):
+            difference = np.zeros(reference.shape)
+            difference[rows] = np.nan_to_num(np.abs(ours[rows] - reference[rows]), nan=np.inf)
+            if difference.size:
+                place = np.unravel_index(difference.argmax(), difference.shape)
+                index = tuple(map(int, place))
+                candidates.append(
+                    (float(difference[place]), step, index, float(ours[place]), float(reference[place]))
+                )
+        return max(candidates, key=lambda candidate: candidate[0])[1:]
+
+
+@dataclass
+class PartComparison:
+    """The values of one part over the steps by the graph's names, against the reference on the same inputs."""
+
+    candidate: dict[str, ValueComparison] = field(default_factory=dict)
+    baseline: dict[str, ValueComparison] = field(default_factory=dict)
+    """PyTorch at the graph's precision; empty if that is FP32."""
+    calls: list[tuple[list[OpCall], list[OpCall]]] = field(default_factory=list)
+    """For each step, the ops that the reference called and the ops that the baseline called."""
+
+
+def run_part(
+    part: GraphPart,
+    noise: Noise,
+    steps: Sequence[tuple[Tensor, StepInputs]],
+    runner: PartRunner,
+    reference: TorchPart,
+    baseline: TorchPart | None,
+    names: Sequence[str],
+) -> tuple[list[Tensor], PartComparison]:
+    """What flows out of the reference in each step, and the comparison of the values in `names`.
+
+    `steps` holds what flows in and the step's inputs. Every pool starts as in `noise`. In each comparison, the
+    reference takes the experts that the other side chose.
+    """
+    comparison = PartComparison()
+    state: dict[str, NDArray[Any]] = {name: noise[name] for name in part.pools}
+    reference.reset(noise)
+    if baseline:
+        baseline.reset(noise)
+    flows_out = []
+    for flow, inputs in steps:
+        count = int(inputs.query_start[-1])
+        results = runner.run(_feeds(part, flow, inputs) | state)
+        state = {name: results[NEXT + name] for name in state}
+        routing = tuple(results[name][:count].astype(np.float32) for name in part.router_logits)
+        flows_out.append(reference.step(flow, inputs, routing))
+        calls = reference.calls
+        rows = _row_selector(part, noise, count)
+        _add(comparison.candidate, names, results, reference.values, rows)
+        if baseline:
+            baseline.step(flow, inputs)
+            if routing := tuple(logits_TE[:count] for logits_TE in baseline.router_logits()):
+                # Running the reference again is safe: a layer that has experts has no pools.
+                reference.step(flow, inputs, routing)
+            _add(comparison.baseline, names, baseline.values, reference.values, rows)
+        comparison.calls.append((calls, baseline.calls if baseline else calls))
+    return flows_out, comparison
+
+
+def _feeds(part: GraphPart, flow: Tensor, inputs: StepInputs) -> dict[str, NDArray[Any]]:
+    fields = inputs.as_dict()
+    return fields if part.flow_in in fields else fields | {part.flow_in: flow.float().numpy()}
+
+
+def _row_selector(part: GraphPart, noise: Noise, count: int) -> Callable[[str, Array], Any]:
+    """A function from a value's name and the reference's values to the index of the elements that are compared."""
+
+    def rows(name: str, values: Array) -> Any:
+        if name.startswith(NEXT):
+            pool = name.removeprefix(NEXT)
+            return written_rows(pool, values, noise[pool])
+        return slice(count) if part.axes(name)[:1] == ("T",) else slice(None)
+
+    return rows
+
+
+def _add(
+    comparisons: dict[str, ValueComparison],
+    names: Sequence[str],
+    values: Mapping[str, Any],
+    reference: Mapping[str, Any],
+    rows: Callable[[str, Array], Any],
+) -> None:
+    for name in names:
+        expected = as_array(reference[name])
+        comparison = comparisons.setdefault(name, ValueComparison())
+        comparison.add(as_array(values[name]), expected, rows(name, expected))
+
+
+def written_rows(pool: str, after: Array, before: NDArray[Any]) -> NDArray[np.bool_]:
+    """The elements of a pool that a step wrote, without the scratch row."""
+    written = gates.written_mask(pool, after, before).copy()
+    written[0] = False
+    return written
+
+
+def as_array(values: Any) -> Array:
+    """A tensor or an array in FP64."""
+    return values.double().numpy() if isinstance(values, Tensor) else values.astype(np.float64)
+
+
+def error_limit(baseline: float | None, *, is_fp32: bool) -> float:
+    """The limit on a value's relative L2, from the baseline's; at least FP32's limit if the value is FP32."""
+    if baseline is None:
+        return FP32_RELATIVE_L2
+    if not np.isfinite(baseline):
+        return 0.0
+    return max(BASELINE_FACTOR * baseline, FP32_RELATIVE_L2 if is_fp32 else 0.0)
