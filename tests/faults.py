@@ -1,6 +1,6 @@
-"""Faults as an exporter makes them, put into a right graph: its weights, its nodes, its ops' bodies, or its state.
+"""Typical faults of an exporter, injected into the weights, nodes, op bodies or state of a correct graph.
 
-Each breaks one layer, the first of its kind, so that it is known where the blame must land.
+Each fault breaks the first layer of a kind, so that a test knows which layer must be named.
 """
 
 from __future__ import annotations
@@ -10,20 +10,23 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import ml_dtypes  # noqa: F401  (NumPy then knows bfloat16)
+import ml_dtypes  # noqa: F401  registers bfloat16 with NumPy
 import numpy as np
 import onnx
 import onnx_ir as ir
 
 from nemotrt.plugins import onnx_op
+from nemotrt.plugins.causal_conv1d import SPEC as CONV
 from nemotrt.plugins.moe_dispatch import SPEC as MOE
+from nemotrt.plugins.paged_attention import SPEC as ATTENTION
+from nemotrt.plugins.selective_scan import SPEC as SCAN
 
 FIRST, LAST, AXIS = np.array([0]), np.array([-1]), np.array([0])
 END = np.array([1 << 30])
 
 
 class Graph:
-    """A graph whose nodes and weights can be changed; a weight is the file's own bytes."""
+    """A graph whose nodes and weights can be changed; weights are mapped from the file."""
 
     def __init__(self, path: Path) -> None:
         self.model = ir.load(path)
@@ -36,21 +39,21 @@ class Graph:
                 self.weights[name] = np.memmap(tensor.path, tensor.dtype.numpy(), "r+", tensor.offset, shape)
 
     def weight(self, ending: str) -> np.ndarray:
-        """The first weight whose name ends so."""
+        """The first weight whose name has this ending."""
         return next(array for name, array in self.weights.items() if name.endswith(ending))
 
     def op(self, op_type: str) -> ir.Node:
-        """The first node of an operator."""
+        """The first node of this type."""
         return next(node for node in self.nodes if node.op_type == op_type)
 
     def named(self, ending: str) -> ir.Node:
-        """The first node whose name ends so."""
+        """The first node whose name has this ending."""
         return next(node for node in self.nodes if node.name and node.name.endswith(ending))
 
     def before(
         self, node: ir.Node, op_type: str, *operands: ir.Value | np.ndarray, **attributes: int
     ) -> ir.Value:
-        """What an operator gives that is put in before a node, at its place in the model."""
+        """The result of a new node in front of `node`, named for the same layer."""
         inputs = [value if isinstance(value, ir.Value) else self.constant(node, value) for value in operands]
         made = ir.node(op_type, inputs, attributes, name=f"{node.name}.{op_type}.{len(self.nodes)}")
         made.outputs[0].name = f"wrong.{len(self.nodes)}"
@@ -58,25 +61,25 @@ class Graph:
         return made.outputs[0]
 
     def constant(self, node: ir.Node, values: np.ndarray) -> ir.Value:
-        """A constant that is put in before a node."""
+        """A new constant in front of `node`."""
         made = ir.node("Constant", [], {"value": ir.tensor(values)}, name=f"{node.name}.{len(self.nodes)}")
         made.outputs[0].name = f"constant.wrong.{len(self.nodes)}"
         self.nodes.insert_before(node, made)
         return made.outputs[0]
 
     def feed(self, node: ir.Node, name: str, value: ir.Value) -> None:
-        """Give a node another value in place of the one of that name."""
+        """Replace the input of a node that has this name."""
         node.replace_input_with([taken.name for taken in node.inputs if taken].index(name), value)
 
     def put_out(self, old: ir.Value, new: ir.Value) -> None:
-        """Make another value the graph's output of that name."""
+        """Make `new` the graph's output in place of `old`."""
         new.name, old.name = old.name, f"lost.{old.name}"
         new.type, new.shape = old.type, old.shape
         self.nodes.outputs[self.nodes.outputs.index(old)] = new
 
 
 def broken(path: Path, inject: Callable[[Graph], None]) -> None:
-    """Put a fault into the graph at `path`; where only weights are wrong, its own file stays as it is."""
+    """Inject a fault into the graph at `path`; a fault in weights alone leaves the graph's file unchanged."""
     graph = Graph(path)
     before = ir.to_proto(graph.model)
     inject(graph)
@@ -84,7 +87,7 @@ def broken(path: Path, inject: Callable[[Graph], None]) -> None:
         array.flush()
     after = ir.to_proto(graph.model)
     if after != before:
-        # What was put in has types and shapes too, as with an exporter.
+        # An exporter would declare the types and shapes of its new values too.
         path.write_bytes(onnx.shape_inference.infer_shapes(after).SerializeToString())
 
 
@@ -121,14 +124,14 @@ def dropped_skip(graph: Graph) -> None:
 
 
 def swapped_kv_heads(graph: Graph) -> None:
-    """Queries of one group read the keys and values of another, as with a wrong map of heads to groups."""
+    """Queries of one group attend to the keys and values of another, as with a wrong map of heads to groups."""
     for name in ("k_proj.weight", "v_proj.weight"):
         weight = graph.weight(name)
         weight[:] = np.roll(weight, len(weight) // 2, axis=0)
 
 
 def gate_after_norm(graph: Graph) -> None:
-    """Norm of y · silu(z) becomes norm of y, times silu(z)."""
+    """norm(y · silu(z)) becomes norm(y) · silu(z)."""
     gated, scaled = graph.named("mixer.norm.mul"), graph.named("mixer.norm.mul_1")
     plain, gate = gated.inputs
     ir.convenience.replace_all_uses_with(gated.outputs[0], plain)
@@ -137,7 +140,7 @@ def gate_after_norm(graph: Graph) -> None:
 
 
 def one_norm_group(graph: Graph) -> None:
-    """The gated norm over all channels at once, where each group has its own."""
+    """The gated norm covers all channels at once instead of each group."""
     norm = graph.named("mixer.norm.rms_norm")
     groups = norm.inputs[0].producer()
     size = math.prod(norm.inputs[0].shape[1:])
@@ -147,7 +150,7 @@ def one_norm_group(graph: Graph) -> None:
 
 
 def _experts_with(graph: Graph, **changes: float) -> ir.Function:
-    """The first MoE layer with other attributes, in its node and in a body of its own."""
+    """Give the first MoE layer other attributes, in its node and in a separate body."""
     node = graph.op(MOE.name)
     sizes = MOE.sizes([tuple(value.shape) for value in node.inputs])
     attributes = {name: node.attributes[name].value for name in MOE.attributes} | changes
@@ -161,7 +164,7 @@ def _experts_with(graph: Graph, **changes: float) -> ir.Function:
 
 
 def correction_in_weights(graph: Graph) -> None:
-    """Experts are weighted by score and correction, not by the score alone."""
+    """Experts are weighted by score plus correction, not by the score alone."""
     body = _experts_with(graph)
     weights = next(node for node in body if node.op_type == "GatherElements")
     corrected = next(node for node in body if node.op_type == "Add" and weights.inputs[0] in node.inputs)
@@ -185,40 +188,40 @@ def scaled_logits(graph: Graph) -> None:
 
 
 def half_state(graph: Graph) -> None:
-    """The recurrent state of a layer passes through FP16 in every step."""
-    scan = graph.op("NemoSelectiveScan")
-    state = next(value for value in scan.inputs if value.name.startswith("ssm_state"))
+    """The recurrent state of a layer is rounded to FP16 in every step."""
+    scan = graph.op(SCAN.name)
+    state = onnx_op.operand(SCAN, scan, "ssm_state")
     half = graph.before(scan, "Cast", state, to=ir.DataType.FLOAT16)
     graph.feed(scan, state.name, graph.before(scan, "Cast", half, to=ir.DataType.FLOAT))
 
 
 def stale_slot(graph: Graph) -> None:
-    """The state that a step computed is lost: the next one finds what was there before."""
-    scan = graph.op("NemoSelectiveScan")
-    state = next(value for value in scan.inputs if value.name.startswith("ssm_state"))
+    """The state that a step computes is lost, and the next step reads the old state."""
+    scan = graph.op(SCAN.name)
+    state = onnx_op.operand(SCAN, scan, "ssm_state")
     graph.put_out(scan.outputs[1], graph.before(scan, "Identity", state))
 
 
 def page_mix_up(graph: Graph) -> None:
-    """Every sequence reads and writes the pages of the one before it in the batch."""
-    attention = graph.op("NemoPagedAttention")
-    table = next(value for value in attention.inputs if value.name == "page_table")
+    """Every sequence reads and writes the pages of the previous sequence in the batch."""
+    attention = graph.op(ATTENTION.name)
+    table = onnx_op.operand(ATTENTION, attention, "page_table")
     tail = graph.before(attention, "Slice", table, LAST, END, AXIS)
     front = graph.before(attention, "Slice", table, FIRST, LAST, AXIS)
     graph.feed(attention, "page_table", graph.before(attention, "Concat", tail, front, axis=0))
 
 
 def fresh_reads_slot(graph: Graph) -> None:
-    """A fresh sequence takes what its slot held for its own."""
-    scan = graph.op("NemoSelectiveScan")
-    length = next(value for value in scan.inputs if value.name == "context_len")
+    """A fresh sequence uses the old contents of its slot."""
+    scan = graph.op(SCAN.name)
+    length = onnx_op.operand(SCAN, scan, "context_len")
     graph.feed(scan, "context_len", graph.before(scan, "Max", length, np.array([1], dtype=np.int32)))
 
 
 def moved_boundary(graph: Graph) -> None:
-    """A sequence's first token counts as the last of the one before it in the batch."""
-    conv = graph.op("NemoCausalConv1d")
-    start = next(value for value in conv.inputs if value.name == "query_start")
+    """A sequence's first token counts as the last token of the previous sequence in the batch."""
+    conv = graph.op(CONV.name)
+    start = onnx_op.operand(CONV, conv, "query_start")
     is_first = graph.before(conv, "Equal", start, np.array([0], dtype=np.int32))
     later = graph.before(conv, "Add", start, np.array([1], dtype=np.int32))
     moved = graph.before(conv, "Where", is_first, start, later)
@@ -228,15 +231,15 @@ def moved_boundary(graph: Graph) -> None:
 
 @dataclass(frozen=True)
 class Fault:
-    """What an exporter did wrong, and in what part of the model."""
+    """An exporter's fault, and the part of the model that it breaks."""
 
     name: str
     kind: str
-    """Of the layer that it breaks, the first one; or `head`."""
+    """The kind of the broken layer, which is the first of its kind; or `head`."""
     inject: Callable[[Graph], None]
 
     def place(self, layers: dict[int, str]) -> str:
-        """Which part of a model is broken, from its layers' kinds."""
+        """The name of the broken part, from the kinds of the model's layers."""
         if self.kind == "head":
             return "head"
         return f"layers.{next(index for index, kind in layers.items() if kind == self.kind)}"

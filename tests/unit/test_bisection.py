@@ -1,4 +1,4 @@
-"""Bisect: a right graph has nothing that departs, and each fault is named by its layer, its op and what is wrong."""
+"""Bisect: a right graph has no diverging value, and a fault is named by its layer, its op and the wrong input."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def build(checkpoint: Path, folder: Path, precision: str) -> Built:
     return model, config, folder / "model.onnx"
 
 
-def found(built: Built, *, seed: int = 0, graph: Path | None = None) -> Bisection:
+def bisection_of(built: Built, *, seed: int = 0, graph: Path | None = None) -> Bisection:
     model, config, path = built
     traces = trace_for_bisection(model, config)
     return bisect(model, config, OnnxGraph.read(graph or path), workload_of(model, config, seed), *traces)
@@ -71,7 +71,7 @@ def scaled_down_proj(graph: Graph) -> None:
     graph.weights["backbone.layers.3.mixer.down_proj.weight"] *= 1.05
 
 
-# Faults of one line are in different parts of one graph: each part is looked at alone.
+# The faults of one line are in different parts of one graph, because each part is compared alone.
 GROUPS: list[dict[Any, tuple[str, str]]] = [
     {
         dropped_skip: ("layers.0.mixer.scan", "layers.0.mixer.D: DIFFERS"),
@@ -106,30 +106,30 @@ def test_each_fault_is_named(built: Built, tmp_path: Path, faults: dict[Any, tup
     copy = shutil.copytree(built[2].parent, tmp_path / "broken") / "model.onnx"
     for fault in faults:
         broken(copy, fault)
-    diverging = found(built, graph=copy).diverging
-    for suspect, (node, said) in zip(diverging, faults.values(), strict=True):
-        assert re.fullmatch(node, suspect.node)
-        assert any(re.search(said, line) for line in suspect.reads), suspect.reads
-        assert suspect.diverges
-        assert suspect.tensor.startswith((f"{suspect.place}.", "next.", "logits"))
+    diverging = bisection_of(built, graph=copy).diverging
+    for value, (node, line) in zip(diverging, faults.values(), strict=True):
+        assert re.fullmatch(node, value.node)
+        assert any(re.search(line, read) for read in value.reads), value.reads
+        assert value.diverges
+        assert value.tensor.startswith((f"{value.place}.", "next.", "logits"))
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_nothing_departs_in_a_right_graph(built: Built, seed: int) -> None:
-    bisected = found(built, seed=seed)
+def test_nothing_diverges_in_a_right_graph(built: Built, seed: int) -> None:
+    bisected = bisection_of(built, seed=seed)
     assert not bisected.diverging
     assert not bisected.marking_changed
     assert bisected.nearest
     assert 0 < bisected.nearest.limit_fraction < 0.7
-    # The sigmoid of each gate is part of an operator of PyTorch's.
+    # PyTorch has no value for the sigmoid inside each SiLU.
     assert (bisected.num_unmatched, bisected.num_values > 100) == (2, True)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp8"])
-def test_nothing_departs_in_other_precisions(tmp_path: Path, checkpoint: Path, precision: str) -> None:
+def test_nothing_diverges_in_other_precisions(tmp_path: Path, checkpoint: Path, precision: str) -> None:
     (tmp_path / "graph").mkdir()
     source = checkpoint if precision == "fp32" else fp8_checkpoints.small(tmp_path / "fp8")
-    bisected = found(build(source, tmp_path / "graph", precision))
+    bisected = bisection_of(build(source, tmp_path / "graph", precision))
     assert not bisected.diverging
     assert bisected.num_values > 90
 
@@ -141,20 +141,20 @@ def test_a_forgotten_fp8_scale_is_named(tmp_path: Path) -> None:
     scale = Graph(built[2]).weights["backbone.layers.4.mixer.in_proj.weight_scale"]
     scale *= 1.1
     scale.flush()
-    (suspect,) = found(built).diverging
-    assert suspect.node == "layers.4.mixer.in_proj"
+    (value,) = bisection_of(built).diverging
+    assert value.node == "layers.4.mixer.in_proj"
 
 
-def test_a_value_that_is_not_finite_departs(built: Built, tmp_path: Path) -> None:
+def test_a_value_that_is_not_finite_diverges(built: Built, tmp_path: Path) -> None:
     copy = shutil.copytree(built[2].parent, tmp_path / "broken") / "model.onnx"
 
     def one_nan(graph: Graph) -> None:
         graph.weights["backbone.layers.3.mixer.up_proj.weight"][5, 7] = np.nan
 
     broken(copy, one_nan)
-    (suspect,) = found(built, graph=copy).diverging
-    assert (suspect.node, suspect.error, suspect.candidate) == ("layers.3.mixer.up_proj", None, None)
-    assert suspect.limit_fraction == float("inf")
+    (value,) = bisection_of(built, graph=copy).diverging
+    assert (value.node, value.error, value.candidate) == ("layers.3.mixer.up_proj", None, None)
+    assert value.limit_fraction == float("inf")
 
 
 class Disturbed(PartSession):
@@ -167,7 +167,7 @@ class Disturbed(PartSession):
         return shown
 
 
-def test_it_is_said_that_marking_changed_the_result(built: Built) -> None:
+def test_marking_that_changes_the_result_is_reported(built: Built) -> None:
     model, config, graph = built
     traces = trace_for_bisection(model, config)
     disturbed = bisect(

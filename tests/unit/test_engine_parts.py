@@ -1,4 +1,4 @@
-"""Bisecting an engine: parts are built and run on a stand-in for TensorRT and CUDA as they are in ONNX Runtime."""
+"""Bisecting an engine: its parts are built and run on a fake TensorRT and CUDA, which compute in ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from nemotrt.exporter.engines.builder import EngineRequest, EngineResult
 from nemotrt.exporter.errors import BundleError, UsageError
 from nemotrt.exporter.pipelines import build, validate
 from nemotrt.exporter.pipelines.validate import trace_for_bisection
+from nemotrt.exporter.progress import SILENT
 from nemotrt.exporter.report.model import Gate, ValidationReport
 from nemotrt.exporter.runtime import cuda as cuda_module
 from nemotrt.exporter.runtime import engine_file
@@ -88,10 +89,10 @@ def test_an_engine_is_bisected_part_by_part(
     broken(graph, swapped_kv_heads)
     parts, model, driven = opened(bundle, built[1])
     traces = trace_for_bisection(model, built[1])
-    found = bisect(model, built[1], OnnxGraph.read(graph), driven, *traces, open_part=parts.open)
-    assert [suspect.node for suspect in found.diverging] == ["layers.0.mixer.scan", "layers.2.mixer.k_proj"]
-    assert found.runs_as == f"TensorRT-RTX {VERSION} on Fake RTX (SM 89), part by part"
-    assert not found.marking_changed
+    bisected = bisect(model, built[1], OnnxGraph.read(graph), driven, *traces, open_part=parts.open)
+    assert [value.node for value in bisected.diverging] == ["layers.0.mixer.scan", "layers.2.mixer.k_proj"]
+    assert bisected.runs_as == f"TensorRT-RTX {VERSION} on Fake RTX (SM 89), part by part"
+    assert not bisected.marking_changed
     # Each part with its inner values as outputs, and without.
     assert len(requests) == 2 * 8
     mamba = requests[2]
@@ -108,7 +109,7 @@ def test_validate_bisects_the_engine_that_it_judges(
     request = ValidationRequest(built[0], built[1].checkpoint, engine=True, bisect=True)
     subject = validate.subject_of(built[0], built[1].checkpoint, None)
     report = ValidationReport("engine", "PyTorch", "", {}, (Gate("s", "o", "m", 0.0, 1.0),), {}, ())
-    found = validate._bisected(report, request, subject)
+    found = validate._bisected(report, request, subject, SILENT)
     assert found.bisect
     assert "Fake RTX" in found.bisect.runs_as
     assert found.passed

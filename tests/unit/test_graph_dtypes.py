@@ -1,4 +1,4 @@
-"""A graph's dtypes are read: what is kept in another than the model's, or cast to one, is named."""
+"""The gates on a graph's dtypes name each weight, pool and input of an op that has another dtype or is cast to one."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def graph(loaded: LoadedModel, config: BuildConfig) -> ModelProto:
     return onnx.load(config.output / "model.onnx", load_external_data=False)
 
 
-def departing(graph: ModelProto, loaded: LoadedModel, config: BuildConfig) -> list[tuple[str, float]]:
+def diverging(graph: ModelProto, loaded: LoadedModel, config: BuildConfig) -> list[tuple[str, float]]:
     return [
         (gate.output, gate.value)
         for gate in dtype_gates(ir.from_proto(graph), expected_dtypes(loaded, config))
@@ -43,7 +43,7 @@ def departing(graph: ModelProto, loaded: LoadedModel, config: BuildConfig) -> li
 
 
 def test_a_right_graph_keeps_every_dtype(graph: ModelProto, loaded: LoadedModel, config: BuildConfig) -> None:
-    assert departing(graph, loaded, config) == []
+    assert diverging(graph, loaded, config) == []
     assert {gate.output for gate in dtype_gates(ir.from_proto(graph), expected_dtypes(loaded, config))} == {
         "weights", "pools", "ops' FP32 inputs",
     }  # fmt: skip
@@ -98,4 +98,4 @@ def test_another_dtype_is_named(
     changed = ModelProto()
     changed.CopyFrom(graph)
     change(changed)
-    assert departing(changed, loaded, config) == found
+    assert diverging(changed, loaded, config) == found

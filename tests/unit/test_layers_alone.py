@@ -93,8 +93,8 @@ def test_bisect_is_part_of_the_report(bundle: Path, half: Path, tmp_path: Path) 
     assert "layers.1.mixer.experts diverges from PyTorch" in result.stderr
     assert "experts.up: DIFFERS from the checkpoint in 384" in " ".join(result.stdout.split())
     assert "experts.up: DIFFERS" in page.read_text()
-    found = json.loads(run(*arguments, "--json").stdout)["bisect"]
-    assert [suspect["node"] for suspect in found["diverging"]] == ["layers.1.mixer.experts"]
+    bisection = json.loads(run(*arguments, "--json").stdout)["bisect"]
+    assert [value["node"] for value in bisection["diverging"]] == ["layers.1.mixer.experts"]
 
 
 def experts(modules: PartModules, dtype: torch.dtype) -> torch.Tensor:
