@@ -1,8 +1,7 @@
 #!/usr/bin/env python3
-"""The figures of docs/performance.md on a CPU: each subcommand makes its model, measures, and prints one JSON object.
+"""Measures the CPU figures of docs/performance.md: each subcommand builds a model and prints one JSON object.
 
-Times of things that are compared are taken in turns in one process, and are medians. Peak memory is the kernel's own
-count for a child process (ru_maxrss).
+Times that are compared are medians of alternating runs in one process. Peak memory is ru_maxrss of a child process.
 """
 
 from __future__ import annotations
@@ -76,9 +75,9 @@ MOE_321M = COMMON | {
 
 
 PAUSE = 0.15
-"""Seconds: a decode that took 16 ms after a pause took 26 right after other sessions' calls."""
+"""Seconds before each call: a decode that took 16 ms after a pause took 26 ms right after other sessions' calls."""
 
-# A child's peak starts at that of the process that made it, so a small one stands in between.
+# A child's peak starts at its parent's memory, so a small process starts it.
 LAUNCHER = """
 import os, subprocess, sys, time
 started = time.perf_counter()
@@ -105,10 +104,10 @@ def alone(command: str, *arguments: object) -> dict[str, float]:
 
 
 def in_turns(calls: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
-    """The median milliseconds of each call, each round timing every call once.
+    """The median milliseconds of each call; each round times every call once.
 
-    Before each, a pause: ONNX Runtime's idle threads spin for tens of milliseconds after a call, on the cores of
-    whoever is next. Then an untimed call, since the weights of others are in the caches.
+    A pause comes first, because ONNX Runtime's idle threads spin for tens of milliseconds after a call and take cores
+    from the next one; then an untimed call, because the caches hold the weights of another session.
     """
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(repeats):
@@ -118,11 +117,11 @@ def in_turns(calls: dict[str, Callable[[], Any]], repeats: int) -> dict[str, flo
             started = time.perf_counter()
             call()
             times[name].append(time.perf_counter() - started)
-    return {name: statistics.median(found) * 1e3 for name, found in times.items()}
+    return {name: statistics.median(seconds) * 1e3 for name, seconds in times.items()}
 
 
 def one_sequence(session: Session, tokens: int, context: int) -> Callable[[], Any]:
-    """A step of so many tokens of one sequence in slot 1, its pages in order."""
+    """A call that runs `tokens` tokens of one sequence in slot 1 after `context` earlier ones."""
     pages = -(-(tokens + context) // session.page_size)
     step = StepInputs(
         np.ones(tokens, dtype=np.int64),
@@ -137,12 +136,12 @@ def one_sequence(session: Session, tokens: int, context: int) -> Callable[[], An
 
 @click.group()
 def main() -> None:
-    """Measure, and print JSON."""
+    """Measure one figure and print it as JSON."""
     torch.set_num_threads(os.cpu_count() or 1)
 
 
 def report(figures: dict[str, Any]) -> None:
-    """Print the figures with what they depend on."""
+    """Print the figures with the number of cores and PyTorch's version."""
     click.echo(json.dumps(figures | {"cores": os.cpu_count(), "torch": torch.__version__}, indent=2))
 
 
@@ -158,10 +157,10 @@ def dense() -> None:
 
 @main.command()
 @click.argument("checkpoint", type=click.Path(exists=True, file_okay=False, path_type=Path))
-@click.option("--layers", default="", help="As build's.")
+@click.option("--layers", default="", help="As for build.")
 def graph(checkpoint: Path, layers: str) -> None:
-    """Load, trace and lower CHECKPOINT, the bytes of its weights left out: how cost grows with depth."""
-    external_data.write = _made_a_hole
+    """Load, trace and lower CHECKPOINT without writing its weights: how time grows with depth."""
+    external_data.write = _write_hole
     config = BuildConfig(checkpoint, Path(), precision="fp8" if load(checkpoint).config.recipe else "bf16")
     started = time.perf_counter()
     with tempfile.TemporaryDirectory(dir=checkpoint.parent) as folder:
@@ -171,17 +170,17 @@ def graph(checkpoint: Path, layers: str) -> None:
     report({"layers": len(model.config.layers), "nodes": lowered.nodes, "seconds": seconds})
 
 
-def _made_a_hole(path: Path, placed: tuple[external_data.Placed, ...], **_: Any) -> int:
-    """As external_data.write, of no byte."""
+def _write_hole(path: Path, placed: tuple[external_data.Placed, ...], **_: Any) -> int:
+    """external_data.write without data: the file has its size and no block."""
     with path.open("wb") as file:
         file.truncate(external_data.data_bytes(placed))
     return 0
 
 
 @main.command()
-@click.option("--preset", default="published", show_default=True, help="What is left out of FP8.")
+@click.option("--preset", default="published", show_default=True, help="Which modules stay unquantized.")
 def quantize(preset: str) -> None:
-    """Calibrate and quantize that model on the built-in text, by the example's tokenizer."""
+    """Calibrate and quantize the dense model on the built-in text, with the example's tokenizer."""
     with tempfile.TemporaryDirectory(dir=".") as folder:
         checkpoint = Path(folder) / "checkpoint"
         write_checkpoint(DENSE_1270M, checkpoint, dtype=torch.bfloat16)
@@ -195,7 +194,7 @@ def quantize(preset: str) -> None:
 @click.argument("checkpoint", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("--repeats", default=3, show_default=True)
 def writing(checkpoint: Path, repeats: int) -> None:
-    """Write the weights of CHECKPOINT, as they are and in FP16, against `cp` of the files that hold them."""
+    """Compare writing the weights of CHECKPOINT, unchanged and in FP16, with `cp` of its files."""
     with tempfile.TemporaryDirectory(dir=checkpoint.parent) as folder:
         calls: dict[str, Callable[[], int]] = {"cp": partial(_copied, checkpoint, Path(folder) / "copy")}
         model = load(checkpoint)
@@ -203,26 +202,26 @@ def writing(checkpoint: Path, repeats: int) -> None:
             placed = external_data.lay_out(weights.parameters(model.config, model.weights, dtype), link=False)
             calls[str(dtype)] = partial(_written, placed, Path(folder) / "data")
         for call in calls.values():
-            call()  # of memory that a machine has not used for a while the first pages cost the most
-        found: dict[str, list[float]] = {name: [] for name in calls}
+            call()  # the first pages of memory that was unused for a while cost the most
+        speeds: dict[str, list[float]] = {name: [] for name in calls}
         for _ in range(repeats):
             for name, call in calls.items():
-                found[name].append(_rate(call))
+                speeds[name].append(_rate(call))
             calls = dict(reversed(calls.items()))
         share = {
-            name: [a / b for a, b in zip(rates, found["cp"], strict=True)] for name, rates in found.items()
+            name: [a / b for a, b in zip(rates, speeds["cp"], strict=True)] for name, rates in speeds.items()
         }
-        report({"checkpoint": checkpoint.name, "gb_a_second": found, "share_of_cp": share})
+        report({"checkpoint": checkpoint.name, "gb_a_second": speeds, "share_of_cp": share})
 
 
 def _rate(call: Callable[[], int]) -> float:
-    """GB a second of a call that says how many bytes it brought to the disk."""
+    """GB a second of a call that returns the bytes it wrote to the disk."""
     started = time.perf_counter()
     return call() / (time.perf_counter() - started) / 1e9
 
 
 def _copied(source: Path, target: Path) -> int:
-    """Real bytes of a copy, on the disk, and then removed: not those of holes."""
+    """Copy a folder to the disk and remove the copy; returns its bytes without holes."""
     subprocess.run(["cp", "-r", str(source), str(target)], check=True)
     sync(target)
     size = sum(path.stat().st_blocks * 512 for path in target.iterdir())
@@ -231,7 +230,7 @@ def _copied(source: Path, target: Path) -> int:
 
 
 def _written(placed: tuple[external_data.Placed, ...], target: Path) -> int:
-    """Real bytes of weights in one data file, on the disk, and then removed."""
+    """Write the weights to one file on the disk and remove it; returns the bytes without holes."""
     written = external_data.write(target, placed, advance=lambda _: None, synced=lambda _: None)
     sync(target)
     target.unlink()
@@ -272,7 +271,7 @@ def moe(peer: bool, repeats: int) -> None:
 
 
 def _eager(checkpoint: Path) -> tuple[Callable[[], Any], Callable[[], Any], Any]:
-    """Prefill and decode of transformers' model in eager mode, and the model."""
+    """Calls for prefill and decode of transformers' model in eager mode, and the model."""
     from transformers import DynamicCache, NemotronHConfig, NemotronHForCausalLM
 
     raw = json.loads((checkpoint / "config.json").read_text())
@@ -296,7 +295,7 @@ def _eager(checkpoint: Path) -> tuple[Callable[[], Any], Callable[[], Any], Any]
 
 
 def _peer(model: Any) -> tuple[dict[str, Any], Callable[[], Any], Callable[[], Any]]:
-    """Prefill and decode as transformers' own exporter writes them, in ONNX Runtime."""
+    """Figures of transformers' exporter, and calls for prefill and decode of its graphs in ONNX Runtime."""
     from transformers import DynamicCache
     from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
 
@@ -304,21 +303,21 @@ def _peer(model: Any) -> tuple[dict[str, Any], Callable[[], Any], Callable[[], A
     with torch.no_grad():
         empty = DynamicCache(config=model.config)
         cache = model(input_ids=ids, past_key_values=empty, use_cache=True).past_key_values
-    found: dict[str, Any] = {}
+    figures: dict[str, Any] = {}
     calls = []
     cases = {"prefill": {"input_ids": ids}, "decode": {"input_ids": ids[:, :1], "past_key_values": cache}}
     for name, inputs in cases.items():
         started = time.perf_counter()
         exported = OnnxExporter().export(model, inputs, config=OnnxConfig(dynamic=False))
-        found[f"{name}_export_seconds"] = time.perf_counter() - started
-        found[f"{name}_nodes"] = len(exported.program.graph)
+        figures[f"{name}_export_seconds"] = time.perf_counter() - started
+        figures[f"{name}_nodes"] = len(exported.program.graph)
         calls.append(partial(exported, **inputs))
-    return found, calls[0], calls[1]
+    return figures, calls[0], calls[1]
 
 
 @main.command()
 def scan() -> None:
-    """The scan's ONNX body at 512 and 4096 tokens, in the size of a layer of Nano."""
+    """Time the scan's ONNX body at 512 and 4096 tokens, at the size of one of Nano's layers."""
     heads, head_dim, groups, state = 64, 64, 8, 128
     sizes = {"H": heads, "P": head_dim, "G": groups, "N": state}
     attributes = {"dt_min": 0.0, "dt_max": 3.4e38}
@@ -340,18 +339,18 @@ def scan() -> None:
     generator = np.random.default_rng(0)
 
     def feeds(tokens: int) -> dict[str, Any]:
-        known = {**sizes, "T": tokens, "B": 1, "B+1": 2, "S": 2}
-        found: dict[str, Any] = {
-            tensor.name: generator.standard_normal([known[axis] for axis in tensor.axes], dtype=np.float32)
+        axes = {**sizes, "T": tokens, "B": 1, "B+1": 2, "S": 2}
+        arrays: dict[str, Any] = {
+            tensor.name: generator.standard_normal([axes[axis] for axis in tensor.axes], dtype=np.float32)
             for tensor in SCAN.inputs
         }
         integers = {"query_start": [0, tokens], "context_len": [0], "slot": [1]}
-        found |= {name: np.asarray(values, dtype=np.int32) for name, values in integers.items()}
-        return found | {"A": -(found["A"] ** 2)}
+        arrays |= {name: np.asarray(values, dtype=np.int32) for name, values in integers.items()}
+        return arrays | {"A": -(arrays["A"] ** 2)}
 
     calls = {str(tokens): partial(session.run, None, feeds(tokens)) for tokens in (1, 512, 4096)}
-    found = in_turns(calls, 5)
-    report({"scan_body_ms": found, "4096_over_512": found["4096"] / found["512"]})
+    times = in_turns(calls, 5)
+    report({"scan_body_ms": times, "4096_over_512": times["4096"] / times["512"]})
 
 
 if __name__ == "__main__":

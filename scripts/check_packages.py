@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Builds the source distribution and the wheel, and tests the wheel in an environment without the checkout.
 
-The environment sees the packages that this one has, by a path, but not this one's own nemo-export: what is tried is
-what the wheel holds, without downloading PyTorch again. Their versions are the installation's to settle.
+That environment shares this one's installed packages through a path file, so that PyTorch is not downloaded again, but
+not its nemo-export.
 """
 
 from __future__ import annotations
@@ -23,45 +23,47 @@ EXAMPLE = ROOT / "examples" / "tiny"
 
 
 @click.command()
-@click.option("--output", type=click.Path(path_type=Path), default=ROOT / "dist", help="Where both go.")
+@click.option(
+    "--output", type=click.Path(path_type=Path), default=ROOT / "dist", help="Folder for both packages."
+)
 def main(output: Path) -> None:
-    """Build both packages, and leave them at the output when they hold everything and work."""
+    """Build both packages, and copy them to the output folder if they are complete and work."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         run(sys.executable, "-m", "build", "--no-isolation", "--outdir", folder / "dist", ROOT)
         (sdist,), (wheel,) = (folder / "dist").glob("*.tar.gz"), (folder / "dist").glob("*.whl")
-        complete(sdist, wheel)
-        tried(wheel, folder)
+        check_contents(sdist, wheel)
+        test_wheel(wheel, folder)
         output.mkdir(exist_ok=True)
         for package in (sdist, wheel):
             click.echo(shutil.copy2(package, output))
 
 
 def run(*command: object, where: Path = ROOT) -> str:
-    """What the command prints; its failure ends this script with what it said."""
+    """The command's stdout; exits with its output if it fails."""
     words = [str(word) for word in command]
-    done = subprocess.run(words, cwd=where, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"{' '.join(words)} ended with {done.returncode}\n{done.stdout}{done.stderr}")
-    return done.stdout
+    result = subprocess.run(words, cwd=where, capture_output=True, text=True, check=False)
+    if result.returncode:
+        raise SystemExit(f"{' '.join(words)} ended with {result.returncode}\n{result.stdout}{result.stderr}")
+    return result.stdout
 
 
-def complete(sdist: Path, wheel: Path) -> None:
-    """Every file of the repository is in the one, every source of the packages in the other."""
+def check_contents(sdist: Path, wheel: Path) -> None:
+    """Check that the source distribution has every tracked file, and the wheel every source file."""
     tracked = set(run("git", "ls-files").splitlines())
     with tarfile.open(sdist) as archive:
-        held = {name.partition("/")[2] for name in archive.getnames()}
-    if lacking := sorted(tracked - held):
-        raise SystemExit(f"{sdist.name} lacks {', '.join(lacking)}: add them to MANIFEST.in")
-    wanted = {f"nemotrt/{name}" for name in tracked if name.startswith(("exporter/", "model/", "plugins/"))}
-    if lacking := sorted(wanted - set(zipfile.ZipFile(wheel).namelist())):
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    if missing := sorted(tracked - names):
+        raise SystemExit(f"{sdist.name} lacks {', '.join(missing)}: add them to MANIFEST.in")
+    sources = {f"nemotrt/{name}" for name in tracked if name.startswith(("exporter/", "model/", "plugins/"))}
+    if missing := sorted(sources - set(zipfile.ZipFile(wheel).namelist())):
         raise SystemExit(
-            f"{wheel.name} lacks {', '.join(lacking)}: add them to pyproject.toml's package-data"
+            f"{wheel.name} lacks {', '.join(missing)}: add them to pyproject.toml's package-data"
         )
 
 
-def tried(wheel: Path, folder: Path) -> None:
-    """The wheel installs, and its program checks, builds and verifies the example."""
+def test_wheel(wheel: Path, folder: Path) -> None:
+    """Install the wheel; check, build and verify the example with it."""
     home = folder / "venv"
     venv.create(home, with_pip=False)
     python = home / "bin" / "python"

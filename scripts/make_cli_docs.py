@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Writes docs/cli.md: every command's help, the exit codes, and how a shell completes them."""
+"""Writes docs/cli.md: every command's help, the exit codes, and shell completion."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def page() -> str:
 
 
 def program_context() -> click.Context:
-    """The program as if it were called, in a terminal of WIDTH columns."""
+    """The program's context in a terminal of WIDTH columns."""
     return click.Context(program, info_name=program.name, terminal_width=WIDTH, **program.context_settings)
 
 

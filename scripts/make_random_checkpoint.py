@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Writes a checkpoint of random weights for a config.json: the published layout, any size, sharded."""
+"""Writes a checkpoint of any size with random weights for a config.json, in the published layout and in shards."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ SHARD_BYTES = 1 << 30
 
 
 def random_tensor(name: str, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
-    """Values at which every parameter matters and activations keep their size from layer to layer."""
-    drawn = torch.randn(shape, generator=generator)
+    """Values for which every parameter has an effect and activations keep their scale from layer to layer."""
+    noise = torch.randn(shape, generator=generator)
     if name.endswith(("norm.weight", "norm_f.weight", ".D")):
-        return 1 + 0.1 * drawn
+        return 1 + 0.1 * noise
     if name.endswith("A_log"):
-        return 0.5 * drawn
+        return 0.5 * noise
     if name.endswith("dt_bias"):
-        return 0.5 * drawn - 1
+        return 0.5 * noise - 1
     if len(shape) == 1:
-        return 0.1 * drawn
-    return drawn / math.sqrt(shape[-1])
+        return 0.1 * noise
+    return noise / math.sqrt(shape[-1])
 
 
 def write_checkpoint(
     raw: dict[str, object], output: Path, *, dtype: torch.dtype, layers: str = "", seed: int = 0
 ) -> None:
-    """A checkpoint folder at `output`, which must not exist; memory is bounded by a shard.
+    """Write a checkpoint folder at `output`, which must not exist; memory is bounded by one shard.
 
-    With `layers`, its weights are those that `build --layers` takes of it, and no others.
+    With `layers`, only the weights that `build --layers` uses are written.
     """
     config = ModelConfig.from_dict(dict(raw))
     if layers:
@@ -78,7 +78,7 @@ def write_checkpoint(
 @click.option(
     "--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), default="bfloat16", show_default=True
 )
-@click.option("--layers", default="", help="Weights of these layers only, as build --layers takes them.")
+@click.option("--layers", default="", help="Write only the weights of these layers, as for build --layers.")
 @click.option("--seed", default=0, show_default=True)
 def main(config: Path, output: Path, dtype: str, layers: str, seed: int) -> None:
     """Write random weights for the config.json CONFIG to the new folder OUTPUT."""

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Writes docs/reliability.md: every case of the tests of bad input and of interrupts, from those tests themselves."""
+"""Writes docs/reliability.md from the cases of the tests of bad input and interrupts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "reliability.md"
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "e2e")]
 
-import bad_bundles  # noqa: E402  (the folders above are no packages)
+import bad_bundles  # noqa: E402  (the folders above are not packages)
 import bad_checkpoints  # noqa: E402
 import bad_fp8  # noqa: E402
 import bad_goldens  # noqa: E402
@@ -36,7 +36,7 @@ and `N` for any number.
 """
 
 Refusal = tuple[str, int]
-"""What the line says, and the exit code."""
+"""Pattern of the error message, and the exit code."""
 
 REFUSALS: Mapping[Callable[..., None], Mapping[str, Refusal]] = {
     test_bad_input.test_a_bad_checkpoint: {
@@ -66,7 +66,7 @@ REFUSALS: Mapping[Callable[..., None], Mapping[str, Refusal]] = {
         name: (says, 2) for name, (_, says) in bad_bundles.PROMPTS.items()
     },
 }
-"""A test whose cases are refused → each case's refusal."""
+"""Test → case → refusal."""
 
 
 def page() -> str:
@@ -84,13 +84,13 @@ def page() -> str:
 
 
 def _tests(module: ModuleType) -> Iterator[Callable[..., None]]:
-    for name, found in vars(module).items():
-        if name.startswith("test_") and inspect.isfunction(found):
-            yield found
+    for name, member in vars(module).items():
+        if name.startswith("test_") and inspect.isfunction(member):
+            yield member
 
 
 def _ids(test: Callable[..., None]) -> Iterator[str]:
-    """The ids that pytest gives the cases; none where there is one case."""
+    """The ids that pytest gives the cases; none if there is only one."""
     marks = [mark for mark in getattr(test, "pytestmark", ()) if mark.name == "parametrize"]
     if marks:
         for case in itertools.product(*(_values(*mark.args, **mark.kwargs) for mark in marks)):
@@ -116,12 +116,12 @@ def _words(name: str) -> str:
 
 def _sentence(test: Callable[..., None]) -> str:
     if not test.__doc__:
-        raise SystemExit(f"{test.__name__} has no docstring, which would be its line in {PAGE.name}")
+        raise SystemExit(f"{test.__name__} has no docstring; {PAGE.name} needs one")
     return " ".join(test.__doc__.split())
 
 
 def _readable(pattern: str) -> str:
-    """A regular expression as what it stands for."""
+    """A regular expression as readable text."""
     return re.sub(r"\\(.)", r"\1", pattern.replace(r"\d+", "N").replace(".*", "…").replace("|", r"\|"))
 
 

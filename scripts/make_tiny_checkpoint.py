@@ -72,13 +72,13 @@ its prose is not good.
 
 Made by `{command}` with Python {python}, {versions},
 in {minutes:.0f} minutes of CPU time: {training}, by transformers'
-`NemotronHForCausalLM` in FP32 with `time_step_limit` honoured.
+`NemotronHForCausalLM` in FP32 with `time_step_limit` honored.
 
 ## Text
 
 Trained on {characters:,} characters of this Python's documentation, which differs between versions: the
 language reference (`pydoc_data.topics`) and the docstrings of those standard-library modules that state no
-licence of their own, all PSF-2.0. Not trained on: the topics {topics},
+license of their own, all PSF-2.0. Not trained on: the topics {topics},
 with which no training paragraph shares {shingle} consecutive words. They are `heldout.txt`, Copyright © 2001
 onwards Python Software Foundation, under `LICENSE-PYTHON.txt`. Changes made: topics joined, typographic
 quotes made ASCII, heading underlines and emphasis marks removed.
@@ -118,7 +118,7 @@ def plain_text(text: str) -> str:
 
 
 def module_docstrings(library: Path) -> Iterator[str]:
-    """Each standard-library module's docstrings, but for files that state a copyright or licence."""
+    """Each standard-library module's docstrings, but for files that state a copyright or license."""
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     for path in sorted(library.rglob("*.py")):
         if SKIPPED & set(path.relative_to(library).parts):
@@ -192,7 +192,7 @@ def batches(stream: Tensor, seed: int) -> Iterator[Tensor]:
         yield from windows[order].view(-1, BATCH, WINDOW)
 
 
-def honour_time_step_limit(model: NemotronHForCausalLM) -> None:
+def honor_time_step_limit(model: NemotronHForCausalLM) -> None:
     """Undoes transformers 5.23's clamp of dt to at least time_step_min, which its prefill alone has."""
     for layer in model.model.layers:
         if layer.block_type == "linear_attention":
@@ -330,7 +330,7 @@ def reload(folder: Path, tensors: dict[str, Tensor]) -> NemotronHForCausalLM:
     wrong = [name for name in tensors if name not in again or not torch.equal(again[name], tensors[name])]
     if wrong or any(loaded[1].values()):
         raise click.ClickException(f"transformers loads it otherwise; fix published(): {wrong} {loaded[1]}")
-    honour_time_step_limit(model)
+    honor_time_step_limit(model)
     return model
 
 
@@ -349,7 +349,7 @@ def make(folder: Path, seed: int, steps: int, command: str) -> None:
     tokenizer = train_tokenizer(corpus.topics + corpus.docstrings)
     stream = token_stream(tokenizer, corpus, seed)
     model = NemotronHForCausalLM(NemotronHConfig(**CONFIG | {"dtype": "float32"}))
-    honour_time_step_limit(model)
+    honor_time_step_limit(model)
     initial = published(model)
     train(model, stream, steps, seed)
     minutes = time.process_time() / 60

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""Makes the wheel that carries the plugin library, so that its users need no compiler: `make wheel`.
+"""Builds the wheel that contains the plugin library, so that its users need no compiler: `make wheel`.
 
-The library is compiled against the C library of 2012 by Zig's Clang, which a package brings, for this machine's
-architecture or another; the wheel's platform tag says what the library was then found to need.
+Zig's Clang, installed by a package, compiles the library against the C library of 2012, for this machine's architecture
+or another. The wheel's platform tag follows from the symbols that the library needs.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ ROOT = Path(__file__).resolve().parents[1]
 SOURCES = ("exporter", "model", "plugins", "pyproject.toml", "README.md", "LICENSE")
 
 ARCHITECTURES = {"x86_64": "Advanced Micro Devices X86-64", "aarch64": "AArch64"}
-"""Wheels' names of architectures → readelf's."""
+"""Architecture in a wheel's name → in readelf's output."""
 
 GLIBC = "2.17"
-"""What manylinux2014 is named for: every distribution that still has updates has this or a later one."""
+"""The version of manylinux2014; every distribution that still has updates has it or a later one."""
 
 SYSTEM = re.compile(r"(lib(c|m|dl|pthread|rt)|ld-linux-(x86-64|aarch64))\.so\.\d+")
 """Libraries that every glibc has."""
@@ -38,7 +38,7 @@ MAX_BYTES = 60_000_000
 
 
 def compiler(architecture: str, folder: Path) -> Path:
-    """A program in `folder` that is Zig's C++ compiler for the architecture; raises KernelError without Zig."""
+    """The path of a script that runs Zig's C++ compiler for the architecture; raises KernelError without Zig."""
     if find_spec("ziglang") is None:
         raise KernelError("the compiler for wheels is missing: pip install --group wheel")
     path = folder / f"zig-{architecture}"
@@ -49,39 +49,41 @@ def compiler(architecture: str, folder: Path) -> Path:
 
 
 def platform_tag(library: Path, architecture: str) -> str:
-    """The manylinux tag of what the library needs of a system.
+    """The manylinux tag for the system libraries that the library needs.
 
-    Raises KernelError where it is of another architecture, needs more than the C library, or is too large.
+    Raises KernelError if it has another architecture, needs more than the C library, or is too large.
     """
-    said = _readelf(library)
-    if f"Machine: {ARCHITECTURES[architecture]}" not in re.sub(r" +", " ", said):
+    output = _readelf(library)
+    if f"Machine: {ARCHITECTURES[architecture]}" not in re.sub(r" +", " ", output):
         raise KernelError(f"{library} is not for {architecture}")
-    needed = re.findall(r"\(NEEDED\).*\[(.*)\]", said)
+    needed = re.findall(r"\(NEEDED\).*\[(.*)\]", output)
     if foreign := [name for name in needed if not SYSTEM.fullmatch(name)]:
         raise KernelError(f"{library} needs {', '.join(foreign)}: a machine without it could not load it")
-    if unknown := set(re.findall(r"Name: (\w+?)_[\d.]+ ", said)) - {"GLIBC"}:
+    if unknown := set(re.findall(r"Name: (\w+?)_[\d.]+ ", output)) - {"GLIBC"}:
         raise KernelError(f"{library} needs versions of {', '.join(sorted(unknown))}")
     size = library.stat().st_size
     if size > MAX_BYTES:
         raise KernelError(f"{library} has {size / 1e6:.1f} MB, a wheel may have {MAX_BYTES / 1e6:.0f}")
-    versions = [tuple(map(int, found.split("."))) for found in re.findall(r"Name: GLIBC_([\d.]+)", said)]
+    versions = [
+        tuple(map(int, version.split("."))) for version in re.findall(r"Name: GLIBC_([\d.]+)", output)
+    ]
     major, minor, *_ = max(versions, default=(2, 0))
-    least = int(GLIBC.partition(".")[2])  # no tag is older
-    return f"manylinux_{major}_{max(minor, least)}_{architecture}"
+    min_minor = int(GLIBC.partition(".")[2])  # no tag is older
+    return f"manylinux_{major}_{max(minor, min_minor)}_{architecture}"
 
 
 def _readelf(library: Path) -> str:
     if shutil.which("readelf") is None:
-        raise KernelError("there is no readelf: install binutils")
+        raise KernelError("readelf is missing: install binutils")
     command = ["readelf", "--wide", "--file-header", "--dynamic", "--version-info", str(library)]
     result = subprocess.run(command, capture_output=True, text=True, check=False, env={"LC_ALL": "C"})
     if result.returncode:
-        raise KernelError(f"{library} is no library: {result.stderr.strip()}")
+        raise KernelError(f"{library} is not a library: {result.stderr.strip()}")
     return result.stdout
 
 
 def wheel(library: Path, tag: str, output: Path) -> Path:
-    """The wheel of this checkout with the library in it, in the folder `output`."""
+    """Build this checkout's wheel with the library in it; returns its path in the folder `output`."""
     with tempfile.TemporaryDirectory(prefix="nemo-wheel-") as temporary:
         tree = Path(temporary) / "tree"
         tree.mkdir()
@@ -92,19 +94,19 @@ def wheel(library: Path, tag: str, output: Path) -> Path:
         prebuilt.mkdir()
         for name in (link.LIBRARY_NAME, link.DESCRIPTION_NAME):
             shutil.copy(library.parent / name, prebuilt)
-        made = Path(temporary) / "dist"
-        command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(made)]
+        dist = Path(temporary) / "dist"
+        command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(dist)]
         command += [f"-C--build-option=--plat-name={tag}", str(tree)]
         result = subprocess.run(command, capture_output=True, text=True, check=False)
         if result.returncode:
             raise KernelError(f"the wheel cannot be built: {result.stdout.strip()[-2000:]}")
-        (found,) = made.glob(f"*-{tag}.whl")
+        (path,) = dist.glob(f"*-{tag}.whl")
         output.mkdir(parents=True, exist_ok=True)
-        return Path(shutil.move(found, output / found.name))
+        return Path(shutil.move(path, output / path.name))
 
 
 def make(architecture: str, kernels: KernelIndex, work: Path, output: Path) -> Path:
-    """The wheel for the architecture with these kernels, linked in `work`; raises KernelError that says what fails."""
+    """Link these kernels in `work` and build the wheel for the architecture; raises KernelError on failure."""
     with tempfile.TemporaryDirectory(prefix="nemo-compiler-") as folder:
         toolchain = link.Toolchain(str(compiler(architecture, Path(folder))))
         library = link.link(kernels, work, toolchain)
@@ -114,7 +116,7 @@ def make(architecture: str, kernels: KernelIndex, work: Path, output: Path) -> P
 @click.command()
 @click.option("--arch", type=click.Choice(list(ARCHITECTURES)), default=platform.machine(), show_default=True)
 @click.option("--sm", "sms", type=int, multiple=True, default=SMS, show_default=True, help="May be repeated.")
-@click.option("--jobs", type=click.IntRange(min=1), default=None, help="Kernels compiled at once.")
+@click.option("--jobs", type=click.IntRange(min=1), default=None, help="Kernels compiled in parallel.")
 @click.option(
     "--output", type=click.Path(path_type=Path), default=ROOT / "dist", help="Folder for the wheel."
 )

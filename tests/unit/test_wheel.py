@@ -76,7 +76,7 @@ def test_a_library_that_is_too_large_is_refused(monkeypatch: pytest.MonkeyPatch)
 
 def test_what_is_no_library_is_refused(tmp_path: Path) -> None:
     (tmp_path / "x.so").write_text("no library")
-    with pytest.raises(KernelError, match="is no library"):
+    with pytest.raises(KernelError, match="is not a library"):
         make_wheel.platform_tag(tmp_path / "x.so", ARCHITECTURE)
 
 
