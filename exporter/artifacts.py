@@ -1,4 +1,4 @@
-"""What one stage hands to the next: frozen, and complete for the stage that reads it."""
+"""The data that one stage passes to the next: frozen dataclasses."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class QuantizedCheckpoint:
-    """A checkpoint in FP8, and what its scales were calibrated on."""
+    """A checkpoint in FP8, and the facts of its calibration."""
 
     folder: Path
     num_modules: int
     left_out: tuple[str, ...]
-    """Modules that could be FP8, and were left as they are."""
+    """Modules that could be FP8, but were excluded."""
     kv_cache: bool
     num_tokens: int
     starved_experts: tuple[str, ...]
-    """Experts that saw too few tokens for a range of their own."""
+    """Experts that saw too few tokens to have their own ranges."""
 
 
 @dataclass(frozen=True)
 class TracedPart:
-    """One traced module, to be written under `prefix`; parts of the same kind share a program.
+    """A traced module whose node names start with `prefix`; parts of the same kind share a program.
 
     `parameters` maps the module's own parameter names to the model's.
     """
@@ -41,7 +41,7 @@ class TracedPart:
 
 @dataclass(frozen=True)
 class TracedModel:
-    """The model's parts in the order in which tokens pass them, and the dtype and shape of each parameter."""
+    """The model's parts in execution order, and the dtype and shape of each parameter."""
 
     parts: tuple[TracedPart, ...]
     pools: tuple[PoolSpec, ...]
@@ -58,29 +58,29 @@ class LoweredGraph:
     ops: dict[str, int]
     weight_bytes: int
     written_bytes: int = 0
-    """Of them, those that were written to the data file: holes of a sparse checkpoint were not."""
+    """Bytes of the data file that take up disk space: sparse regions of the checkpoint stay sparse."""
     linked: tuple[str, ...] = ()
-    """Files of the checkpoint that are in the bundle too, and hold some of its weights."""
+    """Names of checkpoint files that are linked into the bundle and hold some of its weights."""
 
 
 @dataclass(frozen=True)
 class CompiledEngine:
-    """An engine, and what it needs: paths are below the bundle, empty where there is no such file."""
+    """An engine and the files that it needs; paths are relative to the bundle, and empty if there is no such file."""
 
     runtime: str
     version: str
-    """Of the TensorRT that built it, and that must run it."""
+    """Version of TensorRT that built the engine and that must run it."""
     path: str
     sms: tuple[int, ...]
     library: str
     library_build: str
-    """The plugin library's own hash of what it was made from."""
+    """The hash of the sources of the plugin library."""
     log: str
     timings: str
     max_rows: int
-    """Rows of logits that a step may ask for."""
+    """Maximum number of logits rows in a step."""
     num_plugins: int
     pools_seen: bool
-    """Whether it could be checked that no pool is copied."""
+    """Whether TensorRT listed its layers, so that copies of pools could be ruled out."""
     peak_bytes: int
-    """Of the builder's memory."""
+    """Peak memory of the builder process."""

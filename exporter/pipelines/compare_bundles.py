@@ -1,4 +1,4 @@
-"""Another bundle as the reference: the same model, as another exporter or at another precision built it.
+"""Compares a bundle with another bundle of the same model, from another exporter or at another precision.
 
 Both differ from PyTorch in FP32, the reference by up to three times the rounding baseline of its precision. So this
 answers only whether the two agree; PyTorch or a reference file says whether either is right. The limits are those of
@@ -8,13 +8,13 @@ the coarser precision of the two: three times the rounding baseline of PyTorch a
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from nemotrt.exporter.config import BuildConfig
 from nemotrt.exporter.errors import UsageError
 from nemotrt.exporter.pipelines import estimates
-from nemotrt.exporter.pipelines.opened_bundle import Subject, subject_of
+from nemotrt.exporter.pipelines.opened_bundle import OpenedBundle, open_bundle
 from nemotrt.exporter.progress import Advance, Progress
 from nemotrt.exporter.report.model import NotCompared, Omitted, ValidationReport
 from nemotrt.exporter.validation.candidates import candidate_of
@@ -25,7 +25,7 @@ from nemotrt.exporter.validation.comparison import (
     force_routing,
     observe_greedy,
 )
-from nemotrt.exporter.validation.graph_dtypes import expected_dtypes
+from nemotrt.exporter.validation.graph_dtypes import ExpectedDtypes, expected_dtypes
 from nemotrt.exporter.validation.plan import NUM_MODES, Workload, workload_of
 from nemotrt.exporter.validation.references.reference_file import identity_of
 from nemotrt.exporter.validation.request import ValidationRequest
@@ -45,97 +45,89 @@ SAME = {
     "page_size": "has pages of {theirs} tokens, {bundle} of {ours}",
     "layers": "has layers {theirs}, {bundle} {ours}",
 }
-"""What two bundles must have in common → what is said where they do not."""
+"""The facts that two bundles must share → the error if they differ."""
 
 
-@dataclass(frozen=True)
-class _Pair:
-    """Two bundles of one model."""
+def compare_bundles(request: ValidationRequest, other: Path, progress: Progress) -> ValidationReport:
+    """The report of a bundle compared with another one, each run as its engine or its graph.
 
-    bundle: Subject
-    other: Subject
-
-    @property
-    def finer(self) -> Subject:
-        """The one whose precision is finer; the other bundle where it is the same."""
-        ranks = [FINEST_FIRST.index(one.config.precision) for one in (self.bundle, self.other)]
-        return self.bundle if ranks[0] < ranks[1] else self.other
-
-    @property
-    def coarsest(self) -> BuildConfig:
-        """The configuration with the coarser precision of the two, and the coarser state."""
-        coarser = self.other if self.finer is self.bundle else self.bundle
-        states = [one.config.state_dtype for one in (self.bundle, self.other)]
-        return replace(coarser.config, state_dtype=max(states, key=FINEST_FIRST.index))
-
-
-def judge_against(request: ValidationRequest, other: Path, progress: Progress) -> ValidationReport:
-    """The report of a bundle beside another one, each through its engine or its graph.
-
-    Raises UsageError where the two are not of one model, or cannot be compared by any baseline.
+    Raises UsageError if they are not bundles of one model, or are not quantized alike.
     """
     with progress.stage("load", f"{request.bundle}, {other}"):
-        pair = _Pair(subject_of(request.bundle, None, None), subject_of(other, None, None))
-        _check(pair, request.bundle, other)
-        candidate, reference = (
-            candidate_of(folder, subject.manifest, request, subject.graph)
-            for folder, subject in ((request.bundle, pair.bundle), (other, pair.other))
+        bundle, reference = open_bundle(request.bundle), open_bundle(other)
+        _check(bundle, reference)
+        candidate, recorded = (
+            candidate_of(opened.folder, opened.manifest, request, opened.graph)
+            for opened in (bundle, reference)
         )
-    estimates.check_memory(pair.finer.model, hint="use a machine with more")
-    workload = workload_of(pair.other.model, pair.other.config, request.seed or 0)
-    num_pytorch = 0 if pair.coarsest.precision == "fp32" else 2  # The reference and the baseline.
+    # The sort is stable: of two equal precisions, the reference counts as the finer.
+    finer, coarser = sorted((reference, bundle), key=lambda opened: _rank(opened.config.precision))
+    states = (bundle.config.state_dtype, reference.config.state_dtype)
+    limiting = replace(coarser.config, state_dtype=max(states, key=_rank))
+    estimates.check_memory(finer.model, hint="use a machine with more")
+    workload = workload_of(reference.model, reference.config, request.seed or 0)
+    num_pytorch = 0 if limiting.precision == "fp32" else 2  # the reference and the baseline
     total = (1 + num_pytorch + NUM_MODES) * workload.num_steps
     title = f"{candidate.title} against {other.name}"
     with progress.stage("validate", title, total=total) as advance:
-        run = _record(pair, other.resolve().name, reference, workload, advance)
+        dtypes = expected_dtypes(bundle.model, bundle.config)
+        run = _observe(reference, recorded, workload, dtypes, advance)
+        if limiting.precision != "fp32":
+            run = _with_baselines(run, finer, limiting, advance)
         return compare(run, candidate, force_routing(run, candidate), advance)
 
 
-def _check(pair: _Pair, bundle: Path, other: Path) -> None:
-    ours, theirs = identity_of(pair.bundle.manifest), identity_of(pair.other.manifest)
-    for field, what in SAME.items():
-        one, another = getattr(ours, field), getattr(theirs, field)
-        if one != another:
-            said = [
-                ", ".join(map(str, v)) if isinstance(v, tuple) and v else v or "all" for v in (one, another)
-            ]
+def _rank(precision: str) -> int:
+    return FINEST_FIRST.index(precision)
+
+
+def _check(bundle: OpenedBundle, reference: OpenedBundle) -> None:
+    """Raise UsageError unless both are bundles of the same model and quantized alike."""
+    ours, theirs = identity_of(bundle.manifest), identity_of(reference.manifest)
+    for field, message in SAME.items():
+        values = getattr(ours, field), getattr(theirs, field)
+        if values[0] != values[1]:
+            our, their = (
+                ", ".join(map(str, v)) if isinstance(v, tuple) and v else v or "all" for v in values
+            )
             raise UsageError(
-                f"{other} {what.format(bundle=bundle, ours=said[0], theirs=said[1])}",
+                f"{reference.folder} {message.format(bundle=bundle.folder, ours=our, theirs=their)}",
                 hint="compare bundles of one checkpoint, built with the same --page-size and --layers",
             )
-    if pair.bundle.model.config.recipe != pair.other.model.config.recipe:
+    if bundle.model.config.recipe != reference.model.config.recipe:
         raise UsageError(
-            f"{bundle} and {other} are not quantized alike: what lies between them is what quantization costs",
-            hint="that is measured on text: nemo-export validate BUNDLE --eval FILE --base CHECKPOINT",
+            f"{bundle.folder} and {reference.folder} are not quantized alike: they differ by the loss of quantization",
+            hint="measure that on text: nemo-export validate BUNDLE --eval FILE --base CHECKPOINT",
         )
 
 
-def _record(
-    pair: _Pair, name: str, reference: Candidate, workload: Workload, advance: Advance
+def _observe(
+    reference: OpenedBundle, recorded: Candidate, workload: Workload, dtypes: ExpectedDtypes, advance: Advance
 ) -> ReferenceRun:
-    """The other bundle's run on its own greedy continuation, with the rounding baseline of PyTorch."""
-    from nemotrt.exporter.validation.references.pytorch import (
-        LoadedReference,
-        router_policies,
-        with_baselines_of,
-    )
+    """The reference bundle's run on its own greedy continuation."""
+    from nemotrt.exporter.validation.references.pytorch import router_policies
 
-    noise = workload.noise(pair.other.model.pools(pair.other.config))
-    runner = reference.open(workload.num_pages, reference.modes[1])
+    noise = workload.noise(reference.model.pools(reference.config))
+    runner = recorded.open(workload.num_pages, recorded.modes[1])
     scenarios, observations = observe_greedy(runner, workload, noise, advance)
-    run = ReferenceRun(
-        reference=f"{name}, {reference.title}, {runner.runs_as}",
+    return ReferenceRun(
+        reference=f"{reference.folder.resolve().name}, {recorded.title}, {runner.runs_as}",
         workload=workload,
         scenarios=scenarios,
         noise=noise,
         observations=observations,
-        policies=router_policies(pair.other.model),
-        dtypes=expected_dtypes(pair.bundle.model, pair.bundle.config),
+        policies=router_policies(reference.model),
+        dtypes=dtypes,
         not_compared=ABSENT,
     )
-    del runner
-    if pair.coarsest.precision == "fp32":
-        return run
-    run = with_baselines_of(run, LoadedReference(pair.finer.model, pair.coarsest), advance)
-    weights = pair.finer.manifest.model.precision
+
+
+def _with_baselines(
+    run: ReferenceRun, finer: OpenedBundle, limiting: BuildConfig, advance: Advance
+) -> ReferenceRun:
+    """The run with the rounding baselines of PyTorch at the limiting precision, on the finer bundle's weights."""
+    from nemotrt.exporter.validation.references.pytorch import LoadedReference, with_baselines_of
+
+    run = with_baselines_of(run, LoadedReference(finer.model, limiting), advance)
+    weights = finer.manifest.model.precision
     return replace(run, baseline=f"{run.baseline} against FP32, on the {weights} bundle's weights")

@@ -1,4 +1,4 @@
-"""A bundle opened to be judged again: the model that its graph must be, and what that was quantized from."""
+"""Opens a bundle for validation: its graph, the model that the graph implements, and the model before quantization."""
 
 from __future__ import annotations
 
@@ -22,38 +22,46 @@ from nemotrt.plugins.contract import DType
 
 
 @dataclass(frozen=True)
-class Subject:
-    """A bundle as it is judged again: the model that its graph must be, and what that was quantized from."""
+class OpenedBundle:
+    """A bundle, and the models to compare it with."""
 
     manifest: Manifest
     config: BuildConfig
     graph: OnnxGraph
     model: LoadedModel
     base: LoadedModel | None
-    """None where the bundle is not quantized, or what it was quantized from is not known."""
+    """The model before quantization; None if the bundle is not quantized, or if that model is unknown."""
+
+    @property
+    def folder(self) -> Path:
+        """The bundle's folder."""
+        return self.config.output
+
+    @property
+    def has_own_weights(self) -> bool:
+        """Whether the model's weights are read from the bundle, not from a checkpoint."""
+        return self.model.folder == self.folder
 
 
-def subject_of(bundle: Path, checkpoint: Path | None, base: Path | None) -> Subject:
-    """The bundle as it is judged again; raises BundleError where it is not whole, UsageError on what is not its own."""
+def open_bundle(bundle: Path, checkpoint: Path | None = None, base: Path | None = None) -> OpenedBundle:
+    """Open a bundle; raises BundleError if it is damaged, UsageError if `checkpoint` or `base` is not its own."""
     manifest = manifests.verify(bundle, deep=False)
     config = _config(bundle, manifest, checkpoint or bundle)
     graph = OnnxGraph.read(graph_of(bundle, manifest))
-    source = _from(checkpoint, manifest) if checkpoint else None
-    # A build that quantized kept its FP8 weights in the bundle alone.
+    source = _from_checkpoint(checkpoint, manifest) if checkpoint else None
+    # If the build quantized the model, only the bundle has the FP8 weights.
     was_quantized = config.precision == "fp8" and source is not None and not source.config.recipe
     model = _from_bundle(bundle, manifest, graph) if source is None or was_quantized else source
-    before = load(base, _choice(manifest)) if base else source if was_quantized else None
+    before = load(base, _layers(manifest)) if base else source if was_quantized else None
     if before and before.config.recipe:
         raise UsageError(f"{base} is quantized itself", hint="--base is what the bundle was quantized from")
     if before and before.config.unquantized() != model.config.unquantized():
-        raise UsageError(
-            f"{before.folder} is another model than the bundle's", hint="their config.json differ"
-        )
-    return Subject(manifest, config, graph, model, before)
+        raise UsageError(f"{before.folder} is not the bundle's model", hint="their config.json differ")
+    return OpenedBundle(manifest, config, graph, model, before)
 
 
 def _config(bundle: Path, manifest: Manifest, checkpoint: Path) -> BuildConfig:
-    """The configuration that the bundle was built with, as far as it concerns the comparison."""
+    """The options that the bundle was built with, as far as they matter to a comparison."""
     graph_of(bundle, manifest)
     profile = next(profile for profile in manifest.profiles if profile.runtime == "onnx")
     state = {pool.dtype for pool in manifest.graph.pools if pool.kind == "ssm_state"}
@@ -72,8 +80,8 @@ def _config(bundle: Path, manifest: Manifest, checkpoint: Path) -> BuildConfig:
     )
 
 
-def _from(checkpoint: Path, manifest: Manifest) -> LoadedModel:
-    model = load(checkpoint, _choice(manifest))
+def _from_checkpoint(checkpoint: Path, manifest: Manifest) -> LoadedModel:
+    model = load(checkpoint, _layers(manifest))
     stored = {tensor.path for weight in model.weights.values() for tensor in weight.tensors}
     sizes = {path.name: path.stat().st_size for path in stored}
     digest = sha256(checkpoint / "config.json")
@@ -84,25 +92,25 @@ def _from(checkpoint: Path, manifest: Manifest) -> LoadedModel:
     differing = differing or next(iter(sizes), "")
     if differing:
         raise UsageError(
-            f"{checkpoint} is not what the bundle was built from: {differing} differs",
+            f"{checkpoint} is not the checkpoint that the bundle was built from: {differing} differs",
             hint=f"name the checkpoint {manifest.source.name}, or leave out --checkpoint",
         )
     return model
 
 
-def _choice(manifest: Manifest) -> str:
-    """The layers of a partial bundle as --layers takes them."""
+def _layers(manifest: Manifest) -> str:
+    """The layers of a partial bundle, as a value of --layers."""
     return ",".join(map(str, manifest.model.chosen_layers))
 
 
 def _from_bundle(bundle: Path, manifest: Manifest, graph: OnnxGraph) -> LoadedModel:
-    """The model whose weights lie in the graph's external data, where each parameter has its own name."""
+    """The model with the weights in the graph's external data, which are named like the parameters."""
     weights: dict[str, WeightSource] = {}
     for tensor in graph.proto.graph.initializer:
         place = {entry.key: entry.value for entry in tensor.external_data}
         if not place:
             continue
-        lying = StoredTensor(
+        stored_tensor = StoredTensor(
             name=tensor.name,
             dtype=DType.from_onnx(tensor.data_type),
             shape=tuple(tensor.dims),
@@ -110,7 +118,7 @@ def _from_bundle(bundle: Path, manifest: Manifest, graph: OnnxGraph) -> LoadedMo
             offset=int(place["offset"]),
             length=int(place["length"]),
         )
-        weights[tensor.name] = WeightSource((lying,), Transform.COPY)
+        weights[tensor.name] = WeightSource((stored_tensor,), Transform.COPY)
     stored = {name: source.tensors[0] for name, source in weights.items()}
     config = with_recipe(parse_config(bundle / "config.json"), stored, bundle)
     if manifest.partial:

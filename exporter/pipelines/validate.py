@@ -1,4 +1,4 @@
-"""A bundle judged again: by PyTorch with its checkpoint or its own weights, by a golden, or by another bundle."""
+"""Validates a bundle against PyTorch, a reference file or another bundle."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from nemotrt.exporter.checkpoint.loaded_model import LoadedModel
 from nemotrt.exporter.config import DRIFT_STEPS, BuildConfig
 from nemotrt.exporter.errors import UsageError
 from nemotrt.exporter.pipelines import estimates
-from nemotrt.exporter.pipelines.opened_bundle import Subject, subject_of
+from nemotrt.exporter.pipelines.opened_bundle import OpenedBundle, open_bundle
 from nemotrt.exporter.progress import SILENT, Progress
 from nemotrt.exporter.quantization.text import MAX_TOKENS, Sequences, sequences
 from nemotrt.exporter.report.model import NotCompared, Omitted, ValidationReport
@@ -29,21 +29,21 @@ OWN_WEIGHTS = NotCompared(Omitted.CHECKPOINT, "PyTorch ran with the bundle's own
 
 
 def revalidate(request: ValidationRequest, progress: Progress = SILENT) -> ValidationReport:
-    """The report of every gate, as a build makes it; it says what was not compared.
+    """Compare a bundle with its reference; the report lists every gate, and what was not compared.
 
-    With a text it says what quantization costs on it, against `base`, or against the checkpoint if that is what was
-    quantized. Raises BundleError on a bundle that is not whole, UsageError on another bundle's checkpoint or golden.
+    With a text, the report has the quality loss of quantization, measured against `base`, or against the checkpoint if
+    the build quantized it. Raises BundleError on a damaged bundle, UsageError on a reference of another bundle.
     """
     if request.golden:
-        return _by_golden(request, request.golden, progress)
+        return _by_reference_file(request, request.golden, progress)
     if request.against:
-        from nemotrt.exporter.pipelines.compare_bundles import judge_against
+        from nemotrt.exporter.pipelines.compare_bundles import compare_bundles
 
-        return judge_against(request, request.against, progress)
+        return compare_bundles(request, request.against, progress)
     return _by_pytorch(request, progress)
 
 
-def _by_golden(request: ValidationRequest, golden: Path, progress: Progress) -> ValidationReport:
+def _by_reference_file(request: ValidationRequest, golden: Path, progress: Progress) -> ValidationReport:
     bundle = request.bundle
     with progress.stage("load", f"{bundle}, {golden.name}"):
         manifest = manifests.verify(bundle, deep=False)
@@ -59,7 +59,7 @@ def _by_pytorch(request: ValidationRequest, progress: Progress) -> ValidationRep
     if request.save_golden:
         reference_file.check_path(request.save_golden, bundle)
     with progress.stage("load", str(checkpoint or bundle)):
-        subject = subject_of(bundle, checkpoint, request.base)
+        subject = open_bundle(bundle, checkpoint, request.base)
         candidate = candidate_of(bundle, subject.manifest, request, subject.graph)
     _check_base(subject, text, request.base)
     tokens = _tokens(subject, bundle, text) if text else ()
@@ -70,16 +70,16 @@ def _by_pytorch(request: ValidationRequest, progress: Progress) -> ValidationRep
     )
     if request.bisect:
         report = _bisected(report, request, subject, progress)
-    report = dataclasses.replace(report, not_compared=(*report.not_compared, *_unproved(subject, bundle)))
+    report = dataclasses.replace(report, not_compared=(*report.not_compared, *_own_weights(subject)))
     return _with_text(report, subject, tokens, text.name, progress) if text else report
 
 
-def _unproved(subject: Subject, bundle: Path) -> tuple[NotCompared, ...]:
-    return (OWN_WEIGHTS,) if subject.model.folder == bundle else ()
+def _own_weights(subject: OpenedBundle) -> tuple[NotCompared, ...]:
+    return (OWN_WEIGHTS,) if subject.has_own_weights else ()
 
 
 def _of_steps(
-    request: ValidationRequest, subject: Subject, candidate: Candidate, progress: Progress
+    request: ValidationRequest, subject: OpenedBundle, candidate: Candidate, progress: Progress
 ) -> ValidationReport:
     model, config, golden = subject.model, subject.config, request.save_golden
     copies = estimates.num_references(config.precision, model.config.layers)
@@ -89,8 +89,7 @@ def _of_steps(
 
     def save(run: ReferenceRun) -> None:
         if golden:
-            left_out = (*run.not_compared, *_unproved(subject, request.bundle))
-            run = dataclasses.replace(run, not_compared=left_out)
+            run = dataclasses.replace(run, not_compared=(*run.not_compared, *_own_weights(subject)))
             reference_file.save(golden, run, reference_file.identity_of(subject.manifest))
             log.info("reference file: %s, %.1f MB", golden, golden.stat().st_size / 1e6)
 
@@ -106,7 +105,7 @@ def _of_steps(
         return validate(model, config, candidate, plan, advance=advance, recorded=save)
 
 
-def _of_layers(request: ValidationRequest, subject: Subject, progress: Progress) -> ValidationReport:
+def _of_layers(request: ValidationRequest, subject: OpenedBundle, progress: Progress) -> ValidationReport:
     model, config = subject.model, subject.config
     estimates.check_part_memory(model, config.precision)
     from nemotrt.exporter.validation.validate import validate_parts
@@ -117,7 +116,7 @@ def _of_layers(request: ValidationRequest, subject: Subject, progress: Progress)
 
 
 def _bisected(
-    report: ValidationReport, request: ValidationRequest, subject: Subject, progress: Progress
+    report: ValidationReport, request: ValidationRequest, subject: OpenedBundle, progress: Progress
 ) -> ValidationReport:
     from nemotrt.exporter.validation.parts import bisection
     from nemotrt.exporter.validation.parts.engine_parts import EngineParts
@@ -148,21 +147,21 @@ def trace_for_bisection(model: LoadedModel, config: BuildConfig) -> tuple[Traced
     return traced, trace(model, dataclasses.replace(config, precision="fp32", state_dtype="fp32"))
 
 
-def _check_base(subject: Subject, text: Path | None, base: Path | None) -> None:
+def _check_base(subject: OpenedBundle, text: Path | None, base: Path | None) -> None:
     is_quantized = bool(subject.model.config.recipe)
     if base and not is_quantized:
-        raise UsageError("--base is what a bundle was quantized from, and this one is not quantized")
+        raise UsageError("--base has no effect: the bundle is not quantized")
     if base and not text:
-        raise UsageError("--base has no effect without --eval: there is no text to measure on")
+        raise UsageError("--base has no effect without --eval")
     if text and is_quantized and not subject.base:
         raise UsageError(
-            "--eval measures against the model before it was quantized, which is not known: give it with --base,"
-            " or with --checkpoint if the build quantized it"
+            "--eval needs the model before quantization: name it with --base, or with --checkpoint if the build"
+            " quantized it"
         )
 
 
-def _tokens(subject: Subject, bundle: Path, text: Path) -> Sequences:
-    """Read, and refused, before anything is compared."""
+def _tokens(subject: OpenedBundle, bundle: Path, text: Path) -> Sequences:
+    """The text's tokens; raises UsageError before anything is compared."""
     from nemotrt.exporter.validation.text_quality import num_copies
 
     tokens = sequences(bundle, text, subject.model.config.bos_token_id)
@@ -172,7 +171,7 @@ def _tokens(subject: Subject, bundle: Path, text: Path) -> Sequences:
 
 
 def _with_text(
-    report: ValidationReport, subject: Subject, tokens: Sequences, name: str, progress: Progress
+    report: ValidationReport, subject: OpenedBundle, tokens: Sequences, name: str, progress: Progress
 ) -> ValidationReport:
     from nemotrt.exporter.validation import text_quality
 
@@ -183,12 +182,12 @@ def _with_text(
             model, base, subject.config, subject.graph, plan, name, advance=advance
         )
     answered = (Omitted.TEXT, Omitted.QUANTIZATION_COST)
-    left_out = [entry for entry in report.not_compared if entry.what not in answered]
+    not_compared = [entry for entry in report.not_compared if entry.what not in answered]
     if total >= MAX_TOKENS:
-        left_out.append(NotCompared(Omitted.TEXT, f"{name} beyond its first {MAX_TOKENS:,} tokens"))
+        not_compared.append(NotCompared(Omitted.TEXT, f"{name} beyond its first {MAX_TOKENS:,} tokens"))
     return dataclasses.replace(
         report,
         gates=(*report.gates, *text_quality.gates(measured)),
-        not_compared=tuple(left_out),
+        not_compared=tuple(not_compared),
         text=measured,
     )

@@ -28,7 +28,7 @@ BLOCKED = """
 import sys
 sys.modules.update(dict.fromkeys(("torch", "onnx_ir", "polygraphy")))
 from nemotrt.exporter.cli import program
-program(sys.argv[1:])
+program(sys.argv[1:], prog_name="nemo-export")
 """
 
 
@@ -78,7 +78,6 @@ def test_a_command_that_lacks_the_extra_build_names_it(bundle: Path, tmp_path: P
     checkpoint = bundle.parent / "checkpoint"
     result = run(BLOCKED, "build", checkpoint, "--output", tmp_path / "out", folder=tmp_path)
     assert result.returncode == 2
-    assert result.stderr.splitlines()[-2:] == [
-        "error: nemo-export build needs torch, which is not installed",
-        "  pip install 'nemo-export[build]'",
-    ]
+    error, hint = result.stderr.splitlines()[-2:]
+    assert re.fullmatch(r"error: nemo-export build needs (torch|onnx_ir), which is not installed", error)
+    assert hint == "  pip install 'nemo-export[build]'"

@@ -107,7 +107,7 @@ def test_validate_bisects_the_engine_that_it_judges(
     built: tuple[Path, BuildConfig], requests: list[EngineRequest]
 ) -> None:
     request = ValidationRequest(built[0], built[1].checkpoint, engine=True, bisect=True)
-    subject = validate.subject_of(built[0], built[1].checkpoint, None)
+    subject = validate.open_bundle(built[0], built[1].checkpoint, None)
     report = ValidationReport("engine", "PyTorch", "", {}, (Gate("s", "o", "m", 0.0, 1.0),), {}, ())
     found = validate._bisected(report, request, subject, SILENT)
     assert found.bisect

@@ -16,7 +16,7 @@ from faults import broken, zeroed_expert
 from nemotrt.exporter.checkpoint.loaded_model import LoadedModel
 from nemotrt.exporter.cli import program
 from nemotrt.exporter.pipelines import estimates
-from nemotrt.exporter.pipelines.opened_bundle import subject_of
+from nemotrt.exporter.pipelines.opened_bundle import open_bundle
 from nemotrt.exporter.pipelines.validate import trace_for_bisection
 from nemotrt.exporter.stages.load import load
 from nemotrt.exporter.validation.parts.bisection import bisect
@@ -109,7 +109,7 @@ def test_a_layer_has_one_copy_of_its_experts(half: Path, bundle: Path) -> None:
         assert wide.data_ptr() == narrow.data_ptr()
 
     checked(load(half))
-    own = subject_of(bundle, None, None).model
+    own = open_bundle(bundle, None, None).model
     checked(own)
     # The bundle's own are mapped: no bytes of them are anonymous memory.
     mapped = experts(PartModules(own), torch.bfloat16)
@@ -137,7 +137,7 @@ def test_no_more_than_one_part_is_alive(bundle: Path, monkeypatch: pytest.Monkey
         return made
 
     monkeypatch.setattr(PartModules, "module", watched)
-    subject = subject_of(bundle, None, None)
+    subject = open_bundle(bundle, None, None)
     model, config = subject.model, subject.config
     if inside:
         traces = trace_for_bisection(model, config)

@@ -198,7 +198,7 @@ def test_text_needs_what_was_quantized(tmp_path: Path) -> None:
     build.build(config)
     text = tmp_path / "text.txt"
     text.write_text("words " * 300)
-    with pytest.raises(UsageError, match="give it with --base"):
+    with pytest.raises(UsageError, match="name it with --base"):
         revalidate(ValidationRequest(bundle, text=text))
     plain = write_checkpoint(tmp_path / "plain", torch_dtype="bfloat16")
     with pytest.raises(UsageError, match="no effect without --eval"):

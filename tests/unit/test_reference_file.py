@@ -16,7 +16,7 @@ from faults import Graph, broken
 from nemotrt.exporter.config import BuildConfig
 from nemotrt.exporter.errors import BundleError, NotFiniteError
 from nemotrt.exporter.pipelines import build
-from nemotrt.exporter.pipelines.opened_bundle import subject_of
+from nemotrt.exporter.pipelines.opened_bundle import open_bundle
 from nemotrt.exporter.pipelines.validate import revalidate
 from nemotrt.exporter.report.model import Metric, ValidationReport
 from nemotrt.exporter.runtime import manifest as manifests
@@ -44,7 +44,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     build.build(config)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plans, "DECODE", 6)
-        subject = subject_of(config.output, checkpoint, None)
+        subject = open_bundle(config.output, checkpoint, None)
         runs: list[ReferenceRun] = []
         candidate = graph_candidate(subject.graph)
         plan = plan_validation(subject.model, subject.config, drift_steps=0)
