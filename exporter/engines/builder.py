@@ -1,8 +1,8 @@
-"""Builds one engine, as a program of its own: `python -m nemotrt.exporter.engines.builder FD`.
+"""The program that builds one engine in its own process: `python -m nemotrt.exporter.engines.builder FD`.
 
-Takes an EngineRequest as JSON on stdin and writes events to the file descriptor, one JSON object a line:
-`{"step": permille, "phase": name}` as the build goes on, and at the end `{"built": EngineResult}` or
-`{"error": text, "hint": text}`. TensorRT ends its process where it should raise; here that ends nothing else.
+It reads an EngineRequest as JSON from stdin and writes events to the file descriptor, one JSON object per line:
+`{"step": permille, "phase": name}` during the build, and at the end `{"built": EngineResult}` or
+`{"error": text, "hint": text}`. TensorRT aborts its process where it should raise, and only this one ends then.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from nemotrt.exporter.runtime.graph_file import OnnxGraph
 from nemotrt.plugins.spec import DOMAIN
 
 LAYERS = "Engine Layer Information"
-"""How the message begins that lists an engine's layers; in the log at its most verbose."""
+"""The first words of the log message that lists an engine's layers; it appears at the highest verbosity."""
 
 PR_SET_PDEATHSIG = 1
 MAX_REASONS = 3
@@ -38,7 +38,7 @@ Emit = Callable[[dict[str, Any]], None]
 
 @dataclass(frozen=True)
 class EngineRequest:
-    """All that an engine is built from. An empty `graph` asks for the module's version and nothing else."""
+    """The inputs of an engine build. With an empty `graph` the builder only returns its module's version."""
 
     runtime: str
     graph: str = ""
@@ -47,34 +47,34 @@ class EngineRequest:
     output: str = ""
     log: str = ""
     timings: str = ""
-    """A timing cache of earlier builds, read where there is one and then written; empty where none is kept."""
+    """The timing cache that the build reads, if it exists, and then writes; empty for none."""
     sms: list[int] = field(default_factory=list)
-    """GPU generations to build for; none for the machine's own GPU."""
+    """GPU generations to build for; empty for the machine's own GPU."""
     profiles: list[dict[str, list[list[int]]]] = field(default_factory=list)
-    """For each profile, an input's name → its least, best and most shape."""
+    """Each profile maps an input's name to its min, opt and max shape."""
     plugins: list[str] = field(default_factory=list)
-    """Names of the nodes that must become plugin layers."""
+    """The names of the nodes that must become plugin layers."""
     pools: list[str] = field(default_factory=list)
-    """Inputs and outputs that only plugins may touch."""
+    """The inputs and outputs that only plugins may access."""
 
 
 @dataclass(frozen=True)
 class EngineResult:
-    """What was built, and by what."""
+    """The outcome of an engine build."""
 
     version: str
-    """The TensorRT module's own."""
+    """The version of the TensorRT module."""
     num_layers: int = 0
-    """In the parsed network."""
+    """The number of layers in the parsed network."""
     pools_seen: bool = False
-    """Whether the log named the engine's layers, so that copies of pools could be looked for."""
+    """Whether the log listed the engine's layers, so that they could be checked for copies of pools."""
     peak_bytes: int = 0
-    """The builder's resident memory at its highest."""
+    """The peak of the builder's resident memory."""
 
 
 def main() -> None:
-    """Build what stdin asks for."""
-    # A build that is killed must not leave this one running.
+    """Build the engine that stdin describes."""
+    # This process must not outlive its parent.
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     with os.fdopen(int(sys.argv[1]), "w", buffering=1) as events:
 
@@ -90,14 +90,14 @@ def main() -> None:
 
 
 def build(request: EngineRequest, emit: Emit) -> EngineResult:
-    """Build the engine into `request.output`; raises ExportError that says why there is none."""
+    """Build the engine into `request.output`; raises ExportError with the reason if TensorRT refuses."""
     trt = load_module(backend(request.runtime))
     if not request.graph:
         return EngineResult(version=trt.__version__)
     with open(request.log, "w", buffering=1, encoding="utf-8") as file:
         log = _log(trt, file)
         builder = trt.Builder(log)
-        log.reasons.clear()  # without a GPU, that there is none
+        log.reasons.clear()  # TensorRT-RTX complains if there is no GPU
         _load_plugins(trt, request.library, log)
         network = builder.create_network(0)
         parser = trt.OnnxParser(network, log)
@@ -116,7 +116,7 @@ def build(request: EngineRequest, emit: Emit) -> EngineResult:
 
 
 def _log(trt: ModuleType, file: IO[str]) -> Any:
-    """TensorRT's logger: everything into the file, errors and the engine's layers kept too."""
+    """A TensorRT logger that writes everything to the file, and keeps errors and the engine's layers."""
     severities = trt.ILogger.Severity
 
     class Log(trt.ILogger):  # type: ignore[name-defined,misc]
@@ -142,13 +142,13 @@ def _because(log: Any, extra: str = "") -> str:
 
 def _load_plugins(trt: ModuleType, library: str, log: Any) -> None:
     if trt.get_plugin_registry().load_library(library) is None:
-        raise CompileError(f"{library} is no plugin library that TensorRT loads: {_because(log)}")
+        raise CompileError(f"TensorRT does not load the plugin library {library}: {_because(log)}")
 
 
 def _parse(parser: Any, path: Path, log: Any) -> Mapping[str, NDArray[np.uint8]]:
-    """Parse the graph, its weights where they lie; gives the mapped files, which must outlive the parser.
+    """Parse the graph with its weights mapped, not copied; returns the mapped files, which must outlive the parser.
 
-    TensorRT reads them too if it is left to, but takes none that has a second hard link.
+    TensorRT's own reader of external data refuses files that have a second hard link.
     """
     from onnx.external_data_helper import ExternalDataInfo, uses_external_data
 
@@ -171,21 +171,21 @@ def _parse(parser: Any, path: Path, log: Any) -> Mapping[str, NDArray[np.uint8]]
     raise CompileError(f"TensorRT does not take the graph: {_because(log, said)}")
 
 
-def _check_plugins(trt: ModuleType, network: Any, wanted: list[str]) -> None:
-    """Refuse a network in which an op is not one plugin layer: the parser builds what it is made of, in silence."""
+def _check_plugins(trt: ModuleType, network: Any, names: list[str]) -> None:
+    """Refuse a network in which an op is not one plugin layer: the parser then silently expands the op's function."""
     layers = [network.get_layer(i) for i in range(network.num_layers)]
-    found = {layer.name for layer in layers if layer.type == trt.LayerType.PLUGIN_V3}
-    missing = [name for name in wanted if name not in found]
+    plugins = {layer.name for layer in layers if layer.type == trt.LayerType.PLUGIN_V3}
+    missing = [name for name in names if name not in plugins]
     if missing:
         raise CompileError(
-            f"{len(missing)} of {len(wanted)} {DOMAIN} ops did not become plugin layers, the first {missing[0]}:"
-            " TensorRT took the standard operators that they stand for, which is many times slower",
+            f"{len(missing)} of {len(names)} {DOMAIN} ops did not become plugin layers, the first {missing[0]}:"
+            " TensorRT expanded them into standard operators, which is many times slower",
             hint="the plugin library and the graph are of different versions: build both again",
         )
 
 
 def _configure(trt: ModuleType, builder: Any, config: Any, request: EngineRequest, log: Any) -> None:
-    """Targets, profiles and what state in place needs; precision is in the graph."""
+    """Set the targets, the profiles and the flags for in-place state; the graph sets the precision."""
     config.set_preview_feature(trt.PreviewFeature.ALIASED_PLUGIN_IO_10_03, True)
     for flag in backend(request.runtime).flags:
         config.set_flag(getattr(trt.BuilderFlag, flag))
@@ -195,19 +195,19 @@ def _configure(trt: ModuleType, builder: Any, config: Any, request: EngineReques
             config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{sm}"), i)
     for shapes in request.profiles:
         profile = builder.create_optimization_profile()
-        for name, (least, best, most) in shapes.items():
-            profile.set_shape(name, tuple(least), tuple(best), tuple(most))
+        for name, (low, opt, high) in shapes.items():
+            profile.set_shape(name, tuple(low), tuple(opt), tuple(high))
         if config.add_optimization_profile(profile) < 0:
-            raise CompileError(f"TensorRT refuses an optimisation profile: {_because(log)}")
+            raise CompileError(f"TensorRT refuses an optimization profile: {_because(log)}")
     if request.timings:
         path = Path(request.timings)
-        kept = path.read_bytes() if path.is_file() else b""
-        if not config.set_timing_cache(config.create_timing_cache(kept), False):
+        cache = path.read_bytes() if path.is_file() else b""
+        if not config.set_timing_cache(config.create_timing_cache(cache), False):
             config.set_timing_cache(config.create_timing_cache(b""), False)  # of another GPU or version
 
 
 def _monitor(trt: ModuleType, emit: Emit) -> Any:
-    """TensorRT's progress, as the part of the build that is done, in permille."""
+    """A TensorRT progress monitor that emits the completed fraction of the build in permille."""
 
     class Monitor(trt.IProgressMonitor):  # type: ignore[name-defined,misc]
         def __init__(self) -> None:
@@ -232,24 +232,24 @@ def _monitor(trt: ModuleType, emit: Emit) -> Any:
 
 
 class Progress:
-    """How far nested phases are: a phase counts as one step of the one that it is in."""
+    """The completed fraction of nested phases; a phase counts as one step of its parent."""
 
     def __init__(self) -> None:
         self.permille = 0
         self._phases: dict[str, tuple[str | None, int, int]] = {}
 
     def start(self, name: str, parent: str | None, num_steps: int) -> None:
-        """A phase begins inside another, or inside none."""
+        """A phase begins, inside `parent` if there is one."""
         self._phases[name] = (parent, num_steps, 0)
 
     def complete(self, name: str, step: int) -> None:
-        """A step of a phase has ended, counted from 0."""
+        """A step of a phase has ended; the first is 0."""
         if name not in self._phases:
             return
         parent, num_steps, _ = self._phases[name]
         self._phases[name] = (parent, num_steps, step + 1)
         roots = [root for root, (above, _, _) in self._phases.items() if above not in self._phases]
-        # Several outermost phases may follow each other, and a parent may count a child twice: never back, never over.
+        # Outermost phases may follow each other, and a parent may count a child twice: never go back or over.
         done = max((self._done(root) for root in roots), default=0.0)
         self.permille = max(self.permille, min(1000, int(1000 * done)))
 
@@ -266,7 +266,7 @@ class Progress:
 def _write(
     trt: ModuleType, builder: Any, network: Any, config: Any, request: EngineRequest, log: Any
 ) -> None:
-    """The engine into its file piece by piece: no copy of it is in memory."""
+    """Build the engine and stream it to its file, without a copy in memory."""
     problems: list[OSError] = []
     with open(request.output, "wb") as file:
 
@@ -277,7 +277,7 @@ def _write(
             def write(self, data: bytes) -> int:
                 try:
                     return file.write(data)
-                except OSError as error:  # it cannot cross TensorRT's frames
+                except OSError as error:  # an exception cannot pass through TensorRT's frames
                     problems.append(error)
                     return 0
 
@@ -287,13 +287,13 @@ def _write(
                 f"the engine cannot be written: {problems[0].strerror}", hint="free some space for it"
             )
         if not is_built:
-            raise CompileError(f"TensorRT builds no engine: {_because(log)}")
+            raise CompileError(f"TensorRT cannot build the engine: {_because(log)}")
         file.flush()
         os.fsync(file.fileno())
 
 
 def _check_pools(layers: list[str], pools: list[str]) -> None:
-    """Refuse an engine in which a layer that is no plugin touches a pool: it would copy the whole pool at each step."""
+    """Refuse an engine in which a layer other than a plugin accesses a pool: it would copy the pool in every step."""
     for line in layers:
         if not line.startswith(("Layer(PluginV3)", "Layer(NoOp)")):
             names = [pool for pool in pools if f" {pool} (" in f" {line}"]

@@ -1,4 +1,4 @@
-"""Runs the engine builder in a process of its own, so that its end, however it ends, is an error in words."""
+"""Runs the engine builder in a child process, and turns its failure, crash or stall into an error."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
 
@@ -24,20 +24,9 @@ from nemotrt.exporter.runtime.backends import Backend, library_path
 from nemotrt.plugins.kernel_store import cache_folder
 
 STALLED_AFTER = 3600.0
-"""Seconds without progress after which a build is given up: no step of one takes minutes."""
+"""Seconds without progress after which a build is abandoned; no step of a build takes minutes."""
 
 PROGRAM = (sys.executable, "-P", "-m", "nemotrt.exporter.engines.builder")
-
-
-@dataclass
-class _Watched:
-    """What was heard from the builder."""
-
-    result: EngineResult | None = None
-    error: CompileError | None = None
-    phase: str = ""
-    permille: int = 0
-    peak_bytes: int = 0
 
 
 def run_builder(
@@ -48,70 +37,115 @@ def run_builder(
     stalled_after: float = STALLED_AFTER,
     program: Sequence[str] = PROGRAM,
 ) -> EngineResult:
-    """What the builder built; `advance` hears of a thousand steps in all.
+    """Build the engine; `advance` counts up to 1000.
 
-    Raises CompileError with the cause when it refuses, crashes, is killed or stalls. Ctrl-C ends the builder.
+    Raises CompileError with the cause if the builder fails, crashes, is killed or stalls. Ctrl-C ends the builder.
     """
-    watched = _Watched()
-    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as said:
-        with _started(request, backend, program, said) as (process, events):
-            is_stalled = _watch(process, events, watched, advance, stalled_after)
-            if is_stalled:
-                process.kill()
+    watch = _Watch(backend, advance)
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as output:
+        with _started(request, backend, program, output) as (process, events):
+            watch.run(process, events, stalled_after)
             code = process.wait()
-        if is_stalled:
-            raise CompileError(
-                f"{backend.title} made no progress for {stalled_after:.0f} s"
-                + (f" in the phase {watched.phase}" if watched.phase else ""),
-                hint="a machine that is short of memory or cores may need longer: free some of them",
+        if watch.result is None or code:
+            output.seek(0)
+            raise watch.error or watch.crash(code, output.read())
+    advance(1000 - watch.permille)
+    return watch.result
+
+
+class _Watch:
+    """Follows a builder by its events, and explains how it ended."""
+
+    def __init__(self, backend: Backend, advance: Advance) -> None:
+        self._backend, self._advance = backend, advance
+        self.result: EngineResult | None = None
+        self.error: CompileError | None = None
+        self.permille = 0
+        self._phase = ""
+        """The build's current phase, as a clause for an error."""
+        self._peak_bytes = 0
+
+    def run(self, process: subprocess.Popen[str], events: IO[bytes], stalled_after: float) -> None:
+        """Read events until the builder ends; kill it if it stalls."""
+        selector = selectors.DefaultSelector()
+        selector.register(events, selectors.EVENT_READ)
+        last, rest = time.monotonic(), b""
+        with selector:
+            while True:
+                self._peak_bytes = max(self._peak_bytes, _resident(process.pid))
+                if selector.select(timeout=min(0.5, stalled_after)):
+                    received = os.read(events.fileno(), 1 << 16)
+                    if not received:
+                        return
+                    last = time.monotonic()
+                    *lines, rest = (rest + received).split(b"\n")
+                    for line in lines:
+                        self._handle(json.loads(line))
+                elif time.monotonic() - last > stalled_after:
+                    process.kill()
+                    self.error = CompileError(
+                        f"{self._backend.title} made no progress for {stalled_after:.0f} s{self._phase}",
+                        hint="a machine that is short of memory or cores may need longer: free some of them",
+                    )
+                    return
+
+    def _handle(self, event: dict[str, Any]) -> None:
+        if "built" in event:
+            self.result = EngineResult(**event["built"])
+        elif "error" in event:
+            self.error = CompileError(event["error"], hint=event["hint"])
+        else:
+            self._phase = f" in the phase {event['phase']}"
+            self._advance(event["step"] - self.permille)
+            self.permille = event["step"]
+
+    def crash(self, code: int, output: str) -> CompileError:
+        """The error for a builder that ended without reporting one."""
+        title = self._backend.title
+        if code == -signal.SIGKILL:
+            return CompileError(
+                f"{title}'s builder was killed{self._phase}, most likely for lack of memory: it had"
+                f" {self._peak_bytes / 1e9:.1f} GB, this machine has {environment.memory_bytes() / 1e9:.1f} GB",
+                hint="end other programs, or build on a machine with more memory",
             )
-        if watched.error:
-            raise watched.error
-        if watched.result is None or code:
-            said.seek(0)
-            raise _death(code, watched, backend, said.read())
-    advance(1000 - watched.permille)
-    return watched.result
+        lines = [line.strip() for line in output.splitlines() if line.strip()] or ["it printed nothing"]
+        how = f"ended with {signal.Signals(-code).name}" if code < 0 else f"failed with exit code {code}"
+        return CompileError(
+            f"{title}'s builder {how}{self._phase}: {lines[-1]}",
+            hint="its log says more, where --debug shows it; --runtime onnx builds the bundle without engines",
+        )
 
 
 @contextmanager
 def _started(
-    request: EngineRequest, backend: Backend, program: Sequence[str], said: IO[str]
+    request: EngineRequest, backend: Backend, program: Sequence[str], output: IO[str]
 ) -> Iterator[tuple[subprocess.Popen[str], IO[bytes]]]:
-    """The builder, working; it does not outlive the context."""
+    """A running builder, which is killed when the context ends."""
     reader, writer = os.pipe()
     with os.fdopen(reader, "rb", buffering=0) as events:
         try:
             process = subprocess.Popen(
                 [*program, str(writer)],
                 stdin=subprocess.PIPE,
-                stdout=said,
-                stderr=said,
+                stdout=output,
+                stderr=output,
                 text=True,
                 pass_fds=(writer,),
                 env=_environment(backend),
-                start_new_session=True,  # Ctrl-C is this process' to answer
+                start_new_session=True,  # this process handles Ctrl-C
             )
         finally:
             os.close(writer)
         with process:
             try:
                 assert process.stdin
-                # A builder that has ended already says why by its exit code.
-                with _unless_ended():
+                # The exit code explains why a builder has ended already.
+                with suppress(BrokenPipeError):
                     process.stdin.write(json.dumps(asdict(request)))
                     process.stdin.close()
                 yield process, events
             finally:
                 process.kill()
-
-
-@contextmanager
-def _unless_ended() -> Iterator[None]:
-    try:
-        yield
-    except BrokenPipeError:
-        return
 
 
 def _environment(backend: Backend) -> Mapping[str, str]:
@@ -122,65 +156,10 @@ def _environment(backend: Backend) -> Mapping[str, str]:
     return os.environ | {"LD_LIBRARY_PATH": f"{folder}:{searched}" if searched else str(folder)}
 
 
-def _watch(
-    process: subprocess.Popen[str],
-    events: IO[bytes],
-    watched: _Watched,
-    advance: Advance,
-    stalled_after: float,
-) -> bool:
-    """Hear the builder out; gives whether it stalled."""
-    selector = selectors.DefaultSelector()
-    selector.register(events, selectors.EVENT_READ)
-    heard, rest = time.monotonic(), b""
-    with selector:
-        while True:
-            watched.peak_bytes = max(watched.peak_bytes, _resident(process.pid))
-            if not selector.select(timeout=min(0.5, stalled_after)):
-                if time.monotonic() - heard > stalled_after:
-                    return True
-                continue
-            received = os.read(events.fileno(), 1 << 16)
-            if not received:
-                return False
-            heard = time.monotonic()
-            *lines, rest = (rest + received).split(b"\n")
-            for line in lines:
-                _hear(json.loads(line), watched, advance)
-
-
-def _hear(event: dict[str, Any], watched: _Watched, advance: Advance) -> None:
-    if "built" in event:
-        watched.result = EngineResult(**event["built"])
-    elif "error" in event:
-        watched.error = CompileError(event["error"], hint=event["hint"])
-    else:
-        watched.phase = event["phase"]
-        advance(event["step"] - watched.permille)
-        watched.permille = event["step"]
-
-
 def _resident(pid: int) -> int:
-    """Bytes of memory that the process has; 0 when it has ended."""
+    """The resident memory of a process in bytes; 0 if it has ended."""
     try:
         text = Path(f"/proc/{pid}/statm").read_text(encoding="ascii")
     except OSError:
         return 0
     return int(text.split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-
-def _death(code: int, watched: _Watched, backend: Backend, said: str) -> CompileError:
-    """Why a builder ended without a word."""
-    phase = f" in the phase {watched.phase}" if watched.phase else ""
-    if code == -signal.SIGKILL:
-        return CompileError(
-            f"{backend.title}'s builder was killed{phase}, most likely for lack of memory:"
-            f" it had {watched.peak_bytes / 1e9:.1f} GB, this machine has {environment.memory_bytes() / 1e9:.1f} GB",
-            hint="end other programs, or build on a machine with more memory",
-        )
-    last = next((line.strip() for line in reversed(said.splitlines()) if line.strip()), "it said nothing")
-    how = f"ended with {signal.Signals(-code).name}" if code < 0 else f"failed with exit code {code}"
-    return CompileError(
-        f"{backend.title}'s builder {how}{phase}: {last}",
-        hint="its log says more, where --debug shows it; --runtime onnx builds the bundle without engines",
-    )

@@ -1,9 +1,9 @@
-"""Whether the ops' kernels take a model's sizes and dtypes, known from its configuration before any work."""
+"""Checks from the configuration alone whether the ops' kernels support a model's sizes and dtypes."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from nemotrt.exporter.config import BuildConfig
 from nemotrt.exporter.errors import CompileError
@@ -13,9 +13,8 @@ from nemotrt.plugins.contract import DType, PoolSpec
 from nemotrt.plugins.spec import ops
 
 
-@dataclass(frozen=True)
-class OpCall:
-    """One op as the layers of a model call it in the largest step: its axes and attributes, and its dtypes."""
+class OpCall(NamedTuple):
+    """An op as one kind of layer calls it in the largest step: its axes and attributes, and its dtypes."""
 
     layer: str
     """The kind of layer."""
@@ -25,9 +24,9 @@ class OpCall:
 
 
 def op_calls(model: ModelConfig, config: BuildConfig, pools: Sequence[PoolSpec]) -> Iterator[OpCall]:
-    """The ops of each kind of layer that the model has; layers of one kind call them alike.
+    """The ops of each kind of layer in the model; all layers of one kind call them alike.
 
-    `config` has its precision, `pools` are those of the graph.
+    `config` has the precision, `pools` are those of the graph.
     """
     X = config.dtype
     pool_dtypes = {pool.kind: pool.dtype for pool in pools}
@@ -57,7 +56,7 @@ def op_calls(model: ModelConfig, config: BuildConfig, pools: Sequence[PoolSpec])
 def check_supported(
     model: ModelConfig, config: BuildConfig, pools: Sequence[PoolSpec], sms: Sequence[int]
 ) -> None:
-    """Raise CompileError that names a layer and its op, what no kernel takes on one of the SMs, and what they take."""
+    """Raise CompileError with a layer, its op, what no kernel supports on one of the SMs, and what they support."""
     specs = {spec.torch_name: spec for spec in ops()}
     first = {kind: index for index, kind in reversed(model.numbered_layers.items())}
     for call in op_calls(model, config, pools):

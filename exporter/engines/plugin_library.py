@@ -1,4 +1,4 @@
-"""The plugin library for a build's GPUs and dtypes: the installation's own, or made of kernels compiled here."""
+"""The plugin library for a build's GPUs and dtypes: the installed one, or one of kernels compiled here."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from nemotrt.plugins.library import PluginError, PluginLibrary
 from nemotrt.plugins.shipped import is_shipped, shipped_library
 
 Report = Callable[[int, int, str], None]
-"""Takes how many kernels are compiled, of how many, and the latest."""
+"""A callback for the number of kernels compiled, the total, and the name of the latest."""
 
 
 def kernel_dtypes(config: BuildConfig) -> tuple[str, ...]:
-    """The dtypes whose kernels a model of this configuration launches, as `plugins.build` names them."""
-    # FP32 is in every selection, where it is the state's beside a narrower dtype.
+    """The dtypes of the kernels that a model of this configuration launches, as `plugins.build` names them."""
+    # Every selection has FP32, for a state that is wider than the model.
     state = () if config.state_dtype in ("fp32", config.precision) else (config.state_dtype,)
     weights = ("fp8", "bf16") if config.precision == "fp8" else (config.precision,)
     return (*weights, *state)
@@ -28,9 +28,9 @@ def kernel_dtypes(config: BuildConfig) -> tuple[str, ...]:
 def plugin_library(
     config: BuildConfig, sms: Sequence[int], report: Report = lambda *_: None
 ) -> PluginLibrary:
-    """A library with the kernels for these SMs; only what was neither shipped nor ever compiled here is compiled.
+    """A library with the kernels for these SMs; it compiles only kernels that are neither installed nor cached.
 
-    Raises CompileError where the shipped one was changed, a kernel cannot be compiled, or nothing can be linked.
+    Raises CompileError if the installed library was modified, or if a kernel or the library cannot be built.
     """
     try:
         if is_shipped() and set(sms) <= set((shipped := shipped_library()).description["sms"]):
@@ -38,13 +38,13 @@ def plugin_library(
         return _linked(config, sms, report)
     except (KernelError, PluginError) as error:
         raise CompileError(
-            f"the plugin library cannot be made: {error}",
+            f"the plugin library cannot be built: {error}",
             hint="--runtime onnx builds the bundle without engines",
         ) from error
 
 
 def is_at_hand(config: BuildConfig, sms: Sequence[int]) -> bool:
-    """Whether a library for these SMs was shipped, or linked here before: by this version, or else it is made anew."""
+    """Whether a library for these SMs is installed, or was linked here by an earlier build."""
     return is_shipped() or _place(config, sms).is_dir()
 
 

@@ -1,4 +1,4 @@
-"""The op nodes of a graph as a plugin sees them, and whether a plugin library has the kernels that they need."""
+"""The op nodes of a graph, and the check that a plugin library has every kernel they launch."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Axes = tuple[str | int, ...]
 
 @dataclass(frozen=True, eq=False)
 class PluginNode:
-    """One node: its attributes, and each input's dtype and axes."""
+    """An op's node: its attributes, and the dtype and axes of each input."""
 
     name: str
     spec: OpSpec
@@ -30,29 +30,28 @@ class PluginNode:
 
     @property
     def form(self) -> tuple[object, ...]:
-        """What decides the kernels that the node launches: nodes of one form need the same."""
+        """Everything that selects the node's kernels: nodes with the same form launch the same ones."""
         return (self.spec.name, tuple(self.attributes.items()), self.inputs)
 
 
 def plugin_nodes(path: Path) -> tuple[PluginNode, ...]:
     """Every op node of the graph, in order.
 
-    Raises CompileError on an op of another version than this package's, of an unknown kind, or that TensorRT
-    would take for something else.
+    Raises CompileError if an op is unknown or of another version, or if TensorRT would not recognize it as a plugin.
     """
     from onnx import helper
 
     graph = OnnxGraph.read(path).proto.graph
     tensors = _tensors(graph)
     specs = {spec.name: spec for spec in ops()}
-    found = []
+    nodes = []
     for node in graph.node:
         if node.domain != DOMAIN:
             continue
-        attributes = {one.name: helper.get_attribute_value(one) for one in node.attribute}
+        attributes = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
         _check(node, {name: _text(value) for name, value in attributes.items()}, specs)
         spec = specs[node.op_type]
-        found.append(
+        nodes.append(
             PluginNode(
                 name=node.name,
                 spec=spec,
@@ -60,7 +59,7 @@ def plugin_nodes(path: Path) -> tuple[PluginNode, ...]:
                 inputs=tuple(tensors[name] for name in node.input),
             )
         )
-    return tuple(found)
+    return tuple(nodes)
 
 
 def _text(value: object) -> str:
@@ -76,7 +75,7 @@ def _check(node: NodeProto, attributes: Mapping[str, str], specs: Mapping[str, O
             hint="export the graph again, or use the nemo-export that wrote it",
         )
     if node.op_type not in specs:
-        raise CompileError(f"{node.name}: {node.op_type} is no op of this nemo-export")
+        raise CompileError(f"{node.name}: {node.op_type} is not an op of this nemo-export")
     missing = [name for name in specs[node.op_type].attributes if name not in attributes]
     if attributes.get("plugin_namespace") != DOMAIN:
         missing.insert(0, f"plugin_namespace {DOMAIN}")
@@ -85,17 +84,17 @@ def _check(node: NodeProto, attributes: Mapping[str, str], specs: Mapping[str, O
 
 
 def _tensors(graph: GraphProto) -> dict[str, tuple[str, Axes]]:
-    """Dtype and axes of every value whose shape the graph says."""
+    """The dtype and axes of every value with a shape in the graph."""
     from onnx import helper
 
-    found: dict[str, tuple[str, Axes]] = {}
+    tensors: dict[str, tuple[str, Axes]] = {}
     for value in (*graph.input, *graph.value_info, *graph.output):
         tensor = value.type.tensor_type
         axes = tuple(size.dim_param or size.dim_value for size in tensor.shape.dim)
-        found[value.name] = (helper.tensor_dtype_to_np_dtype(tensor.elem_type).name, axes)
+        tensors[value.name] = (helper.tensor_dtype_to_np_dtype(tensor.elem_type).name, axes)
     for weight in graph.initializer:
-        found[weight.name] = (helper.tensor_dtype_to_np_dtype(weight.data_type).name, tuple(weight.dims))
-    return found
+        tensors[weight.name] = (helper.tensor_dtype_to_np_dtype(weight.data_type).name, tuple(weight.dims))
+    return tensors
 
 
 def check_kernels(
@@ -104,9 +103,9 @@ def check_kernels(
     library: PluginLibrary,
     sms: Sequence[int],
 ) -> None:
-    """Raise CompileError where a node has no kernel for one of the SMs, at any corner of a profile.
+    """Raise CompileError if a node has no kernel on one of the SMs at the min, opt or max shapes of a profile.
 
-    On a GPU this would be found at the first step only, since a plugin chooses its kernels when it runs.
+    A plugin selects its kernels when it runs, so a GPU would report this in the first step only.
     """
     forms = {node.form: node for node in reversed(nodes)}
     for node in reversed(forms.values()):

@@ -1,4 +1,4 @@
-"""What a build's engines are to run on: the runtime and the GPU generations, settled before any long work."""
+"""The runtime and the GPU generations that a build's engine is for, decided before any long work."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ AUTO = "auto"
 
 @dataclass(frozen=True)
 class Target:
-    """A runtime of config.RUNTIMES but auto, the SMs that its engine is for, and why it was taken, for a person."""
+    """A runtime (one of config.RUNTIMES except auto), the SMs that its engine is for, and why it was chosen."""
 
     runtime: str
     sms: tuple[int, ...] = ()
     why: str = ""
     may_fall_back: bool = False
-    """Whether a build may go on without an engine, out loud: nobody asked for this one by name."""
+    """Whether a build may continue without an engine, and report it: the user did not request this runtime."""
 
     @property
     def gpus(self) -> str:
-        """The GPU generations in words."""
+        """The GPU generations, as text."""
         return "SM " + ", ".join(map(str, self.sms))
 
     @property
     def title(self) -> str:
-        """The runtime, and the GPU generations where it has some."""
+        """The runtime, and its GPU generations if it has any."""
         return f"{self.runtime} for {self.gpus}" if self.sms else self.runtime
 
 
@@ -45,10 +45,9 @@ def settle(
     *,
     gpu: Callable[[], Gpu] = find_gpu,
 ) -> Target:
-    """The target of a build; raises UsageError or CompileError on one that cannot be, with what to do instead.
+    """The target of a build; raises UsageError or CompileError if it is impossible, with what to do instead.
 
-    With `auto` the first backend that this machine can build for is taken, and Target.why says what stood in
-    the way of the others.
+    `auto` chooses the first backend that this machine can build for; Target.why has the problems with the others.
     """
     if runtime == ONNX:
         if sms:
@@ -59,7 +58,7 @@ def settle(
     refusals = []
     for candidate in BACKENDS:
         if sms and candidate.needs_gpu:
-            continue  # SMs are named for the one that builds for GPUs elsewhere
+            continue  # it builds for this machine's GPU only
         try:
             target = _target(candidate, sms, precision, gpu)
         except CompileError as error:
@@ -83,23 +82,23 @@ def _target(candidate: Backend, sms: Sequence[int], precision: str, gpu: Callabl
         raise CompileError(problem, hint=f"pip install 'nemo-export[{candidate.extra}]'")
     if candidate.needs_gpu:
         try:
-            found = gpu()
+            device = gpu()
         except CudaError as error:
             raise CompileError(
                 f"{candidate.title} builds engines on a GPU only: {error}",
                 hint="build on the GPU's machine; --runtime tensorrt-rtx builds engines for RTX GPUs anywhere",
             ) from error
         try:
-            _check_kernels(found.sm, precision)
-        except UsageError as error:  # nobody chose this GPU
-            raise CompileError(f"{found.name}: {error}", hint=error.hint) from error
-        return Target(candidate.runtime, (found.sm,))
+            _check_kernels(device.sm, precision)
+        except UsageError as error:  # the user did not choose this GPU
+            raise CompileError(f"{device.name}: {error}", hint=error.hint) from error
+        return Target(candidate.runtime, (device.sm,))
     check_can_link()
     return Target(candidate.runtime, tuple(sorted(set(sms))) or default_sms(candidate, precision))
 
 
 def default_sms(candidate: Backend, precision: str) -> tuple[int, ...]:
-    """Every GPU generation that the backend builds for, the kernels exist for, and the precision runs on."""
+    """Every GPU generation that the backend, the kernels and the precision support."""
     return tuple(sm for sm in candidate.sms if sm in SMS and (precision != "fp8" or supports_fp8(sm)))
 
 
@@ -111,7 +110,7 @@ def _check_sm(candidate: Backend, sm: int, precision: str) -> None:
             hint=f"use --runtime tensorrt on a machine with that GPU; --sm takes {choices}",
         )
     if sm not in candidate.sms:
-        raise UsageError(f"{candidate.title} knows no SM {sm}", hint=f"--sm takes {choices}")
+        raise UsageError(f"{candidate.title} does not know SM {sm}", hint=f"--sm takes {choices}")
     _check_kernels(sm, precision, f"--sm takes {choices}")
 
 
@@ -123,7 +122,7 @@ def _check_kernels(sm: int, precision: str, hint: str = "--runtime onnx builds w
 
 
 def check_can_link() -> None:
-    """Raise CompileError that says what is missing for making a plugin library, where none is installed."""
+    """Raise CompileError if no plugin library is installed and a tool for building one is missing."""
     if is_shipped():
         return
     if find_spec("triton") is None:

@@ -1,9 +1,9 @@
 """Continuous batching: which tokens of which requests form the next step, and in which slots and pages.
 
 A request is admitted once a sequence slot and the pages for its prompt and all its new tokens (its block table) are
-free, so that an admitted request never waits; docs/adr/0010 says what that costs. A slot and its pages go to the next
 free, so that an admitted request never waits; docs/adr/0010 says what that costs. When a request ends, the next one
 gets its slot and pages, so a step mixes chunks of prompts with sequences that decode. Slot 0 and page 0 are scratch.
+
 Legend: T tokens in a step, B sequences in a step, M pages of one sequence.
 """
 

@@ -234,7 +234,7 @@ def test_a_library_that_is_none_is_refused(bundle: Path, tmp_path: Path) -> None
         path = broken
         description = library().description
 
-    with pytest.raises(CompileError, match="is no plugin library that TensorRT loads"):
+    with pytest.raises(CompileError, match="TensorRT does not load the plugin library"):
         stage.compile(
             config(tmp_path), TARGET, graph, dataclasses.replace(prepared, library=Broken()), tmp_path
         )  # type: ignore[arg-type]

@@ -66,7 +66,7 @@ os.abort()
 
 
 def test_a_crash_without_a_word_is_an_error() -> None:
-    with pytest.raises(CompileError, match="TensorRT's builder ended with SIGSEGV: it said nothing"):
+    with pytest.raises(CompileError, match="TensorRT's builder ended with SIGSEGV: it printed nothing"):
         run("os.kill(os.getpid(), signal.SIGSEGV)")
 
 

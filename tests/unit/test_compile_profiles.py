@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nemotrt.exporter.config import BuildConfig
-from nemotrt.exporter.engines.shape_profiles import Bounds, check_holds_one, engine_profiles, max_rows
+from nemotrt.exporter.engines.shape_profiles import check_holds_one, engine_profiles, max_rows
 from nemotrt.exporter.errors import CompileError
 
 
@@ -26,19 +26,17 @@ def test_every_promise_is_kept(tokens: int, sequences: int, context: int, page_s
     built = config(max_tokens=tokens, max_sequences=sequences, max_context=context, page_size=page_size)
     decode, prefill, mixture = engine_profiles(built)
     assert (decode.name, prefill.name, mixture.name) == ("decode", "prefill", "mixture")
-    assert decode.axes["T"].most == decode.axes["B"].most == sequences
-    assert prefill.axes["B"].most == 1
-    assert (mixture.axes["T"].most, mixture.axes["B"].most) == (tokens, sequences)
+    assert decode.axes["T"][2] == decode.axes["B"][2] == sequences
+    assert prefill.axes["B"][2] == 1
+    assert (mixture.axes["T"][2], mixture.axes["B"][2]) == (tokens, sequences)
     pages = -(-context // page_size)
     for profile in (decode, prefill, mixture):
-        assert profile.axes["M"].most == pages
-        assert profile.axes["K"].most == 1 + sequences * pages
-        assert profile.axes["S"].most == 1 + sequences
-        assert profile.axes["R"].most >= min(sequences, profile.axes["B"].most)
-        assert profile.axes["B+1"] == Bounds(
-            *(getattr(profile.axes["B"], name) + 1 for name in Bounds.__annotations__)
-        )
-    assert max_rows(built) == mixture.axes["R"].most
+        assert profile.axes["M"][2] == pages
+        assert profile.axes["K"][2] == 1 + sequences * pages
+        assert profile.axes["S"][2] == 1 + sequences
+        assert profile.axes["R"][2] >= min(sequences, profile.axes["B"][2])
+        assert profile.axes["B+1"] == tuple(size + 1 for size in profile.axes["B"])
+    assert max_rows(built) == mixture.axes["R"][2]
 
 
 def test_shapes_are_read_off_axes() -> None:
@@ -60,7 +58,7 @@ def test_an_unknown_axis_is_named() -> None:
 def test_a_profile_that_holds_no_sequence_is_refused(axis: str, most: int, flag: str) -> None:
     built = config()  # 8192 tokens are 64 pages, and page 0 is nobody's
     profile = engine_profiles(built)[0]
-    small = dataclasses.replace(profile, axes=profile.axes | {axis: Bounds(1, 1, most)})
+    small = dataclasses.replace(profile, axes=profile.axes | {axis: (1, 1, most)})
     with pytest.raises(
         CompileError, match=f"at most {most} of axis {axis}; one sequence of 8192 tokens"
     ) as caught:

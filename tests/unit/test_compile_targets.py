@@ -54,7 +54,7 @@ def test_tensorrt_builds_for_the_machine_s_gpu() -> None:
         ("tensorrt-rtx", (89, 100), "fp16", "no engines for SM 100", "--sm takes 80, 86, 89, 120"),
         ("tensorrt-rtx", (80,), "fp8", "SM 80 has no FP8 tensor cores", "--precision fp16 or bf16"),
         ("tensorrt-rtx", (75,), "fp16", "there are no kernels for SM 75", "--sm takes 80, 86, 89, 120"),
-        ("tensorrt-rtx", (42,), "fp16", "TensorRT-RTX knows no SM 42", "--sm takes 80, 86, 89, 120"),
+        ("tensorrt-rtx", (42,), "fp16", "TensorRT-RTX does not know SM 42", "--sm takes 80, 86, 89, 120"),
         ("tensorrt", (90,), "fp16", "--sm goes with --runtime tensorrt-rtx", "leave --sm out"),
         ("onnx", (89,), "fp16", "--sm has no effect with --runtime onnx", "leave one of them out"),
         ("auto", (90,), "fp16", "TensorRT-RTX builds no engines for SM 90", "--runtime tensorrt "),

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from nemotrt.exporter.engines.builder import EngineRequest
 from nemotrt.exporter.engines.builder_process import run_builder
-from nemotrt.exporter.engines.shape_profiles import Bounds, EngineProfile
+from nemotrt.exporter.engines.shape_profiles import EngineProfile
 from nemotrt.exporter.errors import UsageError
 from nemotrt.exporter.runtime import backends
 from nemotrt.exporter.runtime.backends import Backend
@@ -62,7 +62,7 @@ def part_profile(steps: Sequence[StepInputs], workload: Workload) -> EngineProfi
         "K": [workload.num_pages],
     }
     return EngineProfile(
-        "part", {axis: Bounds(min(values), max(values), max(values)) for axis, values in sizes.items()}
+        "part", {axis: (min(values), max(values), max(values)) for axis, values in sizes.items()}
     )
 
 
