@@ -107,10 +107,12 @@ def validate(
 
 def _write_page(page: Path, bundle: Path, report: ValidationReport, seconds: dict[str, float]) -> None:
     from nemotrt.exporter.report.html import bundle_page
-    from nemotrt.exporter.runtime import manifest
+    from nemotrt.exporter.runtime import manifest as manifests
+    from nemotrt.exporter.runtime.graph_file import OnnxGraph
 
-    name = bundle.resolve().name
-    text = bundle_page(report, bundle, manifest.read(bundle), name=name, seconds=seconds)
+    manifest = manifests.read(bundle)
+    graph = OnnxGraph.read(bundle / manifest.of_role("graph")[0])
+    text = bundle_page(report, graph, bundle, manifest, name=bundle.resolve().name, seconds=seconds)
     page.write_text(text, encoding="utf-8")
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nemotrt.exporter.engines.shape_profiles import EngineProfile
@@ -34,18 +33,17 @@ class PluginNode:
         return (self.spec.name, tuple(self.attributes.items()), self.inputs)
 
 
-def plugin_nodes(path: Path) -> tuple[PluginNode, ...]:
+def plugin_nodes(graph: OnnxGraph) -> tuple[PluginNode, ...]:
     """Every op node of the graph, in order.
 
     Raises CompileError if an op is unknown or of another version, or if TensorRT would not recognize it as a plugin.
     """
     from onnx import helper
 
-    graph = OnnxGraph.read(path).proto.graph
-    tensors = _tensors(graph)
+    tensors = _tensors(graph.proto.graph)
     specs = {spec.name: spec for spec in ops()}
     nodes = []
-    for node in graph.node:
+    for node in graph.proto.graph.node:
         if node.domain != DOMAIN:
             continue
         attributes = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}

@@ -23,15 +23,15 @@ MAX_PERCENT = 999
 
 def bundle_page(
     report: ValidationReport,
+    graph: OnnxGraph,
     folder: Path,
     manifest: Manifest,
     *,
     name: str,
     seconds: Mapping[str, float] | None = None,
 ) -> str:
-    """`report_html` with the bundle's graph and tokenizer; raises BundleError for a graph that cannot be read."""
-    graphs = manifest.of_role("graph")
-    places = precision_map(OnnxGraph.read(folder / graphs[0]).model) if graphs else []
+    """`report_html` with the bundle's graph and tokenizer."""
+    places = precision_map(graph.model)
     tokenizer = Tokenizer(folder) if (folder / TOKENIZER).is_file() else None
     return report_html(
         report, name=name, manifest=manifest, places=places, tokenizer=tokenizer, seconds=seconds

@@ -1,18 +1,18 @@
-"""Bundle: everything that runs the model and proves it, in one folder that its manifest describes to the byte."""
+"""Bundle: complete the folder with everything that runs and validates the model, and write its manifest."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 import shutil
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from nemotrt.exporter import environment
-from nemotrt.exporter.artifacts import CompiledEngine, LoweredGraph
+from nemotrt.exporter.artifacts import CompiledEngine
 from nemotrt.exporter.checkpoint.loaded_model import LoadedModel
+from nemotrt.exporter.checkpoint.safetensors_reader import read_json
 from nemotrt.exporter.config import BuildConfig
 from nemotrt.exporter.lowering.external_data import data_path
 from nemotrt.exporter.report import json_file
@@ -35,24 +35,24 @@ ROLES = {
     "LICENSE": Role.LICENSE,
     "NOTICE": Role.LICENSE,
 }
-"""A side file → its role in the manifest; every other one is the tokenizer's."""
+"""A side file → its role in the manifest; the others belong to the tokenizer."""
 
 
 def bundle(
     config: BuildConfig,
     model: LoadedModel,
-    graph: LoweredGraph,
+    graph: OnnxGraph,
     engine: CompiledEngine | None,
     report: ValidationReport | None,
     folder: Path,
     log: Sequence[str],
 ) -> manifest.Manifest:
-    """The manifest of `folder`, which already holds the graph and now everything else too.
+    """The manifest of `folder`, to which this adds every file except the graph and the engine's.
 
-    `log` has what the build said, and neither times nor paths, so that equal builds make equal bundles.
+    `log` has no times and no paths, so that equal builds make equal bundles.
     """
-    roles = {graph.path.name: Role.GRAPH, data_path(graph.path).name: Role.WEIGHTS}
-    roles |= dict.fromkeys(graph.linked, Role.WEIGHTS)
+    roles = {data_path(graph.path).name: Role.WEIGHTS}
+    roles |= dict.fromkeys(_weight_files(graph), Role.WEIGHTS) | {graph.path.name: Role.GRAPH}
     if engine is not None:
         roles |= {engine.path: Role.ENGINE, engine.library: Role.PLUGINS, engine.log: Role.LOG}
         roles |= {engine.timings: Role.TIMING_CACHE} if engine.timings else {}
@@ -65,42 +65,62 @@ def bundle(
     roles[LOG] = Role.LOG
     (folder / LOG).parent.mkdir(exist_ok=True)
     (folder / LOG).write_text("".join(f"{line.rstrip()}\n" for line in log), encoding="utf-8")
-    for path in folder.rglob("*"):
-        if path.is_file() and path.relative_to(folder).as_posix() not in roles:
-            path.unlink()  # the stages' own, and what an earlier build of other options left in the workspace
-    for path in sorted(folder.rglob("*"), reverse=True):
-        if path.is_dir() and not any(path.iterdir()):
-            path.rmdir()
-    described = _describe(config, model, graph, engine, report, folder, roles)
+    _remove_others(folder, roles)
+    content = _manifest(config, model, graph, engine, report, manifest.describe_files(folder, roles))
     if report is not None:
-        name = f"{described.source.name}, {config.precision}"
-        page = bundle_page(report, folder, described, name=name)
+        page = bundle_page(report, graph, folder, content, name=f"{content.source.name}, {config.precision}")
         (folder / json_file.PAGE).write_text(page, encoding="utf-8")
-        listed = manifest.describe_file(folder, json_file.PAGE, Role.REPORT)
-        files = sorted((*described.files, listed), key=lambda file: file.path)
-        described = dataclasses.replace(described, files=tuple(files))
-    return manifest.write(folder, described)
+        page_file = manifest.describe_file(folder, json_file.PAGE, Role.REPORT)
+        files = sorted((*content.files, page_file), key=lambda file: file.path)
+        content = dataclasses.replace(content, files=tuple(files))
+    return manifest.write(folder, content)
 
 
-def _describe(
+def _weight_files(graph: OnnxGraph) -> set[str]:
+    """The names of the files that hold the graph's weights."""
+    return {
+        entry.value
+        for tensor in graph.proto.graph.initializer
+        for entry in tensor.external_data
+        if entry.key == "location"
+    }
+
+
+def _remove_others(folder: Path, roles: Mapping[str, Role]) -> None:
+    """Remove the stages' temporary files, and those of an earlier build with other options."""
+    for path in sorted(folder.rglob("*"), reverse=True):
+        if path.is_file() and path.relative_to(folder).as_posix() not in roles:
+            path.unlink()
+        elif path.is_dir() and not any(path.iterdir()):
+            path.rmdir()
+
+
+def _manifest(
     config: BuildConfig,
     model: LoadedModel,
-    graph: LoweredGraph,
+    graph: OnnxGraph,
     engine: CompiledEngine | None,
     report: ValidationReport | None,
-    folder: Path,
-    roles: dict[str, Role],
+    files: tuple[manifest.BundleFile, ...],
 ) -> manifest.Manifest:
     origin = model.origin or model
-    raw = (origin.folder / "config.json").read_bytes()
-    files = sorted({tensor.path for weight in origin.weights.values() for tensor in weight.tensors})
-    machine = environment.machine()
+    sources = sorted({tensor.path for weight in origin.weights.values() for tensor in weight.tensors})
+    machine, versions = environment.machine(), environment.tool_versions()
+    plugins = (
+        (
+            manifest.Plugin(
+                "nemo_plugins", versions["nemo-export"], DOMAIN, engine.library, engine.library_build
+            ),
+        )
+        if engine
+        else ()
+    )
     return manifest.Manifest(
         schema_version=manifest.SCHEMA_VERSION,
         bundle_id="",
-        files=manifest.describe_files(folder, roles),
+        files=files,
         model=manifest.ModelSummary(
-            architectures=tuple(json.loads(raw).get("architectures") or ()),
+            architectures=tuple(read_json(origin.folder / "config.json").get("architectures") or ()),
             layers=dict(Counter(model.config.layers)),
             precision=config.precision,
             vocab_size=model.config.vocab_size,
@@ -110,23 +130,22 @@ def _describe(
         source=manifest.Source(
             name=origin.folder.resolve().name,
             config_sha256=sha256(origin.folder / "config.json"),
-            files={path.name: path.stat().st_size for path in files},
+            files={path.name: path.stat().st_size for path in sources},
         ),
-        graph=describe_graph(OnnxGraph.read(graph.path)),
+        graph=describe_graph(graph),
         profiles=_profiles(config, graph, engine),
-        environment=manifest.BuildEnvironment(machine["os"], machine["arch"], environment.tool_versions()),
-        plugins=_plugins(engine),
+        environment=manifest.BuildEnvironment(machine["os"], machine["arch"], versions),
+        plugins=plugins,
         partial=bool(model.config.chosen_layers),
         not_exported=model.not_exported,
-        validation=_verdict(report),
+        validation=_validation(report),
         license=_license(origin.folder),
     )
 
 
 def _profiles(
-    config: BuildConfig, graph: LoweredGraph, engine: CompiledEngine | None
+    config: BuildConfig, graph: OnnxGraph, engine: CompiledEngine | None
 ) -> tuple[manifest.Profile, ...]:
-    """The graph's, and the engine's where there is one."""
     onnx = manifest.Profile(
         runtime="onnx",
         path=graph.path.name,
@@ -137,7 +156,7 @@ def _profiles(
     )
     if engine is None:
         return (onnx,)
-    own = dataclasses.replace(
+    return onnx, dataclasses.replace(
         onnx,
         runtime=engine.runtime,
         path=engine.path,
@@ -145,30 +164,22 @@ def _profiles(
         runtime_version=engine.version,
         sms=engine.sms,
     )
-    return (onnx, own)
 
 
-def _plugins(engine: CompiledEngine | None) -> tuple[manifest.Plugin, ...]:
-    if engine is None:
-        return ()
-    version = environment.tool_versions()["nemo-export"]
-    return (manifest.Plugin("nemo_plugins", version, DOMAIN, engine.library, engine.library_build),)
-
-
-def _verdict(report: ValidationReport | None) -> manifest.ValidationSummary:
+def _validation(report: ValidationReport | None) -> manifest.ValidationSummary:
     if report is None:
         return manifest.ValidationSummary(
             Verdict.NOT_RUN, 0, 0, "", ("everything: validation was not requested",)
         )
-    failed = sum(not gate.passed for gate in report.gates)
+    num_failed = sum(not gate.passed for gate in report.gates)
     verdict = Verdict.PASSED if report.passed else Verdict.FAILED
     not_compared = tuple(map(str, report.not_compared))
-    return manifest.ValidationSummary(verdict, len(report.gates), failed, report.candidate, not_compared)
+    return manifest.ValidationSummary(verdict, len(report.gates), num_failed, report.candidate, not_compared)
 
 
 def _license(checkpoint: Path) -> str:
-    """What the model card's front matter says, the one place where the layout states a license."""
+    """The license in the front matter of the model card, the only place where the layout has one."""
     card = checkpoint / "README.md"
     text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
-    found = re.match(r"---\n(?:.*\n)*?license(?:_name)?:\s*(\S+)", text)
-    return found.group(1) if found else "not stated"
+    match = re.match(r"---\n(?:.*\n)*?license(?:_name)?:\s*(\S+)", text)
+    return match[1] if match else "not stated"

@@ -1,19 +1,18 @@
-"""Compile: the graph as a TensorRT engine whose ops are our plugins, built in a process of its own."""
+"""Compile: build a TensorRT engine whose ops are the plugins, in a child process."""
 
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 
 from nemotrt.exporter import environment
-from nemotrt.exporter.artifacts import CompiledEngine, LoweredGraph
+from nemotrt.exporter.artifacts import CompiledEngine
 from nemotrt.exporter.config import BuildConfig
 from nemotrt.exporter.engines.builder import EngineRequest, EngineResult
 from nemotrt.exporter.engines.builder_process import run_builder
 from nemotrt.exporter.engines.plugin_library import plugin_library
-from nemotrt.exporter.engines.plugin_nodes import PluginNode, check_kernels, plugin_nodes
-from nemotrt.exporter.engines.shape_profiles import EngineProfile, engine_profiles, max_rows
+from nemotrt.exporter.engines.plugin_nodes import check_kernels, plugin_nodes
+from nemotrt.exporter.engines.shape_profiles import engine_profiles, max_rows
 from nemotrt.exporter.engines.targets import Target
 from nemotrt.exporter.errors import CompileError
 from nemotrt.exporter.progress import Advance, ignore
@@ -28,95 +27,79 @@ LOG = "logs/engine.log"
 TIMINGS = "engines/timing.cache"
 
 STEPS = 1000
-"""What `advance` hears of in all."""
+"""The total of `advance`, in `prepare` and in `compile`."""
 
 KERNEL_STEPS = 900
-"""Of them, those of compiling kernels; linking takes the rest."""
+"""The share of it that compiling kernels has in `prepare`; the rest is linking."""
 
 PARTIAL = ".partial"
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """What an engine needs beside the graph, found to fit it."""
-
-    library: PluginLibrary
-    nodes: tuple[PluginNode, ...]
-    profiles: tuple[EngineProfile, ...]
-
-
 def prepare(
-    config: BuildConfig,
-    target: Target,
-    graph: LoweredGraph,
-    *,
-    advance: Advance = ignore,
-) -> Prepared:
+    config: BuildConfig, target: Target, graph: OnnxGraph, *, advance: Advance = ignore
+) -> PluginLibrary:
     """The plugin library for the target's GPUs, with every kernel that the graph's ops launch on them.
 
-    Raises CompileError that names the op, and what it asks for that no kernel does.
+    Raises CompileError that names the op and the property that no kernel supports.
     """
-    profiles = engine_profiles(config)
-    nodes = plugin_nodes(graph.path)
+    nodes = plugin_nodes(graph)
 
     def compiled(done: int, total: int, _: str) -> None:
         advance(KERNEL_STEPS * done // total - KERNEL_STEPS * (done - 1) // total)
 
     library = plugin_library(config, target.sms, compiled)
-    check_kernels(nodes, profiles, library, target.sms)
-    return Prepared(library, nodes, profiles)
+    check_kernels(nodes, engine_profiles(config), library, target.sms)
+    return library
 
 
 def compile(
     config: BuildConfig,
     target: Target,
-    graph: LoweredGraph,
-    prepared: Prepared,
+    graph: OnnxGraph,
+    library: PluginLibrary,
     folder: Path,
     *,
     advance: Advance = ignore,
 ) -> CompiledEngine:
-    """An engine for the target's GPUs below `folder`, beside the plugin library that it needs.
+    """An engine for the target's GPUs in `folder`, together with the plugin library that it needs.
 
-    Raises CompileError with the cause when TensorRT does not build it; then no engine is there, whole or half. What
-    TensorRT said is in the log, in the user's cache folder where the build failed.
+    Raises CompileError with the cause when TensorRT does not build it, and then leaves no engine. TensorRT's messages
+    are in the log, which moves to the user's cache folder if the build fails.
     """
-    used = backend(target.runtime)
-    library, nodes = prepared.library, prepared.nodes
-    summary = describe_graph(OnnxGraph.read(graph.path))
-
-    paths = {name: folder / name for name in (used.engine, LIBRARY, LOG)}
+    trt = backend(target.runtime)
+    nodes, summary = plugin_nodes(graph), describe_graph(graph)
+    paths = {name: folder / name for name in (trt.engine, LIBRARY, LOG)}
     for path in paths.values():
         path.parent.mkdir(exist_ok=True)
     shutil.copyfile(library.path, paths[LIBRARY])
-    kept_timings = _timings(used, target)
+    timings = _timings(trt, target)
     request = EngineRequest(
-        runtime=used.runtime,
+        runtime=trt.runtime,
         graph=str(graph.path),
         library=str(paths[LIBRARY]),
-        output=str(paths[used.engine]) + PARTIAL,
+        output=str(paths[trt.engine]) + PARTIAL,
         log=str(paths[LOG]),
-        timings=str(kept_timings) if kept_timings else "",
-        sms=[] if used.needs_gpu else list(target.sms),
+        timings=str(timings) if timings else "",
+        sms=[] if trt.needs_gpu else list(target.sms),
         profiles=[
-            {edge.name: [list(shape) for shape in profile.shapes(edge.axes)] for edge in summary.inputs}
-            for profile in prepared.profiles
+            {value.name: [list(shape) for shape in profile.shapes(value.axes)] for value in summary.inputs}
+            for profile in engine_profiles(config)
         ],
         plugins=[node.name for node in nodes],
         pools=[name for pool in summary.pools for name in (pool.name, pool.output)],
     )
-    result = _build(request, used, paths[used.engine], advance)
-    if kept_timings:
-        shutil.copyfile(kept_timings, folder / TIMINGS)
+    result = _build(request, trt, paths[trt.engine], advance)
+    if timings:
+        shutil.copyfile(timings, folder / TIMINGS)
     return CompiledEngine(
-        runtime=used.runtime,
+        runtime=trt.runtime,
         version=result.version,
-        path=used.engine,
+        path=trt.engine,
         sms=target.sms,
         library=LIBRARY,
         library_build=library.description["hash"],
         log=LOG,
-        timings=TIMINGS if kept_timings else "",
+        timings=TIMINGS if timings else "",
         max_rows=max_rows(config),
         num_plugins=len(nodes),
         pools_seen=result.pools_seen,
@@ -125,43 +108,34 @@ def compile(
 
 
 def check_backend(target: Target) -> str:
-    """The version of the target's TensorRT as the builder loads it; raises CompileError where it does not load."""
-    used = backend(target.runtime)
-    return run_builder(EngineRequest(runtime=used.runtime), used).version
+    """The version of the target's TensorRT, as the builder loads it; raises CompileError when it does not load."""
+    trt = backend(target.runtime)
+    return run_builder(EngineRequest(runtime=trt.runtime), trt).version
 
 
-def _timings(used: Backend, target: Target) -> Path | None:
-    """Where timings of earlier builds are kept for this TensorRT and GPU; None where none are made."""
-    if not used.keeps_timings:
+def _timings(trt: Backend, target: Target) -> Path | None:
+    """The timing cache of this TensorRT and GPU, in the user's cache folder; None for a builder that keeps none."""
+    if not trt.keeps_timings:
         return None
     folder = cache_folder() / "timings"
     folder.mkdir(parents=True, exist_ok=True)
     return folder / f"{digest([environment.tool_versions(), target.runtime, target.sms])[:16]}.cache"
 
 
-def _build(request: EngineRequest, used: Backend, engine: Path, advance: Advance) -> EngineResult:
-    """Run the builder; the engine has its name only when it is whole."""
+def _build(request: EngineRequest, trt: Backend, engine: Path, advance: Advance) -> EngineResult:
+    """Run the builder, and rename the engine when it is complete."""
     partial, log = Path(request.output), Path(request.log)
     try:
-        result = run_builder(request, used, advance=advance)
+        result = run_builder(request, trt, advance=advance)
         partial.rename(engine)
     except CompileError as error:
-        kept = _keep_log(log)
-        if kept is None:
+        if not log.is_file():
             raise
-        raise CompileError(
-            str(error), hint=f"{error.hint}; {kept} has all that was said".lstrip("; ")
-        ) from error
+        saved = cache_folder() / "logs" / "engine.failed.log"
+        saved.parent.mkdir(parents=True, exist_ok=True)
+        shutil.move(log, saved)
+        hints = (error.hint, f"TensorRT's messages are in {saved}")
+        raise CompileError(str(error), hint="; ".join(filter(None, hints))) from error
     finally:
         partial.unlink(missing_ok=True)
     return result
-
-
-def _keep_log(log: Path) -> Path | None:
-    """Move a failed build's log to where it outlives the build; None where nothing was logged."""
-    if not log.is_file():
-        return None
-    kept = cache_folder() / "logs" / "engine.failed.log"
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    shutil.move(log, kept)
-    return kept

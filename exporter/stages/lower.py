@@ -88,7 +88,6 @@ def lower(
         ops=dict(ops),
         weight_bytes=sum(place.length for place in placed),
         written_bytes=written,
-        linked=tuple(shard.name for shard in shards),
     )
 
 

@@ -6,7 +6,6 @@ the first time, links the real one.
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
 import json
 import re
@@ -19,13 +18,13 @@ from checkpoints import write_checkpoint
 from host_library import library
 from safetensors.torch import load_file
 
-from nemotrt.exporter.artifacts import LoweredGraph
 from nemotrt.exporter.config import BuildConfig
 from nemotrt.exporter.engines.plugin_nodes import plugin_nodes
 from nemotrt.exporter.engines.targets import Target
 from nemotrt.exporter.errors import BundleError, CompileError
 from nemotrt.exporter.pipelines import build
 from nemotrt.exporter.runtime import manifest as manifests
+from nemotrt.exporter.runtime.graph_file import OnnxGraph
 from nemotrt.exporter.stages import compile as stage
 
 pytestmark = [
@@ -100,7 +99,7 @@ def test_every_op_is_a_plugin_layer_of_the_engine(bundle: Path) -> None:
         (bundle / "logs" / "engine.log").read_text().rpartition("Engine Layer Information")[2].splitlines()
     )
     engine = (bundle / "engines" / "tensorrt-rtx.engine").read_bytes()
-    nodes = plugin_nodes(bundle / "model.onnx")
+    nodes = plugin_nodes(OnnxGraph.read(bundle / "model.onnx"))
     assert len(nodes) == 7
     for node in nodes:
         # In each of three profiles. One without state is called from inside a larger layer.
@@ -130,7 +129,7 @@ def test_bf16_builds_too(checkpoint: Path, tmp_path: Path) -> None:
 def test_a_few_layers_have_an_engine_under_their_own_names(checkpoint: Path, tmp_path: Path) -> None:
     manifest, _ = built(checkpoint, tmp_path / "bundle", runtime=RTX, sms=(89,), layers="2:5")
     assert manifest.model.chosen_layers == (2, 3, 4)
-    names = [node.name for node in plugin_nodes(tmp_path / "bundle" / "model.onnx")]
+    names = [node.name for node in plugin_nodes(OnnxGraph.read(tmp_path / "bundle" / "model.onnx"))]
     assert names == ["layers.2.mixer.attention", "layers.4.mixer.conv", "layers.4.mixer.scan"]
     log = (tmp_path / "bundle" / "logs" / "engine.log").read_text()
     assert "Layer(PluginV3): layers.4.mixer.scan" in log
@@ -155,13 +154,13 @@ def test_auto_goes_on_without_an_engine_and_says_why(tmp_path: Path) -> None:
     assert "no engine can be built: layers.0.mixer.scan: NemoSelectiveScan" in line
 
 
-def edited(bundle: Path, folder: Path, edit: Callable[[onnx.ModelProto], None]) -> LoweredGraph:
-    """The bundle's graph with a change, beside its weights."""
+def edited(bundle: Path, folder: Path, edit: Callable[[onnx.ModelProto], None]) -> OnnxGraph:
+    """The bundle's graph with a change, next to its weights."""
     model = onnx.load(str(bundle / "model.onnx"), load_external_data=False)
     edit(model)
     (folder / "model.onnx.data").hardlink_to(bundle / "model.onnx.data")
     (folder / "model.onnx").write_bytes(model.SerializeToString())
-    return LoweredGraph(folder / "model.onnx", 0, {}, 0)
+    return OnnxGraph.read(folder / "model.onnx")
 
 
 def config(folder: Path) -> BuildConfig:
@@ -184,13 +183,17 @@ def test_ops_of_a_newer_version_are_named(bundle: Path, tmp_path: Path) -> None:
         stage.prepare(config(tmp_path), TARGET, graph)
 
 
-def test_an_op_that_tensorrt_took_apart_is_a_failure(bundle: Path, tmp_path: Path) -> None:
-    prepared = stage.prepare(config(tmp_path), TARGET, LoweredGraph(bundle / "model.onnx", 0, {}, 0))
+def test_an_op_that_tensorrt_inlines_is_a_failure(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = OnnxGraph.read(bundle / "model.onnx")
+    plugins, nodes = stage.prepare(config(tmp_path), TARGET, whole), plugin_nodes(whole)
+    monkeypatch.setattr(stage, "plugin_nodes", lambda _: nodes)
     graph = edited(bundle, tmp_path, next_version)
     with pytest.raises(
         CompileError, match=r"2 of 7 nemo ops did not become plugin layers, the first layers\.0"
     ):
-        stage.compile(config(tmp_path), TARGET, graph, prepared, tmp_path)
+        stage.compile(config(tmp_path), TARGET, graph, plugins, tmp_path)
     assert not list((tmp_path / "engines").iterdir())
 
 
@@ -198,12 +201,12 @@ def test_a_graph_that_tensorrt_does_not_take_says_why_and_keeps_its_log(bundle: 
     def unknown(model: onnx.ModelProto) -> None:
         next(node for node in model.graph.node if node.op_type == "Relu").op_type = "NonZero"
 
-    prepared = stage.prepare(config(tmp_path), TARGET, LoweredGraph(bundle / "model.onnx", 0, {}, 0))
+    plugins = stage.prepare(config(tmp_path), TARGET, OnnxGraph.read(bundle / "model.onnx"))
     graph = edited(bundle, tmp_path, unknown)
     with pytest.raises(CompileError, match="TensorRT does not take the graph: ") as caught:
-        stage.compile(config(tmp_path), TARGET, graph, prepared, tmp_path)
-    kept = Path(caught.value.hint.removesuffix(" has all that was said").split("; ")[-1])
-    assert "NonZero" in kept.read_text()
+        stage.compile(config(tmp_path), TARGET, graph, plugins, tmp_path)
+    saved = Path(caught.value.hint.partition("TensorRT's messages are in ")[2])
+    assert "NonZero" in saved.read_text()
     assert not list((tmp_path / "engines").iterdir())
 
 
@@ -217,7 +220,7 @@ def test_compiling_kernels_is_heard_of(bundle: Path, tmp_path: Path, monkeypatch
 
     heard: list[int] = []
     monkeypatch.setattr(stage, "plugin_library", compiling)
-    graph = LoweredGraph(bundle / "model.onnx", 0, {}, 0)
+    graph = OnnxGraph.read(bundle / "model.onnx")
     stage.prepare(config(tmp_path), TARGET, graph, advance=heard.append)
     assert len(heard) == 7
     assert sum(heard) == stage.KERNEL_STEPS
@@ -225,8 +228,8 @@ def test_compiling_kernels_is_heard_of(bundle: Path, tmp_path: Path, monkeypatch
 
 
 def test_a_library_that_is_none_is_refused(bundle: Path, tmp_path: Path) -> None:
-    graph = LoweredGraph(bundle / "model.onnx", 0, {}, 0)
-    prepared = stage.prepare(config(tmp_path), TARGET, graph)
+    graph = OnnxGraph.read(bundle / "model.onnx")
+    plugins = stage.prepare(config(tmp_path), TARGET, graph)
     broken = tmp_path / "broken.so"
     broken.write_text("no library")
 
@@ -235,18 +238,16 @@ def test_a_library_that_is_none_is_refused(bundle: Path, tmp_path: Path) -> None
         description = library().description
 
     with pytest.raises(CompileError, match="TensorRT does not load the plugin library"):
-        stage.compile(
-            config(tmp_path), TARGET, graph, dataclasses.replace(prepared, library=Broken()), tmp_path
-        )  # type: ignore[arg-type]
+        stage.compile(config(tmp_path), TARGET, graph, Broken(), tmp_path)  # type: ignore[arg-type]
 
 
 def test_a_full_disk_is_said_and_leaves_nothing(bundle: Path, tmp_path: Path) -> None:
-    graph = LoweredGraph(bundle / "model.onnx", 0, {}, 0)
-    prepared = stage.prepare(config(tmp_path), TARGET, graph)
+    graph = OnnxGraph.read(bundle / "model.onnx")
+    plugins = stage.prepare(config(tmp_path), TARGET, graph)
     (tmp_path / "engines").mkdir()
     (tmp_path / "engines" / "tensorrt-rtx.engine.partial").symlink_to("/dev/full")
     with pytest.raises(CompileError, match="the engine cannot be written: No space left on device"):
-        stage.compile(config(tmp_path), TARGET, graph, prepared, tmp_path)
+        stage.compile(config(tmp_path), TARGET, graph, plugins, tmp_path)
     assert not list((tmp_path / "engines").iterdir())
 
 

@@ -17,6 +17,7 @@ from nemotrt.exporter.config import BuildConfig
 from nemotrt.exporter.engines.plugin_nodes import plugin_nodes
 from nemotrt.exporter.pipelines import build
 from nemotrt.exporter.runtime import manifest as manifests
+from nemotrt.exporter.runtime.graph_file import OnnxGraph
 from nemotrt.exporter.stages import compile as stage
 from nemotrt.plugins.moe_dispatch import SPEC as MOE
 
@@ -61,7 +62,7 @@ def test_a_published_layout_is_built_for_both_generations_that_have_fp8(
     log = (tmp_path / "bundle" / "logs" / "engine.log").read_text()
     attention = next(line for line in log.splitlines() if "Layer(PluginV3): layers.2.mixer.attention" in line)
     assert "kv_cache.2 (FP8[" in attention
-    nodes = {node.name: node for node in plugin_nodes(tmp_path / "bundle" / "model.onnx")}
+    nodes = {node.name: node for node in plugin_nodes(OnnxGraph.read(tmp_path / "bundle" / "model.onnx"))}
     inputs = dict(
         zip((spec.name for spec in MOE.inputs), nodes["layers.1.mixer.experts"].inputs, strict=True)
     )
