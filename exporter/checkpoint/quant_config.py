@@ -51,7 +51,9 @@ def with_recipe(config: ModelConfig, stored: Mapping[str, StoredTensor], folder:
         descriptions["quantization_config of config.json"] = config.quantization
     if (folder / HF_QUANT_CONFIG).exists():
         descriptions[HF_QUANT_CONFIG] = read_json(file_inside(folder, HF_QUANT_CONFIG)).get("quantization")
-    recipes = {_recipe(config, stored, raw, where) for where, raw in descriptions.items()}
+    recipes = {
+        _recipe(config, stored, *parse_description(raw, where), where) for where, raw in descriptions.items()
+    }
     if len(recipes) > 1:
         raise CheckpointError(
             " and ".join(descriptions) + " disagree about what is quantized",
@@ -60,9 +62,25 @@ def with_recipe(config: ModelConfig, stored: Mapping[str, StoredTensor], folder:
     return config.with_recipe(recipes.pop() if recipes else config.recipe)
 
 
-def _recipe(config: ModelConfig, stored: Mapping[str, StoredTensor], raw: Any, where: str) -> Recipe:
-    """Apply a description to the model's modules; raises CheckpointError when the experts of a layer differ."""
-    is_quantized, has_kv_cache = parse_description(raw, where)
+def stored_recipe(config: ModelConfig, stored: Mapping[str, StoredTensor]) -> Recipe:
+    """The quantization that the tensors' dtypes and names show, for a table of tensors without a description."""
+
+    def is_quantized(name: str) -> bool:
+        tensor = _find(stored, f"{name}.weight")
+        return tensor is not None and tensor.dtype == DType.FLOAT8_E4M3
+
+    has_scales = any(name.endswith(".k_scale") for name in stored)
+    return _recipe(config, stored, is_quantized, has_scales, "the table of tensors")
+
+
+def _recipe(
+    config: ModelConfig,
+    stored: Mapping[str, StoredTensor],
+    is_quantized: IsQuantized,
+    has_kv_cache: bool,
+    where: str,
+) -> Recipe:
+    """The quantized modules of the model and their scales; raises CheckpointError when experts of a layer differ."""
     modules = set()
     for module in quantizable(config):
         names = list(_stored_modules(config, module))
@@ -73,7 +91,16 @@ def _recipe(config: ModelConfig, stored: Mapping[str, StoredTensor], raw: Any, w
                 f"{where}: {quantized[0]} is quantized but {other} is not; all experts of a layer must be alike"
             )
         modules.update([module] if quantized else [])
-    return _with_scales(config, Recipe(frozenset(modules), kv_cache=has_kv_cache), stored)
+    per_channel = {
+        module
+        for module in modules
+        if (scale := _find(stored, f"{next(_stored_modules(config, module))}.weight_scale"))
+        and math.prod(scale.shape) > 1
+    }
+    has_scales = any(name.endswith((".k_scale", ".v_scale")) for name in stored)
+    return Recipe(
+        frozenset(modules), frozenset(per_channel), has_kv_cache, kv_scales=has_kv_cache and has_scales
+    )
 
 
 def parse_description(raw: Any, where: str) -> tuple[IsQuantized, bool]:
@@ -154,35 +181,6 @@ def _stored_modules(config: ModelConfig, module: str) -> Iterator[str]:
         return
     for expert in range(config.n_routed_experts):
         yield from (f"{module}.{expert}.{name}" for name in ("up_proj", "down_proj"))
-
-
-def stored_recipe(config: ModelConfig, stored: Mapping[str, StoredTensor]) -> Recipe:
-    """The quantization that the tensors' dtypes and names show, for a table of tensors without a description."""
-    modules = {
-        module
-        for module in quantizable(config)
-        if any(
-            tensor.dtype == DType.FLOAT8_E4M3
-            for name in _stored_modules(config, module)
-            if (tensor := _find(stored, f"{name}.weight"))
-        )
-    }
-    has_scales = any(name.endswith(".k_scale") for name in stored)
-    return _with_scales(config, Recipe(frozenset(modules), kv_cache=has_scales), stored)
-
-
-def _with_scales(config: ModelConfig, recipe: Recipe, stored: Mapping[str, StoredTensor]) -> Recipe:
-    """The recipe, completed with the shapes of the stored scales and whether the KV cache has scales."""
-    per_channel = {
-        module
-        for module in recipe.modules
-        if (scale := _find(stored, f"{next(_stored_modules(config, module))}.weight_scale"))
-        and math.prod(scale.shape) > 1
-    }
-    has_scales = any(name.endswith((".k_scale", ".v_scale")) for name in stored)
-    return Recipe(
-        recipe.modules, frozenset(per_channel), recipe.kv_cache, kv_scales=recipe.kv_cache and has_scales
-    )
 
 
 def _find(stored: Mapping[str, StoredTensor], name: str) -> StoredTensor | None:

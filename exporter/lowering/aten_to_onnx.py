@@ -215,10 +215,6 @@ def _split(op: Translator, _: fx.Node, x: ir.Value, sizes: list[int], axis: int 
     return op.Split(x, sizes, axis=axis, outputs=len(sizes))  # type: ignore[no-any-return]
 
 
-def _silu(op: Translator, _: fx.Node, x: ir.Value) -> ir.Value:
-    return op.Mul(x, op.Sigmoid(x))  # type: ignore[no-any-return]
-
-
 def _cast(op: Translator, node: fx.Node, x: ir.Value, *_: Any) -> ir.Value:
     # PyTorch also records casts to the same dtype.
     dtype = _onnx_dtype(node.meta["val"])
@@ -233,29 +229,6 @@ def _square(op: Translator, node: fx.Node, x: ir.Value, exponent: int = 2) -> ir
     return op.Mul(x, x)  # type: ignore[no-any-return]
 
 
-def _transpose(op: Translator, _: fx.Node, x: ir.Value) -> ir.Value:
-    return op.Transpose(x, perm=[1, 0])  # type: ignore[no-any-return]
-
-
-def _simple(op_type: str) -> Write:
-    def write(op: Translator, _: fx.Node, *operands: Any) -> Any:
-        return getattr(op, op_type)(*operands)
-
-    return write
-
-
-def _getitem(_: Translator, __: fx.Node, values: Sequence[ir.Value], index: int) -> ir.Value:
-    return values[index]
-
-
-def _embedding(op: Translator, _: fx.Node, weight: ir.Value, ids: ir.Value, *__: Any) -> ir.Value:
-    return op.Gather(weight, ids, axis=0)  # type: ignore[no-any-return]
-
-
-def _index_select(op: Translator, _: fx.Node, x: ir.Value, axis: int, index: ir.Value) -> ir.Value:
-    return op.Gather(x, index, axis=axis)  # type: ignore[no-any-return]
-
-
 LINEARS = {aten.linear.default, torch.ops.nemo.fp8_linear.default}
 
 SKIPPED = {aten._assert_tensor_metadata.default}
@@ -263,23 +236,23 @@ SKIPPED = {aten._assert_tensor_metadata.default}
 OPS: dict[Any, OpSpec] = {torch_op.overload(spec): spec for spec in ops()}
 
 OPERATORS: dict[Any, Write] = {
-    operator.getitem: _getitem,
-    aten.add.Tensor: _simple("Add"),
-    aten.embedding.default: _embedding,
+    operator.getitem: lambda op, node, values, index: values[index],
+    aten.add.Tensor: lambda op, node, x, y: op.Add(x, y),
+    aten.embedding.default: lambda op, node, weight, ids, *_: op.Gather(weight, ids, axis=0),
     aten.flatten.using_ints: _reshape,
-    aten.index_select.default: _index_select,
+    aten.index_select.default: lambda op, node, x, axis, index: op.Gather(x, index, axis=axis),
     aten.linear.default: _linear,
-    aten.matmul.default: _simple("MatMul"),
-    aten.mul.Tensor: _simple("Mul"),
+    aten.matmul.default: lambda op, node, x, y: op.MatMul(x, y),
+    aten.mul.Tensor: lambda op, node, x, y: op.Mul(x, y),
     aten.pow.Tensor_Scalar: _square,
-    aten.relu.default: _simple("Relu"),
+    aten.relu.default: lambda op, node, x: op.Relu(x),
     aten.reshape.default: _reshape,
     aten.rms_norm.default: _rms_norm,
-    aten.sigmoid.default: _simple("Sigmoid"),
-    aten.silu.default: _silu,
+    aten.sigmoid.default: lambda op, node, x: op.Sigmoid(x),
+    aten.silu.default: lambda op, node, x: op.Mul(x, op.Sigmoid(x)),
     aten.split_with_sizes.default: _split,
     aten.square.default: _square,
-    aten.t.default: _transpose,
+    aten.t.default: lambda op, node, x: op.Transpose(x, perm=[1, 0]),
     aten.to.dtype: _cast,
     aten.unflatten.int: _reshape,
     aten.view.default: _reshape,

@@ -13,7 +13,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -213,11 +213,10 @@ def _transfer(piece: _Piece, target: int) -> int:
         values = torch.cat(list(weights.values(placed.source, placed.shape, placed.dtype)))
         return _write(target, values, piece.offset)
     with tensor.path.open("rb", buffering=0) as file:
-        begin, length = tensor.offset + piece.start, piece.stop - piece.start
-        if is_hole(file.fileno(), begin, begin + length):
+        if _is_hole(file.fileno(), piece):
             return 0
-        stored = _buffers.stored[:length]
-        if files.read_into(stored, file.fileno(), begin) != length:
+        stored = _buffers.stored[: piece.stop - piece.start]
+        if files.read_into(stored, file.fileno(), tensor.offset + piece.start) != len(stored):
             raise CheckpointError(f"{tensor.path} ended while {tensor.name} was read")
     values = weights.convert_piece(tensor, stored, placed.source.transform, placed.dtype, _buffers.converted)
     return 0 if placed.linked else _write(target, values, piece.offset)
@@ -233,23 +232,21 @@ def _write(target: int, values: torch.Tensor, offset: int) -> int:
 def allocated_bytes(placed: Iterable[Placed]) -> int:
     """Bytes of the parameters, without the sparse regions of the checkpoint."""
     total = 0
-    with ExitStack() as stack:
-        files: dict[Path, int] = {}
-        for piece in _pieces(placed):
-            if tensor := piece.tensor:
-                if tensor.path not in files:
-                    files[tensor.path] = stack.enter_context(tensor.path.open("rb", buffering=0)).fileno()
-                begin, end = tensor.offset + piece.start, tensor.offset + piece.stop
-                if is_hole(files[tensor.path], begin, end):
+    for piece in _pieces(placed):
+        if piece.tensor:
+            with piece.tensor.path.open("rb", buffering=0) as file:
+                if _is_hole(file.fileno(), piece):
                     continue
-            total += piece.length
+        total += piece.length
     return total
 
 
-def is_hole(file: int, begin: int, end: int) -> bool:
-    """Whether the file has no allocated bytes in the range, which then reads as zeros."""
+def _is_hole(file: int, piece: _Piece) -> bool:
+    """Whether the stored tensor's file has no allocated bytes for the piece, which then reads as zeros."""
+    assert piece.tensor is not None
+    offset = piece.tensor.offset
     try:
-        return os.lseek(file, begin, os.SEEK_DATA) >= end
+        return os.lseek(file, offset + piece.start, os.SEEK_DATA) >= offset + piece.stop
     except OSError as error:
         return error.errno == errno.ENXIO  # no data up to the end of the file
 

@@ -229,7 +229,7 @@ def test_compiling_kernels_is_heard_of(bundle: Path, tmp_path: Path, monkeypatch
 
 def test_a_library_that_is_none_is_refused(bundle: Path, tmp_path: Path) -> None:
     graph = OnnxGraph.read(bundle / "model.onnx")
-    plugins = stage.prepare(config(tmp_path), TARGET, graph)
+    stage.prepare(config(tmp_path), TARGET, graph)
     broken = tmp_path / "broken.so"
     broken.write_text("no library")
 
