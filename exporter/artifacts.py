@@ -59,8 +59,6 @@ class LoweredGraph:
     weight_bytes: int
     written_bytes: int = 0
     """Bytes of the data file that take up disk space: sparse regions of the checkpoint stay sparse."""
-    linked: tuple[str, ...] = ()
-    """Names of checkpoint files that are linked into the bundle and hold some of its weights."""
 
 
 @dataclass(frozen=True)

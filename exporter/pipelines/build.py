@@ -24,6 +24,7 @@ from nemotrt.exporter.errors import CompileError, ExportError, UsageError, Valid
 from nemotrt.exporter.pipelines import estimates
 from nemotrt.exporter.progress import SILENT, BuildLog, Progress
 from nemotrt.exporter.report.model import Gate, ValidationReport
+from nemotrt.exporter.runtime.graph_file import OnnxGraph
 from nemotrt.exporter.runtime.manifest import ValidationSummary
 from nemotrt.exporter.workspace import Workspace, check_output, digest
 
@@ -200,12 +201,13 @@ class Build:
     def run(self) -> BuildResult:
         """Run all stages and publish the bundle."""
         self.quantize()
-        graph = self.lower()
+        lowered = self.lower()
+        graph = OnnxGraph.read(lowered.path)
         engine = self.compile(graph)
         report = self.validate(graph)
         failed = [gate for gate in report.gates if not gate.passed] if report else []
         self._report_failures(failed, len(report.gates) if report else 0)
-        return self.bundle(graph, engine, report, len(failed))
+        return self.bundle(lowered, graph, engine, report, len(failed))
 
     def quantize(self) -> None:
         """Quantize the weights to FP8 in the workspace, if the precision asks for it and the checkpoint is not FP8."""
@@ -269,7 +271,7 @@ class Build:
         # The folder may have moved since the previous build recorded the path.
         return dataclasses.replace(self._once("lower", self.key, LoweredGraph, run), path=path)
 
-    def compile(self, graph: LoweredGraph) -> CompiledEngine | None:
+    def compile(self, graph: OnnxGraph) -> CompiledEngine | None:
         """Build the engine; None if none was asked for, or if its kernels do not exist and the build may go on."""
         if self.target.runtime == ONNX:
             return None
@@ -280,12 +282,12 @@ class Build:
             try:
                 what = f"and plugin library for {self.target.gpus}"
                 with self.log.stage("kernels", what, total=STEPS) as advance:
-                    prepared = prepare(self.config, self.target, graph, advance=advance)
+                    library = prepare(self.config, self.target, graph, advance=advance)
             except CompileError as error:
                 raise _NoKernelsError(str(error), hint=error.hint) from error
             with self.log.stage("compile", f"engine of {self.target.title}", total=STEPS) as advance:
                 folder = self.workspace.folder
-                engine = compile(self.config, self.target, graph, prepared, folder, advance=advance)
+                engine = compile(self.config, self.target, graph, library, folder, advance=advance)
             self.log.note(f"{engine.num_plugins} ops are plugins", logging.DEBUG)
             if not engine.pools_seen:
                 self.log.note("TensorRT did not list its layers: the engine may copy pools, which is slow")
@@ -300,7 +302,7 @@ class Build:
             self.log.note(f"runtime: {ONNX} ({error})")
             return None
 
-    def validate(self, graph: LoweredGraph) -> ValidationReport | None:
+    def validate(self, graph: OnnxGraph) -> ValidationReport | None:
         """Compare the graph with PyTorch; None if the user asked for no validation."""
         config, model = self.config, self.model
         if not config.validate:
@@ -308,12 +310,11 @@ class Build:
             return None
 
         def run() -> ValidationReport:
-            from nemotrt.exporter.runtime.graph_file import OnnxGraph
             from nemotrt.exporter.validation.candidates import graph_candidate
             from nemotrt.exporter.validation.plan import plan_validation
             from nemotrt.exporter.validation.validate import validate
 
-            candidate, plan = graph_candidate(OnnxGraph.read(graph.path)), plan_validation(model, config)
+            candidate, plan = graph_candidate(graph), plan_validation(model, config)
             with self.log.stage("validate", "ONNX Runtime against PyTorch", total=len(plan)) as advance:
                 report = validate(model, config, candidate, plan, advance=advance)
             passed = sum(gate.passed for gate in report.gates)
@@ -333,7 +334,8 @@ class Build:
 
     def bundle(
         self,
-        graph: LoweredGraph,
+        lowered: LoweredGraph,
+        graph: OnnxGraph,
         engine: CompiledEngine | None,
         report: ValidationReport | None,
         num_failed: int,
@@ -354,8 +356,8 @@ class Build:
             bundle=str(config.output),
             bundle_id=manifest.bundle_id,
             precision=config.precision,
-            nodes=graph.nodes,
-            weight_bytes=graph.weight_bytes,
+            nodes=lowered.nodes,
+            weight_bytes=lowered.weight_bytes,
             engine=engine,
             validation=manifest.validation,
         )

@@ -37,6 +37,9 @@ MIN_EXPERT_TOKENS = 16
 STACKED_EXPERTS = (f"mixer.{EXPERTS}.up", f"mixer.{EXPERTS}.down")
 """The parameters of a layer that hold nearly all weights of a mixture of experts."""
 
+CACHE_SCALES = {"mixer.k_proj": "k_scale", "mixer.v_proj": "v_scale"}
+"""The projections whose outputs the KV cache stores → their scales."""
+
 Batch = tuple[list[Any], Step]
 """The sequences of a step, and the step."""
 
@@ -60,8 +63,8 @@ class Ranges:
             name = f"{layer}.{inner}"
             if isinstance(module, nn.Linear) and name in self._recipe.modules:
                 module.register_forward_pre_hook(self._input_hook(name))
-            if inner in ("mixer.k_proj", "mixer.v_proj") and self._recipe.kv_cache:
-                module.register_forward_hook(self._cache_hook(f"{name}.{inner[6]}_scale"))
+            if inner in CACHE_SCALES and self._recipe.kv_cache:
+                module.register_forward_hook(self._cache_hook(f"{name}.{CACHE_SCALES[inner]}"))
             if isinstance(module, MoE) and f"{name}.{EXPERTS}" in self._recipe.modules:
                 module.register_forward_hook(self._experts_hook(f"{name}.{EXPERTS}"))
 
