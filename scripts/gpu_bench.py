@@ -1,9 +1,9 @@
-"""Times the kernels on a GPU beside the roofline and beside peers: `python scripts/gpu_bench.py`.
+"""Times the kernels on a GPU and compares them with the roofline and other kernels: `python scripts/gpu_bench.py`.
 
-A call is what `run` launches, replayed in place from a CUDA graph that goes round sets of inputs, together
-larger than the L2 cache; its time is the median of many replays after a warm-up. The roofline's rates and the
-peers are measured in the same run. `--interpret` runs toy sizes on a CPU, in Triton's interpreter: its times
-mean nothing.
+A call is the launches of `run`, replayed in place from a CUDA graph that cycles through sets of inputs which are
+together larger than the L2 cache. Its time is the median of many replays after a warm-up. The roofline's rates and
+the other kernels are measured in the same run. `--interpret` runs toy sizes on a CPU, in Triton's interpreter, whose
+times are meaningless.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ from triton.runtime.jit import KernelInterface
 from nemotrt.plugins.variant import device_sm, supports_fp8
 
 REPLAYS = 50
-MOST_SETS = 8
+MAX_SETS = 8
 AGREEMENT = 0.05
-"""Relative L2 within which a peer's output must be ours, for its time to be that of the same work."""
+"""The maximum relative L2 difference of a peer's output from ours, to make sure that it does the same work."""
 
 
 @dataclass
 class Timing:
-    """What one case took: seconds a call; a peer's seconds, or why there are none."""
+    """The time of one case, in seconds per call, and those of its peers or why there are none."""
 
     case: str
     seconds: float
@@ -55,7 +55,7 @@ class Timing:
 
 @dataclass
 class Failure:
-    """A case that could not be timed, and why."""
+    """A case that could not be timed, and the reason."""
 
     case: str
     failure: str
@@ -63,7 +63,7 @@ class Failure:
 
 @contextmanager
 def recorded(launches: list[Callable[[], object]]) -> Iterator[None]:
-    """Within it, every Triton launch is added to the list too, to be done again on the same tensors."""
+    """A context that appends every Triton launch to the list, so that it can be repeated on the same tensors."""
     original = KernelInterface.__getitem__
 
     def getitem(self: Any, grid: Any) -> Callable[..., object]:
@@ -84,48 +84,48 @@ def recorded(launches: list[Callable[[], object]]) -> Iterator[None]:
 
 @dataclass
 class Prepared:
-    """One set of inputs, laid out and run once; `call` is what is timed, in place on `outputs`."""
+    """One set of inputs that was run once; `call` is timed, and works in place on `outputs`."""
 
     inputs: dict[str, Tensor]
     outputs: tuple[Tensor, ...]
     launches: list[Callable[[], object]]
 
     def call(self) -> None:
-        """Every launch once more."""
+        """Repeat every launch."""
         for launch in self.launches:
             launch()
 
 
 def prepared(case: Case, inputs: list[Tensor], interpret: bool) -> Prepared:
-    """The launches that `run` does on these inputs, and its outputs.
+    """The launches of `run` on these inputs, and its outputs.
 
-    Raises RuntimeError where repeating them gives other outputs: `run` would do work that is no launch.
+    Raises RuntimeError if repeating them gives other outputs, because `run` then does other work than launches.
     """
     spec = case.spec
     launches: list[Callable[[], object]] = []
     with recorded(launches):
         outputs = kernels(case.op, interpret).run(*inputs, **case.attributes())
     named = {declared.name: tensor for declared, tensor in zip(spec.inputs, inputs, strict=True)}
-    found = Prepared(named, outputs, launches)
+    result = Prepared(named, outputs, launches)
     first = [output.clone() for output in outputs]
     for i, output in enumerate(outputs):
         output.copy_(inputs[spec.pools[i]]) if i in spec.pools else output.fill_(torch.nan)
-    found.call()
+    result.call()
     for i, (before, after) in enumerate(zip(first, outputs, strict=True)):
         skipped = 1 if i in spec.pools else 0  # the scratch row
         if not launches or not same_bits(before[skipped:], after[skipped:]):
-            raise RuntimeError("its launches alone do not give its outputs: they cannot be timed alone")
-    return found
+            raise RuntimeError("repeating the launches gives other outputs, so they cannot be timed alone")
+    return result
 
 
 def input_sets(case: Case, device: torch.device, seed: int) -> Iterator[list[Tensor]]:
-    """As many inputs as fill the L2 cache twice, at least two; what experts have is drawn once, and shared."""
+    """Sets of inputs that fill the L2 cache twice, at least two; the experts' weights are shared by all sets."""
     first = case.inputs(device, seed)
     shared = [i for i, declared in enumerate(case.spec.inputs) if declared.axes[0] == "E"]
-    own = sum(tensor.nbytes for i, tensor in enumerate(first) if i not in shared)
+    set_bytes = sum(tensor.nbytes for i, tensor in enumerate(first) if i not in shared)
     cache = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 0
     yield first
-    for number in range(1, max(2, min(MOST_SETS, math.ceil(2 * cache / own)))):
+    for number in range(1, max(2, min(MAX_SETS, math.ceil(2 * cache / set_bytes)))):
         inputs = case.inputs(device, seed + number)
         for i in shared:
             inputs[i] = first[i]
@@ -133,7 +133,7 @@ def input_sets(case: Case, device: torch.device, seed: int) -> Iterator[list[Ten
 
 
 def seconds_a_call(calls: Sequence[Callable[[], object]], device: torch.device) -> float:
-    """The median time of a call: on a GPU one of a CUDA graph of all of them, several times round."""
+    """The median time of a call; on a GPU, from a CUDA graph that repeats all of them."""
     if device.type != "cuda":
         return median_seconds(lambda: [call() for call in calls], 1, device) / len(calls)
     stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
@@ -142,7 +142,7 @@ def seconds_a_call(calls: Sequence[Callable[[], object]], device: torch.device) 
         for call in calls:
             call()
     torch.cuda.current_stream().wait_stream(stream)
-    rounds = max(1, MOST_SETS // len(calls))
+    rounds = max(1, MAX_SETS // len(calls))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for call in [*calls] * rounds:
@@ -151,13 +151,13 @@ def seconds_a_call(calls: Sequence[Callable[[], object]], device: torch.device) 
 
 
 def time_peer(peer: Peer, case: Case, sets: Sequence[Prepared], device: torch.device) -> float | str:
-    """A peer's seconds a call, or why there are none."""
+    """A peer's seconds per call, or the reason why there are none."""
     try:
         calls = [peer.prepare(case, one.inputs, one.outputs) for one in sets]
         ours, theirs = sets[0].outputs[0].double().flatten(), calls[0]().double().flatten()
         error = float((theirs - ours).norm() / ours.norm())
         if not error <= AGREEMENT:
-            return f"its output is not ours: relative L2 {error:.1e}"
+            return f"its output differs from ours: relative L2 {error:.1e}"
         return seconds_a_call(calls, device)
     except PeerMissing as error:
         return f"missing: {error}"
@@ -166,7 +166,7 @@ def time_peer(peer: Peer, case: Case, sets: Sequence[Prepared], device: torch.de
 
 
 def time_case(case: Case, rates: Rates, device: torch.device, seed: int) -> Timing:
-    """Our time, its share of the roofline, and the peers' times."""
+    """Our time, its fraction of the roofline, and the peers' times."""
     interpret = device.type != "cuda"
     all_inputs = list(input_sets(case, device, seed))
     count = case.count(all_inputs[0])
@@ -187,7 +187,7 @@ def time_case(case: Case, rates: Rates, device: torch.device, seed: int) -> Timi
 
 
 def chosen_cases(interpret: bool, sm: int) -> Iterator[Case]:
-    """What is timed: BF16, with FP8 weights and caches where the SM has them, and FP16 states."""
+    """The cases that are timed: BF16, also with FP8 weights and caches if the SM supports them, and FP16 states."""
     models = (TOY,) if interpret else (SUPER, NANO)
     steps = TOY_TIMED if interpret else FULL_TIMED
     for model in models:
@@ -209,7 +209,7 @@ TIMED_DTYPES: dict[str, tuple[dict[str, str], ...]] = {
 
 
 def as_table(timings: Sequence[Timing | Failure]) -> Table:
-    """One row a case, and one a peer below it."""
+    """A table with a row for each case, followed by its peers."""
     table = Table(box=None, header_style="bold", pad_edge=False)
     table.add_column("case, peer", overflow="fold")
     for name in ("µs", "GB/s", "TFLOP/s", "bound µs", "of roofline", "peer / ours"):
@@ -233,11 +233,11 @@ def as_table(timings: Sequence[Timing | Failure]) -> Table:
 
 
 def time_all(cases: Sequence[Case], rates: Rates, device: torch.device, seed: int) -> list[Timing | Failure]:
-    """Each case's timing, or why there is none."""
+    """The timing of each case, or its failure."""
     timings: list[Timing | Failure] = []
     for number, case in enumerate(cases):
         try:
-            timings.append(time_case(case, rates, device, seed + MOST_SETS * number))
+            timings.append(time_case(case, rates, device, seed + MAX_SETS * number))
         except (RuntimeError, ValueError, TritonError) as error:
             reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
             timings.append(Failure(case.title, reason))
@@ -249,20 +249,22 @@ def time_all(cases: Sequence[Case], rates: Rates, device: torch.device, seed: in
 
 @click.command()
 @click.option("--op", "names", multiple=True, type=click.Choice(list(DTYPES)), help="Only these ops.")
-@click.option("--match", default="", help="Only cases whose title holds this: Super, decode 64, W float8.")
-@click.option("--interpret", is_flag=True, help="Toy sizes in Triton's interpreter, on a CPU.")
+@click.option(
+    "--match", default="", help="Only cases whose title contains this, such as Super, decode 64 or W float8."
+)
+@click.option("--interpret", is_flag=True, help="Run toy sizes on a CPU, in Triton's interpreter.")
 @click.option(
     "--output", type=click.Path(path_type=Path), default=Path("build/gpu_bench.json"), show_default=True
 )
 def main(names: tuple[str, ...], match: str, interpret: bool, output: Path) -> None:
-    """Time the kernels beside the roofline and beside peers; the exit status is 1 where ours fails."""
+    """Compare the kernels' times with the roofline and with peers; the exit status is 1 if one of ours fails."""
     device = chosen_device(interpret)
     sm = 90 if interpret else device_sm(device)
     cases = [
         case for case in chosen_cases(interpret, sm) if match in case.title and case.op in (names or DTYPES)
     ]
     if not cases:
-        raise click.ClickException("no case is left: choose fewer limits")
+        raise click.ClickException("no case matches")
     seed = random.randrange(2**31)
     rates = measure_rates(device)
     with torch.inference_mode(), interpreting(interpret):
@@ -274,7 +276,7 @@ def main(names: tuple[str, ...], match: str, interpret: bool, output: Path) -> N
 
     Console(width=None if sys.stdout.isatty() else 160).print(as_table(timings))
     measured = ", ".join(f"{dtype} {flops / 1e12:.0f} TFLOP/s" for dtype, flops in rates.flops.items())
-    note = "; an interpreter's times mean nothing" if interpret else ""
+    note = "; the interpreter's times are meaningless" if interpret else ""
     click.echo(f"{facts['device']}: copy {rates.bandwidth / 1e12:.2f} TB/s, {measured}; {output}{note}")
     sys.exit(any(isinstance(timing, Failure) for timing in timings))
 

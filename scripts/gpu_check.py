@@ -1,10 +1,10 @@
-"""Proves the kernels on a GPU against the reference, at full width: `python scripts/gpu_check.py`.
+"""Checks the kernels on a GPU against the reference, at the models' full width: `python scripts/gpu_check.py`.
 
-Every op × dtype × step of `op_cases`, with inputs drawn anew. An output passes where it is finite, near the
-reference in FP64 (in FP32 for FP8 weights, where the hidden activation is rounded to x's dtype), zero in
-padding, and of the same bits in two runs, the first of which starts from memory full of NaN.
-`--plugins` proves the plugin library itself, as an engine calls it, in place of the Triton source;
-`--interpret` runs toy sizes on a CPU, in Triton's interpreter; the library goes up to the launch there.
+It runs every op × dtype × step of `op_cases` with random inputs. An output passes if it is finite, close to the
+reference in FP64 (in FP32 for FP8 weights, because the hidden activation is rounded to x's dtype), zero in padding,
+and bitwise equal in two runs, the first of which starts with memory full of NaN.
+`--plugins` checks the plugin library, as an engine calls it, instead of the Triton source. `--interpret` runs toy
+sizes on a CPU in Triton's interpreter; with a library, it checks everything up to the launch.
 """
 
 from __future__ import annotations
@@ -32,13 +32,14 @@ from torch import Tensor
 from triton.errors import TritonError
 
 from nemotrt.plugins import build, link
+from nemotrt.plugins.contract import DType
 from nemotrt.plugins.kernel_index import KernelError
 from nemotrt.plugins.library import PluginError, PluginLibrary, TensorShape
 from nemotrt.plugins.shipped import is_shipped, shipped_library
 from nemotrt.plugins.variant import device_sm, supports_fp8
 
 WORST_ROW = 5
-"""How many times the tolerance one token, or row of a pool, may be off: errors of few numbers spread."""
+"""The tolerance of a single token or pool row, as a multiple: errors of few values vary more."""
 
 Outputs = tuple[Tensor, ...]
 Errors = tuple[float, float]
@@ -47,37 +48,37 @@ Run = Callable[..., Outputs]
 
 @dataclass(frozen=True)
 class Result:
-    """What one case showed; `failure` is empty where it passed."""
+    """The result of one case; `failure` is empty if it passed."""
 
     case: str
     error: float
-    """Relative L2 of the worst output."""
+    """Maximum relative L2 error of an output."""
     worst_row: float
-    """Relative L2 of the worst token, or row of a pool."""
+    """Maximum relative L2 error of a token or pool row."""
     tolerance: float
     seconds: float
     failure: str
     not_run: str = ""
-    """Why there is nothing to compare, where the case went up to the launch and no further."""
+    """Why nothing was compared, if the case was only checked up to the launch."""
 
 
 class CheckFailed(Exception):  # noqa: N818 - not an error in the program
-    """An output is not what it should be: one line that says which and how."""
+    """An output is wrong; the message is one line."""
 
 
 def bits(tensor: Tensor) -> Tensor:
-    """The tensor's bits as integers, which NaN does not keep from being compared."""
+    """The tensor's bits as integers, so that NaN can be compared."""
     return tensor.contiguous().view({1: torch.int8, 2: torch.int16, 4: torch.int32}[tensor.element_size()])
 
 
 def same_bits(left: Tensor, right: Tensor) -> bool:
-    """Whether two tensors hold the same bits."""
+    """Whether two tensors are bitwise equal."""
     return torch.equal(bits(left), bits(right))
 
 
 @contextmanager
 def poisoned_memory() -> Iterator[None]:
-    """Within it, new tensors are full of NaN, or of the largest integer."""
+    """A context in which new tensors are full of NaN, or of the largest integer."""
     torch.use_deterministic_algorithms(True)
     try:
         yield
@@ -95,11 +96,11 @@ def expected(case: Case, inputs: list[Tensor]) -> tuple[Tensor, ...]:
     return case.spec.reference()(*raised, **case.attributes())
 
 
-def error_of(actual: Tensor, wanted: Tensor) -> Errors:
-    """The relative L2 error, and the worst of a row, against the larger of its norm and a usual row's."""
-    wanted = wanted.double().flatten(1)
-    difference = (actual.double().flatten(1) - wanted).norm(dim=1)
-    norms = wanted.norm(dim=1)
+def error_of(actual: Tensor, reference: Tensor) -> Errors:
+    """The relative L2 error, and the maximum over rows, relative to the larger of the row's norm and the RMS norm."""
+    reference = reference.double().flatten(1)
+    difference = (actual.double().flatten(1) - reference).norm(dim=1)
+    norms = reference.norm(dim=1)
     usual = norms.square().mean().sqrt()
     if not usual > 0:
         raise CheckFailed("the reference is zero: nothing was compared")
@@ -107,51 +108,51 @@ def error_of(actual: Tensor, wanted: Tensor) -> Errors:
     return float(difference.norm() / norms.norm()), float(relative.max())
 
 
-def check_tokens(case: Case, actual: Tensor, wanted: Tensor) -> Errors:
-    """The errors of an output by token; raises CheckFailed where not finite, or padding is not zero."""
+def check_tokens(case: Case, actual: Tensor, reference: Tensor) -> Errors:
+    """The errors of an output by token; raises CheckFailed if it is not finite, or if padding is not zero."""
     used = case.step.num_tokens if case.op == "moe_dispatch" else sum(case.step.lengths)
     if not actual.isfinite().all():
         raise CheckFailed(f"{int((~actual.isfinite()).sum())} values are not finite")
     if actual[used:].any():
         raise CheckFailed("padding tokens are not zero")
-    return error_of(actual[:used], wanted[:used])
+    return error_of(actual[:used], reference[:used])
 
 
 def check_pool(
-    case: Case, inputs: dict[str, Tensor], before: Tensor, actual: Tensor, wanted: Tensor
+    case: Case, inputs: dict[str, Tensor], before: Tensor, actual: Tensor, reference: Tensor
 ) -> Errors:
-    """The errors of a pool but its scratch row; raises CheckFailed where bits are not those they must be.
+    """The errors of a pool without its scratch row; raises CheckFailed if rows that must be equal differ.
 
-    A convolution's history and a cache hold copies: every bit is the reference's. Of recurrent states, those
-    of sequences with tokens are near the reference's, and the others keep their bits.
+    A convolution's history and a cache contain copies, which must be bitwise equal to the reference. The recurrent
+    states of sequences with tokens must be close to the reference, and the others unchanged.
     """
     if case.op != "selective_scan":
-        if not same_bits(actual[1:], wanted[1:].to(actual.dtype)):
+        if not same_bits(actual[1:], reference[1:].to(actual.dtype)):
             raise CheckFailed("the pool's bits are not the reference's")
         return 0.0, 0.0
     starts, slots = inputs["query_start"].long(), inputs["slot"].long()
     used = slots[starts[1:] > starts[:-1]]
-    kept = torch.ones(len(actual), dtype=torch.bool, device=actual.device)
-    kept[0] = kept[used] = False
-    if not same_bits(actual[kept], before[kept]):
+    unused = torch.ones(len(actual), dtype=torch.bool, device=actual.device)
+    unused[0] = unused[used] = False
+    if not same_bits(actual[unused], before[unused]):
         raise CheckFailed("the state of a sequence without tokens changed")
     if not actual[used].isfinite().all():
         raise CheckFailed("a state is not finite")
-    return error_of(actual[used], wanted[used])
+    return error_of(actual[used], reference[used])
 
 
 def compare(case: Case, inputs: list[Tensor], first: Outputs, second: Outputs) -> Errors:
-    """The worst errors of any output; raises CheckFailed at the first fault."""
-    spec, wanted = case.spec, expected(case, inputs)
+    """The maximum errors over all outputs; raises CheckFailed on the first wrong output."""
+    spec, reference = case.spec, expected(case, inputs)
     named = {declared.name: tensor for declared, tensor in zip(spec.inputs, inputs, strict=True)}
     worst = (0.0, 0.0)
     for i, declared in enumerate(spec.outputs):
         skipped = 1 if i in spec.pools else 0
         try:
             if i in spec.pools:
-                errors = check_pool(case, named, inputs[spec.pools[i]], first[i], wanted[i])
+                errors = check_pool(case, named, inputs[spec.pools[i]], first[i], reference[i])
             else:
-                errors = check_tokens(case, first[i], wanted[i])
+                errors = check_tokens(case, first[i], reference[i])
             if not same_bits(first[i][skipped:], second[i][skipped:]):
                 raise CheckFailed("two runs gave different bits")
         except CheckFailed as error:
@@ -161,7 +162,7 @@ def compare(case: Case, inputs: list[Tensor], first: Outputs, second: Outputs) -
 
 
 def check(case: Case, run: Run, device: torch.device, seed: int) -> Result:
-    """Run a case twice and compare; what went wrong is told in the result."""
+    """Run a case twice and compare; errors are reported in the result."""
     started = time.perf_counter()
     tolerance = max(case.spec.tolerances[dtype].relative_l2 for dtype in case.dtype.values())
     errors, failure = (math.nan, math.nan), ""
@@ -181,17 +182,17 @@ def check(case: Case, run: Run, device: torch.device, seed: int) -> Result:
 
 
 def check_up_to_launch(case: Case, library: PluginLibrary, sm: int, seed: int) -> Result:
-    """What a plugin does without a GPU: its outputs are the reference's in shape, and it finds kernels for the SM."""
+    """Check without a GPU that a plugin's outputs have the reference's shapes, and that it has kernels for the SM."""
     started = time.perf_counter()
     failure, not_run = "", ""
     try:
         inputs = case.inputs(torch.device("cpu"), seed)
         plugin = library.plugin(case.spec, case.attributes())
         shapes = plugin.shape([_described(tensor) for tensor in inputs])
-        wanted = tuple(map(_described, case.spec.reference()(*inputs, **case.attributes())))
-        if shapes.outputs != wanted:
-            raise CheckFailed(f"the plugin says that outputs are {shapes.outputs}, not {wanted}")
-        not_run = f"{len(plugin.launches(sm))} launches for SM {sm} found, none done: there is no GPU"
+        reference = tuple(map(_described, case.spec.reference()(*inputs, **case.attributes())))
+        if shapes.outputs != reference:
+            raise CheckFailed(f"the plugin's outputs are {shapes.outputs}, expected {reference}")
+        not_run = f"{len(plugin.launches(sm))} launches for SM {sm} found, none executed: there is no GPU"
     except (CheckFailed, PluginError) as error:
         failure = f"{type(error).__name__}: {error}"
     seconds = time.perf_counter() - started
@@ -199,23 +200,23 @@ def check_up_to_launch(case: Case, library: PluginLibrary, sm: int, seed: int) -
 
 
 def _described(tensor: Tensor) -> TensorShape:
-    return str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape)
+    return DType.from_torch(tensor.dtype), tuple(tensor.shape)
 
 
 def chosen_cases(full: bool, sm: int) -> Iterator[Case]:
-    """Nano's and Super's cases, or toy ones; FP8 where the SM has it; attention once: it is the same."""
+    """Nano's and Super's cases, or toy ones; FP8 if the SM supports it; attention only once, since it is equal."""
     if not full:
         yield from cases(TOY, TOY_STEPS)
         return
     for model in (NANO, SUPER):
         for case in cases(model, FULL_STEPS):
-            seen = case.op == "paged_attention" and model is SUPER
-            if not seen and (supports_fp8(sm) or not case.needs_fp8):
+            is_duplicate = case.op == "paged_attention" and model is SUPER
+            if not is_duplicate and (supports_fp8(sm) or not case.needs_fp8):
                 yield case
 
 
 def device_facts(device: torch.device, seed: int) -> dict[str, Any]:
-    """Where and with what a result was had."""
+    """The device, the seed and the versions of a result."""
     packages = {name: version(name) for name in ("torch", "triton")}
     if device.type != "cuda":
         return {"device": "Triton's interpreter on a CPU", "seed": seed, **packages}
@@ -230,18 +231,16 @@ def device_facts(device: torch.device, seed: int) -> dict[str, Any]:
 
 
 def chosen_device(interpret: bool) -> torch.device:
-    """The GPU, or the CPU where the interpreter is asked for; raises ClickException where there is no GPU."""
+    """The GPU, or the CPU for the interpreter; raises ClickException if there is no GPU."""
     if interpret:
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        raise click.ClickException(
-            "there is no CUDA GPU: --interpret runs toy sizes on a CPU, and proves less"
-        )
+        raise click.ClickException("there is no CUDA GPU: --interpret checks toy sizes on a CPU")
     return torch.device("cuda")
 
 
 def plugin_library(sm: int, path: Path | None = None) -> PluginLibrary:
-    """The library at the path, or the installation's own, or one of every kernel for this SM, made here."""
+    """The library at the path, or the installed one, or a new one with every kernel for this SM."""
     try:
         if path is not None:
             return PluginLibrary(path)
@@ -255,10 +254,10 @@ def plugin_library(sm: int, path: Path | None = None) -> PluginLibrary:
 
 
 def as_table(results: Sequence[Result]) -> Table:
-    """One row a case."""
+    """A table with one row per case."""
     table = Table(box=None, header_style="bold", pad_edge=False)
     table.add_column("case", overflow="fold")
-    for name in ("relative L2", "worst row", "tolerance", "s"):
+    for name in ("relative L2", "max. row", "tolerance", "s"):
         table.add_column(name, justify="right")
     table.add_column("")
     for result in results:
@@ -275,15 +274,15 @@ def as_table(results: Sequence[Result]) -> Table:
 
 @click.command()
 @click.option("--op", "names", multiple=True, type=click.Choice(list(DTYPES)), help="Only these ops.")
-@click.option("--match", default="", help="Only cases whose title holds this: Super, decode 64, W float8.")
-@click.option("--interpret", is_flag=True, help="Toy sizes in Triton's interpreter, on a CPU.")
 @click.option(
-    "--plugins", is_flag=True, help="Through the plugin library: the installed one, or one made here."
+    "--match", default="", help="Only cases whose title contains this, such as Super, decode 64 or W float8."
 )
+@click.option("--interpret", is_flag=True, help="Run toy sizes on a CPU, in Triton's interpreter.")
+@click.option("--plugins", is_flag=True, help="Run the plugin library: the installed one, or a new one.")
 @click.option(
-    "--library", "path", type=click.Path(path_type=Path, exists=True), help="Through this plugin library."
+    "--library", "path", type=click.Path(path_type=Path, exists=True), help="Run this plugin library."
 )
-@click.option("--seed", type=int, help="Of the inputs; drawn anew where not given.")
+@click.option("--seed", type=int, help="Random seed of the inputs. Default: random.")
 @click.option(
     "--output", type=click.Path(path_type=Path), default=Path("build/gpu_check.json"), show_default=True
 )
@@ -296,12 +295,12 @@ def main(
     seed: int | None,
     output: Path,
 ) -> None:
-    """Prove the kernels against the reference; the exit status is 1 where a case fails."""
+    """Check the kernels against the reference; the exit status is 1 if a case fails."""
     device = chosen_device(interpret)
     sm = device_sm(device)
     library = plugin_library(sm, path) if plugins or path else None
     if library and interpret:
-        sm = max(library.description["sms"])  # of the GPUs that are not here, one that the library is for
+        sm = max(library.description["sms"])  # any SM that the library has kernels for
     seed = random.randrange(2**31) if seed is None else seed
     picked = [
         case
@@ -309,7 +308,7 @@ def main(
         if match in case.title and case.op in (names or DTYPES)
     ]
     if not picked:
-        raise click.ClickException("no case is left: choose fewer limits")
+        raise click.ClickException("no case matches")
     torch.set_float32_matmul_precision("highest")
     results = []
     for number, case in enumerate(picked):
@@ -323,12 +322,12 @@ def main(
         click.echo(f"{number + 1}/{len(picked)} {case.title}: {verdict}", err=True)
     facts = device_facts(device, seed) | ({"library": library.description} if library else {})
     output.parent.mkdir(parents=True, exist_ok=True)
-    # JSON has no NaN: what was not had is null.
-    found = [
+    # JSON has no NaN, so write null.
+    rows = [
         {key: None if value != value else value for key, value in asdict(result).items()}
         for result in results
     ]
-    text = json.dumps({**facts, "results": found}, indent=1, allow_nan=False)
+    text = json.dumps({**facts, "results": rows}, indent=1, allow_nan=False)
     output.write_text(text + "\n", encoding="utf-8")
 
     Console(width=None if sys.stdout.isatty() else 180).print(as_table(results))
@@ -337,7 +336,7 @@ def main(
     passed = len(results) - failed - not_run
     click.echo(f"{passed} of {len(results)} pass on {facts['device']}, seed {seed}; {output}")
     if not_run:
-        click.echo(f"{not_run} went up to the launch only, and prove no result: there is no GPU")
+        click.echo(f"{not_run} were only checked up to the launch: there is no GPU")
     sys.exit(1 if failed else 0)
 
 

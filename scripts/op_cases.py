@@ -1,7 +1,7 @@
-"""Inputs for the ops at the models' full width, as packed steps: what gpu_check proves and gpu_bench times.
+"""Inputs of the ops at the models' full width, as packed steps, for gpu_check and gpu_bench.
 
-Every tensor is drawn from the seed. NaN stands wherever an op may not look: padding tokens, scratch rows, the
-state of fresh sequences, pages that nobody owns, cache rows that nothing was written to.
+Every tensor is random with a given seed. It is NaN wherever an op must not read: in padding tokens, scratch rows, the
+state of new sequences, unowned pages, and cache rows that have not been written.
 """
 
 from __future__ import annotations
@@ -18,18 +18,19 @@ from types import ModuleType
 
 import roofline
 import torch
-from roofline import BYTES, Count
+from roofline import Count
 from torch import Tensor
 
+from nemotrt.plugins.contract import DType
 from nemotrt.plugins.moe_dispatch.reference import route
 from nemotrt.plugins.spec import OpSpec, ops
 
-FP8 = "float8_e4m3fn"
+FP8 = DType.FLOAT8_E4M3
 
 
 @dataclass(frozen=True)
 class Model:
-    """The sizes of one model that the ops see; the expert input is the latent where there is one."""
+    """The sizes of one model that matter for the ops; the expert input is the latent if there is one."""
 
     name: str
     heads: int
@@ -49,7 +50,7 @@ class Model:
 
     @property
     def channels(self) -> int:
-        """What the convolution takes: x, B and C of the mixer."""
+        """Channels of the convolution: x, B and C of the mixer."""
         return self.heads * self.head_dim + 2 * self.groups * self.state
 
 
@@ -60,7 +61,7 @@ TOY = Model("toy", 2, 64, 1, 128, 4, 2, 64, 8, 2, 32, 48, 2.5, page=64)
 
 @dataclass(frozen=True)
 class Step:
-    """The sequences of one step: how many tokens each has, and had before; padding tokens follow them."""
+    """The sequences of one step: their number of tokens, and their context; padding tokens follow."""
 
     name: str
     lengths: tuple[int, ...]
@@ -69,17 +70,17 @@ class Step:
 
     @property
     def num_tokens(self) -> int:
-        """T, padding included."""
+        """T, including padding."""
         return sum(self.lengths) + self.padding
 
 
 def decode(sequences: int, context: int) -> Step:
-    """One token for each of so many sequences."""
+    """One token for each sequence."""
     return Step(f"decode {sequences}", (1,) * sequences, (context,) * sequences)
 
 
 def prefill(tokens: int) -> Step:
-    """One fresh sequence."""
+    """One new sequence."""
     return Step(f"prefill {tokens}", (tokens,), (0,))
 
 
@@ -110,12 +111,12 @@ DTYPES: dict[str, tuple[dict[str, str], ...]] = {
         *({"X": x, "CACHE": FP8} for x in ("float16", "bfloat16")),
     ),
 }
-"""The dtypes of each op's variables that its kernels take together."""
+"""The supported combinations of each op's dtype variables."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """One op at one model's width, for one step, in one set of dtypes."""
+    """One op at one model's width, with one step and one combination of dtypes."""
 
     op: str
     model: Model
@@ -124,23 +125,23 @@ class Case:
 
     @property
     def spec(self) -> OpSpec:
-        """The op's declaration."""
+        """The op's SPEC."""
         return next(spec for spec in ops() if spec.torch_name == self.op)
 
     @property
     def dtype(self) -> dict[str, str]:
-        """Dtype variable → dtype."""
+        """The dtype of each dtype variable."""
         return dict(self.dtypes)
 
     @property
     def title(self) -> str:
-        """What to call it in a table or a test's name."""
+        """A name for tables and tests."""
         dtypes = ", ".join(f"{name} {dtype}" for name, dtype in self.dtypes)
         return f"{self.op}: {self.model.name}, {self.step.name}, {dtypes}"
 
     @property
     def needs_fp8(self) -> bool:
-        """Whether the SM must have FP8 tensor cores."""
+        """Whether the case needs FP8 tensor cores."""
         return FP8 in self.dtype.values()
 
     def attributes(self) -> dict[str, int | float]:
@@ -157,43 +158,43 @@ class Case:
 
     def inputs(self, device: torch.device, seed: int) -> list[Tensor]:
         """Tensors in SPEC order."""
-        return _INPUTS[self.op](self, Draw(device, seed))
+        return _INPUTS[self.op](self, Random(device, seed))
 
     def count(self, inputs: list[Tensor]) -> Count:
-        """The least work of the op on these inputs."""
+        """The minimum work of the op on these inputs."""
         model, step, dtype = self.model, self.step, self.dtype
-        x = BYTES[dtype["X"]]
+        x = DType(dtype["X"]).itemsize
         packed = (step.lengths, step.contexts)
         if self.op == "causal_conv1d":
             return roofline.conv(*packed, model.channels, model.taps, x)
         if self.op == "selective_scan":
             sizes = (model.heads, model.head_dim, model.groups, model.state)
-            return roofline.scan(*packed, *sizes, x, BYTES[dtype["STATE"]])
+            return roofline.scan(*packed, *sizes, x, DType(dtype["STATE"]).itemsize)
         if self.op == "paged_attention":
             heads = (model.query_heads, model.kv_heads, model.attention_dim)
-            return roofline.attention(*packed, *heads, x, BYTES[dtype["CACHE"]])
+            return roofline.attention(*packed, *heads, x, DType(dtype["CACHE"]).itemsize)
         routing = {name: value for name, value in self.attributes().items() if name != "first_expert"}
         chosen, _ = route(inputs[1], inputs[2], **routing)  # type: ignore[arg-type]
         distinct = int(chosen.flatten().bincount().count_nonzero())
         widths = (model.expert_input, model.inner, model.top_k)
-        return roofline.experts(step.num_tokens, distinct, *widths, x, BYTES[dtype["W"]])
+        return roofline.experts(step.num_tokens, distinct, *widths, x, DType(dtype["W"]).itemsize)
 
     @property
     def compute_dtype(self) -> str:
-        """The dtype of the op's matrix products, whose rate bounds it."""
+        """The dtype of the op's matrix products, which decides the peak rate."""
         return self.dtype.get("W", self.dtype["X"])
 
 
 def cases(model: Model, steps: tuple[Step, ...]) -> Iterator[Case]:
-    """Every op in every dtype on each step."""
+    """Every op with every combination of dtypes on each step."""
     for op, combinations in DTYPES.items():
         for dtypes in combinations:
             for step in steps:
                 yield Case(op, model, step, tuple(dtypes.items()))
 
 
-class Draw:
-    """Random tensors on a device from one seed."""
+class Random:
+    """Random tensors on a device, from one seed."""
 
     def __init__(self, device: torch.device, seed: int) -> None:
         self.device = device
@@ -212,25 +213,25 @@ class Draw:
         return torch.randperm(size, generator=self.generator, device=self.device).tolist()
 
     def integers(self, values: tuple[int, ...] | list[int]) -> Tensor:
-        """The values as int32."""
+        """The values as an int32 tensor."""
         return torch.tensor(values, dtype=torch.int32, device=self.device)
 
     def tokens(self, step: Step, dtype: str, *shape: int) -> Tensor:
-        """Standard normal [T, …], NaN in padding."""
+        """Standard normal [T, …], with NaN in padding."""
         values = self.normal(step.num_tokens, *shape)
         values[sum(step.lengths) :] = torch.nan
-        return values.to(getattr(torch, dtype))
+        return values.to(DType(dtype).torch)
 
     def pool(self, step: Step, slots: list[int], dtype: str, *shape: int) -> Tensor:
-        """Standard normal [rows, …] in slots of sequences with a context, NaN in all others."""
+        """Standard normal [rows, …] in the slots of sequences with a context, NaN in all others."""
         values = torch.full((2 * len(slots) + 1, *shape), torch.nan, device=self.device)
         for slot, context in zip(slots, step.contexts, strict=True):
             if context:
                 values[slot] = self.normal(*shape)
-        return values.to(getattr(torch, dtype))
+        return values.to(DType(dtype).torch)
 
     def slots(self, step: Step) -> list[int]:
-        """A row of the pool for each sequence, row 0 never."""
+        """A row of the pool for each sequence, never row 0."""
         count = len(step.lengths)
         return [1 + slot for slot in self.permutation(2 * count)[:count]]
 
@@ -240,103 +241,103 @@ class Draw:
         return [self.integers(starts), self.integers(step.contexts)]
 
 
-def conv_inputs(case: Case, draw: Draw) -> list[Tensor]:
-    """For `NemoCausalConv1d`."""
+def conv_inputs(case: Case, random: Random) -> list[Tensor]:
+    """Inputs of `NemoCausalConv1d`."""
     C, K, step = case.model.channels, case.model.taps, case.step
-    dtype = getattr(torch, case.dtype["X"])
-    slots = draw.slots(step)
+    dtype = DType(case.dtype["X"]).torch
+    slots = random.slots(step)
     return [
-        draw.tokens(step, case.dtype["X"], C),
-        (draw.normal(C, K) / 2).to(dtype),
-        draw.normal(C).to(dtype),
-        draw.pool(step, slots, case.dtype["X"], C, K - 1),
-        *draw.packed(step),
-        draw.integers(slots),
+        random.tokens(step, case.dtype["X"], C),
+        (random.normal(C, K) / 2).to(dtype),
+        random.normal(C).to(dtype),
+        random.pool(step, slots, case.dtype["X"], C, K - 1),
+        *random.packed(step),
+        random.integers(slots),
     ]
 
 
-def scan_inputs(case: Case, draw: Draw) -> list[Tensor]:
-    """For `NemoSelectiveScan`; decays and the steps' biases as the model initialises them."""
+def scan_inputs(case: Case, random: Random) -> list[Tensor]:
+    """Inputs of `NemoSelectiveScan`; A and dt_bias have the range of the model's initial values."""
     model, step, x = case.model, case.step, case.dtype["X"]
     H, G, N = model.heads, model.groups, model.state
-    slots = draw.slots(step)
-    delta = torch.exp(draw.uniform(math.log(1e-3), math.log(0.1), H))
+    slots = random.slots(step)
+    delta = torch.exp(random.uniform(math.log(1e-3), math.log(0.1), H))
     return [
-        draw.tokens(step, x, H, model.head_dim),
-        draw.tokens(step, x, H),
-        -draw.uniform(1, 16, H),
-        draw.tokens(step, x, G, N),
-        draw.tokens(step, x, G, N),
-        draw.normal(H),
+        random.tokens(step, x, H, model.head_dim),
+        random.tokens(step, x, H),
+        -random.uniform(1, 16, H),
+        random.tokens(step, x, G, N),
+        random.tokens(step, x, G, N),
+        random.normal(H),
         delta + torch.log(-torch.expm1(-delta)),
-        draw.pool(step, slots, case.dtype["STATE"], H, model.head_dim, N),
-        *draw.packed(step),
-        draw.integers(slots),
+        random.pool(step, slots, case.dtype["STATE"], H, model.head_dim, N),
+        *random.packed(step),
+        random.integers(slots),
     ]
 
 
-def attention_inputs(case: Case, draw: Draw) -> list[Tensor]:
-    """For `NemoPagedAttention`; FP8 scales leave some keys and values to saturate."""
+def attention_inputs(case: Case, random: Random) -> list[Tensor]:
+    """Inputs of `NemoPagedAttention`; with the FP8 scales, some keys and values saturate."""
     model, step, x = case.model, case.step, case.dtype["X"]
     V, D, page = model.kv_heads, model.attention_dim, model.page
     totals = [length + context for length, context in zip(step.lengths, step.contexts, strict=True)]
     used = [-(-total // page) for total in totals]
-    kv_cache = draw.normal(sum(used) + 2, 2, V, page, D)
-    free = [1 + index for index in draw.permutation(sum(used) + 1)]
+    kv_cache = random.normal(sum(used) + 2, 2, V, page, D)
+    free = [1 + index for index in random.permutation(sum(used) + 1)]
     page_table = torch.zeros(len(used), max(used), dtype=torch.int32)
     kv_cache[0] = torch.nan
     kv_cache[free[sum(used) :]] = torch.nan
-    taken = 0
+    first = 0
     for b, context in enumerate(step.contexts):
-        own = free[taken : taken + used[b]]
-        taken += used[b]
-        page_table[b, : used[b]] = torch.tensor(own, dtype=torch.int32)
-        kv_cache[own[-(-context // page) :]] = torch.nan
+        pages = free[first : first + used[b]]
+        first += used[b]
+        page_table[b, : used[b]] = torch.tensor(pages, dtype=torch.int32)
+        kv_cache[pages[-(-context // page) :]] = torch.nan
         if context % page:
-            kv_cache[own[context // page], :, :, context % page :] = torch.nan
+            kv_cache[pages[context // page], :, :, context % page :] = torch.nan
     return [
-        2 * draw.tokens(step, x, model.query_heads, D),
-        draw.tokens(step, x, V, D),
-        draw.tokens(step, x, V, D),
-        kv_cache.to(getattr(torch, case.dtype["CACHE"])),
-        draw.uniform(0.006, 0.008, 1),
-        draw.uniform(0.006, 0.008, 1),
-        *draw.packed(step),
-        page_table.to(draw.device),
+        2 * random.tokens(step, x, model.query_heads, D),
+        random.tokens(step, x, V, D),
+        random.tokens(step, x, V, D),
+        kv_cache.to(DType(case.dtype["CACHE"]).torch),
+        random.uniform(0.006, 0.008, 1),
+        random.uniform(0.006, 0.008, 1),
+        *random.packed(step),
+        page_table.to(random.device),
     ]
 
 
-def expert_inputs(case: Case, draw: Draw) -> list[Tensor]:
-    """For `NemoMoeDispatch`; every tensor is read, since its tokens are of no sequence.
+def expert_inputs(case: Case, random: Random) -> list[Tensor]:
+    """Inputs of `NemoMoeDispatch`, which reads all of them, since it has no sequences.
 
-    Scores keep apart by more than rounding of a sigmoid can move them: half the spacing of an even grid.
+    Scores differ by at least half the spacing of an even grid, which is more than the rounding error of a sigmoid.
     """
     model, T = case.model, case.step.num_tokens
     R, L, inner = model.experts, model.expert_input, model.inner
-    bias = draw.uniform(-0.02, 0.02, R)
-    grid = torch.rand(T, R, generator=draw.generator, device=draw.device).argsort(1)
-    ranked = 0.1 + 0.8 * (grid + draw.uniform(-0.25, 0.25, T, R)) / R
+    bias = random.uniform(-0.02, 0.02, R)
+    grid = torch.rand(T, R, generator=random.generator, device=random.device).argsort(1)
+    ranked = 0.1 + 0.8 * (grid + random.uniform(-0.25, 0.25, T, R)) / R
     fp8 = case.dtype["W"] == FP8
-    up_scale, down_scale = (draw.uniform(0.5, 2, R, size) / (64 if fp8 else 1) for size in (inner, L))
+    up_scale, down_scale = (random.uniform(0.5, 2, R, size) / (64 if fp8 else 1) for size in (inner, L))
     return [
-        draw.normal(T, L).to(getattr(torch, case.dtype["X"])),
+        random.normal(T, L).to(DType(case.dtype["X"]).torch),
         torch.logit((ranked - bias).double()).float(),
         bias,
-        _weight(draw, case.dtype["W"], R, inner, L),
-        _weight(draw, case.dtype["W"], R, L, inner),
+        _weight(random, case.dtype["W"], R, inner, L),
+        _weight(random, case.dtype["W"], R, L, inner),
         up_scale,
         down_scale,
-        draw.uniform(0.008, 0.012, 1),
-        draw.uniform(0.04, 0.06, 1),
+        random.uniform(0.008, 0.012, 1),
+        random.uniform(0.04, 0.06, 1),
     ]
 
 
-def _weight(draw: Draw, dtype: str, *shape: int) -> Tensor:
-    """Entries of variance 1 / (the last size), times 64 in FP8, whose scales take that back."""
+def _weight(random: Random, dtype: str, *shape: int) -> Tensor:
+    """A weight with variance 1 / (the last size); FP8 weights are scaled by 64, which their scales cancel."""
     factor = (64 if dtype == FP8 else 1) * shape[-1] ** -0.5
-    weight = torch.empty(shape, dtype=getattr(torch, dtype), device=draw.device)
+    weight = torch.empty(shape, dtype=DType(dtype).torch, device=random.device)
     for e in range(shape[0]):
-        weight[e] = (draw.normal(*shape[1:]) * factor).to(weight.dtype)
+        weight[e] = (random.normal(*shape[1:]) * factor).to(weight.dtype)
     return weight
 
 
@@ -356,12 +357,12 @@ def kernels(op: str, interpret: bool) -> ModuleType:
 
 
 def interpreting(interpret: bool) -> AbstractContextManager[None]:
-    """Within it, single launches of interpreted kernels run; it does nothing where kernels are compiled."""
+    """A context in which single launches of interpreted kernels work; it does nothing for compiled kernels."""
     return interpreter().interpreting() if interpret else nullcontext()
 
 
 @cache
 def interpreter() -> ModuleType:
-    """The tests' mended interpreter."""
+    """The tests' module that fixes Triton's interpreter."""
     sys.path.append(str(Path(__file__).parents[1] / "tests" / "conformance"))
     return importlib.import_module("interpreter")

@@ -1,7 +1,7 @@
-"""Other people's kernels for the same work, to be timed beside ours on the same inputs in the same run.
+"""Other projects' kernels for the same work, which gpu_bench times on the same inputs in the same run.
 
-A peer that is not installed, or not able, raises PeerMissing with the reason. What it wants laid out in
-another way than our pools and pages is laid out before it is timed.
+A peer that is not installed or cannot run raises PeerMissing with the reason. Inputs that a peer needs in another
+layout than our pools and pages are converted before it is timed.
 """
 
 from __future__ import annotations
@@ -19,32 +19,32 @@ from op_cases import FP8, Case
 from torch import Tensor
 
 Call = Callable[[], Tensor]
-"""Does the work once, and gives what the op's first output is."""
+"""Does the work once and returns the op's first output."""
 
 Prepare = Callable[[Case, dict[str, Tensor], tuple[Tensor, ...]], Call]
-"""A case, its inputs by name and our outputs → the peer's call."""
+"""Takes a case, its inputs by name and our outputs, and returns the peer's call."""
 
 
 class PeerMissing(Exception):  # noqa: N818 - not an error in the program
-    """A peer cannot be timed here: one line that says why."""
+    """A peer cannot be timed; the message is one line."""
 
 
 @dataclass(frozen=True)
 class Peer:
-    """One way to do a case's work."""
+    """Another implementation of a case."""
 
     name: str
     prepare: Prepare
 
 
 def mamba_kernels(module: str) -> ModuleType:
-    """A module of mamba_ssm's Triton kernels; the package's own import would want compiled extensions."""
+    """A module of mamba_ssm's Triton kernels, without importing the package, which needs compiled extensions."""
     if "mamba_ssm" not in sys.modules:
-        found = importlib.util.find_spec("mamba_ssm")
-        if found is None:
+        spec = importlib.util.find_spec("mamba_ssm")
+        if spec is None:
             raise PeerMissing("mamba_ssm is not installed: pip install mamba_ssm einops")
         package = ModuleType("mamba_ssm")
-        package.__path__ = list(found.submodule_search_locations or ())
+        package.__path__ = list(spec.submodule_search_locations or ())
         sys.modules["mamba_ssm"] = package
     try:
         return importlib.import_module(f"mamba_ssm.ops.triton.{module}")
@@ -84,7 +84,7 @@ def state_update(_: Case, inputs: dict[str, Tensor], outputs: tuple[Tensor, ...]
     update = mamba_kernels("selective_state_update").selective_state_update
     H, P, N = inputs["ssm_state"].shape[1:]
     state = inputs["ssm_state"].clone()
-    # Strides of 0 tell it that a head's numbers are all the same.
+    # It requires strides of 0 for values that are equal in a head.
     dt = inputs["dt"][:, :, None].expand(-1, H, P)
     A = inputs["A"][:, None, None].expand(H, P, N)
     D, dt_bias = (inputs[name][:, None].expand(H, P) for name in ("D", "dt_bias"))
@@ -127,12 +127,12 @@ def experts(
 
 @cache
 def compiled_experts() -> Callable[..., Tensor]:
-    """`experts` through torch.compile, once for each shape."""
+    """`experts` with torch.compile, specialized for each shape."""
     return torch.compile(experts, dynamic=False)
 
 
 def grouped_experts(compiled: bool) -> Prepare:
-    """torch's grouped products, with the rest compiled where asked."""
+    """torch's grouped products, optionally with torch.compile for the rest."""
 
     def prepare(case: Case, inputs: dict[str, Tensor], _: tuple[Tensor, ...]) -> Call:
         product = scaled_product if case.dtype["W"] == FP8 else plain_product
@@ -145,14 +145,14 @@ def grouped_experts(compiled: bool) -> Prepare:
 def plain_product(
     rows: Tensor, weight: Tensor, scale: Tensor, _: Tensor, experts: Tensor, offsets: Tensor
 ) -> Tensor:
-    """Each row times its expert's weight, with a scale a column."""
+    """Each row times its expert's weight, with one scale per column."""
     return torch._grouped_mm(rows, weight, offs=offsets) * scale.to(rows.dtype)[experts]
 
 
 def scaled_product(
     rows: Tensor, weight: Tensor, scale: Tensor, input_scale: Tensor, _: Tensor, offsets: Tensor
 ) -> Tensor:
-    """Each row, rounded to E4M3, times its expert's weight, with a scale a row and a scale a column."""
+    """Each row in E4M3 times its expert's weight, with one scale per row and one per column."""
     quantized = (rows.float() / input_scale).clamp(-448, 448).to(torch.float8_e4m3fn)
     return torch._scaled_grouped_mm(
         *(quantized, weight, input_scale.expand(len(rows)).contiguous(), scale),
@@ -163,7 +163,7 @@ def scaled_product(
 
 
 def dense_attention(case: Case, inputs: dict[str, Tensor], outputs: tuple[Tensor, ...]) -> Call:
-    """torch's attention over keys and values in q's dtype, side by side: nothing appended, nothing paged."""
+    """torch's attention over contiguous keys and values in q's dtype, without append and without pages."""
     step, model = case.step, case.model
     total = step.lengths[0] + step.contexts[0]
     pages = inputs["page_table"].long()
@@ -188,7 +188,7 @@ def dense_attention(case: Case, inputs: dict[str, Tensor], outputs: tuple[Tensor
 
 
 def peers(case: Case, interpret: bool) -> list[Peer]:
-    """The peers of a case: none for the convolution, and those that a GPU only can run left to say so."""
+    """The peers of a case; on a CPU, those that need a GPU raise PeerMissing."""
     decode = set(case.step.lengths) == {1}
     if case.op == "selective_scan":
         listed = (
@@ -208,5 +208,5 @@ def peers(case: Case, interpret: bool) -> list[Peer]:
 
 
 def needs_gpu(*_: object) -> Call:
-    """Stands for a peer that does not run on a CPU."""
-    raise PeerMissing("it runs on a GPU only")
+    """The `prepare` of a peer that does not run on a CPU."""
+    raise PeerMissing("it needs a GPU")

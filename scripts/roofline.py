@@ -1,8 +1,8 @@
-"""What the ops must move and compute at least, and how fast this GPU moves and computes.
+"""The minimum work of each op, and the measured bandwidth and peak rates of this GPU.
 
-A count is a lower bound: each input is read once, each output written once, and what several programs read
-stays in L2. Legend: T tokens, B sequences, C channels, K taps, H heads, P head dim, G groups, N state size,
-L expert input size, I inner size, R experts, k experts a token, Q query heads, V key-value heads, D head dim.
+A count is a lower bound: each input is read once, each output is written once, and shared reads hit L2.
+Legend: T tokens, B sequences, C channels, K taps, H heads, P head dim, G groups, N state size, L expert input size,
+I inner size, R experts, k experts per token, Q query heads, V key-value heads, D head dim.
 """
 
 from __future__ import annotations
@@ -14,26 +14,24 @@ from dataclasses import dataclass
 
 import torch
 
-BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3fn": 1}
-
 SSD_CHUNK = 128
-"""Tokens a chunk in the count of the scan's products: the model's `chunk_size`."""
+"""Tokens per chunk in the count of the scan's products: the model's `chunk_size`."""
 
 
 @dataclass(frozen=True)
 class Count:
-    """The least work of one call: operations (a multiply-add is two) and bytes to and from memory."""
+    """The minimum work of one call: operations (a multiply-add is two) and bytes read and written."""
 
     flops: float
     num_bytes: float
 
     def bound(self, peak: float, bandwidth: float) -> float:
-        """Seconds that a GPU with these rates, in operations and bytes a second, takes at least."""
+        """The minimum time in seconds, with these rates in operations and bytes per second."""
         return max(self.flops / peak, self.num_bytes / bandwidth)
 
 
 def conv(lengths: Sequence[int], contexts: Sequence[int], C: int, K: int, x: int) -> Count:
-    """The causal convolution; `x` is bytes an activation."""
+    """The causal convolution; `x` is the size of an activation in bytes."""
     T = sum(lengths)
     read = sum(context > 0 for context in contexts) * C * (K - 1) * x
     written = sum(length > 0 for length in lengths) * C * (K - 1) * x
@@ -43,9 +41,9 @@ def conv(lengths: Sequence[int], contexts: Sequence[int], C: int, K: int, x: int
 def scan(
     lengths: Sequence[int], contexts: Sequence[int], H: int, P: int, G: int, N: int, x: int, state: int
 ) -> Count:
-    """The selective scan: chunked products where a sequence has many tokens, one step where it has one.
+    """The selective scan: chunked products for sequences of several tokens, one step for sequences of one.
 
-    The products of a chunk are C Bᵀ a group, and a head's (L ∘ C Bᵀ) X, Bᵀ X and C h.
+    The products of a chunk are C Bᵀ per group, and (L ∘ C Bᵀ) X, Bᵀ X and C h per head.
     """
     T = sum(lengths)
     chunked = sum(length for length in lengths if length > 1)
@@ -58,9 +56,9 @@ def scan(
 
 
 def experts(T: int, distinct: int, L: int, I: int, k: int, x: int, weight: int) -> Count:  # noqa: E741
-    """The experts of T tokens, `distinct` of them chosen at all; a hidden activation has a weight's bytes.
+    """The experts of T tokens, which choose `distinct` experts; a hidden activation has the size of a weight.
 
-    Rows are gathered from the L2 cache, the hidden activation is written and read once, the combine is fused.
+    Rows are gathered from L2, the hidden activation is written and read once, and the combine is fused.
     """
     rows = T * k
     moved = distinct * 2 * L * I * weight + T * L * weight + 2 * rows * I * weight + T * L * x
@@ -70,7 +68,7 @@ def experts(T: int, distinct: int, L: int, I: int, k: int, x: int, weight: int) 
 def attention(
     lengths: Sequence[int], contexts: Sequence[int], Q: int, V: int, D: int, x: int, cache: int
 ) -> Count:
-    """Causal attention over the context and a sequence's own tokens, which are appended to the cache."""
+    """Causal attention over the context and the sequence's tokens, which are appended to the cache."""
     T = sum(lengths)
     pairs = sum(
         length * context + length * (length + 1) / 2
@@ -82,19 +80,19 @@ def attention(
 
 @dataclass(frozen=True)
 class Rates:
-    """What this device was measured to do: bytes a second, and operations a second by dtype."""
+    """The measured rates of this device: bytes per second, and operations per second by dtype."""
 
     bandwidth: float
     flops: dict[str, float]
     notes: tuple[str, ...] = ()
 
     def peak(self, dtype: str) -> float:
-        """Operations a second in tensor cores; infinite for FP32, which was not measured."""
+        """Operations per second of tensor cores; infinite for FP32, which is not measured."""
         return self.flops.get(dtype, float("inf"))
 
 
 def median_seconds(call: Callable[[], object], repeats: int, device: torch.device) -> float:
-    """The median time of a call after three that do not count: by CUDA events, or by the clock on a CPU."""
+    """The median time of a call after three warm-up calls, by CUDA events or, on a CPU, by the clock."""
     for _ in range(3):
         call()
     return statistics.median(_timed(call, device) for _ in range(repeats))
@@ -114,7 +112,7 @@ def _timed(call: Callable[[], object], device: torch.device) -> float:
 
 
 def measure_rates(device: torch.device) -> Rates:
-    """The rates of a copy of 2 GiB and of matrix products of 8192³; tiny ones on a CPU, which say nothing."""
+    """The rates of a 2 GiB copy and of 8192³ matrix products; tiny ones on a CPU, which are meaningless."""
     cuda = device.type == "cuda"
     size, elements = (8192, 2**30) if cuda else (64, 2**16)
     source = torch.empty(elements, dtype=torch.float16, device=device).zero_()
@@ -127,7 +125,7 @@ def measure_rates(device: torch.device) -> Rates:
     half = work / median_seconds(lambda: a @ b, repeats, device)
     flops = {"float16": half, "bfloat16": half}
     if not cuda or torch.cuda.get_device_capability(device) < (8, 9):
-        return Rates(bandwidth, flops, ("no FP8 rate: the device has none",))
+        return Rates(bandwidth, flops, ("no FP8 rate: the device has no FP8 tensor cores",))
     one = torch.ones((), device=device)
     a_fp8, b_fp8 = a.to(torch.float8_e4m3fn), b.to(torch.float8_e4m3fn).T
 

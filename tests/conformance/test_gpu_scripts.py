@@ -117,11 +117,11 @@ def test_the_bench_runs_in_the_interpreter(op: str, tmp_path: Path) -> None:
     arguments = ["--interpret", "--op", op, "--match", "decode", "--output", str(output)]
     result = CliRunner().invoke(gpu_bench.main, arguments, catch_exceptions=False)
     assert result.exit_code == 0, result.output
-    assert "an interpreter's times mean nothing" in result.output
+    assert "the interpreter's times are meaningless" in result.output
     for found in json.loads(output.read_text())["results"]:
         assert found["launches"] >= 1
         for peer, took in found["peers"].items():
-            assert isinstance(took, float) or took == "missing: it runs on a GPU only", (peer, took)
+            assert isinstance(took, float) or took == "missing: it needs a GPU", (peer, took)
 
 
 def test_without_a_gpu_nothing_is_claimed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -145,7 +145,7 @@ def test_a_peer_that_differs_is_not_timed() -> None:
         return gpu_bench.time_peer(peer, case, sets, CPU)  # type: ignore[no-any-return]
 
     assert isinstance(time(lambda: outputs[0] * 1.001), float)
-    assert time(lambda: outputs[0] * 2) == "its output is not ours: relative L2 1.0e+00"
+    assert time(lambda: outputs[0] * 2) == "its output differs from ours: relative L2 1.0e+00"
     assert time(lambda: torch.ones(2) @ torch.ones(3)).startswith("failed: RuntimeError")  # type: ignore[union-attr]
 
 
@@ -200,9 +200,9 @@ def test_without_a_gpu_the_library_goes_up_to_the_launch(op: str, tmp_path: Path
     assert len(found) == 2 * len(op_cases.DTYPES[op])
     for one in found:
         assert one["error"] is None
-        assert "launches for SM 120 found, none done: there is no GPU" in one["not_run"]
+        assert "launches for SM 120 found, none executed: there is no GPU" in one["not_run"]
     assert f"0 of {len(found)} pass" in result.output
-    assert f"{len(found)} went up to the launch only, and prove no result" in result.output
+    assert f"{len(found)} were only checked up to the launch" in result.output
 
 
 def test_a_library_without_the_kernels_fails() -> None:

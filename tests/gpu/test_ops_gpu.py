@@ -1,4 +1,4 @@
-"""The kernels at the models' full width on a GPU, as `scripts/gpu_check.py` proves them."""
+"""The kernels at the models' full width on a GPU, checked as in `scripts/gpu_check.py`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.gpu
 
 @pytest.fixture(scope="module")
 def library() -> object:
-    """The installation's plugin library, or one of the kernels for this machine's GPU."""
+    """The installed plugin library, or a new one for this GPU."""
     if not torch.cuda.is_available():
         pytest.skip("there is no CUDA GPU")
     return gpu_check.plugin_library(gpu_check.device_sm(torch.device("cuda")))
@@ -33,7 +33,7 @@ CASES = list(gpu_check.chosen_cases(True, max(SMS)))
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.title)
-def test_kernels_give_what_the_reference_gives(case: object) -> None:
+def test_the_kernels_match_the_reference(case: object) -> None:
     if not torch.cuda.is_available():
         pytest.skip("there is no CUDA GPU")
     device = torch.device("cuda")
@@ -46,7 +46,7 @@ def test_kernels_give_what_the_reference_gives(case: object) -> None:
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.title)
-def test_the_library_gives_what_the_reference_gives(case: object, library: object) -> None:
+def test_the_library_matches_the_reference(case: object, library: object) -> None:
     device = torch.device("cuda")
     sm = gpu_check.device_sm(device)
     if case.needs_fp8 and not supports_fp8(sm):  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""The golden tests' models are tiny: one thread runs them faster than several that wait for each other."""
+"""Runs these tests with one thread, which is faster than several for tiny models."""
 
 from collections.abc import Iterator
 

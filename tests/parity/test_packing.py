@@ -1,13 +1,13 @@
-"""However a sequence is cut, and whoever shares its steps, its logits and states are the same."""
+"""A sequence's logits and states do not depend on how it is split into steps, or on the other sequences in a step."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from checkpoints import load_into
-from judge import build, raw_config, stored
 from packed import Packed, Place, relative_l2
 from torch import Tensor
+from transformers_model import build, raw_config, stored
 
 from nemotrt.model.config import ModelConfig
 from nemotrt.model.hybrid import NemotronH
@@ -24,9 +24,9 @@ OTHERS = torch.randint(96, (41,), generator=torch.Generator().manual_seed(1))
 
 @pytest.fixture(scope="module", params=CASES)
 def model(request: pytest.FixtureRequest) -> NemotronH:
-    judge = build(request.param)
+    reference = build(request.param)
     model = NemotronH(ModelConfig.from_dict(raw_config(request.param)))
-    load_into(model, stored(judge))
+    load_into(model, stored(reference))
     return model
 
 
@@ -44,19 +44,19 @@ def agree(rows: list[Tensor], states: dict[str, Tensor], expected: tuple[Tensor,
 
 
 @pytest.mark.parametrize("cuts", [(1,) * 41, (7, 1, 2, 30, 1), (16, 16, 9), (2, 39)], ids=str)
-def test_pieces_equal_the_whole(model: NemotronH, cuts: tuple[int, ...]) -> None:
+def test_chunked_prefill_equals_one_prefill(model: NemotronH, cuts: tuple[int, ...]) -> None:
     packed = Packed(model)
     place = Place(slot=4, pages=(9, 3, 6))
-    rows = [packed.step([(place, piece)])[0] for piece in torch.split(TOKENS, list(cuts))]
+    rows = [packed.step([(place, part)])[0] for part in torch.split(TOKENS, list(cuts))]
     agree(rows, packed.states(place), at_once(model, TOKENS))
 
 
 def test_a_mixed_batch_equals_each_sequence_alone(model: NemotronH) -> None:
-    """Prefill and decode share steps with an empty sequence, a padded one and tokens that are nobody's."""
+    """Prefill and decode share steps with an empty sequence, a padded one and padding tokens."""
     packed = Packed(model)
     first, second = Place(slot=5, pages=(8, 2, 11)), Place(slot=2, pages=(4, 10, 7))
     idle, padded, nothing = Place(slot=3, pages=(12, 13), length=20), Place(slot=0, pages=(0,)), TOKENS[:0]
-    held = packed.states(idle)
+    idle_state = packed.states(idle)
 
     rows: dict[int, list[Tensor]] = {first.slot: [], second.slot: []}
     one, other = torch.split(TOKENS, [10, 25, 1, 5]), torch.split(OTHERS, [3, 1, 30, 7])
@@ -69,7 +69,7 @@ def test_a_mixed_batch_equals_each_sequence_alone(model: NemotronH) -> None:
 
     agree(rows[first.slot], packed.states(first), at_once(model, TOKENS))
     agree(rows[second.slot], packed.states(second), at_once(model, OTHERS))
-    assert all(torch.equal(state, held[name]) for name, state in packed.states(idle).items())
+    assert all(torch.equal(state, idle_state[name]) for name, state in packed.states(idle).items())
 
 
 def test_a_step_writes_only_to_its_own_slots_and_pages_and_to_scratch(model: NemotronH) -> None:

@@ -1,4 +1,4 @@
-"""The model equals transformers' own: logits of a prefill and 32 decode steps, states, weights as saved."""
+"""The model equals transformers' model in logits of a prefill and 32 decode steps, in states, and in saved weights."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoints import load_into
-from judge import CASES, CHUNK, FINITE, build, raw_config, run, stored
 from packed import Packed, Place, relative_l2
 from safetensors.torch import load_file
+from transformers_model import CASES, CHUNK, FINITE, build, raw_config, run, stored
 
 from nemotrt.model.config import ModelConfig
 from nemotrt.model.hybrid import NemotronH
 
 TOLERANCE = 1e-5
-"""Relative L2 in FP32: the judge sums over chunks, ours token by token; 2.9e-6 was the worst measured."""
+"""Relative L2 in FP32; transformers sums over chunks, ours token by token. The largest measured error was 2.9e-6."""
 
 DECODE = 32
 PROMPTS = (1, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK + 5)
 
 UNQUANTIZED = ("input_scale", "hidden_scale", "k_scale", "v_scale")
-"""Parameters that only count where something is FP8."""
+"""Parameters without effect in a model without FP8."""
 
 
 def tokens_of(count: int) -> torch.Tensor:
@@ -38,46 +38,46 @@ def filled(case: str, tensors: dict[str, torch.Tensor]) -> NemotronH:
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("prompt", PROMPTS)
 def test_prefill_and_decode(case: str, prompt: int) -> None:
-    judge = build(case)
+    reference = build(case)
     tokens = tokens_of(prompt + DECODE)
-    verdict = run(judge, tokens, prompt, prefill_only=case == FINITE)
-    # Where the router's choice hangs on rounding, two right answers differ.
-    assert verdict.margin > 1e-5
+    expected = run(reference, tokens, prompt, prefill_only=case == FINITE)
+    # If the router's choice depended on rounding, two correct results could differ.
+    assert expected.margin > 1e-5
 
-    packed = Packed(filled(case, stored(judge)))
+    packed = Packed(filled(case, stored(reference)))
     place = Place(slot=3, pages=(7, 2, 9, 5, 11, 1))
     rows = [packed.step([(place, piece)])[0] for piece in (tokens[:prompt], *torch.split(tokens[prompt:], 1))]
     logits = torch.cat(rows)[prompt - 1 :]
 
-    assert len(verdict.logits) == DECODE + 1
-    errors = [relative_l2(mine, theirs) for mine, theirs in zip(logits, verdict.logits, strict=True)]
+    assert len(expected.logits) == DECODE + 1
+    errors = [relative_l2(mine, theirs) for mine, theirs in zip(logits, expected.logits, strict=True)]
     assert max(errors) <= TOLERANCE
     states = packed.states(place)
-    assert states.keys() == verdict.pools.keys()
-    for name, theirs in verdict.pools.items():
+    assert states.keys() == expected.pools.keys()
+    for name, theirs in expected.pools.items():
         assert relative_l2(states[name], theirs) <= TOLERANCE, name
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_saved_checkpoint_is_the_same_model(case: str, tmp_path: Path) -> None:
-    """save_pretrained writes the published names, a tensor an expert; the state dict stacks experts."""
-    judge = build(case)
-    judge.save_pretrained(tmp_path)
+    """save_pretrained writes the published names, with one tensor per expert; the state dict stacks experts."""
+    reference = build(case)
+    reference.save_pretrained(tmp_path)
     saved = load_file(tmp_path / "model.safetensors")
     assert ModelConfig.from_file(tmp_path / "config.json") == ModelConfig.from_dict(raw_config(case))
-    assert saved.keys() != stored(judge).keys()
-    if judge.config.tie_word_embeddings:
+    assert saved.keys() != stored(reference).keys()
+    if reference.config.tie_word_embeddings:
         saved.pop("lm_head.weight", None)
 
-    ours, again = filled(case, stored(judge)).state_dict(), filled(case, saved).state_dict()
+    ours, again = filled(case, stored(reference)).state_dict(), filled(case, saved).state_dict()
     assert ours.keys() == again.keys()
     assert all(torch.equal(ours[name], again[name]) for name in ours)
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_every_parameter_would_be_missed(case: str) -> None:
-    """Each parameter, reversed and shrunk by a tenth, moves the logits or a state far past the tolerance."""
-    judge = build(case)
+    """Reversing and scaling any parameter changes the logits or a state by far more than the tolerance."""
+    reference = build(case)
     tokens = tokens_of(24)
 
     def outputs(model: NemotronH) -> list[torch.Tensor]:
@@ -85,14 +85,14 @@ def test_every_parameter_would_be_missed(case: str) -> None:
         place = Place(slot=1, pages=(1, 2))
         return [*packed.step([(place, tokens)]), *packed.states(place).values()]
 
-    model = filled(case, stored(judge))
+    model = filled(case, stored(reference))
     before = outputs(model)
-    unread = []
+    without_effect = []
     for name, parameter in model.named_parameters():
-        kept = parameter.clone()
-        parameter.copy_(kept.flip(0) * 0.9 + 0.01)
-        moved = max(relative_l2(new, old) for new, old in zip(outputs(model), before, strict=True))
-        parameter.copy_(kept)
-        if not (moved > 10 * TOLERANCE and math.isfinite(moved)):
-            unread.append(name)
-    assert [name for name in unread if not name.endswith(UNQUANTIZED)] == []
+        original = parameter.clone()
+        parameter.copy_(original.flip(0) * 0.9 + 0.01)
+        change = max(relative_l2(new, old) for new, old in zip(outputs(model), before, strict=True))
+        parameter.copy_(original)
+        if not (change > 10 * TOLERANCE and math.isfinite(change)):
+            without_effect.append(name)
+    assert [name for name in without_effect if not name.endswith(UNQUANTIZED)] == []

@@ -1,30 +1,30 @@
-"""The judge is set right where it is wrong: each fault shows as the judge contradicting itself."""
+"""The corrected defects of transformers exist: without the corrections, its prefill and its steps disagree."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from judge import FINITE, Judge, build, run
 from packed import relative_l2
+from transformers_model import FINITE, TransformersModel, build, run
 
 CASE = "mlp, head dim 80, state 128, 1 group, 1 kv head"
 TOKENS = torch.arange(20)
 
 
-def disagreement(model: Judge) -> float:
-    """How far one prefill of all tokens is from the same tokens one by one, by the judge alone."""
+def disagreement(model: TransformersModel) -> float:
+    """The difference in transformers between one prefill of all tokens and one step per token."""
     at_once = run(model, TOKENS, 1, prefill_only=True)
     stepwise = run(model, TOKENS, 1)
     return relative_l2(stepwise.logits, at_once.logits)
 
 
-def mixers(model: Judge) -> list[Any]:
+def mixers(model: TransformersModel) -> list[Any]:
     return [layer.mixer for layer in model.model.layers if layer.block_type == "linear_attention"]
 
 
-def small_steps() -> Judge:
-    """A judge whose time steps lie below time_step_min: softplus(−8) = 3e-4."""
+def small_steps() -> TransformersModel:
+    """A model with time steps below time_step_min: softplus(−8) = 3e-4."""
     model = build(CASE)
     for mixer in mixers(model):
         mixer.dt_bias.fill_(-8.0)
@@ -34,7 +34,7 @@ def small_steps() -> Judge:
 def test_its_prefill_clamps_time_steps_that_the_config_does_not_limit() -> None:
     model = small_steps()
     for mixer in mixers(model):
-        mixer.time_step_limit = (model.config.time_step_min, float("inf"))  # as its constructor leaves it
+        mixer.time_step_limit = (model.config.time_step_min, float("inf"))  # as set by its constructor
     assert disagreement(model) > 1e-3
 
 

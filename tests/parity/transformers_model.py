@@ -1,9 +1,9 @@
-"""transformers' own NemotronHForCausalLM as the judge: tiny models, every parameter random, its own cache.
+"""Tiny random models of transformers' NemotronHForCausalLM, which the model is compared with.
 
-Two faults of transformers 5.23 are set right before it judges; `test_judge.py` proves that they are faults:
-- its prefill clamps dt to [time_step_min, ∞), whatever the config's `time_step_limit`: the attribute is set;
-- its one-token step clamps dt to nothing at all: with a finite limit, only its prefill judges.
-It builds attention without biases, whatever `attention_bias`: biased projections are put in their place.
+Two defects of transformers 5.23 are corrected first; `test_transformers_model.py` shows that they are defects:
+- Its prefill clamps dt to [time_step_min, ∞), ignoring the config's `time_step_limit`, so the attribute is set here.
+- Its one-token step does not clamp dt at all, so that with a finite limit only its prefill is used.
+It also builds attention without biases, ignoring `attention_bias`, so biased projections are inserted here.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, NemotronHConfig, NemotronHForCausalLM
 
-Judge = Any
-"""A NemotronHForCausalLM; its modules' attributes are not typed."""
+TransformersModel = Any
+"""A NemotronHForCausalLM, whose modules have untyped attributes."""
 
 CHUNK = 16
-"""The judge's chunk of the scan: prompts around it take its different paths."""
+"""The chunk size of its scan; prompts of about this length use different code paths."""
 
 BASE: dict[str, Any] = {
     "model_type": "nemotron_h",
@@ -76,7 +76,7 @@ CASES: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 4,
         "use_conv_bias": False,
     },
-    "2 of 4 expert groups, top 3 unnormalised": {
+    "2 of 4 expert groups, top 3 unnormalized": {
         "hybrid_override_pattern": "ME*E",
         "num_experts_per_tok": 3,
         "n_routed_experts": 16,
@@ -102,27 +102,27 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 @dataclass
-class Verdict:
-    """What the judge says: logits [tokens, V] from the last prompt token on, and its states at the end."""
+class Outputs:
+    """The logits [tokens, V] from the last prompt token on, and the final states."""
 
     logits: Tensor
     pools: dict[str, Tensor] = field(default_factory=dict)
-    """By our pools' names: conv_state [C, taps−1], ssm_state [H, P, N], kv_cache [2, heads, tokens, dim]."""
+    """By the names of our pools: conv_state [C, taps−1], ssm_state [H, P, N], kv_cache [2, heads, tokens, dim]."""
     margin: float = math.inf
-    """The smallest gap between a chosen expert's score and the best one passed over."""
+    """The smallest difference between the scores of a chosen expert and of the best other one."""
 
 
 def raw_config(case: str) -> dict[str, Any]:
-    """The case as a config.json."""
+    """The contents of config.json for a case."""
     return BASE | CASES[case]
 
 
-def build(case: str, *, seed: int = 0) -> Judge:
-    """The judge's model with every parameter and buffer random."""
+def build(case: str, *, seed: int = 0) -> TransformersModel:
+    """The model of a case, with random parameters and buffers."""
     raw = raw_config(case)
     config = NemotronHConfig(**{name: value for name, value in raw.items() if name != "model_type"})
     config._attn_implementation = "eager"
-    model: Judge = NemotronHForCausalLM(config)
+    model: TransformersModel = NemotronHForCausalLM(config)
     model.eval().requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
     for mixer in _mixers(model, "full_attention"):
@@ -135,16 +135,18 @@ def build(case: str, *, seed: int = 0) -> Judge:
     for name, tensor in model.state_dict().items():
         tensor.copy_(_random(name, tensor, generator))
     if raw.get("tie_word_embeddings"):
-        model.lm_head.weight.copy_(model.model.embeddings.weight)  # it has no tie: equal values stand in
+        model.lm_head.weight.copy_(
+            model.model.embeddings.weight
+        )  # its parameters are not tied, so copy the values
     return model
 
 
-def _mixers(model: Judge, kind: str) -> Iterator[Any]:
+def _mixers(model: TransformersModel, kind: str) -> Iterator[Any]:
     return (layer.mixer for layer in model.model.layers if layer.block_type == kind)
 
 
 def _random(name: str, like: Tensor, generator: torch.Generator) -> Tensor:
-    """Values on the scale on which each parameter works, none where the usual initialisation leaves it."""
+    """Values in a realistic range for each parameter, none at its usual initial value."""
     values = torch.randn(like.shape, generator=generator)
     scales = {
         "norm.weight": (1.0, 0.3),
@@ -163,36 +165,36 @@ def _random(name: str, like: Tensor, generator: torch.Generator) -> Tensor:
     return values / math.sqrt(like.shape[-1])
 
 
-def stored(model: Judge) -> dict[str, Tensor]:
-    """The judge's parameters by the names of its own state dict, a tied head left out as checkpoints do."""
+def stored(model: TransformersModel) -> dict[str, Tensor]:
+    """The tensors of its state dict, without a tied head, as in a checkpoint."""
     tied = model.config.tie_word_embeddings
     return {
         name: tensor for name, tensor in model.state_dict().items() if not (tied and name == "lm_head.weight")
     }
 
 
-def run(model: Judge, tokens: Tensor, prompt: int, *, prefill_only: bool = False) -> Verdict:
-    """The judge's word on `tokens` [n]: a prefill of `prompt`, then a step a token; or all in one prefill."""
-    verdict = Verdict(torch.empty(0))
-    handles = [gate.register_forward_hook(_measure(verdict)) for gate in _gates(model)]
+def run(model: TransformersModel, tokens: Tensor, prompt: int, *, prefill_only: bool = False) -> Outputs:
+    """Run `tokens` [n]: a prefill of `prompt` tokens and one step per further token, or everything in one prefill."""
+    expected = Outputs(torch.empty(0))
+    handles = [gate.register_forward_hook(_measure(expected)) for gate in _gates(model)]
     cache = DynamicCache(config=model.config)
-    pieces = [tokens] if prefill_only else [tokens[:prompt], *torch.split(tokens[prompt:], 1)]
+    parts = [tokens] if prefill_only else [tokens[:prompt], *torch.split(tokens[prompt:], 1)]
     with torch.no_grad():
         rows = [
-            model(input_ids=piece[None], past_key_values=cache, use_cache=True).logits[0] for piece in pieces
+            model(input_ids=part[None], past_key_values=cache, use_cache=True).logits[0] for part in parts
         ]
     for handle in handles:
         handle.remove()
-    verdict.logits = torch.cat(rows)[prompt - 1 :]
-    verdict.pools = dict(_states(model, cache))
-    return verdict
+    expected.logits = torch.cat(rows)[prompt - 1 :]
+    expected.pools = dict(_states(model, cache))
+    return expected
 
 
-def _gates(model: Judge) -> list[Any]:
+def _gates(model: TransformersModel) -> list[Any]:
     return [mixer.gate for mixer in _mixers(model, "moe")]
 
 
-def _measure(verdict: Verdict) -> Any:
+def _measure(expected: Outputs) -> Any:
     def hook(gate: Any, _: object, output: tuple[Tensor, Tensor, Tensor]) -> None:
         logits_TE, _weights, chosen_TK = output
         scores_TE = logits_TE.sigmoid() + gate.e_score_correction_bias
@@ -200,23 +202,23 @@ def _measure(verdict: Verdict) -> Any:
             grouped = scores_TE.unflatten(1, (gate.num_group, -1))
             ranked = grouped.topk(2, dim=2).values.sum(2).sort(dim=1, descending=True)
             gaps = ranked.values[:, gate.topk_group - 1] - ranked.values[:, gate.topk_group]
-            verdict.margin = min(verdict.margin, gaps.min().item())
+            expected.margin = min(expected.margin, gaps.min().item())
             dropped = ranked.indices[:, gate.topk_group :]
             scores_TE = grouped.scatter(1, dropped[..., None].expand(-1, -1, grouped.shape[2]), -9.0).flatten(
                 1
             )
         chosen = scores_TE.gather(1, chosen_TK).min(dim=1).values
-        passed_over = scores_TE.scatter(1, chosen_TK, -9.0).max(dim=1).values
-        verdict.margin = min(verdict.margin, (chosen - passed_over).min().item())
+        best_other = scores_TE.scatter(1, chosen_TK, -9.0).max(dim=1).values
+        expected.margin = min(expected.margin, (chosen - best_other).min().item())
 
     return hook
 
 
-def _states(model: Judge, cache: Any) -> Iterator[tuple[str, Tensor]]:
-    for i, (layer, held) in enumerate(zip(model.model.layers, cache.layers, strict=True)):
+def _states(model: TransformersModel, cache: Any) -> Iterator[tuple[str, Tensor]]:
+    for i, (layer, state) in enumerate(zip(model.model.layers, cache.layers, strict=True)):
         if layer.block_type == "linear_attention":
-            # It keeps as many columns as taps; the oldest is never read.
-            yield f"conv_state.{i}", held.conv_states[0][0, :, 1:]
-            yield f"ssm_state.{i}", held.recurrent_states[0][0]
+            # It stores as many columns as taps; the oldest is never read.
+            yield f"conv_state.{i}", state.conv_states[0][0, :, 1:]
+            yield f"ssm_state.{i}", state.recurrent_states[0][0]
         elif layer.block_type == "full_attention":
-            yield f"kv_cache.{i}", torch.stack([held.keys[0], held.values[0]])
+            yield f"kv_cache.{i}", torch.stack([state.keys[0], state.values[0]])

@@ -1,4 +1,4 @@
-"""Our model over packed sequences, with pools and a place in them for each sequence."""
+"""Runs our model on packed sequences, and manages the pools."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PAGE_SIZE = 16
 
 
 def relative_l2(ours: Tensor, theirs: Tensor) -> float:
-    """‖ours − theirs‖ / ‖theirs‖, in FP64; infinite where theirs is nothing but zero and ours is not."""
+    """‖ours − theirs‖ / ‖theirs‖ in FP64; infinite if only `theirs` is zero."""
     assert ours.shape == theirs.shape, f"{list(ours.shape)} against {list(theirs.shape)}"
     error, size = (ours.double() - theirs.double()).norm(), theirs.double().norm()
     return 0.0 if error == 0 else (error / size).item()
@@ -26,7 +26,7 @@ def relative_l2(ours: Tensor, theirs: Tensor) -> float:
 
 @dataclass
 class Place:
-    """Where one sequence lives, and how many of its tokens are in its state."""
+    """The slot and pages of one sequence, and the number of tokens in its state."""
 
     slot: int
     pages: tuple[int, ...]
@@ -34,7 +34,7 @@ class Place:
 
 
 class Packed:
-    """A model and its pools; each step takes tokens of any number of sequences, and keeps the pools."""
+    """A model and its pools; each step runs tokens of any number of sequences, and updates the pools."""
 
     def __init__(self, model: NemotronH, *, num_slots: int = 6, num_pages: int = 24) -> None:
         self.model = model
@@ -43,10 +43,10 @@ class Packed:
         )
         self.pools = empty_pools(self.specs, num_slots, num_pages)
         for pool in self.pools:
-            pool.normal_(generator=torch.Generator().manual_seed(7))  # a fresh sequence must not read these
+            pool.normal_(generator=torch.Generator().manual_seed(7))  # a new sequence must not read these
 
     def step(self, batch: Sequence[tuple[Place, Tensor]], *, padding: int = 0) -> list[Tensor]:
-        """Logits [n, V] of each sequence's n tokens; `padding` tokens that are nobody's follow them."""
+        """Logits [n, V] of each sequence's n tokens, which are followed by `padding` tokens."""
         lengths = [len(tokens) for _, tokens in batch]
         starts = torch.tensor([0, *lengths]).cumsum(0)
         width = max(len(place.pages) for place, _ in batch)
@@ -65,12 +65,12 @@ class Packed:
         return list(logits.split(lengths))
 
     def states(self, place: Place) -> dict[str, Tensor]:
-        """What the pools hold of one sequence: its rows, and keys and values [2, heads, tokens, head dim]."""
-        held = {}
+        """The state of one sequence: its rows of the pools, and its keys and values [2, heads, tokens, head dim]."""
+        states = {}
         for spec, pool in zip(self.specs, self.pools, strict=True):
             if spec.is_paged:
                 pages = pool[list(place.pages)]
-                held[spec.name] = pages.permute(1, 2, 0, 3, 4).flatten(2, 3)[:, :, : place.length]
+                states[spec.name] = pages.permute(1, 2, 0, 3, 4).flatten(2, 3)[:, :, : place.length]
             else:
-                held[spec.name] = pool[place.slot]
-        return held
+                states[spec.name] = pool[place.slot]
+        return states
