@@ -18,6 +18,7 @@ from nemotrt.exporter.checkpoint.tensor_matching import match
 from nemotrt.model.checkpoint import tensor_sources
 from nemotrt.model.config import ModelConfig
 from nemotrt.model.hybrid import NemotronH
+from nemotrt.plugins.contract import DType
 
 CONFIG: dict[str, Any] = {
     "architectures": ["NemotronHForCausalLM"],
@@ -75,7 +76,8 @@ def load_into(model: NemotronH, tensors: Mapping[str, torch.Tensor]) -> None:
         for problem in survey.problems:
             raise problem
         for name, parameter in model.state_dict(keep_vars=True).items():
-            parameter.copy_(weights.read(survey.weights[name], tuple(parameter.shape), parameter.dtype))
+            dtype = DType.from_torch(parameter.dtype)
+            parameter.copy_(weights.read(survey.weights[name], tuple(parameter.shape), dtype))
 
 
 def write_checkpoint(folder: Path, **changes: Any) -> Path:
