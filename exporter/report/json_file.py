@@ -7,9 +7,8 @@ import json
 import math
 from typing import Any
 
-from nemotrt.exporter.errors import BundleError
 from nemotrt.exporter.report.model import ValidationReport
-from nemotrt.exporter.runtime.strict_json import decode
+from nemotrt.exporter.runtime.strict_json import check_schema, decode
 
 NAME, PAGE = "report.json", "report.html"
 SCHEMA_VERSION = 3
@@ -40,13 +39,7 @@ def parse(fields: dict[str, Any], where: str) -> ValidationReport:
 
     Raises BundleError for another schema version, and for a field that is missing or unknown.
     """
-    version = fields.get("schema_version")
-    if type(version) is not int:
-        raise BundleError(f"{where} is not a report: it has no schema_version")
-    if version < SCHEMA_VERSION:
-        raise BundleError(f"{where} was written by an older nemo-export", hint="validate the bundle again")
-    if version > SCHEMA_VERSION:
-        raise BundleError(f"{where} was written by a newer nemo-export", hint="upgrade nemo-export")
+    check_schema(fields, SCHEMA_VERSION, where, hint="validate the bundle again")
     derived = ("schema_version", "passed", "verdict")
     fields = {name: value for name, value in fields.items() if name not in derived}
     if isinstance(fields.get("gates"), list):

@@ -17,7 +17,7 @@ from pathlib import Path, PurePosixPath
 
 from nemotrt.exporter.errors import BundleError
 from nemotrt.exporter.runtime.files import sha256
-from nemotrt.exporter.runtime.strict_json import decode, encode, read_object
+from nemotrt.exporter.runtime.strict_json import check_schema, decode, encode, read_object
 from nemotrt.plugins.contract import PoolSpec
 
 SCHEMA_VERSION = 2
@@ -247,24 +247,12 @@ def read(bundle: Path) -> Manifest:
             hint="nemo-export build makes a bundle of a checkpoint",
         )
     fields = read_object(path)
-    _check_schema(bundle, fields.get("schema_version"))
+    check_schema(fields, SCHEMA_VERSION, str(path), hint="build it again")
     manifest = decode(Manifest, fields, NAME)
     _check_paths(manifest)
     if manifest.bundle_id != content_id(manifest):
         raise BundleError(f"{path} was changed after it was written", hint="copy or build the bundle again")
     return manifest
-
-
-def _check_schema(bundle: Path, version: object) -> None:
-    if type(version) is not int or version < 1:
-        raise BundleError(f"{bundle / NAME}: schema_version is not a number")
-    if version > SCHEMA_VERSION:
-        raise BundleError(
-            f"{bundle} has schema {version}, this nemo-export reads {SCHEMA_VERSION}",
-            hint="upgrade nemo-export",
-        )
-    if version < SCHEMA_VERSION:
-        raise BundleError(f"{bundle} was written by an older nemo-export", hint="build it again")
 
 
 def _check_paths(manifest: Manifest) -> None:

@@ -52,6 +52,19 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return fields
 
 
+def check_schema(fields: dict[str, Any], version: int, where: str, *, hint: str) -> None:
+    """Raise BundleError unless the object has this `schema_version`; `hint` says how to replace an older file."""
+    schema = fields.get("schema_version")
+    if type(schema) is not int or schema < 1:
+        raise BundleError(f"{where}: schema_version is not a number")
+    if schema > version:
+        raise BundleError(
+            f"{where} has schema {schema}, this nemo-export reads {version}", hint="upgrade nemo-export"
+        )
+    if schema < version:
+        raise BundleError(f"{where} was written by an older nemo-export", hint=hint)
+
+
 def decode(kind: type[Entry], fields: dict[str, Any], file: str) -> Entry:
     """The fields as a dataclass; raises BundleError that names the file and the field, such as `files[3].size`."""
     try:

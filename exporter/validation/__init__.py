@@ -1,1 +1,1 @@
-"""A candidate beside a reference: what is driven through both, how far apart they are, and how far they may be."""
+"""Validation: a graph or engine against a reference, on the same steps, with gates on every difference."""

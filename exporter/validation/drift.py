@@ -11,6 +11,7 @@ Legend: T steps, B sequences, H heads, P head dim, G groups, N state size, E exp
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -26,10 +27,11 @@ from nemotrt.exporter.report.model import Drift, DriftCurve, Gate, Metric
 from nemotrt.exporter.runtime.step import StepInputs
 from nemotrt.exporter.validation import metrics
 from nemotrt.exporter.validation.gates import BASELINE_FACTOR, FP32_RELATIVE_L2
-from nemotrt.exporter.validation.plan import SEQUENCES, WINDOW, LongDecode
+from nemotrt.exporter.validation.plan import SEQUENCES, WINDOW, LongDecode, empty_pools
 from nemotrt.exporter.validation.routing import RouterLogits
 from nemotrt.exporter.validation.runners.base import CandidateRunner, Recurrence
 from nemotrt.exporter.validation.runners.torch import TorchRunner, num_threads, threads, torch_step
+from nemotrt.exporter.validation.scenarios import NUM_SLOTS
 from nemotrt.plugins.contract import DType, PoolSpec
 from nemotrt.plugins.selective_scan.reference import reference as scan
 
@@ -54,16 +56,17 @@ class DriftComparison:
 
     def __init__(self, model: LoadedModel, config: BuildConfig, decode: LongDecode) -> None:
         self.decode = decode
-        self._pools = model.pools(config)
-        self._recurrent = [spec.name for spec in self._pools if not spec.is_paged]
-        self._replay = _Replay(model, self._pools)
+        pools = model.pools(config)
+        self._zeros = empty_pools(pools, NUM_SLOTS, decode.num_pages)
+        self._recurrent = [spec.name for spec in pools if not spec.is_paged]
+        self._replay = _Replay(model, pools)
         self._candidate: list[_Snapshot] = []
         self._followers: list[list[_Snapshot]] = []
         self._replay_errors: list[dict[str, float]] = []
 
     def run_candidate(self, runner: CandidateRunner, advance: Advance = ignore) -> None:
         """Decode token by token, and replay each recurrence; reports each step."""
-        runner.reset(self.decode.empty_pools(self._pools))
+        runner.reset(self._zeros)
         for first, watched, last in self.decode.spans:
             logits, routers = [], []
             for t in range(first, last):
@@ -83,7 +86,7 @@ class DriftComparison:
 
         A state that is narrower than FP32 loses precision in every step, so then the tokens run one by one.
         """
-        runner.reset(self.decode.empty_pools(self._pools))
+        runner.reset(self._zeros)
         snapshots = []
         for (first, watched, last), candidate in zip(self.decode.spans, self._candidate, strict=True):
             stride = 1 if runner.has_narrow_state else last - first
@@ -172,7 +175,8 @@ class _Replay:
     """Every recurrence in FP64 on given inputs; and, if its pool is narrower than FP32, as the pool stores it."""
 
     def __init__(self, model: LoadedModel, pools: tuple[PoolSpec, ...]) -> None:
-        self._dt_min, self._dt_max = model.config.time_step_limit
+        dt_min, dt_max = model.config.time_step_limit
+        self._scan = partial(scan, dt_min=dt_min, dt_max=dt_max)
         self._specs = {spec.name: spec for spec in pools if spec.kind == "ssm_state"}
         self._weights = {
             name: [_head_weight(model, spec, which) for which in ("A", "dt_bias")]
@@ -207,23 +211,9 @@ class _Replay:
         x, dt, b = (torch.from_numpy(values).to(dtype) for values in given)
         a, dt_bias = self._weights[spec.name]
         step = torch_step(inputs)
+        sequences = step.query_start, step.context_len, step.slot
         # C and D only affect y, which is not used.
-        _, next_state = scan(
-            x,
-            dt,
-            a,
-            b,
-            b,
-            dt_bias,
-            dt_bias,
-            state,
-            step.query_start,
-            step.context_len,
-            step.slot,
-            dt_min=self._dt_min,
-            dt_max=self._dt_max,
-        )
-        return next_state
+        return self._scan(x, dt, a, b, b, dt_bias, dt_bias, state, *sequences)[1]
 
     def errors(self, states: dict[str, NDArray[np.float32]]) -> dict[str, float]:
         """The relative L2 of the worst head of each state; also extends `baselines`."""

@@ -56,6 +56,8 @@ class OutputErrors:
     not_finite: int
     """The candidate's NaN and infinite values."""
     reference_not_finite: int = 0
+    out_of_bounds: int = 0
+    """Values of a pool that changed although the reference did not write them."""
     relative_l2: float = 0.0
     norm_ratio: float = 0.0
     angle: float = 0.0
@@ -82,8 +84,10 @@ def measure(candidate: Observation, reference: Observation, noise: Noise) -> Sce
     logits = candidate.logits_RV, reference.logits_RV
     outputs = {"logits": _errors(logits)}
     for name, expected in reference.pools.items():
-        written = written_mask(name, expected[1:], noise[name][1:])
-        outputs[name] = _errors((candidate.pools[name][1:][written], expected[1:][written]))
+        pool, initial = candidate.pools[name][1:], noise[name][1:]
+        written = written_mask(name, expected[1:], initial)
+        stray = int(np.count_nonzero(pool[~written] != initial[~written]))
+        outputs[name] = _errors((pool[written], expected[1:][written]), stray)
     scores = _router_errors(candidate.routers, reference.routers)
     if outputs["logits"].not_finite or outputs["logits"].reference_not_finite:
         return ScenarioErrors(outputs, (), 0.0, 0.0, scores)
@@ -117,8 +121,7 @@ def scenario_gates(
     gates: list[Gate] = []
     for name, output in errors.outputs.items():
         if name in noise:
-            stray = _num_out_of_bounds(name, candidate.pools[name], reference.pools[name], noise[name])
-            gates.append(Gate(scenario, name, Metric.OUT_OF_BOUNDS, float(stray), 0.0))
+            gates.append(Gate(scenario, name, Metric.OUT_OF_BOUNDS, float(output.out_of_bounds), 0.0))
         gates += _output_gates(scenario, name, output, baseline.outputs[name] if baseline else None)
     gates += _router_gates(scenario, errors, baseline)
     if errors.kl and baseline is None:
@@ -168,19 +171,12 @@ def score_limits(baseline: ScenarioErrors | None, num_layers: int) -> list[float
     return [BASELINE_FACTOR * error for error in baseline.router_scores]
 
 
-def _num_out_of_bounds(name: str, pool: Array, expected: Array, noise: NDArray[np.float32]) -> int:
-    """How many values changed that the reference did not write."""
-    written = written_mask(name, expected[1:], noise[1:])
-    return int(np.count_nonzero(pool[1:][~written] != noise[1:][~written]))
-
-
-def _errors(pair: Pair) -> OutputErrors:
+def _errors(pair: Pair, out_of_bounds: int = 0) -> OutputErrors:
     broken, reference_broken = (int(np.count_nonzero(~np.isfinite(values))) for values in pair)
     if broken or reference_broken:
-        return OutputErrors(broken, reference_broken)
-    return OutputErrors(
-        0, 0, metrics.relative_l2(*pair), metrics.norm_ratio_error(*pair), 1 - metrics.cosine(*pair)
-    )
+        return OutputErrors(broken, reference_broken, out_of_bounds)
+    distances = metrics.relative_l2(*pair), metrics.norm_ratio_error(*pair), 1 - metrics.cosine(*pair)
+    return OutputErrors(0, 0, out_of_bounds, *distances)
 
 
 def _router_errors(candidate: Sequence[RouterLogits], reference: Sequence[RouterLogits]) -> tuple[float, ...]:

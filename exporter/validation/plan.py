@@ -130,10 +130,6 @@ class LongDecode:
         ]
         return packed_step(chunks, first_logits=max(watched - first, 0))
 
-    def empty_pools(self, pools: Iterable[PoolSpec]) -> Noise:
-        """Pools of zeros."""
-        return empty_pools(pools, NUM_SLOTS, self.num_pages)
-
 
 def empty_pools(pools: Iterable[PoolSpec], num_slots: int, num_pages: int) -> Noise:
     """Pools of zeros."""

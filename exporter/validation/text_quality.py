@@ -27,7 +27,7 @@ from nemotrt.exporter.validation.gates import BASELINE_FACTOR
 from nemotrt.exporter.validation.metrics import Array
 from nemotrt.exporter.validation.plan import empty_pools
 from nemotrt.exporter.validation.references.pytorch import router_policies
-from nemotrt.exporter.validation.routing import num_mismatches
+from nemotrt.exporter.validation.routing import RouterPolicy, num_mismatches
 from nemotrt.exporter.validation.runners.base import GraphRunner, Mode, Runner
 from nemotrt.exporter.validation.runners.torch import TorchRunner
 from nemotrt.exporter.validation.scenarios import SequenceChunk, packed_step
@@ -81,24 +81,24 @@ def measure(
     advance: Advance = ignore,
 ) -> TextReport:
     """How the graph compares on the text, and with a `base` (the unquantized model) what quantization costs."""
-    pages = 1 + pages_of(SEQUENCE_TOKENS, config.page_size)
-    dtype, pools = config.dtype, model.pools(config)
-    runners: dict[str, Runner] = {
-        "graph": GraphRunner(graph, num_slots=NUM_SLOTS, num_pages=pages, mode=Mode.UNBOUND)
-    }
-    reference = runners["reference"] = TorchRunner(model, pools, torch.float32)
-    if dtype is not DType.FLOAT32:
-        runners[BASELINE] = TorchRunner(model, pools, dtype.torch)
+    num_pages, pools = 1 + pages_of(SEQUENCE_TOKENS, config.page_size), model.pools(config)
+    reference = TorchRunner(model, pools, torch.float32)
     unquantized = TorchRunner(base, base.pools(config), torch.float32) if base else None
+    runners: dict[str, Runner] = {
+        "graph": GraphRunner(graph, num_slots=NUM_SLOTS, num_pages=num_pages, mode=Mode.UNBOUND),
+        "reference": reference,
+    }
+    if config.dtype is not DType.FLOAT32:
+        runners[BASELINE] = TorchRunner(model, pools, config.dtype.torch)
     if unquantized:
         runners["unquantized"] = unquantized
-    zeros = empty_pools(pools, NUM_SLOTS, pages)
+    zeros = empty_pools(pools, NUM_SLOTS, num_pages)
     for runner in runners.values():
         runner.reset(zeros)
-    pairs = _PairedRunners(model, runners)
+    policies = router_policies(model)
     tallies: dict[str, _Tally] = defaultdict(_Tally)
     for inputs in plan.steps:
-        for figure, (candidate, expected) in pairs.logits(inputs).items():
+        for figure, (candidate, expected) in _logit_pairs(runners, policies, inputs).items():
             tallies[figure].add(candidate, expected, inputs)
         advance(1)
     costs: dict[int, _Tally] = defaultdict(_Tally)
@@ -121,31 +121,27 @@ def measure(
     )
 
 
-class _PairedRunners:
-    """The graph, PyTorch in FP32 and at the graph's precision, and the unquantized model, on the same sequences."""
+def _logit_pairs(
+    runners: dict[str, Runner], policies: Sequence[RouterPolicy], inputs: StepInputs
+) -> dict[str, tuple[Array, Array]]:
+    """For each comparison the two models' logits of one fresh sequence."""
+    logits = {name: runner.step(inputs) for name, runner in runners.items()}
+    routers = runners["reference"].router_logits()
 
-    def __init__(self, model: LoadedModel, runners: dict[str, Runner]) -> None:
-        self._runners, self._policies = runners, router_policies(model)
+    def aligned(name: str) -> tuple[Array, Array]:
+        """A model and the reference with the same expert routing, so that a near tie is not an error."""
+        forced = runners[name].router_logits()
+        if num_mismatches(policies, [routers], [forced]):
+            return logits[name], runners["reference"].step(inputs, forced)
+        return logits[name], logits["reference"]
 
-    def logits(self, inputs: StepInputs) -> dict[str, tuple[Array, Array]]:
-        """For each comparison the two models' logits of one fresh sequence."""
-        own = {name: runner.step(inputs) for name, runner in self._runners.items()}
-        routers = self._runners["reference"].router_logits()
-
-        def aligned(name: str) -> Array:
-            """The reference with the same expert routing, so that a near tie is not an error."""
-            forced = self._runners[name].router_logits()
-            if not num_mismatches(self._policies, [routers], [forced]):
-                return own["reference"]
-            return self._runners["reference"].step(inputs, forced)
-
-        pairs = {CONVERSION: (own["graph"], aligned("graph"))}
-        if BASELINE in own:
-            pairs[BASELINE] = (own[BASELINE], aligned(BASELINE))
-        if "unquantized" in own:
-            pairs[QUANTIZATION] = own["reference"], own["unquantized"]
-            pairs[TOTAL] = own["graph"], own["unquantized"]
-        return pairs
+    pairs = {CONVERSION: aligned("graph")}
+    if BASELINE in runners:
+        pairs[BASELINE] = aligned(BASELINE)
+    if "unquantized" in runners:
+        pairs[QUANTIZATION] = logits["reference"], logits["unquantized"]
+        pairs[TOTAL] = logits["graph"], logits["unquantized"]
+    return pairs
 
 
 def num_copies(base: LoadedModel | None) -> float:

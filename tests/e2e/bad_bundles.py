@@ -53,7 +53,7 @@ ALL: dict[str, tuple[Callable[[Path], None], str]] = {
     "bundle-manifest-broken": (lambda bundle: os.truncate(bundle / MANIFEST, 99), "is not valid JSON"),
     "bundle-newer-schema": (
         manifest(lambda fields: fields.update(schema_version=99)),
-        "has schema 99, this nemo-export reads up to",
+        "has schema 99, this nemo-export reads",
     ),
     "bundle-unknown-field": (manifest(lambda fields: fields.update(extra=1)), "extra is not known"),
     "bundle-edited-manifest": (

@@ -34,7 +34,7 @@ from nemotrt.exporter.report.model import NotCompared, Omitted
 from nemotrt.exporter.runtime.files import replacing
 from nemotrt.exporter.runtime.manifest import Manifest
 from nemotrt.exporter.runtime.step import StepInputs
-from nemotrt.exporter.runtime.strict_json import decode, encode, parse_object
+from nemotrt.exporter.runtime.strict_json import check_schema, decode, encode, parse_object
 from nemotrt.exporter.validation.comparison import ReferenceRun
 from nemotrt.exporter.validation.gates import Noise, Observation, ScenarioErrors, written_mask
 from nemotrt.exporter.validation.graph_dtypes import ExpectedDtypes
@@ -164,12 +164,7 @@ def save(path: Path, run: ReferenceRun, identity: Identity) -> None:
         workload=run.workload,
         num_steps={name: len(steps) for name, steps in run.scenarios.items()},
         routers=tuple(
-            {
-                "layer": policy.layer,
-                "top_k": policy.top_k,
-                "num_groups": policy.num_groups,
-                "topk_group": policy.topk_group,
-            }
+            {name: value for name, value in vars(policy).items() if name != "correction_bias"}
             for policy in run.policies
         ),
         baselines=run.baselines,
@@ -265,16 +260,7 @@ def _open(path: Path) -> tuple[Header, str, str, dict[str, Any]]:
     if not isinstance(text, str) or not isinstance(digest, str):
         raise BundleError(f"{path} is not a reference file", hint=AGAIN)
     fields = parse_object(text, f"{path}'s header")
-    version = fields.get("schema_version")
-    if type(version) is not int or version < 1:
-        raise BundleError(f"{path}: schema_version is not a number")
-    if version > SCHEMA_VERSION:
-        raise BundleError(
-            f"{path} has schema {version}, this nemo-export reads {SCHEMA_VERSION}",
-            hint="upgrade nemo-export",
-        )
-    if version < SCHEMA_VERSION:
-        raise BundleError(f"{path} was written by an older nemo-export", hint=AGAIN)
+    check_schema(fields, SCHEMA_VERSION, str(path), hint=AGAIN)
     return decode(Header, fields, path.name), text, digest, tensors
 
 
