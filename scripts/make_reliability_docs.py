@@ -19,8 +19,8 @@ sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "e2e")]
 import bad_bundles  # noqa: E402  (the folders above are not packages)
 import bad_checkpoints  # noqa: E402
 import bad_fp8  # noqa: E402
-import bad_goldens  # noqa: E402
 import bad_places  # noqa: E402
+import bad_reference_files  # noqa: E402
 import test_bad_input  # noqa: E402
 import test_interrupts  # noqa: E402
 
@@ -54,13 +54,13 @@ REFUSALS: Mapping[Callable[..., None], Mapping[str, Refusal]] = {
         name: (says, 2) for name, (_, _, says) in bad_bundles.EVALS.items()
     },
     test_bad_input.test_a_bad_reference_file: {
-        name: (says, code) for name, (_, says, code) in bad_goldens.ALL.items()
+        name: (says, code) for name, (_, says, code) in bad_reference_files.ALL.items()
     },
     test_bad_input.test_an_unusable_path_for_a_reference_file: {
-        name: (says, 2) for name, (_, says) in bad_goldens.PLACES.items()
+        name: (says, 2) for name, (_, says) in bad_reference_files.PLACES.items()
     },
     test_bad_input.test_bundles_that_cannot_be_compared: {
-        name: (says, 2) for name, (_, says) in bad_goldens.AGAINST.items()
+        name: (says, 2) for name, (_, says) in bad_reference_files.AGAINST.items()
     },
     test_bad_input.test_an_invalid_prompt: {
         name: (says, 2) for name, (_, says) in bad_bundles.PROMPTS.items()

@@ -213,8 +213,8 @@ def tokenizer(then: Callable[[Path], None]) -> Callable[[Path], None]:
     return damage
 
 
-def linked_licence(folder: Path) -> None:
-    """A licence file that leads out of the checkpoint."""
+def linked_license(folder: Path) -> None:
+    """A license file that leads out of the checkpoint."""
     (folder.parent / "secret").write_text("secret")
     (folder / "LICENSE").symlink_to(folder.parent / "secret")
 
@@ -227,7 +227,9 @@ TENSORS = {
     "missing-lm-head": Case(r"lm_head\.weight is missing", without("lm_head.weight")),
     "missing-conv-bias": Case(r"conv1d\.bias is missing", without("conv1d.bias")),
     "missing-expert": Case(r"experts\.2\.up_proj\.weight is missing", without("experts.2.up_proj.weight")),
-    "extra-tensor": Case("surprise is in the checkpoint, but not in the model", added("surprise")),
+    "extra-tensor": Case(
+        "unknown.weight is in the checkpoint, but not in the model", added("unknown.weight")
+    ),
     "wrong-shape": Case(
         r"out_proj\.weight has shape \[32, 31\], but the configuration requires \[32, 32\]",
         replaced("out_proj.weight", lambda tensor: tensor[:, :31]),
@@ -334,8 +336,8 @@ FILES = {
         sharded(mapped("shard-1.safetensors")),
     ),
     "index-of-nothing": Case(
-        r"lists surprise in shard-1\.safetensors, which does not contain it",
-        sharded(lambda folder, found: index(folder, found | {"surprise": "shard-1.safetensors"})),
+        r"lists unknown.weight in shard-1\.safetensors, which does not contain it",
+        sharded(lambda folder, found: index(folder, found | {"unknown.weight": "shard-1.safetensors"})),
     ),
     "index-duplicate-key": Case("duplicate key lm_head.weight", sharded(repeated)),
     "index-is-a-link-outside": Case(
@@ -401,7 +403,7 @@ CONFIGS = {
         tokenizer(text("generation_config.json", '{"eos_token_id": "end"}')),
         model={"vocab_size": 1024},
     ),
-    "licence-through-link": Case("LICENSE is a link to .* outside the checkpoint", linked_licence),
+    "license-through-link": Case("LICENSE is a link to .* outside the checkpoint", linked_license),
 }
 
 ALL = TENSORS | FILES | CONFIGS

@@ -35,7 +35,7 @@ FLAGS: dict[str, tuple[tuple[str, ...], str]] = {
     "page-size-odd": ((*BUILD, "--page-size", "100"), "--page-size 100 is not a power of two"),
     "quiet-and-verbose": ((*BUILD, "--quiet", "--verbose"), "--quiet and --verbose exclude each other"),
     **{
-        f"golden-with-{name}": (
+        f"reference-file-with-{name}": (
             ("validate", "checkpoint", "--golden", "checkpoint/config.json", f"--{name}", *value),
             f"--golden and --{name} exclude each other: the reference file is the reference",
         )

@@ -16,7 +16,7 @@ from pathlib import Path
 import bad_bundles
 import bad_checkpoints
 import bad_fp8
-import bad_goldens
+import bad_reference_files
 import fake_gpu
 import numpy as np
 import pytest
@@ -296,10 +296,10 @@ def test_an_evaluation_text_without_a_tokenizer(tmp_path: Path) -> None:
     refused(run("validate", "out", "--eval", "default"), "has no tokenizer.json, and text cannot be read", 2)
 
 
-@pytest.mark.parametrize("name", bad_goldens.ALL)
+@pytest.mark.parametrize("name", bad_reference_files.ALL)
 def test_a_bad_reference_file(tmp_path: Path, bundle: Path, golden: Path, name: str) -> None:
     """`validate --golden` refuses it before it compares anything."""
-    damage, says, code = bad_goldens.ALL[name]
+    damage, says, code = bad_reference_files.ALL[name]
     shutil.copyfile(golden, tmp_path / "model.golden")
     damage(tmp_path / "model.golden", bundle)
     before = contents(tmp_path)
@@ -309,21 +309,21 @@ def test_a_bad_reference_file(tmp_path: Path, bundle: Path, golden: Path, name: 
     assert contents(tmp_path) == before
 
 
-@pytest.mark.parametrize("name", bad_goldens.PLACES)
+@pytest.mark.parametrize("name", bad_reference_files.PLACES)
 def test_an_unusable_path_for_a_reference_file(tmp_path: Path, bundle: Path, name: str) -> None:
     """`validate --save-golden` refuses it before it compares anything."""
     shutil.copytree(bundle, tmp_path / "bundle")
     shutil.copytree(bundle.parent / "checkpoint", tmp_path / "checkpoint")
-    place, says = bad_goldens.PLACES[name]
+    place, says = bad_reference_files.PLACES[name]
     before = contents(tmp_path)
     refused(run("validate", "bundle", "--save-golden", place), says, 2)
     assert contents(tmp_path) == before
 
 
-@pytest.mark.parametrize("name", bad_goldens.AGAINST)
+@pytest.mark.parametrize("name", bad_reference_files.AGAINST)
 def test_bundles_that_cannot_be_compared(tmp_path: Path, bundle: Path, name: str) -> None:
     """`validate --against` refuses them before it compares anything."""
-    change, says = bad_goldens.AGAINST[name]
+    change, says = bad_reference_files.AGAINST[name]
     shutil.copytree(bundle, tmp_path / "bundle")
     shutil.copytree(bundle, tmp_path / "other")
     manifests.write(tmp_path / "other", change(manifests.read(bundle)))
