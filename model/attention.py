@@ -3,6 +3,8 @@
 Legend: T tokens, D hidden size, Q query heads, V key-value heads, H head dim.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
@@ -26,10 +28,11 @@ class AttentionMixer(nn.Module):
         self.kv_shape = (config.num_key_value_heads, head_dim)
         self.scale = head_dim**-0.5
         query_size, kv_size = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
-        self.q_proj = nn.Linear(hidden, query_size, bias=biased, dtype=dtype, device=device)
-        self.k_proj = nn.Linear(hidden, kv_size, bias=biased, dtype=dtype, device=device)
-        self.v_proj = nn.Linear(hidden, kv_size, bias=biased, dtype=dtype, device=device)
-        self.o_proj = nn.Linear(query_size, hidden, bias=biased, dtype=dtype, device=device)
+        linear = partial(nn.Linear, bias=biased, dtype=dtype, device=device)
+        self.q_proj = linear(hidden, query_size)
+        self.k_proj = linear(hidden, kv_size)
+        self.v_proj = linear(hidden, kv_size)
+        self.o_proj = linear(query_size, hidden)
         self.k_scale = nn.Parameter(torch.ones(1, dtype=torch.float32, device=device))
         self.v_scale = nn.Parameter(torch.ones(1, dtype=torch.float32, device=device))
 

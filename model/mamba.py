@@ -3,6 +3,8 @@
 Legend: T tokens, D hidden size, I inner size, C conv channels, H heads, P head dim, G groups, N state.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
@@ -39,16 +41,14 @@ class MambaMixer(nn.Module):
         self.head_shape, self.group_shape = (heads, config.mamba_head_dim), (groups, state)
         self.zxbcdt_sizes = [inner, config.conv_channels, heads]
         self.xbc_sizes = [inner, groups * state, groups * state]
-        biased = config.use_bias
-        self.in_proj = nn.Linear(
-            config.hidden_size, sum(self.zxbcdt_sizes), bias=biased, dtype=dtype, device=device
-        )
+        linear = partial(nn.Linear, bias=config.use_bias, dtype=dtype, device=device)
+        self.in_proj = linear(config.hidden_size, sum(self.zxbcdt_sizes))
         self.conv1d = ConvWeights(config.conv_channels, config.conv_kernel, dtype=dtype, device=device)
         self.A = nn.Parameter(torch.zeros(heads, dtype=torch.float32, device=device))
         self.D = nn.Parameter(torch.zeros(heads, dtype=torch.float32, device=device))
         self.dt_bias = nn.Parameter(torch.zeros(heads, dtype=torch.float32, device=device))
         self.norm = GatedGroupRMSNorm(inner, groups, config.norm_eps, device=device)
-        self.out_proj = nn.Linear(inner, config.hidden_size, bias=biased, dtype=dtype, device=device)
+        self.out_proj = linear(inner, config.hidden_size)
 
     def forward(
         self, x_TD: Tensor, step: Step, conv_state: Tensor, ssm_state: Tensor

@@ -17,7 +17,7 @@ from typing import Any
 
 import click
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import Progress
 from rich.table import Table
 
 from nemotrt.plugins.compile_workers import Workers
@@ -280,20 +280,6 @@ def _split(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> tu
     return tuple(part.strip() for value in values for part in value.split(",") if part.strip())
 
 
-def _progress_bar() -> Progress:
-    console = Console(stderr=True)
-    return Progress(
-        TextColumn("compiling"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.description}"),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    )
-
-
 @click.command()
 @click.option(
     "--sm", "sms", multiple=True, callback=_split, help=f"From {', '.join(map(str, SMS))}. Default: all."
@@ -328,7 +314,8 @@ def main(
     """
     try:
         _check_known("SM", sms, [str(sm) for sm in SMS])
-        with _progress_bar() as bar:
+        console = Console(stderr=True)
+        with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
             task = bar.add_task("", total=None, visible=False)
 
             def report(done: int, total: int, title: str) -> None:

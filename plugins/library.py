@@ -65,22 +65,15 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "shape": (
         ctypes.c_int32,
         [
-            ctypes.c_void_p,
-            ctypes.POINTER(_Tensor),
-            ctypes.c_int32,
-            ctypes.POINTER(_Tensor),
-            ctypes.POINTER(ctypes.c_int32),
-            ctypes.POINTER(ctypes.c_uint64),
+            *(ctypes.c_void_p, ctypes.POINTER(_Tensor), ctypes.c_int32, ctypes.POINTER(_Tensor)),
+            *(ctypes.POINTER(ctypes.c_int32), ctypes.POINTER(ctypes.c_uint64)),
         ],
     ),
     "enqueue": (
         ctypes.c_int32,
         [
-            ctypes.c_void_p,
-            ctypes.POINTER(ctypes.c_void_p),
-            ctypes.POINTER(ctypes.c_void_p),
-            ctypes.c_void_p,
-            ctypes.c_void_p,
+            *(ctypes.c_void_p, ctypes.POINTER(ctypes.c_void_p), ctypes.POINTER(ctypes.c_void_p)),
+            *(ctypes.c_void_p, ctypes.c_void_p),
         ],
     ),
     "launches": (ctypes.c_char_p, [ctypes.c_void_p, ctypes.c_int32]),

@@ -6,6 +6,7 @@ headers if they are found, else against host/tensorrt_abi.h.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -94,11 +95,8 @@ def find_headers(environment: Mapping[str, str], system: Sequence[str] = SYSTEM_
         headers_version(Path(chosen))
         return Path(chosen)
     for folder in map(Path, system):
-        if (folder / HEADER).is_file():
-            try:
-                headers_version(folder)
-            except KernelError:
-                continue
+        with contextlib.suppress(KernelError):
+            headers_version(folder)
             return folder
     return None
 

@@ -1,14 +1,7 @@
 """Causal grouped-query attention over a paged key-value cache."""
 
 from nemotrt.plugins.contract import DType
-from nemotrt.plugins.spec import (
-    FLOATS,
-    PACKED_AXES,
-    PACKED_INPUTS,
-    OpSpec,
-    TensorSpec,
-    Tolerance,
-)
+from nemotrt.plugins.spec import FLOATS, PACKED_AXES, PACKED_INPUTS, OpSpec, TensorSpec, Tolerance
 
 SPEC = OpSpec(
     name="NemoPagedAttention",

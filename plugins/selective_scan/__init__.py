@@ -1,14 +1,7 @@
 """Mamba-2's selective scan over packed sequences, its state in a pool."""
 
 from nemotrt.plugins.contract import DType
-from nemotrt.plugins.spec import (
-    FLOATS,
-    PACKED_AXES,
-    PACKED_INPUTS,
-    OpSpec,
-    TensorSpec,
-    Tolerance,
-)
+from nemotrt.plugins.spec import FLOATS, PACKED_AXES, PACKED_INPUTS, OpSpec, TensorSpec, Tolerance
 
 SPEC = OpSpec(
     name="NemoSelectiveScan",

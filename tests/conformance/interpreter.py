@@ -1,4 +1,4 @@
-"""Runs a `kernels.py` in Triton's interpreter on a CPU, with the interpreter's number formats mended.
+"""Runs a `kernels.py` in Triton's interpreter on a CPU, with fixes of the interpreter's number formats.
 
 `interpreted(name)` loads a private copy of a module, its kernels interpreted. The module itself, Triton's
 compiler and the environment stay as they were: kernels can be compiled or run on a GPU in the same process.
@@ -31,24 +31,24 @@ NARROW = {
     tl.float8e4nv: (np.dtype(ml_dtypes.float8_e4m3fn), 448.0),
     tl.float8e5: (np.dtype(ml_dtypes.float8_e5m2), 57344.0),
 }
-"""Formats that the interpreter keeps as raw bits → their NumPy dtype, and where a GPU's cast saturates."""
+"""The formats that the interpreter stores as raw bits: NumPy dtype, and where a GPU's cast saturates."""
 
 PATCHED = (
     *(tl, tl.core, tl.math, tl.standard, tl.random),
     *(tl.tensor, tl.dtype, tl.core.tensor_descriptor_base),
     *(InterpreterBuilder, InterpretedFunction),
 )
-"""What an interpreted launch rewrites, and does not always put back."""
+"""The attributes that an interpreted launch replaces and does not always restore."""
 
 
 def values(data: np.ndarray, dtype: Any) -> np.ndarray:
-    """The numbers that an interpreter's array stands for: FP32 for a format kept as bits, else itself."""
+    """The numbers in an interpreter's array: FP32 for a format stored as bits, else the array itself."""
     narrow = NARROW.get(dtype.scalar)
     return data if narrow is None else data.view(narrow[0]).astype(np.float32)
 
 
 def stored(numbers: np.ndarray, dtype: Any) -> np.ndarray:
-    """The array that stands for these numbers in a dtype: nearest even, FP8 saturating, NaN kept."""
+    """The interpreter's array for these numbers in a dtype: round to nearest even, saturate FP8, keep NaN."""
     narrow = NARROW.get(dtype.scalar)
     if narrow is None:
         return numbers.astype(interpreter._get_np_dtype(dtype))
@@ -103,7 +103,7 @@ MENDS: dict[str, Callable[..., Any]] = {
     "binary_op": _narrow_binary_op,
     "create_dot": _dot,
 }
-"""Methods of the interpreter that are wrong about BF16, FP8 or TF32 → what they should do."""
+"""Methods of the interpreter that are wrong for BF16, FP8 or TF32, and their replacements."""
 
 
 @functools.cache
@@ -121,7 +121,7 @@ def _call(self: InterpretedFunction, *arguments: Any, **named: Any) -> Any:
 
 
 def _interpret_language() -> None:
-    """Put interpreted forms in place of Triton's own jit functions (`tl.sum`, `tl.cdiv`), methods too."""
+    """Replace Triton's own jit functions (`tl.sum`, `tl.cdiv`) by interpreted ones, including methods."""
     interpreter._patch_lang(tl.standard.sum.fn)  # tl.core; a launch patches what its kernel sees, tl
     for module in (tl, tl.standard, tl.random):
         for name, member in list(vars(module).items()):
@@ -133,7 +133,7 @@ def _interpret_language() -> None:
 
 @contextmanager
 def interpreting(mends: Sequence[str] = tuple(MENDS)) -> Iterator[None]:
-    """Within it, interpreted kernels run, with these methods of the interpreter mended; it may nest."""
+    """A context in which interpreted kernels run with the fixes; it may be nested."""
     before = [(owner, dict(vars(owner))) for owner in PATCHED]
     try:
         with triton.knobs.runtime.scope(), np.errstate(all="ignore"):  # a GPU does not trap on inf − inf
@@ -160,7 +160,7 @@ def _restore(owner: Any, members: dict[str, Any]) -> None:
 
 
 def interpreted(name: str) -> ModuleType:
-    """A private copy of a module, its kernels interpreted: call `run`, or more within `interpreting()`."""
+    """A private copy of a module with interpreted kernels: call `run`, or launch kernels within `interpreting()`."""
     source = importlib.util.find_spec(name)
     if source is None or source.origin is None:
         raise ModuleNotFoundError(f"no module {name}: a kernels module is wanted")

@@ -1,4 +1,4 @@
-"""Kernels of one operation each, for asking what the interpreter does with it."""
+"""Kernels with one operation each, to test what the interpreter does with it."""
 
 import triton
 import triton.language as tl
@@ -13,7 +13,7 @@ def cast(source, target, SIZE: tl.constexpr):
 
 @triton.jit
 def product(a, b, target, SIZE: tl.constexpr):
-    """Target = a · b in the operands' own dtype."""
+    """Target = a · b in the operands' dtype."""
     index = tl.arange(0, SIZE)
     tl.store(target + index, tl.load(a + index) * tl.load(b + index))
 

@@ -1,4 +1,4 @@
-"""What proves and times the kernels on a GPU runs on a CPU too, and catches the faults that it is for."""
+"""The scripts that check and time the kernels on a GPU also run on a CPU, and detect errors."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ EXPERTS = case("moe_dispatch", X="float16", W="float16")
 
 
 def failure(case: Any, fault: Fault) -> str:
-    """What the check says of the reference with a fault in its outputs."""
+    """The check's message for the reference with an error in its outputs."""
 
     def run(*inputs: Tensor, **attributes: Any) -> tuple[Tensor, ...]:
         outputs = [output.clone() for output in case.spec.reference()(*inputs, **attributes)]
@@ -150,7 +150,7 @@ def test_a_peer_that_differs_is_not_timed() -> None:
 
 
 class TestCounts:
-    """At Super's sizes, against figures worked out by hand."""
+    """Counts at Super's sizes equal figures computed by hand."""
 
     def count(self, op: str, step: Any, **dtypes: str) -> Any:
         found = op_cases.Case(op, op_cases.SUPER, step, tuple(dtypes.items()))
@@ -220,7 +220,7 @@ def test_a_file_that_is_no_library_is_named(tmp_path: Path) -> None:
 
 
 def test_the_plugin_library_is_what_is_checked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A library that gives the reference with a fault in one op: just that op fails."""
+    """With a library that is wrong in one op, only that op fails."""
 
     class Faulty:
         description: ClassVar = {"hash": "faulty"}

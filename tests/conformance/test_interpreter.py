@@ -1,4 +1,4 @@
-"""The mended interpreter computes as a GPU does; each mend is still needed."""
+"""The fixed interpreter computes as a GPU does, and each fix is still needed."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_functions_of_triton_itself_are_interpreted() -> None:
 
 
 class TestEachMendIsNeeded:
-    """Fails where upstream has mended a fault: then the mend goes."""
+    """Fails if upstream has fixed a defect, so that our fix can be removed."""
 
     def without(self, name: str) -> tuple[str, ...]:
         return tuple(mend for mend in MENDS if mend != name)

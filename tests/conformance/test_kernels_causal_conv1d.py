@@ -1,4 +1,4 @@
-"""The convolution's kernels, in Triton's interpreter, against the reference."""
+"""The convolution's kernels match the reference in Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LENGTHS = st.one_of(st.integers(0, 5), st.integers(BLOCK_T - 4, BLOCK_T + 4))
 
 @dataclass(frozen=True)
 class Case:
-    """A step: each sequence's length and whether it continues, how many padding tokens, and the rest."""
+    """A step: each sequence's length and whether it continues, the number of padding tokens, and the other sizes."""
 
     lengths: list[int]
     continued: list[bool]
@@ -47,7 +47,7 @@ def steps(lengths: st.SearchStrategy[list[int]]) -> st.SearchStrategy[Case]:
 
 
 def tensors(case: Case) -> list[torch.Tensor]:
-    """Inputs in SPEC order, NaN where nothing may look: padding tokens, fresh sequences' rows, free rows."""
+    """Inputs in SPEC order, NaN where the op must not read: padding tokens, new sequences' rows, free rows."""
     generator = torch.Generator().manual_seed(0)
     num_tokens, num_sequences = sum(case.lengths), len(case.lengths)
 

@@ -1,4 +1,4 @@
-"""The experts' kernels, in Triton's interpreter, against the reference."""
+"""The experts' kernels match the reference in Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ DTYPES = [
 
 @dataclass(frozen=True)
 class Case:
-    """Sizes, attributes, dtypes, and how the router's logits look."""
+    """Sizes, attributes, dtypes, and the kind of router logits."""
 
     T: int = 5
     L: int = 16
@@ -279,7 +279,7 @@ def test_a_token_alone_is_what_it_is_among_others(X: str, W: str) -> None:
 
 @pytest.fixture
 def fused_multiply_add(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One rounding, as on a GPU: the interpreter rounds the product as well. FP64 holds that exactly."""
+    """A multiply-add with one rounding, as on a GPU; the interpreter would round the product too. FP64 is exact here."""
 
     def fma(self: Any, x: Any, y: Any, z: Any) -> TensorHandle:
         exact = x.data.astype(np.float64) * y.data + z.data
@@ -292,7 +292,7 @@ def fused_multiply_add(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("X", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("hidden_scale", [0.03, 0.3, 0.5, 0.0137])
 def test_fp8_activations_are_the_references_to_the_bit(X: str, hidden_scale: float) -> None:
-    """Sums of few integers are exact in any order: only rounding and saturation are left to differ."""
+    """Sums of few integers are exact in any order, so that only rounding and saturation could differ."""
     case = Case(T=33, R=2, E=2, top_k=1, L=48, I=80, X=X, W="float8_e4m3fn")
     inputs = tensors(case)
     generator = torch.Generator().manual_seed(1)

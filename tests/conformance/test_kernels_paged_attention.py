@@ -1,4 +1,4 @@
-"""The attention kernels, in Triton's interpreter, against the reference."""
+"""The attention kernels match the reference in Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ FEW = settings(max_examples=16, deadline=None, derandomize=True, database=None)
 
 @dataclass(frozen=True)
 class Case:
-    """A step: each sequence's length and context, how many padding tokens, and the rest."""
+    """A step: each sequence's length and context, the number of padding tokens, and the other sizes."""
 
     lengths: list[int]
     contexts: list[int]
@@ -56,7 +56,7 @@ def steps(lengths: st.SearchStrategy[list[int]]) -> st.SearchStrategy[Case]:
 
 
 def tensors(case: Case) -> list[torch.Tensor]:
-    """Inputs in SPEC order, NaN where nothing may look: padding, free pages, rows not yet written."""
+    """Inputs in SPEC order, NaN where the op must not read: padding, free pages, rows not yet written."""
     generator = torch.Generator().manual_seed(0)
     num_tokens, num_sequences = sum(case.lengths), len(case.lengths)
     totals = [length + context for length, context in zip(case.lengths, case.contexts, strict=True)]

@@ -1,4 +1,4 @@
-"""The scan's kernels, in Triton's interpreter, against the reference."""
+"""The scan's kernels match the reference in Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ HEADS = [(64, 128), (80, 128), (64, 256)]
 
 @dataclass(frozen=True)
 class Case:
-    """A step: each sequence's length and whether it continues, how many padding tokens, and the rest.
+    """A step: each sequence's length and whether it continues, the number of padding tokens, and the other sizes.
 
     `decay` says how tokens forget: as a trained model's, all slowly, all wholly, or one, then the other.
     """
@@ -83,7 +83,7 @@ def delta_logits(case: Case, normal: torch.Tensor) -> torch.Tensor:
 
 
 def tensors(case: Case) -> list[torch.Tensor]:
-    """Inputs in SPEC order, NaN where nothing may look: padding tokens, fresh sequences' rows, free rows."""
+    """Inputs in SPEC order, NaN where the op must not read: padding tokens, new sequences' rows, free rows."""
     generator = torch.Generator().manual_seed(0)
     num_tokens, num_sequences = sum(case.lengths), len(case.lengths)
     P, N = case.head

@@ -1,4 +1,4 @@
-"""Every op's ONNX body against the reference: any mixture of sequences, and NaN wherever nothing may look."""
+"""Every op's ONNX body matches the reference for any mixture of sequences, with NaN wherever it must not read."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def axes_of(spec: OpSpec, tensor: Any) -> list[str | int]:
 
 
 def tensors(spec: OpSpec, step: Step, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Random inputs; what is nobody's holds NaN: padding tokens, fresh sequences' rows, free rows, stale pages."""
+    """Random inputs, NaN where the op must not read: padding tokens, new sequences' rows, free rows, stale pages."""
     generator = torch.Generator().manual_seed(step.seed)
     num_tokens, num_sequences = sum(step.lengths), len(step.lengths)
     max_pages = max(

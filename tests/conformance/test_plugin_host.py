@@ -24,7 +24,7 @@ TORCH_DTYPES = {f"*{dtype.triton}": dtype.torch for dtype in DType if dtype is n
 
 @dataclass(frozen=True)
 class Case:
-    """A call: the sequences' lengths and contexts, how many padding tokens, sizes, dtypes and attributes."""
+    """A call: the sequences' lengths and contexts, the number of padding tokens, sizes, dtypes and attributes."""
 
     op: str
     sizes: dict[str, int]
@@ -40,7 +40,7 @@ class Case:
 
 
 class Memory:
-    """Tensors by the addresses within them: what a pointer given to a kernel points to."""
+    """Finds the tensor that a kernel's pointer argument points into."""
 
     def __init__(self) -> None:
         self._regions: list[tuple[int, int]] = []
@@ -49,7 +49,7 @@ class Memory:
         self._regions.append((address, address + num_bytes))
 
     def at(self, address: int, dtype: torch.dtype) -> torch.Tensor:
-        """The memory from the address to its region's end."""
+        """The memory from an address to the end of its tensor."""
         (end,) = {end for start, end in self._regions if start <= address < end}
         count = (end - address) // dtype.itemsize
         held = (ctypes.c_char * (count * dtype.itemsize)).from_address(address)
@@ -57,7 +57,7 @@ class Memory:
 
 
 def random_inputs(case: Case) -> list[torch.Tensor]:
-    """Inputs in SPEC order: every row that nobody may read is NaN."""
+    """Inputs in SPEC order; every row that must not be read is NaN."""
     generator = torch.Generator().manual_seed(1)
     T, B = sum(case.lengths) + case.padding, len(case.lengths)
     sizes = case.sizes | {"T": T, "B": B, "B+1": B + 1}
@@ -88,7 +88,7 @@ def random_inputs(case: Case) -> list[torch.Tensor]:
 
 
 def run(spec: OpSpec, inputs: Sequence[torch.Tensor], attributes: dict[str, Any]) -> tuple[torch.Tensor, ...]:
-    """The op by the library's enqueue, on memory that holds NaN where nothing was written."""
+    """Run the op through the library's enqueue, on memory that is initially NaN."""
     kernels = interpreted(f"{spec.package}.kernels")
     forms = {form.name: form for form in kernels.variants(90)}
     plugin = library().plugin(spec, attributes)
