@@ -279,7 +279,7 @@ def test_a_token_alone_is_what_it_is_among_others(X: str, W: str) -> None:
 
 @pytest.fixture
 def fused_multiply_add(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A multiply-add with one rounding, as on a GPU; the interpreter would round the product too. FP64 is exact here."""
+    """A multiply-add with one rounding, as on a GPU; the interpreter would round the product too. FP64 is exact."""
 
     def fma(self: Any, x: Any, y: Any, z: Any) -> TensorHandle:
         exact = x.data.astype(np.float64) * y.data + z.data
