@@ -307,7 +307,10 @@ def add_engine(bundle: Path, config: BuildConfig) -> None:
         (bundle / name).parent.mkdir()
         (bundle / name).write_bytes(b"stand-in")
     manifest = manifests.read(bundle)
-    roles = {file.path: file.role for file in manifest.files} | {ENGINE: "engine", LIBRARY: "plugins"}
+    roles = {file.path: file.role for file in manifest.files} | {
+        ENGINE: manifests.Role.ENGINE,
+        LIBRARY: manifests.Role.PLUGINS,
+    }
     profile = dataclasses.replace(
         manifest.profiles[0],
         runtime="tensorrt-rtx",
@@ -333,4 +336,4 @@ def engine_of(bundle: Path, config: BuildConfig, cuda: FakeCuda) -> FakeEngine:
         for profile in engine_profiles(config)
     ]
     session = ort.InferenceSession(str(bundle / "model.onnx"))
-    return FakeEngine(cuda, session, profiles, {pool.input: pool.output for pool in manifest.graph.pools})
+    return FakeEngine(cuda, session, profiles, {pool.name: pool.output for pool in manifest.graph.pools})

@@ -1,4 +1,4 @@
-"""TensorRT and TensorRT-RTX: one API in two Python modules, and all in which they differ, in one table."""
+"""The two runtimes with one API, TensorRT and TensorRT-RTX, and a table of their differences."""
 
 from __future__ import annotations
 
@@ -16,41 +16,41 @@ from nemotrt.exporter.errors import BundleError, CompileError
 
 @dataclass(frozen=True)
 class Backend:
-    """One of the two: its names, what it can build for, and what its builder needs."""
+    """A runtime: its names, the GPUs that it builds for, and what its builder needs."""
 
     runtime: str
-    """As --runtime names it."""
+    """Its name as a value of --runtime."""
     title: str
     module: str
-    """The Python module's name."""
+    """The name of its Python module."""
     distributions: tuple[str, ...]
-    """The packages that hold the module, any of which tells its version."""
+    """The packages that may contain the module; an installed one has its version."""
     extra: str
-    """What installs it."""
+    """The extra of nemo-export that installs it."""
     sms: tuple[int, ...]
-    """GPU generations that it builds for on any machine; none where it builds for the machine's GPU."""
-    least_major: int
-    """Its first major version with all that is used here."""
+    """GPU generations that it can build for on any machine; empty if it builds for the machine's own GPU."""
+    min_major: int
+    """The first major version with every feature used here."""
     keeps_timings: bool
-    """Whether its builder times kernels on the GPU, and a timing cache saves doing it again."""
+    """Whether its builder times kernels on the GPU, so that a timing cache saves time."""
     compiles_when_run: bool
-    """Whether its engines are compiled for the GPU when they are run, by a strategy that a context is given."""
+    """Whether its engines are compiled for the GPU when a context is created, as the context's config says."""
     flags: tuple[str, ...]
-    """Builder flags that it takes on top of what both do without."""
+    """Additional builder flags."""
     libraries: str
-    """The package that holds its shared libraries."""
+    """The package with its shared libraries."""
     linked: str
-    """A library that its ONNX parser opens by this bare name as soon as a node is a plugin, or else ends the
-    process; the wheel has it only with its version appended. Empty where there is no such need."""
+    """A library that its ONNX parser opens by this name for the first plugin node, and aborts if it is not found. The
+    wheel has the library only under a name with its version. Empty if the parser opens none."""
 
     @property
     def needs_gpu(self) -> bool:
-        """Whether its builder runs only where there is a GPU."""
+        """Whether its builder needs a GPU."""
         return not self.sms
 
     @property
     def engine(self) -> str:
-        """Where its engine lies in a bundle."""
+        """The path of its engine in a bundle."""
         return f"engines/{self.runtime}.engine"
 
 
@@ -62,7 +62,7 @@ BACKENDS = (
         distributions=("tensorrt", "tensorrt-cu13", "tensorrt-cu12"),
         extra="tensorrt",
         sms=(),
-        least_major=11,
+        min_major=11,
         keeps_timings=True,
         compiles_when_run=False,
         flags=(),
@@ -76,7 +76,7 @@ BACKENDS = (
         distributions=("tensorrt-rtx-cu13", "tensorrt-rtx-cu12", "tensorrt-rtx"),
         extra="rtx",
         sms=(75, 80, 86, 89, 120, 121),
-        least_major=1,
+        min_major=1,
         keeps_timings=False,  # deprecated and without effect since TensorRT-RTX 1.2
         compiles_when_run=True,
         flags=("REQUIRE_USER_ALLOCATION",),  # or a step may allocate, which a CUDA graph cannot
@@ -84,16 +84,16 @@ BACKENDS = (
         linked="libtensorrt_rtx.so",
     ),
 )
-"""In order of preference: the first that a machine can use is what `--runtime auto` takes."""
+"""In order of preference: `--runtime auto` uses the first that works on the machine."""
 
 
 def backend(runtime: str) -> Backend:
-    """The backend of that name."""
+    """The backend with this name."""
     return next(backend for backend in BACKENDS if backend.runtime == runtime)
 
 
 def installed_version(backend: Backend) -> str:
-    """The module's version as its package says it, without importing it; empty where it is not installed."""
+    """The module's version from its package's metadata; empty if it is not installed."""
     if find_spec(backend.module) is None:
         return ""
     for name in backend.distributions:
@@ -105,18 +105,18 @@ def installed_version(backend: Backend) -> str:
 
 
 def missing(backend: Backend) -> str:
-    """What must be installed before the backend can be used, in words; empty where nothing is missing."""
-    found = installed_version(backend)
-    if not found:
+    """What is missing before the backend can be used, for an error; empty if nothing is missing."""
+    installed = installed_version(backend)
+    if not installed:
         return f"{backend.title} is not installed (no Python module {backend.module})"
-    major = found.partition(".")[0]
-    if major.isdigit() and int(major) < backend.least_major:
-        return f"{backend.title} {found} is installed, {backend.least_major} or later is needed"
+    major = installed.partition(".")[0]
+    if major.isdigit() and int(major) < backend.min_major:
+        return f"{backend.title} {installed} is installed, {backend.min_major} or later is needed"
     return ""
 
 
 def load_module(backend: Backend) -> ModuleType:
-    """The backend's Python module; raises BundleError that says what is missing."""
+    """The backend's Python module; raises BundleError with what is missing."""
     hint = f"pip install 'nemo-export[{backend.extra}]'"
     if problem := missing(backend):
         raise BundleError(problem, hint=hint)
@@ -124,14 +124,14 @@ def load_module(backend: Backend) -> ModuleType:
         return import_module(backend.module)
     except (ImportError, OSError) as error:
         raise BundleError(
-            f"{backend.title}'s module is installed, and its libraries are not: {error}", hint=hint
+            f"{backend.title}'s module is installed, but its libraries are not: {error}", hint=hint
         ) from error
 
 
 def library_path(backend: Backend, cache: Path) -> Path | None:
-    """A folder for LD_LIBRARY_PATH in which the linked library has its bare name; None where none is needed.
+    """A folder for a child process's LD_LIBRARY_PATH, with `backend.linked` in it; None if there is no such library.
 
-    The loader reads the variable when a process starts, so it is for a child process.
+    The loader reads the variable only when a process starts.
     """
     if not backend.linked:
         return None

@@ -1,6 +1,6 @@
-"""Memory, streams and graphs of one GPU by CUDA's driver alone: no toolkit, no Python package.
+"""One GPU's memory, stream and CUDA graphs, through the CUDA driver alone, without a toolkit or a Python package.
 
-TensorRT uses the device's primary context, and so does this. Loading this module needs no GPU.
+It uses the device's primary context, as TensorRT does. Importing it needs no GPU. docs/adr/0011 compares `cuda.core`.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ LIBRARY = "libcuda.so.1"
 COMPUTE_CAPABILITY_MAJOR, COMPUTE_CAPABILITY_MINOR = 75, 76
 STREAM_NON_BLOCKING = 1
 CAPTURE_THREAD_LOCAL = 1
-"""Numbers of cuda.h: CUdevice_attribute, CUstream_flags, CUstreamCaptureMode."""
+"""Values from cuda.h: CUdevice_attribute, CUstream_flags, CUstreamCaptureMode."""
 
 
 class CudaError(Exception):
-    """The driver is absent, or refused: one line that says which call and why."""
+    """The driver is missing or a call failed; the message names the call and the reason."""
 
 
 @dataclass(frozen=True)
@@ -34,11 +34,11 @@ class Gpu:
     """Its generation: 89 for compute capability 8.9."""
     memory_bytes: int
     driver: str
-    """The newest CUDA version that its driver serves."""
+    """The newest CUDA version that its driver supports."""
 
 
 class Driver:
-    """The driver's functions by name; each raises CudaError that names it."""
+    """The driver's functions, called by name; a failed call raises CudaError."""
 
     def __init__(self) -> None:
         try:
@@ -60,12 +60,12 @@ class Driver:
         count, device = ctypes.c_int(), ctypes.c_int()
         self.call("cuDeviceGetCount", ctypes.byref(count))
         if index >= count.value:
-            raise CudaError(f"there is no GPU {index}: this machine shows {count.value}")
+            raise CudaError(f"there is no GPU {index}: this machine has {count.value}")
         self.call("cuDeviceGet", ctypes.byref(device), index)
         return device.value
 
     def describe(self, index: int) -> Gpu:
-        """What the device is."""
+        """The device's name, generation, memory and driver."""
         device, name = self.device(index), ctypes.create_string_buffer(128)
         total, version = ctypes.c_size_t(), ctypes.c_int()
         self.call("cuDeviceGetName", name, len(name), device)
@@ -81,15 +81,15 @@ class Driver:
 
 
 def find_gpu(index: int = 0) -> Gpu:
-    """The machine's GPU; raises CudaError that says what is missing."""
+    """The machine's GPU; raises CudaError if there is no driver or no GPU."""
     return Driver().describe(index)
 
 
 class Device:
-    """One GPU's primary context, current in the thread that makes it, and a stream that orders all work here."""
+    """One GPU's primary context, current in the thread that creates this object, and the stream for all work."""
 
     def __init__(self, index: int = 0) -> None:
-        """Retain the context; raises CudaError where there is no such GPU."""
+        """Retain the context; raises CudaError if there is no such GPU."""
         self._driver = Driver()
         self.gpu = self._driver.describe(index)
         self._device = self._driver.device(index)
@@ -101,16 +101,16 @@ class Device:
         self._stream = stream
 
     def make_current(self) -> None:
-        """Make the context the calling thread's: a step may come from another thread than the one before."""
+        """Make the context current in the calling thread; steps may come from different threads."""
         self._driver.call("cuCtxSetCurrent", self._context)
 
     @property
     def stream(self) -> int:
-        """The stream as a number, as TensorRT takes it."""
+        """The stream's handle as an integer, which TensorRT takes."""
         return int(self._stream.value or 0)
 
     def allocate(self, num_bytes: int) -> Memory:
-        """Memory of at least one byte, its contents undefined; freed with the object."""
+        """Allocate memory, at least one byte, with undefined contents; it is freed with the object."""
         address = ctypes.c_uint64()
         self._driver.call("cuMemAlloc_v2", ctypes.byref(address), ctypes.c_size_t(max(1, num_bytes)))
         return Memory(self._driver, address.value, num_bytes)
@@ -126,10 +126,10 @@ class Device:
         )
 
     def write(self, memory: Memory, values: NDArray[Any]) -> None:
-        """Copy a contiguous array in, in stream order; it may be changed when this returns."""
+        """Copy a contiguous array to the memory in stream order; the array may be changed afterwards."""
         assert values.flags.c_contiguous
         assert values.nbytes <= memory.num_bytes
-        # From pageable memory the driver takes a copy before it returns.
+        # The driver copies pageable host memory before the call returns.
         self._driver.call(
             "cuMemcpyHtoDAsync_v2",
             ctypes.c_uint64(memory.address),
@@ -139,7 +139,7 @@ class Device:
         )
 
     def read(self, memory: Memory, values: NDArray[Any]) -> None:
-        """Copy into a contiguous array what the memory holds when the stream gets there; waits for it."""
+        """Copy the memory to a contiguous array in stream order, and wait for it."""
         assert values.flags.c_contiguous
         assert values.nbytes <= memory.num_bytes
         self._driver.call(
@@ -152,19 +152,19 @@ class Device:
         self.synchronize()
 
     def synchronize(self) -> None:
-        """Wait until the stream has done all its work; raises CudaError when a kernel failed."""
+        """Wait until all work on the stream is done; raises CudaError if a kernel failed."""
         self._driver.call("cuStreamSynchronize", self._stream)
 
     @contextmanager
     def capturing(self) -> Iterator[CapturedGraph]:
-        """Within it, work on the stream is recorded and not done; the graph can be launched afterwards."""
+        """Record the work on the stream instead of running it; the graph can be launched after the context."""
         captured = CapturedGraph(self._driver, self._stream)
         self._driver.call("cuStreamBeginCapture_v2", self._stream, CAPTURE_THREAD_LOCAL)
         graph = ctypes.c_void_p()
         try:
             yield captured
         except BaseException:
-            # Ended all the same: a stream that is left capturing takes no more work.
+            # A stream that remains in capture mode accepts no other work.
             with _ignored():
                 self._driver.call("cuStreamEndCapture", self._stream, ctypes.byref(graph))
             raise
@@ -172,7 +172,7 @@ class Device:
         captured.instantiate(graph)
 
     def close(self) -> None:
-        """Give the stream and the context back; memory must have been freed before."""
+        """Release the stream and the context; memory must have been freed before."""
         self._driver.call("cuStreamDestroy_v2", self._stream)
         self._driver.call("cuDevicePrimaryCtxRelease_v2", self._device)
 
@@ -186,13 +186,13 @@ def _ignored() -> Iterator[None]:
 
 
 class Memory:
-    """A piece of the GPU's memory; freed with the object."""
+    """An allocation of GPU memory, freed with the object."""
 
     def __init__(self, driver: Driver, address: int, num_bytes: int) -> None:
         self._driver, self.address, self.num_bytes = driver, address, num_bytes
 
     def free(self) -> None:
-        """Free it now; a second time does nothing."""
+        """Free the memory now; a second call does nothing."""
         if self.address:
             address, self.address = self.address, 0
             self._driver.call("cuMemFree_v2", ctypes.c_uint64(address))
@@ -203,14 +203,14 @@ class Memory:
 
 
 class CapturedGraph:
-    """Work that was recorded once and is launched as one; freed with the object."""
+    """A recorded sequence of work that is launched as one; freed with the object."""
 
     def __init__(self, driver: Driver, stream: ctypes.c_void_p) -> None:
         self._driver, self._stream = driver, stream
         self._executable = ctypes.c_void_p()
 
     def instantiate(self, graph: ctypes.c_void_p) -> None:
-        """Make what was recorded launchable; the recording itself is given back."""
+        """Make the recording launchable, and free it."""
         try:
             self._driver.call(
                 "cuGraphInstantiateWithFlags", ctypes.byref(self._executable), graph, ctypes.c_ulonglong(0)
@@ -219,7 +219,7 @@ class CapturedGraph:
             self._driver.call("cuGraphDestroy", graph)
 
     def launch(self) -> None:
-        """Enqueue it on the stream."""
+        """Launch it on the stream."""
         self._driver.call("cuGraphLaunch", self._executable, self._stream)
 
     def __del__(self) -> None:

@@ -1,4 +1,4 @@
-"""A bundle's engine, opened on this machine's GPU: everything that can be wrong with it is said before it is loaded."""
+"""Opens a bundle's engine on this machine's GPU, after checking that both fit."""
 
 from __future__ import annotations
 
@@ -20,33 +20,33 @@ REBUILD = "build the bundle again on this machine, or with this machine's Tensor
 
 @dataclass(frozen=True)
 class OpenEngine:
-    """A deserialised engine with what must live as long as it does."""
+    """A deserialized engine, and the objects that must live as long as it does."""
 
     backend: Backend
     trt: ModuleType
     engine: Any
     """trt.ICudaEngine."""
     runtime: Any
-    """trt.Runtime; holds the plugins."""
+    """trt.Runtime, which owns the plugins."""
     log: Any
-    """trt.ILogger; `reasons` has TensorRT's errors."""
+    """trt.ILogger, whose `reasons` are TensorRT's errors."""
 
 
 def engine_profile(bundle: Path, manifest: Manifest) -> Profile:
-    """The manifest's entry of the bundle's engine; raises BundleError where there is none."""
-    names = [one.runtime for one in BACKENDS]
-    found = next((profile for profile in manifest.profiles if profile.runtime in names), None)
-    if found is None:
-        raise BundleError(
-            f"{bundle} has no TensorRT engine", hint="build it with --runtime tensorrt-rtx or tensorrt"
-        )
-    return found
+    """The manifest's profile of the bundle's engine; raises BundleError if there is none."""
+    names = [backend.runtime for backend in BACKENDS]
+    for profile in manifest.profiles:
+        if profile.runtime in names:
+            return profile
+    raise BundleError(
+        f"{bundle} has no TensorRT engine", hint="build it with --runtime tensorrt-rtx or tensorrt"
+    )
 
 
 def open_engine(bundle: Path, manifest: Manifest, profile: Profile, gpu: Gpu) -> OpenEngine:
-    """The engine on the current GPU; raises BundleError that names what does not fit.
+    """The engine on the current GPU; raises BundleError if it is for another GPU or TensorRT, or was modified.
 
-    The engine and its plugin library hold code that will run: both are compared with their hashes first.
+    The engine and its plugin library contain code that will run, so their hashes are checked first.
     """
     used = backend(profile.runtime)
     if gpu.sm not in profile.sms:
@@ -64,14 +64,14 @@ def open_engine(bundle: Path, manifest: Manifest, profile: Profile, gpu: Gpu) ->
 
 
 def check_libraries(bundle: Path, manifest: Manifest) -> tuple[Path, ...]:
-    """The bundle's plugin libraries; raises BundleError where one is not what was built."""
+    """The bundle's plugin libraries; raises BundleError if one was modified after the build."""
     for plugin in manifest.plugins:
         _check_hash(bundle, manifest, plugin.path)
     return tuple(bundle / plugin.path for plugin in manifest.plugins)
 
 
 def load_engine(used: Backend, libraries: Sequence[Path], path: Path) -> OpenEngine:
-    """An engine that is known to be trusted, as its libraries are; raises BundleError where it does not load."""
+    """Load an engine and its plugin libraries, all trusted; raises BundleError if one does not load."""
     trt = load_module(used)
     log = _log(trt)
     runtime = trt.Runtime(log)
@@ -85,13 +85,13 @@ def load_engine(used: Backend, libraries: Sequence[Path], path: Path) -> OpenEng
 
 
 def create_context(opened: OpenEngine) -> Any:
-    """An execution context whose scratch memory is the caller's; raises BundleError where there is none."""
+    """An execution context with scratch memory from the caller; raises BundleError if TensorRT creates none."""
     trt, engine = opened.trt, opened.engine
     strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
     if opened.backend.compiles_when_run:
         config = engine.create_runtime_config()
         config.set_execution_context_allocation_strategy(strategy)
-        # A kernel that is compiled in the background would be exchanged after its graph was captured.
+        # A kernel compiled in the background would replace the one that a CUDA graph has captured.
         config.dynamic_shapes_kernel_specialization_strategy = (
             trt.DynamicShapesKernelSpecializationStrategy.EAGER
         )
@@ -99,7 +99,7 @@ def create_context(opened: OpenEngine) -> Any:
     else:
         handle = engine.create_execution_context(strategy)
     if handle is None:
-        raise BundleError(f"TensorRT makes no execution context: {because(opened.log)}")
+        raise BundleError(f"TensorRT creates no execution context: {because(opened.log)}")
     return handle
 
 
@@ -111,16 +111,16 @@ def _check_hash(bundle: Path, manifest: Manifest, name: str) -> None:
 
 
 def _deserialize(runtime: Any, path: Path) -> Any:
-    """The engine, read from the mapped file: no copy of it is made."""
+    """The engine, deserialized from the mapped file without a copy."""
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         return runtime.deserialize_cuda_engine(content)
 
 
 def because(log: Any) -> str:
-    """What TensorRT's errors said since the last call, in one line."""
-    said = "; ".join(dict.fromkeys(log.reasons)) or "it gave no reason"
+    """TensorRT's errors since the last call, in one line."""
+    text = "; ".join(dict.fromkeys(log.reasons)) or "it gave no reason"
     log.reasons.clear()
-    return said
+    return text
 
 
 def _log(trt: ModuleType) -> Any:

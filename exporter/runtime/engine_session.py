@@ -1,7 +1,7 @@
-"""A TensorRT engine with the pools it updates: what `session.Session` is for ONNX Runtime, on a GPU.
+"""A session that runs a bundle's TensorRT engine step by step on a GPU, with the interface of `session.Session`.
 
-**Not executed**: written against the API of TensorRT 11 and TensorRT-RTX 1.7 as their Python modules describe it.
-Tests run it on a stand-in for TensorRT and CUDA; `make engine-check` runs it on a real GPU and reports.
+**Not yet run on a GPU**: it is written for the Python API of TensorRT 11 and TensorRT-RTX 1.7, and its tests use a fake
+TensorRT and a fake CUDA driver. `make engine-check` runs it on a real GPU and reports.
 
 Legend: T tokens in this step, B sequences in this step, S state slots, K pages in the pool, M pages of one
 sequence, R rows that want logits, V vocabulary.
@@ -26,12 +26,12 @@ from nemotrt.exporter.runtime.step import StepInputs, check_step
 from nemotrt.plugins.contract import LOGITS
 
 SIZED_BY = {"T": ("input_ids", 0), "B": ("context_len", 0), "M": ("page_table", 1), "R": ("logits_row", 0)}
-"""A free axis → an input that has it, and where."""
+"""An axis → an input that has it, and the axis' position."""
 
 
 @dataclass
 class _Context:
-    """An execution context of one profile; that of a decode step is captured at its second run."""
+    """An execution context of one profile, and for decode steps the CUDA graph captured in its second run."""
 
     handle: Any
     """trt.IExecutionContext."""
@@ -40,11 +40,11 @@ class _Context:
 
 
 class EngineSession:
-    """An engine that runs step by step on pools in the GPU's memory, which the session owns; zero at first.
+    """An engine, and its pools in the GPU's memory, which start at zero.
 
-    A step takes the first profile that holds it. A step in which no sequence has more than one token is padded
-    to one of a few batch sizes; for each the first step runs as it is, the second is captured, and all later
-    ones launch the captured graph. Contexts share their scratch memory: steps never overlap.
+    A step uses the first profile that it fits. A decode step (no sequence has more than one token) is padded to one of
+    a few batch sizes. For each size, the first step runs normally, the second is captured as a CUDA graph, and later
+    ones launch that graph. All contexts share their scratch memory, since steps never overlap.
     """
 
     def __init__(
@@ -52,16 +52,16 @@ class EngineSession:
     ) -> None:
         """Load the bundle's engine with `num_slots` slots and `num_pages` pages, scratch included.
 
-        Without `capture` the same steps run, launched kernel by kernel: for comparison.
-        Raises BundleError when the bundle is not whole, or its engine is for another GPU or TensorRT; UsageError
-        when the pools are larger than the engine was built for, or the GPU's memory.
+        Without `capture`, decode steps are launched kernel by kernel, for comparison. Raises BundleError if the bundle
+        is damaged or its engine is for another GPU or TensorRT, UsageError if the pools exceed the engine's limits or
+        the GPU's memory.
         """
         manifest = manifests.verify(bundle, deep=False)
         profile = engine_profile(bundle, manifest)
         try:
             self._device = Device(device)
         except CudaError as error:
-            raise UsageError(f"{bundle} runs on a GPU only: {error}") from error
+            raise UsageError(f"{bundle}'s engine needs a GPU: {error}") from error
         gpu = self._device.gpu
         self._opened = open_engine(bundle, manifest, profile, gpu)
         self.runs_as = f"{self._opened.backend.title} {profile.runtime_version} on {gpu.name} (SM {gpu.sm})"
@@ -87,20 +87,19 @@ class EngineSession:
 
     @property
     def pool_names(self) -> tuple[str, ...]:
-        """The pools in the graph's order."""
+        """The names of the pools, in the graph's order."""
         return tuple(self.pools)
 
     @property
     def page_size(self) -> int:
-        """Tokens a page, 0 in a graph without a KV cache."""
+        """Tokens per page; 0 for a graph without a KV cache."""
         return max((pool.page_size for pool in self.pools.values()), default=0)
 
     def step(self, inputs: StepInputs) -> NDArray[np.float32]:
         """The logits [R, V] of one step; the pools are updated.
 
-        Raises UsageError that names the input that breaks the contract, or the size that the engine was not
-        built for; the pools are then as before. Raises BundleError when TensorRT or a kernel fails; the pools
-        are then lost: make a new session.
+        Raises UsageError with the input that breaks the contract or the size that exceeds the engine; the pools are
+        then unchanged. Raises BundleError if TensorRT or a kernel fails; the session must not be used again.
         """
         check_step(
             inputs,
@@ -110,7 +109,7 @@ class EngineSession:
             page_size=self.page_size,
         )
         num_rows = len(inputs.logits_row)
-        # An engine takes one of each at least: a step that wants no logits has a row of them that is not read.
+        # An engine takes at least one of each: a step without logits computes one row, which is not read.
         sizes = StepSizes.of(inputs).at_least(self._limits[0][0])
         index = self._choose(sizes)
         inputs = padded(inputs, sizes)
@@ -127,14 +126,14 @@ class EngineSession:
         return logits_RV
 
     def pool(self, name: str) -> NDArray[Any]:
-        """A copy of a pool's values, scratch row first."""
+        """A copy of a pool's values; row 0 is scratch."""
         values = np.empty(self._pool_shape(name), dtype=self.pools[name].dtype.numpy)
         self._device.make_current()
         self._device.read(self._buffers[name], values)
         return values
 
     def set_pool(self, name: str, values: NDArray[Any]) -> None:
-        """Fill a pool, converting to its dtype; raises UsageError when the shape is another."""
+        """Set a pool's values, converted to its dtype; raises UsageError if the shape differs."""
         shape = self._pool_shape(name)
         if values.shape != shape:
             raise UsageError(f"{name} has shape {list(shape)}, not {list(values.shape)}")
@@ -154,58 +153,59 @@ class EngineSession:
         return int(self._opened.engine.num_optimization_profiles)
 
     def _shapes(self, name: str, index: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """The least and the most shape of an input in a profile."""
-        least, _, most = self._opened.engine.get_tensor_profile_shape(name, index)
-        return tuple(least), tuple(most)
+        """The min and the max shape of an input in a profile."""
+        low, _, high = self._opened.engine.get_tensor_profile_shape(name, index)
+        return tuple(low), tuple(high)
 
     def _bounds(self, index: int) -> tuple[StepSizes, StepSizes]:
-        """The least and the most sizes of a step in a profile; an axis that no input has is not bounded."""
-        sizes: list[dict[str, int]] = [{}, {}]
-        for axis, (name, position) in SIZED_BY.items():
-            shapes = self._shapes(name, index) if name in self._inputs else None
-            for i, unbounded in enumerate((0, np.iinfo(np.int32).max)):
-                sizes[i][axis] = shapes[i][position] if shapes else int(unbounded)
-        return StepSizes(**sizes[0]), StepSizes(**sizes[1])
+        """The min and the max sizes of a step in a profile; an axis that no input has is unbounded."""
+        bounds = []
+        for axis in StepSizes._fields:
+            name, position = SIZED_BY[axis]
+            if name in self._inputs:
+                low, high = self._shapes(name, index)
+                bounds.append((low[position], high[position]))
+            else:
+                bounds.append((0, int(np.iinfo(np.int32).max)))
+        return StepSizes(*(low for low, _ in bounds)), StepSizes(*(high for _, high in bounds))
 
     def _choose(self, sizes: StepSizes) -> int:
-        """The first profile that holds a step; raises UsageError where none does."""
+        """The first profile that a step fits; raises UsageError if there is none."""
         for index, limits in enumerate(self._limits):
             if sizes.fits(*limits):
                 return index
-        most = self._limits[-1][1]
+        largest = self._limits[-1][1]
         raise UsageError(
             f"a step of {sizes.T} tokens, {sizes.B} sequences, {sizes.M} pages each and {sizes.R} rows of logits"
-            f" is over the engine's {most.T}, {most.B}, {most.M} and {most.R}",
+            f" exceeds the engine's {largest.T}, {largest.B}, {largest.M} and {largest.R}",
             hint="build with a larger --max-tokens, --max-sequences or --max-context",
         )
 
     def _check_places(self) -> None:
-        """Raise BundleError where TensorRT wants an input in the host's memory: it decides a shape, by a mistake."""
+        """Raise BundleError if TensorRT expects an input in host memory, because it wrongly determines a shape."""
         device, engine = self._opened.trt.TensorLocation.DEVICE, self._opened.engine
         for name in (*self._inputs, *self.pools):
             if engine.get_tensor_location(name) != device:
-                raise BundleError(
-                    f"the engine takes {name} from the host's memory: a shape depends on its values"
-                )
+                raise BundleError(f"the engine takes {name} from host memory: a shape depends on its values")
 
     def _check_rows(self) -> None:
         for name in self.pools:
-            (least, *_), (most, *_) = self._shapes(name, 0)
+            (low, *_), (high, *_) = self._shapes(name, 0)
             rows = self._pool_shape(name)[0]
-            if not least <= rows <= most:
+            if not low <= rows <= high:
                 raise UsageError(
-                    f"{name} would have {rows} rows, the engine takes {least} to {most}",
+                    f"{name} would have {rows} rows, the engine takes {low} to {high}",
                     hint="build with a larger --max-sequences or --max-context",
                 )
 
     def _allocate(self) -> None:
-        """A buffer for each input and output at its largest, the pools, and the contexts' common scratch."""
+        """Allocate the inputs and logits at their maximum sizes, the pools, and the contexts' shared scratch memory."""
         self._buffers: dict[str, Memory] = {}
         for name in self._inputs:
-            most = [self._shapes(name, index)[1] for index in range(self._num_profiles)]
-            count = max(int(np.prod(shape)) for shape in most)
+            shapes = [self._shapes(name, index)[1] for index in range(self._num_profiles)]
+            count = max(int(np.prod(shape)) for shape in shapes)
             self._buffers[name] = self._device.allocate(count * np.dtype(self._dtypes[name]).itemsize)
-        rows = max(most.R for _, most in self._limits)
+        rows = max(high.R for _, high in self._limits)
         self._buffers[LOGITS] = self._device.allocate(rows * self.vocab_size * 4)
         for name, pool in self.pools.items():
             self._buffers[name] = self._device.allocate(self._pool_shape(name)[0] * pool.row_bytes)
@@ -215,7 +215,7 @@ class EngineSession:
         self._scratch = self._device.allocate(max(needed))
 
     def _new_context(self, index: int) -> _Context:
-        """A context of a profile, all its memory bound: the pools' inputs and outputs to the same."""
+        """A context of a profile with its memory bound; a pool's input and output share one buffer."""
         handle = create_context(self._opened)
         handle.set_device_memory(self._scratch.address, self._scratch.num_bytes)
         bound = [handle.set_optimization_profile_async(index, self._device.stream)]
@@ -226,7 +226,7 @@ class EngineSession:
                 bound.append(handle.set_tensor_address(self.pools[name].output, memory.address))
                 bound.append(handle.set_input_shape(name, self._pool_shape(name)))
         if not all(bound):
-            raise BundleError(f"the engine is not what the manifest says: {because(self._opened.log)}")
+            raise BundleError(f"the engine does not match the manifest: {because(self._opened.log)}")
         return _Context(handle)
 
     def _run(self, context: _Context, inputs: StepInputs) -> None:
@@ -235,10 +235,10 @@ class EngineSession:
         self._enqueue(context)
 
     def _run_decode(self, inputs: StepInputs) -> None:
-        """A decode step, padded to a batch size whose context is its own and never sees another shape."""
-        own = StepSizes.of(inputs)
-        size = next(size for size in self._batch_sizes if size >= max(own.T, own.B, own.R))
-        pages = self._limits[0][1].M if "page_table" in self._inputs else own.M
+        """Run a decode step, padded to a batch size with its own context, which therefore sees one shape only."""
+        step = StepSizes.of(inputs)
+        size = next(size for size in self._batch_sizes if size >= max(step.T, step.B, step.R))
+        pages = self._limits[0][1].M if "page_table" in self._inputs else step.M
         sizes = StepSizes(T=size, B=size, M=pages, R=size)
         context = self._decode.get(size) or self._decode.setdefault(size, self._new_context(0))
         inputs = padded(inputs, sizes)
@@ -250,7 +250,7 @@ class EngineSession:
             context.has_run = True
             return
         if context.graph is None:
-            # Recorded, not run: TensorRT has settled everything for this shape in the run before.
+            # This records the step. TensorRT has prepared everything for the shape in the previous run.
             with self._device.capturing() as graph:
                 self._enqueue(context)
             context.graph = graph
@@ -269,7 +269,7 @@ class EngineSession:
         except RuntimeError as error:
             raise BundleError(f"the engine refuses the step: {because(self._opened.log)}") from error
         if missing:
-            raise BundleError(f"the engine has an input {missing[0]} that the manifest does not know")
+            raise BundleError(f"the engine has an input {missing[0]} that is not in the manifest")
 
     def _enqueue(self, context: _Context) -> None:
         if not context.handle.execute_async_v3(self._device.stream):

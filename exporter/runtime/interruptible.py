@@ -1,4 +1,4 @@
-"""Long calls into native code that Ctrl-C can end."""
+"""Calls into native code that Ctrl-C can interrupt."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ Result = TypeVar("Result")
 
 
 class Interruptible:
-    """A thread for native calls: Python answers Ctrl-C between its own instructions, so it waits outside."""
+    """A thread that runs native calls, while the calling thread waits in Python, where Ctrl-C is handled."""
 
     def __init__(self) -> None:
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="native")
 
     def run(self, call: Callable[[], Result], stop: Callable[[], None]) -> Result:
-        """What `call` returns or raises; on Ctrl-C `stop` must end it, and KeyboardInterrupt is raised."""
+        """Run `call` and return or raise what it does; on Ctrl-C, `stop` must end it, then raises KeyboardInterrupt."""
         future = self._executor.submit(call)
         try:
             return future.result()

@@ -1,12 +1,11 @@
-"""Steps padded to fixed sizes, so that few shapes ever reach an engine: padding writes to scratch only.
+"""Steps padded to a few fixed sizes, so that few shapes reach an engine; padding writes to scratch rows only.
 
 Legend: T tokens in this step, B sequences in this step, M pages of one sequence, R rows that want logits.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,12 +15,8 @@ from nemotrt.exporter.runtime.step import StepInputs
 Integer = TypeVar("Integer", np.int32, np.int64)
 
 
-AXES = ("T", "B", "M", "R")
-
-
-@dataclass(frozen=True)
-class StepSizes:
-    """A step's free axes."""
+class StepSizes(NamedTuple):
+    """The sizes of a step's axes."""
 
     T: int
     B: int
@@ -38,13 +33,13 @@ class StepSizes:
             R=len(inputs.logits_row),
         )
 
-    def at_least(self, least: StepSizes) -> StepSizes:
-        """These sizes, each raised to the least where it is below it."""
-        return StepSizes(*(max(getattr(self, axis), getattr(least, axis)) for axis in AXES))
+    def at_least(self, minimum: StepSizes) -> StepSizes:
+        """These sizes, each raised to the minimum if it is smaller."""
+        return StepSizes(*map(max, self, minimum))
 
-    def fits(self, least: StepSizes, most: StepSizes) -> bool:
-        """Whether every axis lies within its bounds."""
-        return all(getattr(least, axis) <= getattr(self, axis) <= getattr(most, axis) for axis in AXES)
+    def fits(self, minimum: StepSizes, maximum: StepSizes) -> bool:
+        """Whether every size is within its bounds."""
+        return all(low <= size <= high for low, size, high in zip(minimum, self, maximum, strict=True))
 
 
 def is_decode(inputs: StepInputs) -> bool:
@@ -53,24 +48,25 @@ def is_decode(inputs: StepInputs) -> bool:
 
 
 def batch_sizes(max_sequences: int) -> tuple[int, ...]:
-    """The sizes that decode steps are padded to: powers of two, and the most."""
+    """The batch sizes that decode steps are padded to: powers of two, and the maximum."""
     powers = [1 << i for i in range(max_sequences.bit_length()) if 1 << i < max_sequences]
     return (*powers, max_sequences)
 
 
 def padded(inputs: StepInputs, sizes: StepSizes) -> StepInputs:
-    """The step with empty sequences and padding tokens up to `sizes`, none of which is below its own.
+    """The step with empty sequences and padding tokens added up to `sizes`, which must not be smaller than the step.
 
-    Further rows of logits are those of token 0: the caller drops them.
+    Added rows of logits are those of token 0; the caller discards them.
     """
-    own = StepSizes.of(inputs)
-    assert own.fits(own, sizes), (own, sizes)
-    more = sizes.B - own.B
+    size = StepSizes.of(inputs)
+    assert size.fits(size, sizes), (size, sizes)
     table_BM = np.zeros((sizes.B, sizes.M), dtype=np.int32)
-    table_BM[: own.B, : own.M] = inputs.page_table
+    table_BM[: size.B, : size.M] = inputs.page_table
     return StepInputs(
         input_ids=_longer(inputs.input_ids, sizes.T),
-        query_start=np.concatenate([inputs.query_start, np.repeat(inputs.query_start[-1:], more)]),
+        query_start=np.concatenate(
+            [inputs.query_start, np.repeat(inputs.query_start[-1:], sizes.B - size.B)]
+        ),
         context_len=_longer(inputs.context_len, sizes.B),
         slot=_longer(inputs.slot, sizes.B),
         page_table=table_BM,

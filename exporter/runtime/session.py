@@ -1,4 +1,4 @@
-"""A graph in ONNX Runtime with the pools it updates: the one way in which this project runs an ONNX file.
+"""A session runs a graph step by step in ONNX Runtime, and owns the pools that the graph updates.
 
 Legend: T tokens in this step, B sequences in this step, S state slots, K pages in the pool, M pages of one
 sequence, R rows that want logits, V vocabulary.
@@ -32,11 +32,11 @@ if TYPE_CHECKING:
 
 
 class Session:
-    """A graph that runs step by step on pools that the session owns, zero at first.
+    """A graph in ONNX Runtime, and its pools, which start at zero.
 
-    Bound, each pool's input and output are the same buffer, so that a step writes only the rows it changes:
-    with 544 MB of pools a step of one token took 0.5 ms, and 272 ms unbound. Unbound, every step makes new
-    pools: slower, and free of any effect of sharing, for comparison.
+    If `bound`, a pool's input and output share one buffer, so that a step writes only the rows it changes: with 544 MB
+    of pools a step of one token took 0.5 ms, and 272 ms unbound. Unbound, every step allocates new pools; a comparison
+    with the bound form shows any effect of the sharing.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class Session:
         """
         if num_slots < 2 or num_pages < 2:
             raise UsageError(
-                f"a session of {num_slots} slots and {num_pages} pages has room for nothing",
+                f"a session of {num_slots} slots and {num_pages} pages has no room for a sequence",
                 hint="slot 0 and page 0 are scratch: give at least 2 of each",
             )
         assert not (bound and extra_outputs), "a bound session binds the pools and the logits only"
@@ -83,19 +83,19 @@ class Session:
 
     @property
     def pool_names(self) -> tuple[str, ...]:
-        """The pools in the graph's order."""
+        """The names of the pools, in the graph's order."""
         return tuple(self.pools)
 
     @property
     def page_size(self) -> int:
-        """Tokens a page, 0 in a graph without a KV cache."""
+        """Tokens per page; 0 for a graph without a KV cache."""
         return max((pool.page_size for pool in self.pools.values()), default=0)
 
     def step(self, inputs: StepInputs) -> NDArray[np.float32]:
         """The logits [R, V] of one step; the pools are updated.
 
-        Raises UsageError that names the input that breaks the contract; the pools are then as before.
-        Interrupted (Ctrl-C), it stops between two operators and the pools are lost: make a new session.
+        Raises UsageError with the input that breaks the contract; the pools are then unchanged. Ctrl-C stops between
+        two operators and leaves the pools undefined: the session must not be used again.
         """
         check_step(
             inputs,
@@ -110,11 +110,11 @@ class Session:
         return self._step_bound(self._binding, feeds, len(inputs.logits_row))
 
     def pool(self, name: str) -> NDArray[Any]:
-        """A copy of a pool's values, scratch row first."""
+        """A copy of a pool's values; row 0 is scratch."""
         return np.array(self._value(name).numpy())
 
     def set_pool(self, name: str, values: NDArray[Any]) -> None:
-        """Fill a pool, converting to its dtype; raises UsageError when the shape is another."""
+        """Set a pool's values, converted to its dtype; raises UsageError if the shape differs."""
         target = self._value(name).numpy()
         if values.shape != target.shape:
             raise UsageError(f"{name} has shape {list(target.shape)}, not {list(values.shape)}")
@@ -162,7 +162,7 @@ class Session:
         return np.array(by_name[LOGITS].numpy())
 
     def _run(self, call: Callable[[ort.RunOptions], Any]) -> Any:
-        """What `call` returns; Ctrl-C ends it between two operators."""
+        """The result of `call`; Ctrl-C ends it between two operators."""
         state = onnxruntime.errors()
         options = onnxruntime.load().RunOptions()
 

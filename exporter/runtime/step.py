@@ -1,4 +1,4 @@
-"""One step's inputs, checked against the graph's contract before a kernel may read out of bounds.
+"""One step's inputs, and the check that they follow the graph's contract, so that no kernel reads out of bounds.
 
 Legend: T tokens in this step, B sequences in this step, M pages of one sequence, R rows that want logits.
 """
@@ -17,18 +17,18 @@ from nemotrt.plugins.contract import STEP_INPUTS
 
 @dataclass(frozen=True)
 class StepInputs:
-    """The graph's inputs that say what a step is, by the contract's names."""
+    """The graph's inputs that describe a step, under the contract's names."""
 
     input_ids: NDArray[np.int64]
     """[T]: tokens of all sequences, one after the other."""
     query_start: NDArray[np.int32]
     """[B+1]: sequence b owns tokens query_start[b] : query_start[b+1]; later tokens are padding."""
     context_len: NDArray[np.int32]
-    """[B]: tokens already in its state; 0 = fresh."""
+    """[B]: the number of tokens already in the sequence's state; 0 for a new sequence."""
     slot: NDArray[np.int32]
-    """[B]: its row in the recurrent pools."""
+    """[B]: the sequence's row in the recurrent pools (vLLM's sequence slot)."""
     page_table: NDArray[np.int32]
-    """[B, M]: its pages in the KV pools, unused entries 0."""
+    """[B, M]: the sequence's pages in the KV pools (vLLM's block table); unused entries are 0."""
     logits_row: NDArray[np.int32]
     """[R]: which tokens want logits."""
 
@@ -38,14 +38,14 @@ class StepInputs:
 
 
 def pages_of(num_tokens: int, page_size: int) -> int:
-    """Pages that so many tokens take; none where there are no pages (`page_size` 0)."""
+    """The number of pages for this many tokens; 0 without a KV cache (`page_size` 0)."""
     return -(-num_tokens // page_size) if page_size else 0
 
 
 def check_step(
     inputs: StepInputs, *, vocab_size: int, num_slots: int, num_pages: int, page_size: int
 ) -> None:
-    """Raise UsageError that names the first input that breaks the contract; `page_size` 0: no KV cache."""
+    """Raise UsageError with the first input that breaks the contract; `page_size` is 0 without a KV cache."""
     _check_arrays(inputs)
     _check_sequences(inputs)
     _check_range("input_ids", inputs.input_ids, 0, vocab_size, "the vocabulary")
@@ -69,7 +69,7 @@ def _check_arrays(inputs: StepInputs) -> None:
     for name, size in sizes.items():
         if len(getattr(inputs, name)) != size:
             raise UsageError(
-                f"{name} has {len(getattr(inputs, name))} rows; {num_sequences} sequences make that {size}"
+                f"{name} has {len(getattr(inputs, name))} rows; {num_sequences} sequences need {size}"
             )
 
 
@@ -81,7 +81,9 @@ def _check_sequences(inputs: StepInputs) -> None:
             f" {len(inputs.input_ids)} tokens"
         )
     if (inputs.context_len < 0).any():
-        raise UsageError(f"context_len holds {int(inputs.context_len.min())}, which is no number of tokens")
+        raise UsageError(
+            f"context_len holds {int(inputs.context_len.min())}, which is not a number of tokens"
+        )
 
 
 def _check_range(name: str, values: NDArray[Any], low: int, high: int, what: str) -> None:
@@ -105,7 +107,7 @@ def _check_pages(inputs: StepInputs, num_pages: int, page_size: int) -> None:
     used = -(-(inputs.context_len + length) // page_size) * (length > 0)
     if (used > inputs.page_table.shape[1]).any():
         raise UsageError(
-            f"page_table has {inputs.page_table.shape[1]} columns, where a sequence of this step takes"
+            f"page_table has {inputs.page_table.shape[1]} columns, but a sequence of this step takes"
             f" {int(used.max())} pages of {page_size} tokens"
         )
     pages = inputs.page_table[np.arange(inputs.page_table.shape[1]) < used[:, None]]

@@ -54,7 +54,7 @@ def test_the_manifest_says_which_layers_it_has(bundle: Path) -> None:
     assert manifest.model.layers == {"moe": 1, "attention": 1, "mamba": 1}
     assert manifest.validation.verdict == "passed"
     # A layer has the index that it has in the checkpoint.
-    pools = [pool.input for pool in manifest.graph.pools]
+    pools = [pool.name for pool in manifest.graph.pools]
     assert pools == ["kv_cache.2", "conv_state.4", "ssm_state.4"]
 
 

@@ -147,7 +147,7 @@ def test_steps_come_from_any_thread(session: EngineSession) -> None:
 
 def test_an_input_that_decides_a_shape_is_refused(bundle: Path, trt: Any, engine: FakeEngine) -> None:
     engine.on_host = {"context_len"}
-    with pytest.raises(BundleError, match="takes context_len from the host's memory"):
+    with pytest.raises(BundleError, match="takes context_len from host memory"):
         EngineSession(bundle, num_slots=SLOTS, num_pages=PAGES)
 
 
@@ -233,7 +233,7 @@ def test_no_driver_is_said(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr(cuda_module.ctypes, "CDLL", no_library)
     with pytest.raises(
-        UsageError, match=r"runs on a GPU only: no NVIDIA driver is installed \(no libcuda.so.1\)"
+        UsageError, match=r"engine needs a GPU: no NVIDIA driver is installed \(no libcuda.so.1\)"
     ):
         EngineSession(bundle, num_slots=SLOTS, num_pages=PAGES)
 

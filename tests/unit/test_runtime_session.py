@@ -168,7 +168,7 @@ def test_a_copy_of_a_pool_is_the_callers(session: Session) -> None:
 
 @pytest.mark.parametrize("sizes", [(1, 2), (2, 1)])
 def test_room_for_scratch_alone_is_refused(graphs: dict[str, Path], sizes: tuple[int, int]) -> None:
-    with pytest.raises(UsageError, match="room for nothing"):
+    with pytest.raises(UsageError, match="no room for a sequence"):
         open_session(graphs["float32"], num_slots=sizes[0], num_pages=sizes[1])
 
 
