@@ -1,8 +1,8 @@
-"""Builds, runs and judges an engine on this machine's GPU: `python scripts/engine_check.py`, or `make engine-check`.
+"""Builds, runs and validates an engine on this machine's GPU: `python scripts/engine_check.py`, or `make engine-check`.
 
-What no machine without a GPU can show: that the engine loads, that every step gives what PyTorch gives, that a
-captured step gives the same bits as one that is not, and how long steps take. Prints a report and writes it as
-JSON, to be sent back. Without a GPU or TensorRT it says what is missing, and exits with 1.
+It checks what only a machine with a GPU can show: that the engine loads, that its steps agree with PyTorch, that
+captured and uncaptured steps give the same bits, and how long steps take. It prints a report and writes it as JSON, to
+be sent to the maintainers. Without a GPU or TensorRT it reports what is missing and exits with 1.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ from nemotrt.exporter.validation.request import ValidationRequest
 
 EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "tiny"
 WARM_UP, TIMED = 5, 30
-"""Steps before the clock starts, among them the one that is captured, and steps that are timed."""
+"""The number of untimed steps, which include the captured one, and of timed steps."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """One check: what was found, or why it failed."""
+    """The outcome of one check: its result, or why it failed."""
 
     check: str
     passed: bool
@@ -54,7 +54,7 @@ class Outcome:
 
 
 def attempt(name: str, run: Callable[[], tuple[str, Any]]) -> Outcome:
-    """The outcome of a check that gives a line and its figures; any error of ours is a failure in words."""
+    """Run a check that returns a line of text and its data; an error of this tool makes it fail."""
     try:
         detail, data = run()
     except (ExportError, CudaError) as error:
@@ -63,22 +63,22 @@ def attempt(name: str, run: Callable[[], tuple[str, Any]]) -> Outcome:
 
 
 def targets(gpu: Gpu, runtime: str, precision: str) -> list[Target]:
-    """What this machine can both build for and run: one target for each TensorRT that it has."""
-    found, refusals = [], []
+    """A target for each TensorRT of this machine that can build for its GPU."""
+    usable, refusals = [], []
     for backend in BACKENDS:
         if runtime not in ("auto", backend.runtime):
             continue
         try:
-            found.append(settle(backend.runtime, () if backend.needs_gpu else (gpu.sm,), precision))
+            usable.append(settle(backend.runtime, () if backend.needs_gpu else (gpu.sm,), precision))
         except (CompileError, UsageError) as error:
             refusals.append(f"{error} ({error.hint})")
-    if not found:
+    if not usable:
         raise CompileError("nothing can be built for this GPU: " + "; ".join(refusals))
-    return found
+    return usable
 
 
 def build(checkpoint: Path, output: Path, target: Target, precision: str) -> tuple[str, Any]:
-    """A bundle with the target's engine, its graph judged in ONNX Runtime on the way."""
+    """Build a bundle with the target's engine; the build validates its graph in ONNX Runtime."""
     config = BuildConfig(checkpoint, output, precision, runtime=target.runtime)
     if target.runtime == "tensorrt-rtx":
         config = dataclasses.replace(config, sms=target.sms)
@@ -90,7 +90,7 @@ def build(checkpoint: Path, output: Path, target: Target, precision: str) -> tup
 
 
 def compare(checkpoint: Path, bundle: Path) -> tuple[str, Any]:
-    """Every gate of a validation on the engine, and captured steps against steps that are not."""
+    """Validate the engine against PyTorch, and captured steps against uncaptured ones."""
     manifests.verify(bundle, deep=True)
     report = revalidate(ValidationRequest(bundle, checkpoint, engine=True))
     failed = [gate for gate in report.gates if not gate.passed]
