@@ -293,8 +293,8 @@ def _text(text: TextReport) -> Items:
 def _bisection(bisection: Bisection) -> Items:
     scope = f"{bisection.num_values} values inside the layers compared, each layer alone; {bisection.runs_as}"
     if bisection.diverging:
-        found = f": the first value in each of {len(bisection.diverging)} layers follows; {scope}"
-        yield Text.assemble(("diverges", "red"), found)
+        summary = f": the first value in each of {len(bisection.diverging)} layers follows; {scope}"
+        yield Text.assemble(("diverges", "red"), summary)
     else:
         yield Text.assemble(("no value diverges", "green"), f": {scope}")
     for value in bisection.diverging:
