@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Writes docs/report.svg: the output of `nemo-export validate` in a terminal, as an SVG image.
 
-`nemo-export validate tiny.bundle --checkpoint examples/tiny --json > report.json` writes the report to draw.
+The command in TITLE, with `--json > report.json`, writes the report to draw.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from nemotrt.exporter.commands import tables
 from nemotrt.exporter.report import json_file
 
 PICTURE = Path(__file__).resolve().parents[1] / "docs" / "report.svg"
-TITLE = "nemo-export validate tiny.bundle --checkpoint examples/tiny"
+TITLE = "nemo-export validate tiny.bundle --checkpoint examples/tiny --drift-steps 100"
 FORMAT = re.sub(r"@font-face \{\{.*?\}\}\s*", "", CONSOLE_SVG_FORMAT, flags=re.DOTALL)
 """Rich's SVG template without its web fonts, so that the image loads nothing."""
 
