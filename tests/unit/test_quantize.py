@@ -149,10 +149,10 @@ def test_a_layer_that_cannot_be_calibrated_is_named(
 
 
 def on_text(
-    model: LoadedModel, base: LoadedModel, config: BuildConfig, graph: OnnxGraph, text: Sequences, name: str
+    model: LoadedModel, base: LoadedModel, config: BuildConfig, graph: Path, text: Sequences, name: str
 ) -> TextReport:
     plan = text_quality.plan_text(model, base, config, text)
-    return text_quality.measure(model, base, config, graph, plan, name)
+    return text_quality.measure(model, base, config, OnnxGraph.read(graph), plan, name)
 
 
 def test_text_figures_of_a_model_against_itself_are_nothing_and_attribute_nothing(tmp_path: Path) -> None:
