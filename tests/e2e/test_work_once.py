@@ -18,7 +18,7 @@ from nemotrt.model.hybrid import NemotronH
 
 ROOT = Path(__file__).resolve().parents[2]
 MAX_LOADS, MAX_PARSES = 3, 3
-"""The FP32 reference twice and its rounding baseline; the graph after lowering, in the validation and in the bundle."""
+"""The FP32 reference twice and its rounding baseline; the graph for the validation, the manifest and the report."""
 
 Stacks = Counter[tuple[str, ...]]
 
