@@ -74,7 +74,7 @@ def _end(ctx: click.Context, error: BaseException, message: str, hint: str, code
     cls=Program,
     name="nemo-export",
     params=list(OUTPUT_OPTIONS),
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100, "show_default": True},
 )
 @click.version_option(package_name="nemo-export")
 def program() -> None:

@@ -26,15 +26,9 @@ class Precision(StrEnum):
     @property
     def dtype(self) -> DType:
         """The dtype of activations, and of weights that are not quantized."""
-        return COMPUTE_DTYPES[self]
+        label = "BF16" if self is Precision.FP8 else self.name
+        return next(dtype for dtype in DType if dtype.label == label)
 
-
-COMPUTE_DTYPES = {
-    Precision.FP32: DType.FLOAT32,
-    Precision.FP16: DType.FLOAT16,
-    Precision.BF16: DType.BFLOAT16,
-    Precision.FP8: DType.BFLOAT16,
-}
 
 PRECISIONS = tuple(precision.value for precision in Precision)
 

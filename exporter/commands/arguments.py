@@ -6,14 +6,14 @@ import difflib
 import logging
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from nemotrt.exporter.commands.console import Console
-from nemotrt.exporter.config import KV_DTYPES, PRECISIONS, PRESETS, RUNTIMES, WEIGHTS
+from nemotrt.exporter.config import KV_DTYPES, PRECISIONS, PRESETS, RUNTIMES, STATE_DTYPES, WEIGHTS
 
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
@@ -113,23 +113,9 @@ def command(example: str) -> Callable[[Callable[..., None]], click.Command]:
     return decorate
 
 
-FOLDER = ExistingPath(is_folder=True)
-CHECKPOINT = click.argument("checkpoint", type=FOLDER)
-BUNDLE = click.argument("bundle", type=FOLDER)
-OUTPUT = click.option(
-    "--output",
-    "-o",
-    type=click.Path(path_type=Path),
-    required=True,
-    help="Folder to create.",
-)
-JSON = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
-LAYERS = click.option(
-    "--layers",
-    default="",
-    metavar="SELECTION",
-    help="Use these layers only: a range (0:4), a list (0,3,7), or first-of-each, one layer of each kind.",
-)
+def _choice(name: str, values: Sequence[str], description: str) -> Callable[..., Any]:
+    """An option whose default is the first value."""
+    return click.option(name, type=click.Choice(values), default=values[0], help=description)
 
 
 def _numbers(context: click.Context, parameter: click.Parameter, value: str) -> tuple[int, ...]:
@@ -139,45 +125,58 @@ def _numbers(context: click.Context, parameter: click.Parameter, value: str) -> 
     return tuple(int(part) for part in parts)
 
 
+FOLDER, FILE = ExistingPath(is_folder=True), ExistingPath()
+CHECKPOINT = click.argument("checkpoint", type=FOLDER)
+BUNDLE = click.argument("bundle", type=FOLDER)
+OUTPUT = click.option(
+    "--output", "-o", type=click.Path(path_type=Path), required=True, help="Folder to create."
+)
+JSON = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
+ENGINE = click.option(
+    "--engine", is_flag=True, help="Run the bundle's TensorRT engine on this machine's GPU."
+)
+LAYERS = click.option(
+    "--layers",
+    default="",
+    show_default=False,
+    metavar="SELECTION",
+    help="Use these layers only: a range (0:4), a list (0,3,7), or first-of-each, one layer of each kind.",
+)
 PRECISION = click.option(
     "--precision",
     type=click.Choice(PRECISIONS),
     help="Precision of the bundle. Default: the checkpoint's precision.",
 )
-RUNTIME = click.option(
+RUNTIME = _choice(
     "--runtime",
-    type=click.Choice(RUNTIMES),
-    default="auto",
-    show_default=True,
-    help="Runtime that executes the bundle; auto selects the best one that this machine can build for.",
+    RUNTIMES,
+    "Runtime that executes the bundle; auto selects the best one that this machine can build for.",
 )
 SMS = click.option(
     "--sm",
     "sms",
     callback=_numbers,
     default="",
+    show_default=False,
     metavar="LIST",
     help="Compute capabilities for tensorrt-rtx, e.g. 89,120. Default: all that support the precision.",
 )
-WEIGHTS_PLACEMENT = click.option(
+WEIGHTS_PLACEMENT = _choice(
     "--weights",
-    type=click.Choice(WEIGHTS),
-    default="copy",
-    show_default=True,
-    help="Copy weights into the bundle, or hard-link checkpoint files that need no conversion; changing such a file"
+    WEIGHTS,
+    "Copy weights into the bundle, or hard-link checkpoint files that need no conversion; changing such a file"
     " then changes the bundle.",
 )
+STATE_DTYPE = _choice("--state-dtype", STATE_DTYPES, "Data type of the recurrent (SSM) state.")
 CALIBRATION = click.option(
     "--calibration",
-    type=ExistingPath(),
+    type=FILE,
     help='Text for FP8 calibration: .txt, or .jsonl with {"text": …} on each line. Default: a built-in text.',
 )
-PRESET = click.option(
+PRESET = _choice(
     "--preset",
-    type=click.Choice(PRESETS),
-    default=PRESETS[0],
-    show_default=True,
-    help="Modules that stay unquantized: conservative excludes attention, latent projections and Mamba layers;"
+    PRESETS,
+    "Modules that stay unquantized: conservative excludes attention, latent projections and Mamba layers;"
     " published quantizes Mamba layers too, like NVIDIA's published checkpoints.",
 )
 EXCLUDE = click.option(
@@ -186,10 +185,8 @@ EXCLUDE = click.option(
     metavar="PATTERN",
     help="Leave more modules unquantized, e.g. '*.layers.4.mixer'. May be repeated.",
 )
-KV_DTYPE = click.option(
+KV_DTYPE = _choice(
     "--kv-dtype",
-    type=click.Choice(KV_DTYPES),
-    default="auto",
-    show_default=True,
-    help="Data type of the KV cache; auto is fp8 if this command quantizes the model, else the checkpoint's choice.",
+    KV_DTYPES,
+    "Data type of the KV cache; auto is fp8 if this command quantizes the model, else the checkpoint's choice.",
 )

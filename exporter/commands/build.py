@@ -20,11 +20,12 @@ from nemotrt.exporter.commands.arguments import (
     PRESET,
     RUNTIME,
     SMS,
+    STATE_DTYPE,
     WEIGHTS_PLACEMENT,
     command,
 )
 from nemotrt.exporter.commands.console import Console
-from nemotrt.exporter.config import STATE_DTYPES, BuildConfig
+from nemotrt.exporter.config import BuildConfig
 
 
 @command("build examples/tiny --output tiny.bundle")
@@ -33,22 +34,11 @@ from nemotrt.exporter.config import STATE_DTYPES, BuildConfig
 @PRECISION
 @RUNTIME
 @SMS
-@click.option(
-    "--max-tokens",
-    default=2048,
-    show_default=True,
-    help="Maximum tokens per step, over all sequences.",
-)
-@click.option("--max-sequences", default=16, show_default=True, help="Maximum sequences per step.")
-@click.option("--max-context", default=8192, show_default=True, help="Maximum tokens per sequence.")
-@click.option("--page-size", default=128, show_default=True, help="Tokens per page of the KV cache.")
-@click.option(
-    "--state-dtype",
-    type=click.Choice(STATE_DTYPES),
-    default="fp32",
-    show_default=True,
-    help="Data type of the recurrent (SSM) state.",
-)
+@click.option("--max-tokens", default=2048, help="Maximum tokens per step, over all sequences.")
+@click.option("--max-sequences", default=16, help="Maximum sequences per step.")
+@click.option("--max-context", default=8192, help="Maximum tokens per sequence.")
+@click.option("--page-size", default=128, help="Tokens per page of the KV cache.")
+@STATE_DTYPE
 @LAYERS
 @CALIBRATION
 @PRESET

@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from nemotrt.exporter.commands.arguments import (
+    FILE,
     FOLDER,
     JSON,
     LAYERS,
@@ -15,7 +16,6 @@ from nemotrt.exporter.commands.arguments import (
     RUNTIME,
     SMS,
     WEIGHTS_PLACEMENT,
-    ExistingPath,
     command,
 )
 from nemotrt.exporter.commands.console import Console
@@ -28,13 +28,11 @@ from nemotrt.exporter.errors import CheckpointError, UsageError
 @RUNTIME
 @SMS
 @click.option("--deep", is_flag=True, help="Also read all weights, to find NaN, infinity and overflow.")
-@click.option(
-    "--config", "config_file", type=ExistingPath(), help="Check this config.json, without a checkpoint."
-)
+@click.option("--config", "config_file", type=FILE, help="Check this config.json, without a checkpoint.")
 @click.option(
     "--tensors",
     "tensors_file",
-    type=ExistingPath(),
+    type=FILE,
     help="With --config: a JSON table {name: [dtype, shape]}; expert 0 may represent all experts.",
 )
 @LAYERS

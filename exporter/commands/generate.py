@@ -7,19 +7,16 @@ import json
 import logging
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from nemotrt.exporter.commands.arguments import BUNDLE, command
+from nemotrt.exporter.commands.arguments import BUNDLE, ENGINE, command
 
 if TYPE_CHECKING:
     from nemotrt.exporter.generation.generate import TextEvent
 
-
 log = logging.getLogger(__name__)
-
-TOP_P = "Nucleus sampling: keep the smallest set of tokens whose probability reaches P."
 
 
 @command("generate tiny.bundle --prompt 'The for statement' --max-new-tokens 40")
@@ -32,34 +29,18 @@ TOP_P = "Nucleus sampling: keep the smallest set of tokens whose probability rea
     help="Text to continue. Repeat the option to run several prompts together.",
 )
 @click.option("--chat", is_flag=True, help="Format each prompt as a user message with the chat template.")
-@click.option(
-    "--max-new-tokens",
-    default=128,
-    show_default=True,
-    help="Maximum number of tokens to generate for each prompt.",
-)
-@click.option(
-    "--temperature",
-    default=0.0,
-    show_default=True,
-    help="Sampling temperature; 0 selects the most likely token.",
-)
+@click.option("--max-new-tokens", default=128, help="Maximum number of tokens to generate for each prompt.")
+@click.option("--temperature", default=0.0, help="Sampling temperature; 0 selects the most likely token.")
 @click.option(
     "--top-p",
     metavar="P",
     default=1.0,
-    show_default=True,
     help="Nucleus sampling: keep the smallest set of tokens whose probability reaches P.",
 )
-@click.option(
-    "--top-k",
-    default=0,
-    show_default=True,
-    help="Sample from the k most likely tokens; 0 disables the limit.",
-)
-@click.option("--seed", default=0, show_default=True, help="Random seed for sampling.")
-@click.option("--threads", default=0, show_default=True, help="Threads of ONNX Runtime; 0 uses all cores.")
-@click.option("--engine", is_flag=True, help="Run the bundle's TensorRT engine on this machine's GPU.")
+@click.option("--top-k", default=0, help="Sample from the k most likely tokens; 0 disables the limit.")
+@click.option("--seed", default=0, help="Random seed for sampling.")
+@click.option("--threads", default=0, help="Threads of ONNX Runtime; 0 uses all cores.")
+@ENGINE
 @click.option(
     "--json", "as_json", is_flag=True, help="Print a line of JSON for each token as it is generated."
 )
@@ -67,14 +48,12 @@ def generate(
     bundle: Path,
     prompts: tuple[str, ...],
     chat: bool,
-    max_new_tokens: int,
     temperature: float,
     top_p: float,
     top_k: int,
     seed: int,
-    threads: int,
-    engine: bool,
     as_json: bool,
+    **options: Any,
 ) -> None:
     """Generate text from each prompt with BUNDLE and stream it to stdout."""
     from nemotrt.exporter.checkpoint.layer_selection import partial_model
@@ -82,15 +61,10 @@ def generate(
     from nemotrt.exporter.generation.sampling import SamplingConfig
     from nemotrt.exporter.runtime import manifest as manifests
 
-    config = generation.GenerateConfig(
-        max_new_tokens=max_new_tokens,
-        sampling=SamplingConfig(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed),
-        chat=chat,
-        threads=threads,
-        engine=engine,
-    )
-    if chosen := manifests.read(bundle).model.chosen_layers:
-        log.warning("this is %s; its text is meaningless", partial_model(chosen))
+    sampling = SamplingConfig(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
+    config = generation.GenerateConfig(sampling=sampling, chat=chat, **options)
+    if layers := manifests.read(bundle).model.chosen_layers:
+        log.warning("this is %s; its text is meaningless", partial_model(layers))
     events = generation.generate(bundle, prompts, config)
     if as_json:
         for event in events:

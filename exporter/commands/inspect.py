@@ -8,11 +8,11 @@ from pathlib import Path
 
 import click
 
-from nemotrt.exporter.commands.arguments import JSON, ExistingPath, command
+from nemotrt.exporter.commands.arguments import FILE, JSON, command
 
 
 @command("inspect tiny.bundle")
-@click.argument("path", type=ExistingPath())
+@click.argument("path", type=FILE)
 @click.option("--layer", type=int, help="Show the tensors and nodes of this layer; the first layer is 0.")
 @JSON
 def inspect(path: Path, layer: int | None, as_json: bool) -> None:

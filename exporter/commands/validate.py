@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from nemotrt.exporter.commands.arguments import BUNDLE, FOLDER, JSON, EvaluationText, ExistingPath, command
+from nemotrt.exporter.commands.arguments import BUNDLE, ENGINE, FILE, FOLDER, JSON, EvaluationText, command
 from nemotrt.exporter.commands.console import Console
 from nemotrt.exporter.config import DRIFT_STEPS
 from nemotrt.exporter.errors import NotFiniteError, ValidationError
@@ -27,7 +27,7 @@ OUTPUT_FILE = click.Path(dir_okay=False, writable=True, path_type=Path)
 )
 @click.option(
     "--golden",
-    type=ExistingPath(),
+    type=FILE,
     help="Reference file from --save-golden to compare with, instead of running PyTorch.",
 )
 @click.option(
@@ -40,7 +40,7 @@ OUTPUT_FILE = click.Path(dir_okay=False, writable=True, path_type=Path)
     type=click.Path(dir_okay=False, path_type=Path),
     help="Write PyTorch's results to a reference file, for --golden on another machine.",
 )
-@click.option("--engine", is_flag=True, help="Run the bundle's TensorRT engine on this machine's GPU.")
+@ENGINE
 @click.option(
     "--provider",
     type=click.Choice(["cpu", "cuda"]),
