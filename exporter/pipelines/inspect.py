@@ -16,7 +16,7 @@ from nemotrt.exporter.checkpoint.safetensors_reader import open_checkpoint
 from nemotrt.exporter.checkpoint.side_files import read_config
 from nemotrt.exporter.errors import BundleError, UsageError
 from nemotrt.exporter.runtime import manifest as manifests
-from nemotrt.exporter.runtime.graph_summary import KIND_OF_OP
+from nemotrt.exporter.runtime.graph_file import KIND_OF_OP, OnnxGraph
 from nemotrt.exporter.runtime.manifest import GraphSummary, Manifest
 from nemotrt.model.checkpoint import is_mtp
 from nemotrt.model.pools import pool_specs
@@ -125,11 +125,8 @@ def _inspect_checkpoint(folder: Path, layer: int | None) -> Inspection:
 def _inspect_graph(
     path: Path, layer: int | None, what: str, file: Path, manifest: Manifest | None
 ) -> Inspection:
-    from nemotrt.exporter.runtime.graph_file import OnnxGraph
-    from nemotrt.exporter.runtime.graph_summary import describe_graph
-
     graph = OnnxGraph.read(file)
-    model, summary = graph.proto, describe_graph(graph)
+    model, summary = graph.proto, graph.summary
     layers, weights = _layers_of(model), _initializers(model, file)
     _check_layer(layer, layers)
     nodes = [(node.name, _operator(node.domain, node.op_type)) for node in model.graph.node]

@@ -6,8 +6,7 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from nemotrt.exporter.runtime.graph_file import WEIGHT_DTYPES
-from nemotrt.exporter.runtime.graph_summary import KIND_OF_OP
+from nemotrt.exporter.runtime.graph_file import KIND_OF_OP, WEIGHT_DTYPES
 from nemotrt.plugins.contract import EMBEDDINGS, HEAD, LayerName
 from nemotrt.plugins.moe_dispatch import SPEC as MOE
 from nemotrt.plugins.spec import DOMAIN

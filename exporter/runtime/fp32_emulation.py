@@ -25,6 +25,7 @@ from __future__ import annotations
 
 from collections import ChainMap
 from collections.abc import Iterator
+from itertools import count
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -53,14 +54,26 @@ EXACT = MOVES.union(
 
 def needs_emulation(model: ModelProto) -> bool:
     """Whether the model, its subgraphs or its functions have any narrow value."""
-    graphs = [model.graph, *(graph for node in _nodes(model) for graph in _subgraphs(node))]
-    declared = [
-        value.type.tensor_type.elem_type
-        for graph in graphs
-        for value in (*graph.input, *graph.output, *graph.value_info)
-    ]
-    stored = [tensor.data_type for graph in graphs for tensor in graph.initializer]
-    return not NARROW.isdisjoint(declared + stored) or any(_makes_narrow(node) for node in _nodes(model))
+    return any(number in NARROW for number in _dtypes(model))
+
+
+def _dtypes(model: ModelProto) -> Iterator[int]:
+    """The dtypes of the declared values, weights, constants and casts of the model, its subgraphs and functions."""
+    graphs = [model.graph]
+    nodes = [node for function in model.functions for node in function.node]
+    while graphs or nodes:
+        for graph in graphs:
+            for value in (*graph.input, *graph.output, *graph.value_info):
+                yield value.type.tensor_type.elem_type
+            yield from (tensor.data_type for tensor in graph.initializer)
+            nodes += graph.node
+        for node in nodes:
+            for attribute in node.attribute:
+                if attribute.HasField("t"):
+                    yield attribute.t.data_type
+                elif node.op_type == "Cast" and attribute.name == "to":
+                    yield attribute.i
+        graphs, nodes = [graph for node in nodes for graph in _subgraphs(node)], []
 
 
 def emulate_in_fp32(model: ModelProto) -> ModelProto:
@@ -76,111 +89,68 @@ def emulate_in_fp32(model: ModelProto) -> ModelProto:
         typed = shape_inference.infer_shapes(flat, strict_mode=True)
     except (shape_inference.InferenceError, RuntimeError) as error:
         raise BundleError(f"the graph's types cannot be inferred: {str(error).splitlines()[0]}") from error
-    _Rewriter().graph(typed.graph, ChainMap(), ChainMap())
+    _Scope(typed.graph).rewrite()
     return typed
-
-
-def _nodes(model: ModelProto) -> Iterator[NodeProto]:
-    """Every node, including those of functions and subgraphs."""
-    pending = [*model.graph.node, *(node for function in model.functions for node in function.node)]
-    while pending:
-        node = pending.pop()
-        yield node
-        pending += [inner for graph in _subgraphs(node) for inner in graph.node]
 
 
 def _subgraphs(node: NodeProto) -> list[GraphProto]:
     return [attribute.g for attribute in node.attribute if attribute.HasField("g")]
 
 
-def _makes_narrow(node: NodeProto) -> bool:
-    return any(
-        _casts_to_narrow(node, attribute) or _is_narrow_constant(attribute) for attribute in node.attribute
-    )
-
-
-def _casts_to_narrow(node: NodeProto, attribute: AttributeProto) -> bool:
-    return node.op_type == "Cast" and attribute.name == "to" and attribute.i in NARROW
-
-
-def _is_narrow_constant(attribute: AttributeProto) -> bool:
-    return attribute.HasField("t") and attribute.t.data_type in NARROW
-
-
-class _Rewriter:
-    """Rewrites graphs in place, the outermost first; a subgraph sees the names of the graphs around it."""
-
-    def __init__(self) -> None:
-        self._num_names = 0
-        self._weights: set[str] = set()
-
-    def graph(
-        self,
-        graph: GraphProto,
-        dtypes: ChainMap[str, int],
-        widened: ChainMap[str, str],
-        narrow_inputs: frozenset[str] = frozenset(),
-    ) -> None:
-        """Rewrite one graph; `dtypes` maps names to the original dtypes, in this graph and those around it.
-
-        `widened` maps the name of a narrow value to the name of its FP32 value. A narrow name without an entry is
-        still narrow in the emulation: a weight, rows gathered from one, or an input in `narrow_inputs`.
-        """
-        outputs = frozenset(value.name for value in graph.output)
-        self._weights |= {tensor.name for tensor in graph.initializer}
-        scope = _Scope(self, outputs, self._weights, dtypes.new_child(), widened.new_child())
-        for value in (*graph.input, *graph.output, *graph.value_info):
-            scope.dtypes[value.name] = value.type.tensor_type.elem_type
-        for tensor in graph.initializer:
-            scope.dtypes[tensor.name] = tensor.data_type
-        stored = {tensor.name for tensor in graph.initializer}
-        for value in graph.input:
-            if value.name in narrow_inputs and scope.dtypes[value.name] == FP8:
-                value.type.tensor_type.elem_type = FLOAT16
-            elif scope.is_narrow(value.name) and value.name not in stored | narrow_inputs:
-                value.type.tensor_type.elem_type = FLOAT
-                scope.widened[value.name] = value.name
-        for node in graph.node:
-            scope.rewrite(node)
-        for value in graph.output:
-            if scope.is_narrow(value.name):
-                value.type.tensor_type.elem_type = FLOAT
-        del graph.node[:], graph.value_info[:]
-        graph.node.extend(scope.nodes)
-
-    def unique(self, name: str, suffix: str) -> str:
-        """A name that no value of the model has."""
-        self._num_names += 1
-        return f"{name}.{suffix}.{self._num_names}"
-
-
 class _Scope:
-    """Rewrites the nodes of one graph in order."""
+    """Rewrites one graph in place; a subgraph sees the names of the graphs around it.
+
+    `dtypes` holds the original dtypes. `widened` maps the name of a narrow value to the name of its FP32 value. A
+    narrow name without an entry is still narrow in the emulation: a weight, rows gathered from one, or one of
+    `narrow_inputs`.
+    """
 
     def __init__(
-        self,
-        rewriter: _Rewriter,
-        outputs: frozenset[str],
-        weights: set[str],
-        dtypes: ChainMap[str, int],
-        widened: ChainMap[str, str],
+        self, graph: GraphProto, parent: _Scope | None = None, narrow_inputs: frozenset[str] = frozenset()
     ) -> None:
-        self.weights = weights
-        self.dtypes = dtypes
-        self.widened = widened
+        self.dtypes: ChainMap[str, int] = parent.dtypes.new_child() if parent else ChainMap()
+        self.widened: ChainMap[str, str] = parent.widened.new_child() if parent else ChainMap()
+        self.weights: set[str] = parent.weights if parent else set()
+        self.numbers: Iterator[int] = parent.numbers if parent else count(1)
         self.nodes: list[NodeProto] = []
-        self._rewriter = rewriter
-        self._outputs = outputs
+        self._graph = graph
+        self._narrow_names = narrow_inputs
+        self._outputs = frozenset(value.name for value in graph.output)
+
+    def rewrite(self) -> None:
+        """Rewrite the graph."""
+        graph, stored = self._graph, {tensor.name: tensor.data_type for tensor in self._graph.initializer}
+        self.weights |= stored.keys()
+        for value in (*graph.input, *graph.output, *graph.value_info):
+            self.dtypes[value.name] = value.type.tensor_type.elem_type
+        self.dtypes |= stored
+        for value in graph.input:
+            if value.name in self._narrow_names and self.dtypes[value.name] == FP8:
+                value.type.tensor_type.elem_type = FLOAT16
+            elif self.is_narrow(value.name) and value.name not in stored.keys() | self._narrow_names:
+                value.type.tensor_type.elem_type = FLOAT
+                self.widened[value.name] = value.name
+        for node in graph.node:
+            self._rewrite_node(node)
+        for value in graph.output:
+            if self.is_narrow(value.name):
+                value.type.tensor_type.elem_type = FLOAT
+        del graph.node[:], graph.value_info[:]
+        graph.node.extend(self.nodes)
+
+    def _unique(self, name: str, suffix: str) -> str:
+        """A name that no value of the model has."""
+        return f"{name}.{suffix}.{next(self.numbers)}"
 
     def is_narrow(self, name: str) -> bool:
         return self.dtypes.get(name) in NARROW
 
-    def rewrite(self, node: NodeProto) -> None:
+    def _rewrite_node(self, node: NodeProto) -> None:
         """Append the nodes that emulate this one."""
         narrow_inputs = self._narrow_inputs(node)
         for graph in _subgraphs(node):
             names = frozenset(graph.input[i].name for i in narrow_inputs)
-            self._rewriter.graph(graph, self.dtypes, self.widened, names)
+            _Scope(graph, self, names).rewrite()
         operands = [name for name in node.input if self.is_narrow(name)]
         results = [name for name in node.output if self.is_narrow(name)]
         if not operands and not results:
@@ -202,8 +172,8 @@ class _Scope:
         """Which inputs of a Scan are narrow weights: it slices them without a copy."""
         if node.op_type != "Scan":
             return ()
-        count = next(attribute.i for attribute in node.attribute if attribute.name == "num_scan_inputs")
-        scanned = range(len(node.input) - count, len(node.input))
+        size = next(attribute.i for attribute in node.attribute if attribute.name == "num_scan_inputs")
+        scanned = range(len(node.input) - size, len(node.input))
         return tuple(
             i for i in scanned if self.is_narrow(node.input[i]) and node.input[i] not in self.widened
         )
@@ -217,14 +187,14 @@ class _Scope:
         """Cast the node's narrow results that are outputs of the graph, whose outputs are FP32."""
         for i, name in enumerate(node.output):
             if name in self._outputs:
-                node.output[i] = self._rewriter.unique(name, "narrow")
+                node.output[i] = self._unique(name, "narrow")
                 self._append_cast(node.output[i], name, FLOAT, like=node)
                 self.widened[name] = name
 
     def wide(self, name: str) -> str:
         """The name of a narrow value in FP32; a Cast is appended unless this graph or one around it has it."""
         if name not in self.widened:
-            self.widened[name] = self._rewriter.unique(name, "fp32")
+            self.widened[name] = self._unique(name, "fp32")
             self._append_cast(name, self.widened[name], FLOAT)
         return self.widened[name]
 
@@ -232,7 +202,7 @@ class _Scope:
         """The name of an FP8 weight in FP16; rows that were gathered from one already are FP16."""
         if name not in self.weights:
             return name
-        result = self._rewriter.unique(name, "fp16")
+        result = self._unique(name, "fp16")
         self._append_cast(name, result, FLOAT16)
         return result
 
@@ -266,20 +236,20 @@ class _Scope:
             elif self.is_narrow(name) and i not in narrow_inputs:
                 node.input[i] = self.wide(name)
         for attribute in node.attribute:
-            if _is_narrow_constant(attribute):
+            if attribute.HasField("t") and attribute.t.data_type in NARROW:
                 _widen_constant(attribute)
         self.nodes.append(node)
         is_exact = _is_exact(node)
         for i, name in enumerate(node.output):
             if name in results and not is_exact:
-                node.output[i] = self._rewriter.unique(name, "exact")
+                node.output[i] = self._unique(name, "exact")
                 self._round(node.output[i], name, node)
             elif name in results:
                 self.widened[name] = name
 
     def _round(self, source: str, result: str, like: NodeProto) -> None:
         """Cast to the original's dtype and back, under the original's name."""
-        rounded = self._rewriter.unique(result, "rounded")
+        rounded = self._unique(result, "rounded")
         self._append_cast(source, rounded, self.dtypes[result], like=like)
         self._append_cast(rounded, result, FLOAT, like=like)
         self.widened[result] = result

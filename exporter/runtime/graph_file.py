@@ -17,12 +17,13 @@ from nemotrt.exporter.errors import BundleError, UsageError
 from nemotrt.exporter.runtime import ort as onnxruntime
 from nemotrt.exporter.runtime.fp32_emulation import emulate_in_fp32, needs_emulation
 from nemotrt.exporter.runtime.interruptible import Interruptible
+from nemotrt.exporter.runtime.manifest import GraphSummary, GraphValue
 from nemotrt.plugins.contract import LOGITS, NEXT, STEP_INPUTS, DType, PoolSpec
 
 if TYPE_CHECKING:
     import onnx_ir as ir
     import onnxruntime as ort
-    from onnx import ModelProto
+    from onnx import ModelProto, ValueInfoProto
 
 CPU = "CPUExecutionProvider"
 PROVIDERS = {"cpu": (CPU,), "cuda": ("CUDAExecutionProvider", CPU)}
@@ -35,6 +36,13 @@ ORT_DTYPES = {
     "tensor(int32)": DType.INT32,
 }
 """ONNX Runtime's names of the types that a graph's inputs may have."""
+
+KIND_OF_OP = {
+    "NemoSelectiveScan": "mamba",
+    "NemoPagedAttention": "attention",
+    "NemoMoeDispatch": "moe",
+}
+"""An op → the kind of a layer that has it; a layer with none of them is an MLP."""
 
 WEIGHT_DTYPES = (DType.FLOAT32, DType.FLOAT16, DType.BFLOAT16, DType.FLOAT8_E4M3)
 
@@ -71,6 +79,24 @@ class OnnxGraph:
         return model
 
     @cached_property
+    def summary(self) -> GraphSummary:
+        """The graph's inputs, outputs and pools."""
+        inputs, outputs = (
+            tuple(map(_summarize, values)) for values in (self.proto.graph.input, self.proto.graph.output)
+        )
+        output_names = {value.name for value in outputs}
+        pools = tuple(
+            PoolSpec(
+                value.name,
+                DType(value.dtype),
+                tuple(size for size in value.axes[1:] if isinstance(size, int)),
+            )
+            for value in inputs
+            if NEXT + value.name in output_names
+        )
+        return GraphSummary(inputs, outputs, pools)
+
+    @cached_property
     def needs_emulation(self) -> bool:
         """Whether any value is narrower than FP32."""
         return needs_emulation(self.proto)
@@ -97,6 +123,14 @@ class OnnxGraph:
     def runs_as(self, providers: Sequence[str] = (CPU,)) -> str:
         """How ONNX Runtime runs the graph, in words: `BF16, emulated in FP32`."""
         return self.precision.label + (", emulated in FP32" if self.is_emulated(providers) else "")
+
+
+def _summarize(value: ValueInfoProto) -> GraphValue:
+    from onnx import helper
+
+    tensor = value.type.tensor_type
+    dtype = helper.tensor_dtype_to_np_dtype(tensor.elem_type).name
+    return GraphValue(value.name, dtype, tuple(size.dim_param or size.dim_value for size in tensor.shape.dim))
 
 
 def open_graph(

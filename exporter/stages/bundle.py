@@ -21,7 +21,6 @@ from nemotrt.exporter.report.model import ValidationReport
 from nemotrt.exporter.runtime import manifest
 from nemotrt.exporter.runtime.files import sha256
 from nemotrt.exporter.runtime.graph_file import OnnxGraph
-from nemotrt.exporter.runtime.graph_summary import describe_graph
 from nemotrt.exporter.runtime.manifest import Role, Verdict
 from nemotrt.plugins.spec import DOMAIN
 
@@ -132,7 +131,7 @@ def _manifest(
             config_sha256=sha256(origin.folder / "config.json"),
             files={path.name: path.stat().st_size for path in sources},
         ),
-        graph=describe_graph(graph),
+        graph=graph.summary,
         profiles=_profiles(config, graph, engine),
         environment=manifest.BuildEnvironment(machine["os"], machine["arch"], versions),
         plugins=plugins,

@@ -18,7 +18,6 @@ from nemotrt.exporter.errors import CompileError
 from nemotrt.exporter.progress import Advance, ignore
 from nemotrt.exporter.runtime.backends import Backend, backend
 from nemotrt.exporter.runtime.graph_file import OnnxGraph
-from nemotrt.exporter.runtime.graph_summary import describe_graph
 from nemotrt.plugins.kernel_store import cache_folder, digest
 from nemotrt.plugins.library import PluginLibrary
 
@@ -67,7 +66,7 @@ def compile(
     are in the log, which moves to the user's cache folder if the build fails.
     """
     trt = backend(target.runtime)
-    nodes, summary = plugin_nodes(graph), describe_graph(graph)
+    nodes, summary = plugin_nodes(graph), graph.summary
     paths = {name: folder / name for name in (trt.engine, LIBRARY, LOG)}
     for path in paths.values():
         path.parent.mkdir(exist_ok=True)

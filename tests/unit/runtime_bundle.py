@@ -10,7 +10,6 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 
 from nemotrt.exporter.runtime import manifest as manifests
 from nemotrt.exporter.runtime.graph_file import OnnxGraph
-from nemotrt.exporter.runtime.graph_summary import describe_graph
 from nemotrt.exporter.runtime.manifest import Role, Verdict
 
 BOS, EOS = "<s>", "</s>"
@@ -59,7 +58,7 @@ def write_bundle(
         files=manifests.describe_files(folder, ROLES),
         model=manifests.ModelSummary(("NemotronHForCausalLM",), {"mamba": 2}, "fp32", VOCAB, (1,)),
         source=manifests.Source("random", "", {"model.safetensors": 1}),
-        graph=describe_graph(OnnxGraph.read(graph)),
+        graph=OnnxGraph.read(graph).summary,
         profiles=(manifests.Profile("onnx", "model.onnx", max_tokens, max_sequences, max_context, PAGE),),
         environment=manifests.BuildEnvironment("Linux", "x86_64", {"python": "3.11"}),
         plugins=(),

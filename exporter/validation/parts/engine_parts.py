@@ -15,7 +15,6 @@ from nemotrt.exporter.runtime.backends import Backend
 from nemotrt.exporter.runtime.cuda import CudaError, Device
 from nemotrt.exporter.runtime.engine_file import check_libraries, engine_profile, load_engine
 from nemotrt.exporter.runtime.graph_file import OnnxGraph
-from nemotrt.exporter.runtime.graph_summary import describe_graph
 from nemotrt.exporter.runtime.manifest import Manifest
 from nemotrt.exporter.runtime.step import StepInputs
 from nemotrt.exporter.validation.plan import Workload
@@ -47,7 +46,7 @@ class EngineParts:
             request = part_request(graph, self._profile, self._backend, self._library, Path(folder), sms)
             run_builder(request, self._backend)
             opened = load_engine(self._backend, (self._library,), Path(request.output))
-        return EnginePart(opened, self._device, describe_graph(graph))
+        return EnginePart(opened, self._device, graph.summary)
 
 
 def part_profile(steps: Sequence[StepInputs], workload: Workload) -> EngineProfile:
@@ -85,7 +84,7 @@ def part_request(
     }:
         # Unlike ONNX's readers, the builder accepts links: it maps the files.
         (folder / name).symlink_to((graph.path.parent / name).resolve())
-    summary = describe_graph(graph)
+    summary = graph.summary
     shapes = {value.name: profile.shapes(value.axes) for value in summary.inputs}
     return EngineRequest(
         runtime=backend.runtime,

@@ -50,41 +50,36 @@ def _compare(
     names = [str(value.name) for value in node.inputs if value]
     is_weight = [part.is_weight(name) for name in names]
     is_fp32_graph = calls[0][0].tensors[0].dtype == calls[0][1].tensors[0].dtype
-    candidates = [ValueComparison() for _ in spec.outputs]
-    baselines = [ValueComparison() for _ in spec.outputs]
+    comparisons = [(ValueComparison(), ValueComparison()) for _ in spec.outputs]
     for (reference, baseline), count in zip(calls, counts, strict=True):
         inputs = list(map(_inputs, reference.tensors, baseline.tensors, is_weight))
-        feeds = {name: _fed(rounded) for name, (_, rounded) in zip(names, inputs, strict=True)}
-        ours = session.run(feeds)
-        # In FP32 nothing was rounded: the reference's own results are those of these inputs.
-        expected = reference.results
-        at_precision = expected
+        ours = session.run({name: _fed(rounded) for name, (_, rounded) in zip(names, inputs, strict=True)})
+        # Nothing is rounded in FP32, so the reference has already computed the results of these inputs.
+        expected = at_precision = reference.results
         if not is_fp32_graph:
             expected = spec.reference()(*(wide for wide, _ in inputs), **reference.attributes)
             at_precision = spec.reference()(*(rounded for _, rounded in inputs), **reference.attributes)
-        for i, output in enumerate(node.outputs):
+        for i, (candidate, rounding) in enumerate(comparisons):
             values = as_array(expected[i])
             rows: Any = slice(count)
             if i in spec.pools:
                 source = spec.pools[i]
                 rows = written_rows(names[source], values, as_array(inputs[source][0]))
-            candidates[i].add(as_array(ours[str(output.name)]), values, rows)
-            baselines[i].add(as_array(at_precision[i]), values, rows)
+            candidate.add(as_array(ours[str(node.outputs[i].name)]), values, rows)
+            rounding.add(as_array(at_precision[i]), values, rows)
     errors = []
-    for output, declared, candidate, baseline_values in zip(
-        node.outputs, spec.outputs, candidates, baselines, strict=True
-    ):
-        base = None if is_fp32_graph else baseline_values.error
+    for i, (candidate, rounding) in enumerate(comparisons):
+        base = None if is_fp32_graph else rounding.error
         not_finite = int(np.count_nonzero(~np.isfinite(candidate.pair[0])))
         errors.append(
             PartError(
                 name=str(node.name),
                 kind=node.op_type,
-                output=declared.name,
+                output=spec.outputs[i].name,
                 error=None if not_finite else candidate.error,
                 not_finite=not_finite,
                 baseline=base,
-                limit=error_limit(base, is_fp32=part.is_fp32(str(output.name))),
+                limit=error_limit(base, is_fp32=part.is_fp32(str(node.outputs[i].name))),
             )
         )
     return errors

@@ -25,7 +25,7 @@ from nemotrt.exporter.runtime.step import StepInputs
 from nemotrt.exporter.validation.parts.subgraphs import GraphPart
 from nemotrt.exporter.validation.routing import RouterLogits
 from nemotrt.exporter.validation.runners.router_hook import RouterTap
-from nemotrt.exporter.validation.runners.torch import num_threads, pool_dtype, threads, torch_step
+from nemotrt.exporter.validation.runners.torch import filled_pools, num_threads, threads, torch_step
 from nemotrt.model.block import Block
 from nemotrt.model.hybrid import NemotronH
 from nemotrt.model.recipe import EXPERTS
@@ -129,15 +129,12 @@ class TorchPart:
 
     def reset(self, pools: Mapping[str, NDArray[np.float32]]) -> None:
         """Fill every pool, in its own dtype."""
-        self._pools = [
-            torch.from_numpy(pools[spec.name].copy()).to(pool_dtype(spec, self._dtype))
-            for spec in self._specs
-        ]
+        self._pools = filled_pools(self._specs, pools, self._dtype)
 
     @torch.no_grad()
-    def step(self, flow: Tensor, inputs: StepInputs, leader: RouterLogits = ()) -> Tensor:
-        """What flows out, from what flows in; the experts are those that the router logits `leader` choose."""
-        self._tap.begin(leader)
+    def step(self, flow: Tensor, inputs: StepInputs, forced: RouterLogits = ()) -> Tensor:
+        """What flows out, from what flows in; `forced` router logits, if any, choose the experts."""
+        self._tap.begin(forced)
         self.values.clear()
         with threads(self._num_threads), _OpCalls() as recorder:
             result, *self._pools = self._run(flow, inputs)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -46,6 +46,13 @@ def pool_dtype(spec: PoolSpec, dtype: torch.dtype) -> torch.dtype:
     """The dtype of a pool in a model of this dtype: an FP32 model keeps every pool in FP32, except FP8 caches."""
     is_wide = dtype == torch.float32 and spec.dtype is not DType.FLOAT8_E4M3
     return torch.float32 if is_wide else spec.dtype.torch
+
+
+def filled_pools(
+    specs: Sequence[PoolSpec], values: Mapping[str, NDArray[np.float32]], dtype: torch.dtype
+) -> list[Tensor]:
+    """Pools with these values, each in the dtype that it has in a model of this dtype."""
+    return [torch.from_numpy(values[spec.name].copy()).to(pool_dtype(spec, dtype)) for spec in specs]
 
 
 STEP_FIELDS = ("query_start", "context_len", "slot", "page_table")
@@ -97,10 +104,7 @@ class TorchRunner:
 
     def reset(self, pools: dict[str, NDArray[np.float32]]) -> None:
         """Fill every pool, in its own dtype."""
-        self._pools = [
-            torch.from_numpy(pools[spec.name].copy()).to(pool_dtype(spec, self._dtype))
-            for spec in self._specs
-        ]
+        self._pools = filled_pools(self._specs, pools, self._dtype)
 
     @torch.no_grad()
     def step(self, inputs: StepInputs, forced: RouterLogits = ()) -> Array:
