@@ -74,15 +74,12 @@ def _end(ctx: click.Context, error: BaseException, message: str, hint: str, code
     cls=Program,
     name="nemo-export",
     params=list(OUTPUT_OPTIONS),
+    commands=[check, quantize, build, inspect, generate, validate, verify],
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100, "show_default": True},
 )
 @click.version_option(package_name="nemo-export")
 def program() -> None:
     """Export Nemotron-H and Nemotron 3 checkpoints to deployable bundles, numerically validated against PyTorch."""
-
-
-for command in (check, quantize, build, inspect, generate, validate, verify):
-    program.add_command(command)
 
 
 def main() -> None:

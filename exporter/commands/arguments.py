@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
+import json
 import logging
 import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from nemotrt.exporter.commands.console import Console
 from nemotrt.exporter.config import KV_DTYPES, PRECISIONS, PRESETS, RUNTIMES, STATE_DTYPES, WEIGHTS
-
-if TYPE_CHECKING:
-    from click.shell_completion import CompletionItem
 
 LEVELS = {"quiet": logging.ERROR, "verbose": logging.DEBUG}
 """A flag → the minimum level of the log records that are printed."""
@@ -30,28 +29,20 @@ class ExistingPath(click.Path):
 
     def __init__(self, *, is_folder: bool = False) -> None:
         super().__init__(path_type=Path)
-        self._is_folder = is_folder
+        self.file_okay = not is_folder
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """The value as an existing Path."""
-        path = Path(os.fsdecode(super().convert(value, param, ctx)))
+        path = Path(os.fsdecode(value))
         if not path.exists():
             similar = _similar(path)
             advice = f"; did you mean {similar}?" if similar else ""
             if not similar and HUB_NAME.fullmatch(str(path)):
                 advice = "; nemo-export downloads no models: name a local folder"
             self.fail(f"{path} does not exist{advice}", param, ctx)
-        if self._is_folder and not path.is_dir():
+        if not self.file_okay and not path.is_dir():
             self.fail(f"{path} is not a folder", param, ctx)
-        return path
-
-    def shell_complete(
-        self, ctx: click.Context, param: click.Parameter, incomplete: str
-    ) -> list[CompletionItem]:
-        """Let the shell complete the path."""
-        from click.shell_completion import CompletionItem
-
-        return [CompletionItem(incomplete, type="dir" if self._is_folder else "file")]
+        return super().convert(value, param, ctx)
 
 
 class EvaluationText(ExistingPath):
@@ -79,15 +70,14 @@ def _similar(path: Path) -> Path | None:
 
 
 def _switch(context: click.Context, parameter: click.Parameter, value: bool) -> None:
-    if not value:
-        return
     console = context.ensure_object(Console)
-    if parameter.name == "debug":
+    if value and parameter.name == "debug":
         console.debug = True
-    elif console.level != logging.INFO and console.level != LEVELS[str(parameter.name)]:
-        raise click.UsageError("--quiet and --verbose exclude each other")
-    else:
-        console.setLevel(LEVELS[str(parameter.name)])
+    elif value:
+        level = LEVELS[str(parameter.name)]
+        if console.level not in (logging.INFO, level):
+            raise click.UsageError("--quiet and --verbose exclude each other")
+        console.setLevel(level)
 
 
 def _flag(*names: str, description: str) -> click.Option:
@@ -111,6 +101,11 @@ def command(example: str) -> Callable[[Callable[..., None]], click.Command]:
         return decorated
 
     return decorate
+
+
+def print_json(result: Any) -> None:
+    """Print a result, a dataclass or a dict, as JSON on stdout."""
+    click.echo(json.dumps(result, indent=2, default=dataclasses.asdict))
 
 
 def _choice(name: str, values: Sequence[str], description: str) -> Callable[..., Any]:
@@ -145,6 +140,7 @@ LAYERS = click.option(
 PRECISION = click.option(
     "--precision",
     type=click.Choice(PRECISIONS),
+    callback=lambda _context, _parameter, value: value or "",
     help="Precision of the bundle. Default: the checkpoint's precision.",
 )
 RUNTIME = _choice(

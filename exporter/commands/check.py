@@ -2,55 +2,44 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
+from typing import Any
 
 import click
 
-from nemotrt.exporter.commands.arguments import (
-    FILE,
-    FOLDER,
-    JSON,
-    LAYERS,
-    PRECISION,
-    RUNTIME,
-    SMS,
-    WEIGHTS_PLACEMENT,
-    command,
-)
+from nemotrt.exporter.commands import arguments
 from nemotrt.exporter.commands.console import Console
 from nemotrt.exporter.errors import CheckpointError, UsageError
 
 
-@command("check examples/tiny --deep")
-@click.argument("checkpoint", type=FOLDER, required=False)
-@PRECISION
-@RUNTIME
-@SMS
+@arguments.command("check examples/tiny --deep")
+@click.argument("checkpoint", type=arguments.FOLDER, required=False)
+@arguments.PRECISION
+@arguments.RUNTIME
+@arguments.SMS
 @click.option("--deep", is_flag=True, help="Also read all weights, to find NaN, infinity and overflow.")
-@click.option("--config", "config_file", type=FILE, help="Check this config.json, without a checkpoint.")
+@click.option(
+    "--config", "config_file", type=arguments.FILE, help="Check this config.json, without a checkpoint."
+)
 @click.option(
     "--tensors",
     "tensors_file",
-    type=FILE,
+    type=arguments.FILE,
     help="With --config: a JSON table {name: [dtype, shape]}; expert 0 may represent all experts.",
 )
-@LAYERS
-@WEIGHTS_PLACEMENT
-@JSON
+@arguments.LAYERS
+@arguments.WEIGHTS_PLACEMENT
+@arguments.JSON
 @click.pass_obj
 def check(
     console: Console,
+    /,
     checkpoint: Path | None,
-    precision: str | None,
-    runtime: str,
-    sms: tuple[int, ...],
-    deep: bool,
     config_file: Path | None,
     tensors_file: Path | None,
     layers: str,
-    weights: str,
     as_json: bool,
+    **options: Any,
 ) -> None:
     """Report what a build of CHECKPOINT would produce, need and reject.
 
@@ -62,7 +51,7 @@ def check(
         with console.stage("read", f"{checkpoint.resolve().name}, headers"):
             headers = checks.read_headers(checkpoint, layers)
     elif checkpoint is None and config_file and tensors_file:
-        if deep:
+        if options["deep"]:
             raise UsageError("--deep reads weights, and a table has none", hint="name a checkpoint folder")
         with console.stage("read", f"{config_file.name}, {tensors_file.name}"):
             headers = checks.read_table(config_file, tensors_file, layers)
@@ -70,17 +59,9 @@ def check(
         raise UsageError(
             "check needs a checkpoint, or --config and --tensors", hint="see nemo-export check --help"
         )
-    result = checks.check(
-        headers,
-        precision or "",
-        runtime=runtime,
-        sms=sms,
-        link=weights == "link",
-        deep=deep,
-        progress=console,
-    )
+    result = checks.check(headers, progress=console, **options)
     if as_json:
-        click.echo(json.dumps(result.as_dict(), indent=2))
+        arguments.print_json(result.as_dict())
     else:
         from nemotrt.exporter.commands import tables
 

@@ -97,8 +97,5 @@ class Console(logging.Handler):
         columns.append(progress.TimeElapsedColumn())
         columns += [progress.TimeRemainingColumn()] if total is not None else []
         return progress.Progress(
-            *columns,
-            console=self._rich,
-            transient=True,
-            disable=self.quiet or not sys.stderr.isatty(),
+            *columns, console=self._rich, transient=True, disable=self.quiet or not sys.stderr.isatty()
         )

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from pathlib import Path
 
 import click
 
-from nemotrt.exporter.commands.arguments import FILE, JSON, command
+from nemotrt.exporter.commands.arguments import FILE, JSON, command, print_json
 
 
 @command("inspect tiny.bundle")
@@ -21,8 +19,8 @@ def inspect(path: Path, layer: int | None, as_json: bool) -> None:
 
     result = inspect.inspect(path, layer)
     if as_json:
-        click.echo(json.dumps(dataclasses.asdict(result), indent=2))
-        return
-    from nemotrt.exporter.commands import tables
+        print_json(result)
+    else:
+        from nemotrt.exporter.commands import tables
 
-    tables.show(tables.inspection(result))
+        tables.show(tables.inspection(result))

@@ -2,34 +2,23 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
 import click
 
-from nemotrt.exporter.commands.arguments import (
-    CALIBRATION,
-    CHECKPOINT,
-    EXCLUDE,
-    JSON,
-    KV_DTYPE,
-    OUTPUT,
-    PRESET,
-    command,
-)
+from nemotrt.exporter.commands import arguments
 from nemotrt.exporter.commands.console import Console
 
 
-@command("quantize examples/tiny --output tiny-fp8")
-@CHECKPOINT
-@OUTPUT
-@CALIBRATION
-@PRESET
-@EXCLUDE
-@KV_DTYPE
-@JSON
+@arguments.command("quantize examples/tiny --output tiny-fp8")
+@arguments.CHECKPOINT
+@arguments.OUTPUT
+@arguments.CALIBRATION
+@arguments.PRESET
+@arguments.EXCLUDE
+@arguments.KV_DTYPE
+@arguments.JSON
 @click.pass_obj
 def quantize(console: Console, /, output: Path, as_json: bool, **options: Any) -> None:
     """Quantize CHECKPOINT to FP8 with static scales, in NVIDIA ModelOpt's layout."""
@@ -37,4 +26,4 @@ def quantize(console: Console, /, output: Path, as_json: bool, **options: Any) -
 
     result = quantize_checkpoint(output=output, progress=console, **options)
     if as_json:
-        click.echo(json.dumps(dataclasses.asdict(result) | {"folder": str(output)}, indent=2))
+        arguments.print_json(vars(result) | {"folder": str(output)})

@@ -13,7 +13,13 @@ from rich.text import Text
 from nemotrt.exporter.checkpoint.layer_selection import partial_model
 from nemotrt.exporter.pipelines.check import PACKAGES, Check
 from nemotrt.exporter.pipelines.inspect import Inspection, Part
-from nemotrt.exporter.report.model import Bisection, DivergentValue, TextReport, ValidationReport
+from nemotrt.exporter.report.model import (
+    Bisection,
+    DivergentValue,
+    TextComparison,
+    TextReport,
+    ValidationReport,
+)
 from nemotrt.exporter.report.units import count, duration, size
 from nemotrt.exporter.runtime.manifest import Manifest
 from nemotrt.model.config_fields import PATTERN
@@ -29,7 +35,6 @@ COLORS = {"mamba": "cyan", "attention": "yellow", "moe": "magenta", "mlp": "gree
 CAUSES = ("DIFFERS", "not compared", "shape")
 """Words in the description of a node's input that mark it as a likely cause of a divergence."""
 
-Cell = str | Text
 Items = Iterator[RenderableType]
 
 
@@ -41,22 +46,14 @@ def show(items: Iterable[RenderableType]) -> None:
         console.print(item)
 
 
-def _table(columns: Sequence[str], rows: Iterable[Iterable[Cell]], title: str | None = None) -> Table:
+def _table(columns: Sequence[str], rows: Iterable[Iterable[str | Text]], title: str | None = None) -> Table:
     """A table; columns whose heading starts with > are aligned to the right."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, title=title, title_justify="left")
     for column in columns:
-        is_right = column.startswith(">")
-        table.add_column(column.lstrip(">"), justify="right" if is_right else "left", overflow="fold")
+        table.add_column(column.lstrip(">"), justify="right" if column[0] == ">" else "left", overflow="fold")
     for row in rows:
         table.add_row(*row)
     return table
-
-
-def _grid(rows: Iterable[Iterable[Cell]]) -> Table:
-    grid = Table.grid(padding=(0, 2))
-    for row in rows:
-        grid.add_row(*row)
-    return grid
 
 
 def _kind(kind: str) -> Text:
@@ -85,12 +82,11 @@ def inspection(contents: Inspection) -> Items:
     if contents.graph:
         yield from _graph(contents)
     if contents.manifest:
-        files = [
+        rows = [
             (file.path, file.role, f"{file.size:,}", file.sha256[:16]) for file in contents.manifest.files
         ]
-        yield from ("", _table(["file", "role", ">bytes", "sha256"], files))
-    if contents.inert:
-        yield from ("", _inert(contents.inert))
+        yield from ("", _table(["file", "role", ">bytes", "sha256"], rows))
+    yield from _inert(contents.inert)
 
 
 def _pattern(layers: Mapping[int, str], marked: int | None = None) -> Text:
@@ -103,18 +99,12 @@ def _pattern(layers: Mapping[int, str], marked: int | None = None) -> Text:
 
 
 def _parts(parts: Sequence[Part]) -> Items:
-    rows = [
-        (
-            _kind(part.kind),
-            str(part.num_layers or ""),
-            f"{part.num_tensors:,}",
-            count(part.num_parameters),
-            size(part.bytes),
-            ", ".join(_share(dtype, stored, part.bytes) for dtype, stored in part.bytes_by_dtype.items()),
-        )
-        for part in parts
-    ]
-    yield _table(["part", ">layers", ">tensors", ">parameters", ">size", "dtype"], rows)
+    table = _table(["part", ">layers", ">tensors", ">parameters", ">size", "dtype"], ())
+    for part in parts:
+        dtypes = ", ".join(_share(dtype, stored, part.bytes) for dtype, stored in part.bytes_by_dtype.items())
+        counts = (str(part.num_layers or ""), f"{part.num_tensors:,}", count(part.num_parameters))
+        table.add_row(_kind(part.kind), *counts, size(part.bytes), dtypes)
+    yield table
     state, cache = sum(p.state_bytes for p in parts), sum(p.cache_bytes_per_token for p in parts)
     yield ""
     yield f"memory per sequence: {size(state)} of recurrent state, {size(cache)} of KV cache per token"
@@ -130,22 +120,21 @@ def _bundle(manifest: Manifest) -> Table:
     validation = manifest.validation
     color = {"passed": "green", "failed": "red"}.get(validation.verdict, "yellow")
     passed = validation.num_gates - validation.num_failed
-    gates = (
-        f": {passed} of {validation.num_gates} gates, {validation.runs_as}" if validation.num_gates else ""
+    gates = f": {passed} of {validation.num_gates} gates, {validation.runs_as}"
+    grid = Table.grid(padding=(0, 2))
+    grid.add_row("id", manifest.bundle_id)
+    grid.add_row("source", f"{manifest.source.name}, license: {manifest.license}")
+    grid.add_row("precision", manifest.model.precision)
+    grid.add_row(
+        "validation", Text.assemble((validation.verdict, color), gates if validation.num_gates else "")
     )
-    rows: list[tuple[Cell, ...]] = [
-        ("id", manifest.bundle_id),
-        ("source", f"{manifest.source.name}, license: {manifest.license}"),
-        ("precision", manifest.model.precision),
-        ("validation", Text.assemble((validation.verdict, color), gates)),
-    ]
     if manifest.partial:
-        rows.append(("partial", Text(partial_model(manifest.model.chosen_layers), "yellow")))
+        grid.add_row("partial", Text(partial_model(manifest.model.chosen_layers), "yellow"))
     for profile in manifest.profiles:
         step = f"{profile.max_tokens} tokens and {profile.max_sequences} sequences per step"
         sequence = f"{profile.max_context} tokens per sequence, {profile.page_size} per page"
-        rows.append((profile.runtime, f"{profile.path}: {step}, {sequence}"))
-    return _grid(rows)
+        grid.add_row(profile.runtime, f"{profile.path}: {step}, {sequence}")
+    return grid
 
 
 def _graph(contents: Inspection) -> Items:
@@ -158,39 +147,30 @@ def _graph(contents: Inspection) -> Items:
     opsets = ", ".join(f"{domain} {version}" for domain, version in contents.opsets.items())
     functions = ", ".join(f"{name} ({nodes} nodes)" for name, nodes in contents.functions.items())
     yield from ("", _table(["operator", ">nodes"] * 3, rows), "")
-    yield f"{sum(contents.ops.values())} nodes, opset {opsets}" + (
-        f"; functions: {functions}" if functions else ""
-    )
+    functions = f"; functions: {functions}" if functions else ""
+    yield f"{sum(contents.ops.values())} nodes, opset {opsets}{functions}"
 
 
-def _inert(fields: Mapping[str, str]) -> Table:
-    return _table(["config field without effect", "reason"], fields.items())
+def _inert(fields: Mapping[str, str]) -> Items:
+    if fields:
+        yield from ("", _table(["config field without effect", "reason"], fields.items()))
 
 
 def _layer(contents: Inspection) -> Items:
-    tensors = [
-        (
-            weight.name,
-            _dtype(weight.dtype),
-            " × ".join(map(str, weight.shape)) or "scalar",
-            f"{weight.bytes:,}",
-            weight.file,
-        )
-        for weight in contents.weights
-    ]
-    yield from (
-        "",
-        _table(["tensor", "dtype", "shape", ">bytes", "file"], tensors, f"layer {contents.layer}"),
-    )
+    rows = []
+    for weight in contents.weights:
+        shape = " × ".join(map(str, weight.shape)) or "scalar"
+        rows.append((weight.name, _dtype(weight.dtype), shape, f"{weight.bytes:,}", weight.file))
+    title = f"layer {contents.layer}"
+    yield from ("", _table(["tensor", "dtype", "shape", ">bytes", "file"], rows, title))
     if contents.nodes:
         yield from ("", _table(["node", "operator"], contents.nodes.items()))
 
 
 def check(result: Check) -> Items:
     """The verdict and the problems, then the model, what a build makes of it, and what the build needs."""
-    active = ""
-    if result.num_active_parameters != result.num_parameters:
-        active = f", {count(result.num_active_parameters)} active"
+    is_sparse = result.num_active_parameters != result.num_parameters
+    active = f", {count(result.num_active_parameters)} active" if is_sparse else ""
     yield Text.assemble(
         (result.name, "bold"),
         "   ",
@@ -219,21 +199,16 @@ def check(result: Check) -> Items:
     ]
     yield from ("", _table(["package", "version", "needed by", "install with"], tools))
     yield from ("", _estimates(result))
-    if result.inert:
-        yield from ("", _inert(result.inert))
+    yield from _inert(result.inert)
 
 
 def _estimates(result: Check) -> Table:
-    rows = [
-        (
-            f"{stage.stage} ({stage.runtime})" if stage.runtime else stage.stage,
-            f"~{size(stage.memory_bytes)}",
-            size(stage.disk_bytes) if stage.disk_bytes else "",
-            f"~{duration(stage.cpu_seconds)}" if stage.cpu_seconds else "",
-        )
-        for stage in result.estimates
-    ]
-    table = _table(["stage", ">peak memory", ">disk", ">CPU time"], rows)
+    table = _table(["stage", ">peak memory", ">disk", ">CPU time"], ())
+    for stage in result.estimates:
+        name = f"{stage.stage} ({stage.runtime})" if stage.runtime else stage.stage
+        disk = size(stage.disk_bytes) if stage.disk_bytes else ""
+        time = f"~{duration(stage.cpu_seconds)}" if stage.cpu_seconds else ""
+        table.add_row(name, f"~{size(stage.memory_bytes)}", disk, time)
     free, cores = f"{size(result.disk_free_bytes)} free", f"{result.num_cores} cores"
     table.add_row("this machine", size(result.memory_bytes), free, cores, style="dim")
     return table
@@ -270,24 +245,20 @@ def _text(text: TextReport) -> Items:
     title = f"{text.num_tokens:,} tokens of {text.text}"
     if text.base:
         title += f", unquantized model: {text.base}"
-    comparisons = [
-        (
-            row.name,
-            f"{row.mean_kl:.2e} ± {row.mean_kl_error:.0e}",
-            f"{100 * row.top1_agreement:.2f}% ± {100 * row.top1_agreement_error:.2f}%",
-            f"{row.perplexity_ratio:.5f} ± {row.perplexity_ratio_error:.5f}",
-        )
-        for row in text.comparisons
-    ]
-    columns = ["comparison", "mean KL (nats)", "top-1 agreement", "perplexity ratio"]
-    yield from ("", _table(columns, comparisons, title))
+    table = _table(["comparison", "mean KL (nats)", "top-1 agreement", "perplexity ratio"], (), title)
+    for row in text.comparisons:
+        agreement = f"{100 * row.top1_agreement:.2f}% ± {100 * row.top1_agreement_error:.2f}%"
+        perplexity = f"{row.perplexity_ratio:.5f} ± {row.perplexity_ratio_error:.5f}"
+        table.add_row(row.name, _mean_kl(row), agreement, perplexity)
+    yield from ("", table)
     if text.layers:
-        layers = [
-            (row.name, _kind(row.kind), f"{row.mean_kl:.2e} ± {row.mean_kl_error:.0e}")
-            for row in text.layers[:MAX_LAYERS]
-        ]
-        yield from ("", _table(["layer", "kind", "mean KL (nats), only this layer quantized"], layers))
+        rows = [(row.name, _kind(row.kind), _mean_kl(row)) for row in text.layers[:MAX_LAYERS]]
+        yield from ("", _table(["layer", "kind", "mean KL (nats), only this layer quantized"], rows))
         yield Text("build --exclude '*.layers.N.mixer' does not quantize layer N", "dim")
+
+
+def _mean_kl(row: TextComparison) -> str:
+    return f"{row.mean_kl:.2e} ± {row.mean_kl_error:.0e}"
 
 
 def _bisection(bisection: Bisection) -> Items:
@@ -313,20 +284,17 @@ def _divergent_value(value: DivergentValue) -> Table:
     baseline = "" if value.baseline is None else f", rounding baseline {value.baseline:.3g}"
     error = "not finite" if value.error is None else f"{value.error:.3g}"
     index = ", ".join(map(str, value.index))
-    rows: list[tuple[Cell, ...]] = [
-        (Text("layer", "bold"), Text.assemble((value.place, "bold"), f", {value.kind}")),
-        ("node", f"{value.node}, {value.op}"),
-        ("tensor", f"{value.tensor} [{', '.join(value.shape)}]"),
-        ("relative L2", Text.assemble((error, "red"), f", limit {value.limit:.3g}{baseline}")),
-        (
-            "largest difference",
-            f"{_number(value.candidate)} instead of {_number(value.reference)} (step {value.step}, [{index}])",
-        ),
-    ]
+    difference = f"{_number(value.candidate)} instead of {_number(value.reference)}"
+    grid = Table.grid(padding=(0, 2))
+    grid.add_row(Text("layer", "bold"), Text.assemble((value.place, "bold"), f", {value.kind}"))
+    grid.add_row("node", f"{value.node}, {value.op}")
+    grid.add_row("tensor", f"{value.tensor} [{', '.join(value.shape)}]")
+    grid.add_row("relative L2", Text.assemble((error, "red"), f", limit {value.limit:.3g}{baseline}"))
+    grid.add_row("largest difference", f"{difference} (step {value.step}, [{index}])")
     for number, line in enumerate(value.reads):
         style = "yellow" if any(word in line for word in CAUSES) else "dim"
-        rows.append(("" if number else "inputs", Text(line, style)))
-    return _grid(rows)
+        grid.add_row("" if number else "inputs", Text(line, style))
+    return grid
 
 
 def _number(value: float | None) -> str:

@@ -30,11 +30,7 @@ OUTPUT_FILE = click.Path(dir_okay=False, writable=True, path_type=Path)
     type=FILE,
     help="Reference file from --save-golden to compare with, instead of running PyTorch.",
 )
-@click.option(
-    "--against",
-    type=FOLDER,
-    help="Another bundle to compare with, instead of running PyTorch.",
-)
+@click.option("--against", type=FOLDER, help="Another bundle to compare with, instead of running PyTorch.")
 @click.option(
     "--save-golden",
     type=click.Path(dir_okay=False, path_type=Path),

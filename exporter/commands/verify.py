@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from pathlib import Path
 
 import click
 
-from nemotrt.exporter.commands.arguments import BUNDLE, JSON, command
+from nemotrt.exporter.commands.arguments import BUNDLE, JSON, command, print_json
 from nemotrt.exporter.commands.console import Console
 from nemotrt.exporter.errors import BundleError
 
@@ -26,17 +24,14 @@ def verify(console: Console, bundle: Path, fast: bool, as_json: bool) -> None:
     total = sum(file.size for file in manifest.files)
     with console.stage("verify", f"{len(manifest.files)} files, {total:,} bytes"):
         findings = manifests.examine(bundle, manifest, deep=not fast)
-    if as_json:
-        fields = {"whole": findings.is_whole, "hashed": not fast, "bundle_id": manifest.bundle_id}
-        click.echo(json.dumps(fields | dataclasses.asdict(findings), indent=2))
     lines = findings.lines()
+    if as_json:
+        fields = {"whole": not lines, "hashed": not fast, "bundle_id": manifest.bundle_id}
+        print_json(fields | vars(findings))
+    else:
+        click.echo("\n".join(lines) if lines else f"{bundle} is whole: {manifest.bundle_id}")
     if lines:
-        if not as_json:
-            for line in lines:
-                click.echo(line)
         raise BundleError(
             f"{bundle} differs from its manifest: {len(lines)} difference{'s' * (len(lines) > 1)}",
             hint="copy or build the bundle again",
         )
-    if not as_json:
-        click.echo(f"{bundle} is whole: {manifest.bundle_id}")

@@ -187,15 +187,9 @@ class Build:
     """The stages of one build. A stage that the previous build finished with the same inputs does not run again."""
 
     def __init__(
-        self,
-        config: BuildConfig,
-        target: Target,
-        model: LoadedModel,
-        workspace: Workspace,
-        build_log: BuildLog,
+        self, config: BuildConfig, target: Target, model: LoadedModel, workspace: Workspace, log: BuildLog
     ) -> None:
-        self.config, self.target, self.model = config, target, model
-        self.workspace, self.log = workspace, build_log
+        self.config, self.target, self.model, self.workspace, self.log = config, target, model, workspace, log
         self.key = digest(identity(config, model))
 
     def run(self) -> BuildResult:
@@ -222,17 +216,7 @@ class Build:
         def run() -> QuantizedCheckpoint:
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir()
-            return calibrate_and_quantize(
-                self.model,
-                folder,
-                calibration=config.calibration,
-                preset=config.preset,
-                exclude=config.exclude,
-                kv_dtype=config.kv_dtype,
-                per_output=True,
-                progress=self.log,
-                note=self.log.note,
-            )
+            return calibrate_and_quantize(self.model, config, folder, self.log, per_output=True)
 
         self._once("quantize", self.key, QuantizedCheckpoint, run)
         self.model = dataclasses.replace(load(folder, config.layers), origin=self.model)

@@ -11,6 +11,7 @@ from nemotrt.exporter.checkpoint.safetensors_reader import StoredTensor
 from nemotrt.exporter.checkpoint.side_files import parse_config
 from nemotrt.exporter.config import BuildConfig, Precision
 from nemotrt.exporter.errors import BundleError, UsageError
+from nemotrt.exporter.report.model import NotCompared, Omitted
 from nemotrt.exporter.runtime import manifest as manifests
 from nemotrt.exporter.runtime.files import sha256
 from nemotrt.exporter.runtime.graph_file import OnnxGraph
@@ -19,6 +20,8 @@ from nemotrt.exporter.stages.load import load
 from nemotrt.exporter.validation.candidates import graph_of
 from nemotrt.model.checkpoint import Transform, tensor_sources
 from nemotrt.plugins.contract import DType
+
+OWN_WEIGHTS = NotCompared(Omitted.CHECKPOINT, "PyTorch ran with the bundle's own weights")
 
 
 @dataclass(frozen=True)
@@ -38,9 +41,9 @@ class OpenedBundle:
         return self.config.output
 
     @property
-    def has_own_weights(self) -> bool:
-        """Whether the model's weights are read from the bundle, not from a checkpoint."""
-        return self.model.folder == self.folder
+    def not_compared(self) -> tuple[NotCompared, ...]:
+        """The checkpoint, if the model's weights are read from the bundle instead."""
+        return (OWN_WEIGHTS,) if self.model.folder == self.folder else ()
 
 
 def open_bundle(bundle: Path, checkpoint: Path | None = None, base: Path | None = None) -> OpenedBundle:
@@ -64,8 +67,7 @@ def _config(bundle: Path, manifest: Manifest, checkpoint: Path) -> BuildConfig:
     """The options that the bundle was built with, as far as they matter to a comparison."""
     graph_of(bundle, manifest)
     profile = next(profile for profile in manifest.profiles if profile.runtime == "onnx")
-    state = {pool.dtype for pool in manifest.graph.pools if pool.kind == "ssm_state"}
-    cache = {pool.dtype for pool in manifest.graph.pools if pool.kind == "kv_cache"}
+    pool_dtypes = {pool.kind: pool.dtype for pool in manifest.graph.pools}
     return BuildConfig(
         checkpoint=checkpoint,
         output=bundle,
@@ -75,8 +77,8 @@ def _config(bundle: Path, manifest: Manifest, checkpoint: Path) -> BuildConfig:
         max_sequences=profile.max_sequences,
         max_context=profile.max_context,
         page_size=profile.page_size,
-        state_dtype=Precision.of(state.pop()) if state else "fp32",
-        kv_dtype="bf16" if cache == {"bfloat16"} else "auto",
+        state_dtype=Precision.of(pool_dtypes.get("ssm_state", DType.FLOAT32)),
+        kv_dtype="bf16" if pool_dtypes.get("kv_cache") == DType.BFLOAT16 else "auto",
     )
 
 
@@ -84,15 +86,13 @@ def _from_checkpoint(checkpoint: Path, manifest: Manifest) -> LoadedModel:
     model = load(checkpoint, _layers(manifest))
     stored = {tensor.path for weight in model.weights.values() for tensor in weight.tensors}
     sizes = {path.name: path.stat().st_size for path in stored}
-    digest = sha256(checkpoint / "config.json")
-    differing = "config.json" if digest != manifest.source.config_sha256 else ""
-    for name, size in manifest.source.files.items():
-        if sizes.pop(name, None) != size:
-            differing = differing or name
-    differing = differing or next(iter(sizes), "")
+    expected = manifest.source.files
+    differing = [name for name in expected | sizes if expected.get(name) != sizes.get(name)]
+    if sha256(checkpoint / "config.json") != manifest.source.config_sha256:
+        differing.insert(0, "config.json")
     if differing:
         raise UsageError(
-            f"{checkpoint} is not the checkpoint that the bundle was built from: {differing} differs",
+            f"{checkpoint} is not the checkpoint that the bundle was built from: {differing[0]} differs",
             hint=f"name the checkpoint {manifest.source.name}, or leave out --checkpoint",
         )
     return model
@@ -105,21 +105,17 @@ def _layers(manifest: Manifest) -> str:
 
 def _from_bundle(bundle: Path, manifest: Manifest, graph: OnnxGraph) -> LoadedModel:
     """The model with the weights in the graph's external data, which are named like the parameters."""
-    weights: dict[str, WeightSource] = {}
+    stored: dict[str, StoredTensor] = {}
     for tensor in graph.proto.graph.initializer:
-        place = {entry.key: entry.value for entry in tensor.external_data}
-        if not place:
-            continue
-        stored_tensor = StoredTensor(
-            name=tensor.name,
-            dtype=DType.from_onnx(tensor.data_type),
-            shape=tuple(tensor.dims),
-            path=bundle / place["location"],
-            offset=int(place["offset"]),
-            length=int(place["length"]),
-        )
-        weights[tensor.name] = WeightSource((stored_tensor,), Transform.COPY)
-    stored = {name: source.tensors[0] for name, source in weights.items()}
+        if place := {entry.key: entry.value for entry in tensor.external_data}:
+            dtype, shape, path = (
+                DType.from_onnx(tensor.data_type),
+                tuple(tensor.dims),
+                bundle / place["location"],
+            )
+            offset, length = int(place["offset"]), int(place["length"])
+            stored[tensor.name] = StoredTensor(tensor.name, dtype, shape, path, offset, length)
+    weights = {name: WeightSource((tensor,), Transform.COPY) for name, tensor in stored.items()}
     config = with_recipe(parse_config(bundle / "config.json"), stored, bundle)
     if manifest.partial:
         config = config.only(manifest.model.chosen_layers)

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import logging
 import shutil
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from nemotrt.exporter.artifacts import QuantizedCheckpoint
 from nemotrt.exporter.checkpoint.loaded_model import LoadedModel
-from nemotrt.exporter.config import PRESETS
+from nemotrt.exporter.config import PRESETS, BuildConfig
 from nemotrt.exporter.errors import UsageError
-from nemotrt.exporter.progress import SILENT, Progress
+from nemotrt.exporter.progress import SILENT, BuildLog, Progress
 from nemotrt.exporter.quantization import text
 from nemotrt.exporter.quantization.presets import recipe_of
 from nemotrt.exporter.stages.load import load
@@ -20,38 +19,28 @@ from nemotrt.exporter.workspace import sync
 
 MAX_LISTED_EXPERTS = 4
 
-log = logging.getLogger(__name__)
-
 
 def calibrate_and_quantize(
-    model: LoadedModel,
-    folder: Path,
-    *,
-    calibration: Path | None,
-    preset: str,
-    exclude: Sequence[str],
-    kv_dtype: str,
-    per_output: bool,
-    progress: Progress,
-    note: Callable[[str], None] = log.info,
+    model: LoadedModel, config: BuildConfig, folder: Path, build_log: BuildLog, *, per_output: bool
 ) -> QuantizedCheckpoint:
-    """Write the model in FP8 to `folder`; `note` is called with each remark for the user.
+    """Write the model in FP8 to `folder`, and note in the log what the user should know.
 
     With `per_output`, each output of an expert has a scale of its own, else each expert has one.
     """
     from nemotrt.exporter.stages.quantize import quantize
 
-    recipe = recipe_of(model.config, preset, exclude, kv_cache=kv_dtype != "bf16", per_output=per_output)
-    tokens = text.sequences(model.folder, calibration, model.config.bos_token_id)
-    name = calibration.name if calibration else "the built-in text"
+    kv_cache, note = config.kv_dtype != "bf16", build_log.note
+    recipe = recipe_of(model.config, config.preset, config.exclude, kv_cache=kv_cache, per_output=per_output)
+    tokens = text.sequences(model.folder, config.calibration, model.config.bos_token_id)
+    name = config.calibration.name if config.calibration else "the built-in text"
     what = f"calibrated on {sum(map(len, tokens)):,} tokens of {name}"
-    with progress.stage("quantize", what, total=len(model.config.layers)) as advance:
+    with build_log.stage("quantize", what, total=len(model.config.layers)) as advance:
         quantized = quantize(model, recipe, tokens, folder, advance=advance)
     cache = ", and the KV cache" if quantized.kv_cache else ""
     kinds = Counter(model.config.numbered_layers[int(name.split(".")[2])] for name in quantized.left_out)
     excluded = ", ".join(f"{number} of {kind} layers" for kind, number in kinds.items())
     note(f"{quantized.num_modules} modules in FP8{cache}; not quantized: {excluded or 'none'}")
-    if kinds["mamba"] and preset == PRESETS[0]:
+    if kinds["mamba"] and config.preset == PRESETS[0]:
         note("--preset published quantizes Mamba layers too: smaller, faster, less exact")
     if quantized.num_tokens == text.MAX_TOKENS:
         note(f"only the first {text.MAX_TOKENS:,} tokens of the text were used")
@@ -75,6 +64,14 @@ def quantize_checkpoint(
 
     `calibration` is a .txt or .jsonl file (default: the built-in text); the other options are those of `BuildConfig`.
     """
+    config = BuildConfig(
+        checkpoint,
+        output,
+        calibration=calibration,
+        preset=preset,
+        exclude=tuple(exclude),
+        kv_dtype=kv_dtype,
+    )
     if output.exists() or output.is_symlink():
         raise UsageError(f"{output} exists", hint="choose another --output")
     if not output.parent.is_dir():
@@ -92,16 +89,7 @@ def quantize_checkpoint(
             hint="remove it if no other run is active",
         ) from error
     try:
-        quantized = calibrate_and_quantize(
-            model,
-            partial,
-            calibration=calibration,
-            preset=preset,
-            exclude=exclude,
-            kv_dtype=kv_dtype,
-            per_output=False,
-            progress=progress,
-        )
+        quantized = calibrate_and_quantize(model, config, partial, BuildLog(progress), per_output=False)
         load(partial)  # never publish a checkpoint that cannot be read back
         sync(partial)
         partial.rename(output)

@@ -25,8 +25,6 @@ from nemotrt.exporter.validation.runners.onnx_part import PartSession
 
 log = logging.getLogger(__name__)
 
-OWN_WEIGHTS = NotCompared(Omitted.CHECKPOINT, "PyTorch ran with the bundle's own weights")
-
 
 def revalidate(request: ValidationRequest, progress: Progress = SILENT) -> ValidationReport:
     """Compare a bundle with its reference; the report lists every gate, and what was not compared.
@@ -63,19 +61,14 @@ def _by_pytorch(request: ValidationRequest, progress: Progress) -> ValidationRep
         candidate = candidate_of(bundle, subject.manifest, request, subject.graph)
     _check_base(subject, text, request.base)
     tokens = _tokens(subject, bundle, text) if text else ()
-    report = (
-        _of_layers(request, subject, progress)
-        if request.layers_alone
-        else _of_steps(request, subject, candidate, progress)
-    )
+    if request.layers_alone:
+        report = _of_layers(request, subject, progress)
+    else:
+        report = _of_steps(request, subject, candidate, progress)
     if request.bisect:
         report = _bisected(report, request, subject, progress)
-    report = dataclasses.replace(report, not_compared=(*report.not_compared, *_own_weights(subject)))
+    report = dataclasses.replace(report, not_compared=(*report.not_compared, *subject.not_compared))
     return _with_text(report, subject, tokens, text.name, progress) if text else report
-
-
-def _own_weights(subject: OpenedBundle) -> tuple[NotCompared, ...]:
-    return (OWN_WEIGHTS,) if subject.has_own_weights else ()
 
 
 def _of_steps(
@@ -89,18 +82,13 @@ def _of_steps(
 
     def save(run: ReferenceRun) -> None:
         if golden:
-            run = dataclasses.replace(run, not_compared=(*run.not_compared, *_own_weights(subject)))
+            run = dataclasses.replace(run, not_compared=(*run.not_compared, *subject.not_compared))
             reference_file.save(golden, run, reference_file.identity_of(subject.manifest))
             log.info("reference file: %s, %.1f MB", golden, golden.stat().st_size / 1e6)
 
-    drift_steps = DRIFT_STEPS if request.drift_steps is None else request.drift_steps
-    plan = plan_validation(
-        model,
-        config,
-        seed=request.seed or 0,
-        drift_steps=drift_steps,
-        with_parts=candidate.graph is not None,
-    )
+    steps = DRIFT_STEPS if request.drift_steps is None else request.drift_steps
+    with_parts = candidate.graph is not None
+    plan = plan_validation(model, config, seed=request.seed or 0, drift_steps=steps, with_parts=with_parts)
     with progress.stage("validate", f"{candidate.title} against PyTorch", total=len(plan)) as advance:
         return validate(model, config, candidate, plan, advance=advance, recorded=save)
 

@@ -7,7 +7,8 @@ k experts per token.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -62,11 +63,12 @@ class Ranges:
         for inner, module in block.named_modules():
             name = f"{layer}.{inner}"
             if isinstance(module, nn.Linear) and name in self._recipe.modules:
-                module.register_forward_pre_hook(self._input_hook(name))
+                module.register_forward_pre_hook(partial(self._measure_input, name))
             if inner in CACHE_SCALES and self._recipe.kv_cache:
-                module.register_forward_hook(self._cache_hook(f"{name}.{CACHE_SCALES[inner]}"))
+                scale = f"{name}.{CACHE_SCALES[inner]}"
+                module.register_forward_hook(partial(self._measure_cache, scale))
             if isinstance(module, MoE) and f"{name}.{EXPERTS}" in self._recipe.modules:
-                module.register_forward_hook(self._experts_hook(f"{name}.{EXPERTS}"))
+                module.register_forward_hook(partial(self._measure_experts, f"{name}.{EXPERTS}"))
 
     def finish(self, layer: str) -> None:
         """Complete the ranges of a layer that has run; raises UsageError on one that is 0 or not finite."""
@@ -87,45 +89,35 @@ class Ranges:
                     hint="use a longer or another text, or exclude the module with --exclude",
                 )
 
-    def _input_hook(self, name: str) -> Callable[..., None]:
-        def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            self.inputs[name] = _max_magnitude(self.inputs[name], inputs[0])
+    def _measure_input(self, name: str, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        self.inputs[name] = _max_magnitude(self.inputs[name], inputs[0])
 
-        return hook
+    def _measure_cache(self, scale: str, _: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> None:
+        self.caches[scale] = _max_magnitude(self.caches[scale], output)
 
-    def _cache_hook(self, name: str) -> Callable[..., None]:
-        def hook(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> None:
-            self.caches[name] = _max_magnitude(self.caches[name], output)
-
-        return hook
-
-    def _experts_hook(self, name: str) -> Callable[..., None]:
-        """Measures each expert's input and hidden activation."""
-
-        def hook(module: nn.Module, inputs: tuple[Tensor, ...], _: Any) -> None:
-            assert isinstance(module, MoE)
-            x_TD = inputs[0]
-            x_TL = module.fc1_latent_proj(x_TD)
-            expert_Tk, _weights = route(
-                module.gate(x_TD),
-                module.gate.e_score_correction_bias,
-                top_k=module.top_k,
-                num_groups=module.num_groups,
-                topk_group=module.topk_group,
-                norm_topk_prob=module.norm_topk_prob,
-                routed_scaling_factor=module.routed_scaling_factor,
-            )
-            for index, up_IL in enumerate(module.experts.up):
-                expert = f"{name}.{index}"
-                x_JL = x_TL[(expert_Tk == index).any(1)]
-                self._expert_tokens[expert] += len(x_JL)
-                if len(x_JL):
-                    hidden_JI = torch.relu(x_JL @ up_IL.float().T).square()
-                    for projection, values in (("up_proj", x_JL), ("down_proj", hidden_JI)):
-                        key = f"{expert}.{projection}"
-                        self.inputs[key] = _max_magnitude(self.inputs[key], values)
-
-        return hook
+    def _measure_experts(self, name: str, module: nn.Module, inputs: tuple[Tensor, ...], _: Any) -> None:
+        """Measure each expert's input and hidden activation."""
+        assert isinstance(module, MoE)
+        x_TD = inputs[0]
+        x_TL = module.fc1_latent_proj(x_TD)
+        expert_Tk, _weights = route(
+            module.gate(x_TD),
+            module.gate.e_score_correction_bias,
+            top_k=module.top_k,
+            num_groups=module.num_groups,
+            topk_group=module.topk_group,
+            norm_topk_prob=module.norm_topk_prob,
+            routed_scaling_factor=module.routed_scaling_factor,
+        )
+        for index, up_IL in enumerate(module.experts.up):
+            expert = f"{name}.{index}"
+            x_JL = x_TL[(expert_Tk == index).any(1)]
+            self._expert_tokens[expert] += len(x_JL)
+            if len(x_JL):
+                hidden_JI = torch.relu(x_JL @ up_IL.float().T).square()
+                for projection, values in (("up_proj", x_JL), ("down_proj", hidden_JI)):
+                    key = f"{expert}.{projection}"
+                    self.inputs[key] = _max_magnitude(self.inputs[key], values)
 
 
 def _max_magnitude(before: float, values: Tensor) -> float:
