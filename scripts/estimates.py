@@ -148,7 +148,7 @@ def main(
     from nemotrt.exporter.pipelines.check import check, read_headers
 
     headers = read_headers(checkpoint, layers)
-    result = check(headers, precision or "", runtime=runtime, sms=sms, link=weights == "link")
+    result = check(headers, precision or "", runtime=runtime, sms=sms, weights=weights)
     for estimate in result.estimates:
         if stage := measured.get(estimate.stage):
             cells = [cell(name, getattr(estimate, name), number) for name, number in stage.items()]

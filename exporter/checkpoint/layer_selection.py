@@ -66,11 +66,13 @@ def partial_model(indices: Sequence[int]) -> str:
 
 def only_layers(
     config: ModelConfig, stored: Mapping[str, StoredTensor], choice: str
-) -> tuple[ModelConfig, dict[str, StoredTensor]]:
-    """The configuration of the chosen layers, and the stored tensors without those of the other layers.
+) -> tuple[ModelConfig, Mapping[str, StoredTensor]]:
+    """The configuration of the chosen layers (all if `choice` is empty), and the stored tensors without the others'.
 
     Tensors outside the layers stay, multi-token prediction included. Raises UsageError as `chosen_layers` does.
     """
+    if not choice:
+        return config, stored
     partial = config.only(chosen_layers(config.layers, choice))
     dropped = config.numbered_layers.keys() - partial.numbered_layers.keys()
     tensors = {

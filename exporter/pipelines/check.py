@@ -15,21 +15,22 @@ from typing import Any
 from nemotrt.exporter import environment
 from nemotrt.exporter.checkpoint.layer_selection import only_layers, partial_model
 from nemotrt.exporter.checkpoint.loaded_model import WeightSource
-from nemotrt.exporter.checkpoint.quant_config import cache_notes, stored_recipe, with_recipe
-from nemotrt.exporter.checkpoint.safetensors_reader import StoredTensor, open_checkpoint, read_json
-from nemotrt.exporter.checkpoint.side_files import check_side_files, parse_config, read_config
+from nemotrt.exporter.checkpoint.quant_config import cache_notes, stored_recipe
+from nemotrt.exporter.checkpoint.safetensors_reader import StoredTensor, read_json
+from nemotrt.exporter.checkpoint.side_files import check_side_files, parse_config
 from nemotrt.exporter.checkpoint.tensor_matching import MatchedTensors, match
-from nemotrt.exporter.config import PRESETS, BuildConfig, Precision
+from nemotrt.exporter.config import PRESETS, WEIGHTS, BuildConfig, Precision
 from nemotrt.exporter.engines.kernel_support import check_supported
 from nemotrt.exporter.engines.plugin_library import is_at_hand
 from nemotrt.exporter.engines.targets import AUTO, ONNX, Target, settle
 from nemotrt.exporter.errors import CheckpointError, CompileError, ExportError, UsageError
 from nemotrt.exporter.generation.tokenizer import TOKENIZER
 from nemotrt.exporter.pipelines import estimates
-from nemotrt.exporter.pipelines.inspect import Part, Weight, parts_of
+from nemotrt.exporter.pipelines.inspect import Part, parts_of, stored_weights
 from nemotrt.exporter.progress import SILENT, Progress
 from nemotrt.exporter.quantization.presets import recipe_of
 from nemotrt.exporter.runtime.backends import BACKENDS, backend
+from nemotrt.exporter.stages import load
 from nemotrt.model.config import ModelConfig
 from nemotrt.model.pools import pool_specs
 from nemotrt.plugins.contract import DType, LayerName
@@ -121,9 +122,8 @@ class Check:
 
 def read_headers(checkpoint: Path, layers: str = "") -> Headers:
     """The headers of a checkpoint folder, or only those of `layers`; raises CheckpointError on unreadable files."""
-    config, stored = read_config(checkpoint), open_checkpoint(checkpoint)
-    headers = Headers(str(checkpoint), with_recipe(config, stored, checkpoint), stored, checkpoint)
-    return _only_layers(headers, layers)
+    config, stored = load.read_headers(checkpoint, layers)
+    return Headers(str(checkpoint), config, stored, checkpoint)
 
 
 def read_table(config_file: Path, tensors_file: Path, layers: str = "") -> Headers:
@@ -144,8 +144,8 @@ def read_table(config_file: Path, tensors_file: Path, layers: str = "") -> Heade
         dtype, shape = _table_entry(tensors_file, name, entry)
         length = math.prod(shape) * dtype.itemsize
         stored |= {each: StoredTensor(each, dtype, shape, tensors_file, 0, length) for each in names}
-    config = config.with_recipe(stored_recipe(config, stored))
-    return _only_layers(Headers(tensors_file.name, config, stored, None, notes), layers)
+    config, selected = only_layers(config.with_recipe(stored_recipe(config, stored)), stored, layers)
+    return Headers(tensors_file.name, config, selected, None, notes)
 
 
 def _table_entry(file: Path, name: str, entry: Any) -> tuple[DType, tuple[int, ...]]:
@@ -162,16 +162,6 @@ def _table_entry(file: Path, name: str, entry: Any) -> tuple[DType, tuple[int, .
     return known[dtype], sizes
 
 
-def _only_layers(headers: Headers, layers: str) -> Headers:
-    if not layers:
-        return headers
-    config, stored = only_layers(headers.config, headers.stored, layers)
-    notes = headers.notes
-    if config.chosen_layers:
-        notes = (*notes, f"{partial_model(config.chosen_layers)} (the bundle would say so)")
-    return dataclasses.replace(headers, config=config, stored=stored, notes=notes)
-
-
 def check(
     headers: Headers,
     precision: str = "",
@@ -179,7 +169,7 @@ def check(
     output_folder: Path = Path(),
     runtime: str = AUTO,
     sms: tuple[int, ...] = (),
-    link: bool = False,
+    weights: str = WEIGHTS[0],
     deep: bool = False,
     progress: Progress = SILENT,
 ) -> Check:
@@ -190,42 +180,39 @@ def check(
     """
     config = headers.config
     precision = precision or ("fp8" if config.recipe else Precision.of(config.dtype))
+    build = BuildConfig(Path(), output_folder, precision, runtime=runtime, sms=sms, weights=weights)
     tensors = match(config, headers.stored)
     built, recipe_problems = _as_built(config, precision)
-    problems = [
-        *tensors.problems,
-        *recipe_problems,
-        *_other_problems(headers, built, runtime, sms, precision),
-    ]
+    problems = [*tensors.problems, *recipe_problems, *_other_problems(headers, built, build)]
     problems += _scan(config, tensors.weights, precision, progress) if deep else []
-    targets, unavailable = _engine_targets(built, precision)
+    targets, unavailable = _engine_targets(built, build)
     stages = estimates.stages(
         built,
         tensors.weights,
         len(headers.stored),
         precision,
-        link=link,
+        link=weights == "link",
         is_stored=headers.folder is not None,
-        engines=_num_uncompiled(targets, runtime, sms, precision),
+        engines=_num_uncompiled(targets, build),
     )
-    free = shutil.disk_usage(output_folder).free
-    weights = [Weight(t.name, t.dtype, t.shape, t.length, "") for t in headers.stored.values()]
+    free, tools = shutil.disk_usage(output_folder).free, _installed_packages()
+    stored = stored_weights(headers.stored)
     return Check(
         name=headers.name,
         problems=tuple(problems),
-        notes=(*headers.notes, *_notes(headers, tensors), *_shortages(stages, free), *_missing_packages()),
+        notes=(*headers.notes, *_notes(headers, tensors), *_shortages(stages, free), *_missing(tools)),
         num_tensors=len(headers.stored),
         num_parameters=estimates.num_parameters(tensors.weights.values()),
         num_active_parameters=estimates.num_active_parameters(config, tensors.weights.values()),
         layers=config.numbered_layers,
-        parts=parts_of(config.numbered_layers, weights, pool_specs(config, page_size=1, dtype=config.dtype)),
+        parts=parts_of(config.numbered_layers, stored, pool_specs(config, page_size=1, dtype=config.dtype)),
         inert=config.inert,
         precision=precision,
         dtypes=_dtypes_by_kind(built, precision),
         runtimes={"onnx": HOW_ONNX_RUNS[precision]}
         | {name: target.title for name, target in targets.items()},
         unavailable_runtimes=unavailable,
-        tools=_installed_packages(),
+        tools=tools,
         memory_bytes=environment.memory_bytes(),
         disk_free_bytes=free,
         num_cores=environment.num_cores(),
@@ -244,17 +231,13 @@ def _as_built(config: ModelConfig, precision: str) -> tuple[ModelConfig, list[Ex
         return config, [error]
 
 
-def _other_problems(
-    headers: Headers, built: ModelConfig, runtime: str, sms: tuple[int, ...], precision: str
-) -> list[ExportError]:
+def _other_problems(headers: Headers, built: ModelConfig, build: BuildConfig) -> list[ExportError]:
     """Problems of the checkpoint's other files, and of an engine that was requested."""
     problems: list[ExportError] = []
     if (folder := headers.folder) is not None:
         problems += _raised(lambda: check_side_files(folder, headers.config))
-    if sms or runtime not in (AUTO, ONNX):
-        problems += _raised(lambda: engine_target(built, runtime, sms, precision))
-    elif runtime == ONNX:
-        settle(runtime, sms, precision)
+    if build.sms or build.runtime not in (AUTO, ONNX):
+        problems += _raised(lambda: engine_target(built, build))
     return problems
 
 
@@ -314,46 +297,41 @@ def _dtypes_by_kind(config: ModelConfig, precision: str) -> dict[str, dict[str, 
     }
 
 
-def _engine_targets(config: ModelConfig, precision: str) -> tuple[dict[str, Target], dict[str, str]]:
+def _engine_targets(config: ModelConfig, build: BuildConfig) -> tuple[dict[str, Target], dict[str, str]]:
     """Runtime → the engine that a build on this machine would make by default; the others → why not."""
     targets, unavailable = {}, {}
     for candidate in BACKENDS:
         try:
-            targets[candidate.runtime] = engine_target(config, candidate.runtime, (), precision)
+            each = dataclasses.replace(build, runtime=candidate.runtime, sms=())
+            targets[candidate.runtime] = engine_target(config, each)
         except (CompileError, UsageError) as error:
             unavailable[candidate.runtime] = f"{error}: {error.hint}"
     return targets, unavailable
 
 
-def _num_uncompiled(
-    targets: Mapping[str, Target], runtime: str, sms: tuple[int, ...], precision: str
-) -> dict[str, int]:
+def _num_uncompiled(targets: Mapping[str, Target], build: BuildConfig) -> dict[str, int]:
     """Runtime whose engine a build would make → number of GPU generations without a compiled plugin library."""
-    build = BuildConfig(Path(), Path(), precision=precision)
+    sms = {name: build.sms or target.sms for name, target in targets.items()}
     return {
-        name: 0 if is_at_hand(build, sms or target.sms) else len(sms or target.sms)
-        for name, target in targets.items()
-        if runtime in (AUTO, name) and not (sms and backend(name).needs_gpu)
+        name: 0 if is_at_hand(build, sms[name]) else len(sms[name])
+        for name in targets
+        if build.runtime in (AUTO, name) and not (build.sms and backend(name).needs_gpu)
     }
 
 
-def engine_target(config: ModelConfig, runtime: str, sms: tuple[int, ...], precision: str) -> Target:
-    """The engine that a build with default flags would make; raises CompileError or UsageError like the build."""
-    target = settle(runtime, sms, precision)
-    build = BuildConfig(Path(), Path(), precision=precision)
-    pools = pool_specs(
-        config,
-        page_size=build.page_size,
-        dtype=Precision(precision).dtype,
-        state_dtype=build.state,
-    )
+def engine_target(config: ModelConfig, build: BuildConfig) -> Target:
+    """The engine that the build would make; raises CompileError or UsageError like the build."""
+    target = settle(build.runtime, build.sms, build.precision)
+    pools = pool_specs(config, page_size=build.page_size, dtype=build.dtype, state_dtype=build.state)
     check_supported(config, build, pools, target.sms)
     return target
 
 
 def _notes(headers: Headers, tensors: MatchedTensors) -> list[str]:
     """What a build accepts and its user should know."""
-    notes = [*cache_notes(headers.config)]
+    layers = headers.config.chosen_layers
+    notes = [f"{partial_model(layers)} (the bundle would say so)"] if layers else []
+    notes += cache_notes(headers.config)
     if tensors.not_exported:
         notes.append(
             f"{len(tensors.not_exported)} tensors of multi-token prediction (mtp.*) are not exported"
@@ -386,10 +364,6 @@ def _installed_packages() -> dict[str, str]:
     return {package: versions.get(package, "") for package in PACKAGES}
 
 
-def _missing_packages() -> list[str]:
-    versions = _installed_packages()
-    return [
-        f"{name} is missing for {stages}: {command}"
-        for name, (stages, command) in PACKAGES.items()
-        if not versions[name]
-    ]
+def _missing(tools: Mapping[str, str]) -> list[str]:
+    missing = {name: PACKAGES[name] for name, version in tools.items() if not version}
+    return [f"{name} is missing for {stages}: {command}" for name, (stages, command) in missing.items()]

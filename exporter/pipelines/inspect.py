@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nemotrt.exporter.checkpoint.safetensors_reader import open_checkpoint
+from nemotrt.exporter.checkpoint.safetensors_reader import StoredTensor, open_checkpoint
 from nemotrt.exporter.checkpoint.side_files import read_config
 from nemotrt.exporter.errors import BundleError, UsageError
 from nemotrt.exporter.runtime import manifest as manifests
@@ -89,13 +89,13 @@ def inspect(path: Path, layer: int | None = None) -> Inspection:
     BundleError if it is damaged.
     """
     if path.is_file():
-        return _inspect_graph(path, layer, "graph", path, None)
+        return _inspect_graph(path, path, layer)
     if (path / manifests.NAME).exists():
         manifest = manifests.verify(path, deep=False)
         graphs = manifest.of_role("graph")
         if not graphs:
             raise BundleError(f"{path} has no graph")
-        return _inspect_graph(path, layer, "bundle", path / graphs[0], manifest)
+        return _inspect_graph(path, path / graphs[0], layer, manifest)
     if (path / "config.json").exists():
         return _inspect_checkpoint(path, layer)
     raise UsageError(
@@ -105,11 +105,7 @@ def inspect(path: Path, layer: int | None = None) -> Inspection:
 
 
 def _inspect_checkpoint(folder: Path, layer: int | None) -> Inspection:
-    config = read_config(folder)
-    weights = [
-        Weight(tensor.name, tensor.dtype, tensor.shape, tensor.length, tensor.path.name)
-        for tensor in open_checkpoint(folder).values()
-    ]
+    config, weights = read_config(folder), stored_weights(open_checkpoint(folder))
     _check_layer(layer, config.numbered_layers)
     return Inspection(
         what="checkpoint",
@@ -118,20 +114,23 @@ def _inspect_checkpoint(folder: Path, layer: int | None) -> Inspection:
         parts=parts_of(config.numbered_layers, weights, pool_specs(config, page_size=1, dtype=config.dtype)),
         inert=config.inert,
         layer=layer,
-        weights=_weights_of_layer(weights, layer),
+        weights=tuple(weight for weight in weights if _is_in(weight.name, layer)),
     )
 
 
-def _inspect_graph(
-    path: Path, layer: int | None, what: str, file: Path, manifest: Manifest | None
-) -> Inspection:
+def stored_weights(stored: Mapping[str, StoredTensor]) -> list[Weight]:
+    """The tensors of a checkpoint."""
+    return [Weight(t.name, t.dtype, t.shape, t.length, t.path.name) for t in stored.values()]
+
+
+def _inspect_graph(path: Path, file: Path, layer: int | None, manifest: Manifest | None = None) -> Inspection:
     graph = OnnxGraph.read(file)
     model, summary = graph.proto, graph.summary
     layers, weights = _layers_of(model), _initializers(model, file)
     _check_layer(layer, layers)
-    nodes = [(node.name, _operator(node.domain, node.op_type)) for node in model.graph.node]
+    nodes = [(node.name, f"{node.domain}.{node.op_type}".lstrip(".")) for node in model.graph.node]
     return Inspection(
-        what=what,
+        what="bundle" if manifest else "graph",
         path=str(path),
         layers=layers,
         parts=parts_of(layers, weights, summary.pools),
@@ -141,10 +140,8 @@ def _inspect_graph(
         functions={function.name: len(function.node) for function in model.functions},
         manifest=manifest,
         layer=layer,
-        weights=_weights_of_layer(weights, layer),
-        nodes={
-            name: operator for name, operator in nodes if layer is not None and _layer_index(name) == layer
-        },
+        weights=tuple(weight for weight in weights if _is_in(weight.name, layer)),
+        nodes={name: operator for name, operator in nodes if _is_in(name, layer)},
     )
 
 
@@ -170,10 +167,6 @@ def _initializers(model: ModelProto, file: Path) -> list[Weight]:
     return weights
 
 
-def _operator(domain: str, name: str) -> str:
-    return f"{domain}.{name}" if domain else name
-
-
 def _layer_index(name: str) -> int | None:
     parsed = LayerName.parse(name)
     return parsed.layer if parsed else None
@@ -191,10 +184,8 @@ def _check_layer(layer: int | None, layers: Collection[int]) -> None:
     raise UsageError(f"--layer {layer} is no layer of this model: {choices}")
 
 
-def _weights_of_layer(weights: Iterable[Weight], layer: int | None) -> tuple[Weight, ...]:
-    if layer is None:
-        return ()
-    return tuple(weight for weight in weights if _layer_index(weight.name) == layer)
+def _is_in(name: str, layer: int | None) -> bool:
+    return layer is not None and _layer_index(name) == layer
 
 
 def parts_of(
@@ -224,18 +215,9 @@ def parts_of(
         for weight in weights_of_kind:
             by_dtype[weight.dtype] += weight.bytes
         num_parameters = sum(math.prod(weight.shape) for weight in weights_of_kind)
-        parts.append(
-            Part(
-                kind,
-                num_layers[kind],
-                len(weights_of_kind),
-                num_parameters,
-                by_dtype.total(),
-                dict(by_dtype.most_common()),
-                state_bytes[kind],
-                cache_bytes[kind],
-            )
-        )
+        counts = (num_layers[kind], len(weights_of_kind), num_parameters, by_dtype.total())
+        sizes = dict(by_dtype.most_common())
+        parts.append(Part(kind, *counts, sizes, state_bytes[kind], cache_bytes[kind]))
     return tuple(parts)
 
 

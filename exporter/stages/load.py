@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from nemotrt.exporter.checkpoint.layer_selection import only_layers
 from nemotrt.exporter.checkpoint.loaded_model import LoadedModel
 from nemotrt.exporter.checkpoint.quant_config import with_recipe
-from nemotrt.exporter.checkpoint.safetensors_reader import open_checkpoint
+from nemotrt.exporter.checkpoint.safetensors_reader import StoredTensor, open_checkpoint
 from nemotrt.exporter.checkpoint.side_files import check_side_files, read_config, side_files
 from nemotrt.exporter.checkpoint.tensor_matching import match
 from nemotrt.exporter.errors import CheckpointError
+from nemotrt.model.config import ModelConfig
+
+
+def read_headers(checkpoint: Path, layers: str = "") -> tuple[ModelConfig, Mapping[str, StoredTensor]]:
+    """The configuration of a checkpoint folder and its stored tensors, or only those of `layers`."""
+    config, stored = read_config(checkpoint), open_checkpoint(checkpoint)
+    return only_layers(with_recipe(config, stored, checkpoint), stored, layers)
 
 
 def load(checkpoint: Path, layers: str = "") -> LoadedModel:
@@ -18,15 +26,11 @@ def load(checkpoint: Path, layers: str = "") -> LoadedModel:
 
     Raises CheckpointError on the first problem of the checkpoint, UsageError as `chosen_layers` does.
     """
-    config, stored = read_config(checkpoint), open_checkpoint(checkpoint)
-    config = with_recipe(config, stored, checkpoint)
-    if layers:
-        config, stored = only_layers(config, stored, layers)
+    config, stored = read_headers(checkpoint, layers)
     matched = match(config, stored)
     if matched.problems:
         first, num_more = matched.problems[0], len(matched.problems) - 1
-        plural = "s" * (num_more > 1)
-        more = f" (nemo-export check lists {num_more} more problem{plural})" if num_more else ""
+        more = f" (nemo-export check lists {num_more} more problem{'s' * (num_more > 1)})" if num_more else ""
         raise CheckpointError(f"{first}{more}", hint=first.hint)
     check_side_files(checkpoint, config)
     return LoadedModel(checkpoint, config, matched.weights, matched.not_exported, side_files(checkpoint))

@@ -43,7 +43,7 @@ def test_bytes_written_are_exact_except_for_the_nodes(tmp_path: Path, precision:
     build.build(config)
     graph = tmp_path / "out" / "model.onnx"
     written = graph.stat().st_size + data_path(graph).stat().st_size
-    stage = estimated(checkpoint, precision, link=how == "link")["lower"]
+    stage = estimated(checkpoint, precision, weights=how)["lower"]
     assert stage.disk_bytes == pytest.approx(written, rel=0.1)
     layers = len(CONFIG["hybrid_override_pattern"])
     nodes = estimates.GRAPH_FILE + layers * estimates.GRAPH_LAYER
