@@ -32,8 +32,7 @@ from nemotrt.exporter.pipelines.validate import revalidate
 from nemotrt.exporter.runtime import manifest as manifests
 from nemotrt.exporter.runtime.backends import BACKENDS
 from nemotrt.exporter.runtime.cuda import CudaError, Gpu, find_gpu
-from nemotrt.exporter.runtime.engine_file import engine_profile
-from nemotrt.exporter.runtime.engine_session import EngineSession
+from nemotrt.exporter.runtime.engine_session import EngineSession, engine_profile
 from nemotrt.exporter.runtime.manifest import Profile
 from nemotrt.exporter.runtime.step import StepInputs, pages_of
 from nemotrt.exporter.validation.request import ValidationRequest

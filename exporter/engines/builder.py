@@ -17,21 +17,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import ModuleType
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from nemotrt.exporter.errors import CompileError, ExportError
-from nemotrt.exporter.runtime.backends import backend, load_module
+from nemotrt.exporter.runtime.backends import backend, because, load_module, new_log
 from nemotrt.exporter.runtime.graph_file import OnnxGraph
 from nemotrt.plugins.spec import DOMAIN
 
-LAYERS = "Engine Layer Information"
-"""The first words of the log message that lists an engine's layers; it appears at the highest verbosity."""
-
 PR_SET_PDEATHSIG = 1
-MAX_REASONS = 3
 
 Emit = Callable[[dict[str, Any]], None]
 
@@ -95,10 +91,11 @@ def build(request: EngineRequest, emit: Emit) -> EngineResult:
     if not request.graph:
         return EngineResult(version=trt.__version__)
     with open(request.log, "w", buffering=1, encoding="utf-8") as file:
-        log = _log(trt, file)
+        log = new_log(trt, file)
         builder = trt.Builder(log)
         log.reasons.clear()  # TensorRT-RTX complains if there is no GPU
-        _load_plugins(trt, request.library, log)
+        if trt.get_plugin_registry().load_library(request.library) is None:
+            raise CompileError(f"TensorRT does not load the plugin library {request.library}: {because(log)}")
         network = builder.create_network(0)
         parser = trt.OnnxParser(network, log)
         mapped = _parse(parser, Path(request.graph), log)
@@ -113,36 +110,6 @@ def build(request: EngineRequest, emit: Emit) -> EngineResult:
         del monitor, parser, mapped
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return EngineResult(trt.__version__, network.num_layers, bool(log.layers), peak)
-
-
-def _log(trt: ModuleType, file: IO[str]) -> Any:
-    """A TensorRT logger that writes everything to the file, and keeps errors and the engine's layers."""
-    severities = trt.ILogger.Severity
-
-    class Log(trt.ILogger):  # type: ignore[name-defined,misc]
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-            self.reasons: list[str] = []
-            self.layers: list[str] = []
-
-        def log(self, severity: Any, message: str) -> None:
-            file.write(f"[{severity.name}] {message}\n")
-            if severity <= severities.ERROR:
-                self.reasons.append(" ".join(message.split()))
-            elif message.startswith(LAYERS):
-                self.layers += message.splitlines()[1:]
-
-    return Log()
-
-
-def _because(log: Any, extra: str = "") -> str:
-    reasons = list(dict.fromkeys([*log.reasons, *([extra] if extra else [])]))
-    return "; ".join(reasons[:MAX_REASONS]) or "it gave no reason"
-
-
-def _load_plugins(trt: ModuleType, library: str, log: Any) -> None:
-    if trt.get_plugin_registry().load_library(library) is None:
-        raise CompileError(f"TensorRT does not load the plugin library {library}: {_because(log)}")
 
 
 def _parse(parser: Any, path: Path, log: Any) -> Mapping[str, NDArray[np.uint8]]:
@@ -164,11 +131,9 @@ def _parse(parser: Any, path: Path, log: Any) -> Mapping[str, NDArray[np.uint8]]
         is_parsed = is_parsed and parser.load_initializer(tensor.name, values.ctypes.data, values.nbytes)
     if is_parsed and parser.parse_model_proto():
         return mapped
-    said = ""
-    if parser.num_errors:
-        error = parser.get_error(0)
-        said = f"{error.node_name() or 'the graph'}: {' '.join(error.desc().split())}"
-    raise CompileError(f"TensorRT does not take the graph: {_because(log, said)}")
+    errors = [parser.get_error(i) for i in range(parser.num_errors)[:1]]
+    reasons = [f"{error.node_name() or 'the graph'}: {' '.join(error.desc().split())}" for error in errors]
+    raise CompileError(f"TensorRT does not take the graph: {because(log, *reasons)}")
 
 
 def _check_plugins(trt: ModuleType, network: Any, names: list[str]) -> None:
@@ -198,7 +163,7 @@ def _configure(trt: ModuleType, builder: Any, config: Any, request: EngineReques
         for name, (low, opt, high) in shapes.items():
             profile.set_shape(name, tuple(low), tuple(opt), tuple(high))
         if config.add_optimization_profile(profile) < 0:
-            raise CompileError(f"TensorRT refuses an optimization profile: {_because(log)}")
+            raise CompileError(f"TensorRT refuses an optimization profile: {because(log)}")
     if request.timings:
         path = Path(request.timings)
         cache = path.read_bytes() if path.is_file() else b""
@@ -209,24 +174,22 @@ def _configure(trt: ModuleType, builder: Any, config: Any, request: EngineReques
 def _monitor(trt: ModuleType, emit: Emit) -> Any:
     """A TensorRT progress monitor that emits the completed fraction of the build in permille."""
 
-    class Monitor(trt.IProgressMonitor):  # type: ignore[name-defined,misc]
-        def __init__(self) -> None:
-            trt.IProgressMonitor.__init__(self)
-            self.progress = Progress()
+    progress = Progress()
 
+    class Monitor(trt.IProgressMonitor):  # type: ignore[name-defined,misc]
         def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
-            self.progress.start(phase_name, parent_phase, num_steps)
-            emit({"step": self.progress.permille, "phase": phase_name})
+            progress.start(phase_name, parent_phase, num_steps)
+            emit({"step": progress.permille, "phase": phase_name})
 
         def step_complete(self, phase_name: str, step: int) -> bool:
-            before = self.progress.permille
-            self.progress.complete(phase_name, step)
-            if self.progress.permille > before:
-                emit({"step": self.progress.permille, "phase": phase_name})
+            before = progress.permille
+            progress.complete(phase_name, step)
+            if progress.permille > before:
+                emit({"step": progress.permille, "phase": phase_name})
             return True
 
         def phase_finish(self, phase_name: str) -> None:
-            self.progress.finish(phase_name)
+            progress.finish(phase_name)
 
     return Monitor()
 
@@ -271,9 +234,6 @@ def _write(
     with open(request.output, "wb") as file:
 
         class Writer(trt.IStreamWriter):  # type: ignore[name-defined,misc]
-            def __init__(self) -> None:
-                trt.IStreamWriter.__init__(self)
-
             def write(self, data: bytes) -> int:
                 try:
                     return file.write(data)
@@ -287,7 +247,7 @@ def _write(
                 f"the engine cannot be written: {problems[0].strerror}", hint="free some space for it"
             )
         if not is_built:
-            raise CompileError(f"TensorRT cannot build the engine: {_because(log)}")
+            raise CompileError(f"TensorRT cannot build the engine: {because(log)}")
         file.flush()
         os.fsync(file.fileno())
 

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -29,22 +29,15 @@ STALLED_AFTER = 3600.0
 PROGRAM = (sys.executable, "-P", "-m", "nemotrt.exporter.engines.builder")
 
 
-def run_builder(
-    request: EngineRequest,
-    backend: Backend,
-    *,
-    advance: Advance = ignore,
-    stalled_after: float = STALLED_AFTER,
-    program: Sequence[str] = PROGRAM,
-) -> EngineResult:
+def run_builder(request: EngineRequest, backend: Backend, *, advance: Advance = ignore) -> EngineResult:
     """Build the engine; `advance` counts up to 1000.
 
     Raises CompileError with the cause if the builder fails, crashes, is killed or stalls. Ctrl-C ends the builder.
     """
     watch = _Watch(backend, advance)
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as output:
-        with _started(request, backend, program, output) as (process, events):
-            watch.run(process, events, stalled_after)
+        with _started(request, backend, output) as (process, events):
+            watch.run(process, events)
             code = process.wait()
         if watch.result is None or code:
             output.seek(0)
@@ -65,7 +58,7 @@ class _Watch:
         """The build's current phase, as a clause for an error."""
         self._peak_bytes = 0
 
-    def run(self, process: subprocess.Popen[str], events: IO[bytes], stalled_after: float) -> None:
+    def run(self, process: subprocess.Popen[str], events: IO[bytes]) -> None:
         """Read events until the builder ends; kill it if it stalls."""
         selector = selectors.DefaultSelector()
         selector.register(events, selectors.EVENT_READ)
@@ -73,7 +66,7 @@ class _Watch:
         with selector:
             while True:
                 self._peak_bytes = max(self._peak_bytes, _resident(process.pid))
-                if selector.select(timeout=min(0.5, stalled_after)):
+                if selector.select(timeout=min(0.5, STALLED_AFTER)):
                     received = os.read(events.fileno(), 1 << 16)
                     if not received:
                         return
@@ -81,10 +74,10 @@ class _Watch:
                     *lines, rest = (rest + received).split(b"\n")
                     for line in lines:
                         self._handle(json.loads(line))
-                elif time.monotonic() - last > stalled_after:
+                elif time.monotonic() - last > STALLED_AFTER:
                     process.kill()
                     self.error = CompileError(
-                        f"{self._backend.title} made no progress for {stalled_after:.0f} s{self._phase}",
+                        f"{self._backend.title} made no progress for {STALLED_AFTER:.0f} s{self._phase}",
                         hint="a machine that is short of memory or cores may need longer: free some of them",
                     )
                     return
@@ -118,14 +111,14 @@ class _Watch:
 
 @contextmanager
 def _started(
-    request: EngineRequest, backend: Backend, program: Sequence[str], output: IO[str]
+    request: EngineRequest, backend: Backend, output: IO[str]
 ) -> Iterator[tuple[subprocess.Popen[str], IO[bytes]]]:
     """A running builder, which is killed when the context ends."""
     reader, writer = os.pipe()
     with os.fdopen(reader, "rb", buffering=0) as events:
         try:
             process = subprocess.Popen(
-                [*program, str(writer)],
+                [*PROGRAM, str(writer)],
                 stdin=subprocess.PIPE,
                 stdout=output,
                 stderr=output,

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 
 from nemotrt.exporter.errors import CompileError, UsageError
 from nemotrt.exporter.runtime.backends import BACKENDS, Backend, backend, missing
-from nemotrt.exporter.runtime.cuda import CudaError, Gpu, find_gpu
+from nemotrt.exporter.runtime.cuda import CudaError, find_gpu
 from nemotrt.plugins.shipped import is_shipped
 from nemotrt.plugins.variant import SMS, supports_fp8
 
@@ -38,13 +38,7 @@ class Target:
         return f"{self.runtime} for {self.gpus}" if self.sms else self.runtime
 
 
-def settle(
-    runtime: str,
-    sms: Sequence[int],
-    precision: str,
-    *,
-    gpu: Callable[[], Gpu] = find_gpu,
-) -> Target:
+def settle(runtime: str, sms: Sequence[int], precision: str) -> Target:
     """The target of a build; raises UsageError or CompileError if it is impossible, with what to do instead.
 
     `auto` chooses the first backend that this machine can build for; Target.why has the problems with the others.
@@ -54,13 +48,13 @@ def settle(
             raise UsageError("--sm has no effect with --runtime onnx", hint="leave one of them out")
         return Target(ONNX)
     if runtime != AUTO:
-        return _target(backend(runtime), sms, precision, gpu)
+        return _target(backend(runtime), sms, precision)
     refusals = []
     for candidate in BACKENDS:
         if sms and candidate.needs_gpu:
             continue  # it builds for this machine's GPU only
         try:
-            target = _target(candidate, sms, precision, gpu)
+            target = _target(candidate, sms, precision)
         except CompileError as error:
             if sms:
                 raise
@@ -70,7 +64,7 @@ def settle(
     return Target(ONNX, (), "; ".join(refusals))
 
 
-def _target(candidate: Backend, sms: Sequence[int], precision: str, gpu: Callable[[], Gpu]) -> Target:
+def _target(candidate: Backend, sms: Sequence[int], precision: str) -> Target:
     if candidate.needs_gpu and sms:
         raise UsageError(
             f"--sm goes with --runtime tensorrt-rtx: {candidate.title} builds for the GPU of this machine only",
@@ -82,7 +76,7 @@ def _target(candidate: Backend, sms: Sequence[int], precision: str, gpu: Callabl
         raise CompileError(problem, hint=f"pip install 'nemo-export[{candidate.extra}]'")
     if candidate.needs_gpu:
         try:
-            device = gpu()
+            device = find_gpu()
         except CudaError as error:
             raise CompileError(
                 f"{candidate.title} builds engines on a GPU only: {error}",

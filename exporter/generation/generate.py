@@ -14,10 +14,9 @@ from numpy.typing import NDArray
 from nemotrt.exporter.errors import BundleError, UsageError
 from nemotrt.exporter.generation.sampling import Sampler, SamplingConfig
 from nemotrt.exporter.generation.scheduler import Request, Scheduler
-from nemotrt.exporter.generation.tokenizer import Tokenizer
+from nemotrt.exporter.generation.tokenizer import TextStream, Tokenizer
 from nemotrt.exporter.runtime import manifest as manifests
-from nemotrt.exporter.runtime.engine_file import engine_profile
-from nemotrt.exporter.runtime.engine_session import EngineSession
+from nemotrt.exporter.runtime.engine_session import EngineSession, engine_profile
 from nemotrt.exporter.runtime.manifest import Manifest, Profile
 from nemotrt.exporter.runtime.session import Session
 from nemotrt.exporter.runtime.step import StepInputs, pages_of
@@ -94,7 +93,7 @@ def generate(bundle: Path, prompts: Sequence[str], config: GenerateConfig) -> It
         if config.engine
         else Session(bundle / profile.path, num_slots=num_slots, num_pages=num_pages, threads=config.threads)
     )
-    streams = [tokenizer.stream() for _ in prompts]
+    streams = [TextStream(tokenizer) for _ in prompts]
     for prompt, token, finish in generate_tokens(
         session, profile, requests, config.sampling, tokenizer.eos_ids
     ):

@@ -49,11 +49,6 @@ class Tokenizer:
         """The number of tokens, added ones included."""
         return self.fast.get_vocab_size(with_added_tokens=True)
 
-    @property
-    def has_chat_template(self) -> bool:
-        """Whether the folder has a chat template, which `chat` needs."""
-        return bool(self._template())
-
     def encode(self, text: str) -> tuple[int, ...]:
         """The tokens of a plain prompt, with the special tokens that the tokenizer adds, such as a first token."""
         return tuple(self.fast.encode(text).ids)
@@ -84,10 +79,6 @@ class Tokenizer:
             raise BundleError(f"the chat template uses something that a template may not: {error}") from error
         except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
             raise BundleError(f"the chat template is broken: {error}") from error
-
-    def stream(self) -> TextStream:
-        """A new stream that decodes one sequence's tokens as they arrive."""
-        return TextStream(self)
 
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of the tokens, special ones left out."""
@@ -134,7 +125,7 @@ class Tokenizer:
 
 
 class TextStream:
-    """Text as its tokens arrive: every character once, and only when all its bytes have arrived."""
+    """The text of one sequence as its tokens arrive: every character once, when all its bytes have arrived."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         from tokenizers.decoders import DecodeStream
@@ -168,18 +159,14 @@ def _environment() -> Any:
     def raise_exception(message: str) -> NoReturn:
         raise _RefusedError(message)
 
-    def strftime_now(form: str) -> str:
-        return datetime.datetime.now().astimezone().strftime(form)
-
-    def tojson(value: Any, indent: int | None = None) -> str:
-        return json.dumps(value, ensure_ascii=False, indent=indent)
-
+    now = datetime.datetime.now().astimezone()
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
     )
-    environment.filters["tojson"] = tojson
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = strftime_now
+    environment.filters["tojson"] = lambda value, indent=None: json.dumps(
+        value, ensure_ascii=False, indent=indent
+    )
+    environment.globals |= {"raise_exception": raise_exception, "strftime_now": now.strftime}
     return environment
 
 

@@ -127,7 +127,7 @@ def _resolve(config: BuildConfig, model: LoadedModel, build_log: BuildLog) -> tu
 
 def _supported(target: Target, model: LoadedModel, config: BuildConfig) -> Target:
     """The target if its kernels, its TensorRT and this machine's memory allow it, else the graph alone if permitted."""
-    from nemotrt.exporter.engines.kernel_support import check_supported
+    from nemotrt.exporter.engines.kernel_coverage import check_supported
     from nemotrt.exporter.stages.compile import check_backend
 
     try:

@@ -20,7 +20,7 @@ from nemotrt.exporter.checkpoint.safetensors_reader import StoredTensor, read_js
 from nemotrt.exporter.checkpoint.side_files import check_side_files, parse_config
 from nemotrt.exporter.checkpoint.tensor_matching import MatchedTensors, match
 from nemotrt.exporter.config import PRESETS, WEIGHTS, BuildConfig, Precision
-from nemotrt.exporter.engines.kernel_support import check_supported
+from nemotrt.exporter.engines.kernel_coverage import check_supported
 from nemotrt.exporter.engines.plugin_library import is_at_hand
 from nemotrt.exporter.engines.targets import AUTO, ONNX, Target, settle
 from nemotrt.exporter.errors import CheckpointError, CompileError, ExportError, UsageError

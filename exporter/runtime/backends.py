@@ -10,8 +10,15 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
+from typing import IO, Any
 
 from nemotrt.exporter.errors import BundleError, CompileError
+
+LAYERS = "Engine Layer Information"
+"""The first words of the log message that lists an engine's layers; it appears at the highest verbosity."""
+
+MAX_REASONS = 3
+"""Errors of TensorRT that are quoted in one of ours."""
 
 
 @dataclass(frozen=True)
@@ -27,19 +34,19 @@ class Backend:
     """The packages that may contain the module; an installed one has its version."""
     extra: str
     """The extra of nemo-export that installs it."""
-    sms: tuple[int, ...]
-    """GPU generations that it can build for on any machine; empty if it builds for the machine's own GPU."""
     min_major: int
     """The first major version with every feature used here."""
-    keeps_timings: bool
-    """Whether its builder times kernels on the GPU, so that a timing cache saves time."""
-    compiles_when_run: bool
-    """Whether its engines are compiled for the GPU when a context is created, as the context's config says."""
-    flags: tuple[str, ...]
-    """Additional builder flags."""
     libraries: str
     """The package with its shared libraries."""
-    linked: str
+    sms: tuple[int, ...] = ()
+    """GPU generations that it can build for on any machine; empty if it builds for the machine's own GPU."""
+    keeps_timings: bool = False
+    """Whether its builder times kernels on the GPU, so that a timing cache saves time."""
+    compiles_when_run: bool = False
+    """Whether its engines are compiled for the GPU when a context is created, as the context's config says."""
+    flags: tuple[str, ...] = ()
+    """Additional builder flags."""
+    linked: str = ""
     """A library that its ONNX parser opens by this name for the first plugin node, and aborts if it is not found. The
     wheel has the library only under a name with its version. Empty if the parser opens none."""
 
@@ -61,13 +68,9 @@ BACKENDS = (
         module="tensorrt",
         distributions=("tensorrt", "tensorrt-cu13", "tensorrt-cu12"),
         extra="tensorrt",
-        sms=(),
         min_major=11,
-        keeps_timings=True,
-        compiles_when_run=False,
-        flags=(),
         libraries="tensorrt_libs",
-        linked="",
+        keeps_timings=True,
     ),
     Backend(
         runtime="tensorrt-rtx",
@@ -75,12 +78,12 @@ BACKENDS = (
         module="tensorrt_rtx",
         distributions=("tensorrt-rtx-cu13", "tensorrt-rtx-cu12", "tensorrt-rtx"),
         extra="rtx",
-        sms=(75, 80, 86, 89, 120, 121),
         min_major=1,
-        keeps_timings=False,  # deprecated and without effect since TensorRT-RTX 1.2
+        libraries="tensorrt_rtx_libs",
+        sms=(75, 80, 86, 89, 120, 121),
+        # A timing cache is deprecated and without effect since TensorRT-RTX 1.2.
         compiles_when_run=True,
         flags=("REQUIRE_USER_ALLOCATION",),  # or a step may allocate, which a CUDA graph cannot
-        libraries="tensorrt_rtx_libs",
         linked="libtensorrt_rtx.so",
     ),
 )
@@ -157,3 +160,31 @@ def _library(backend: Backend) -> Path:
         f"{backend.title}'s libraries are not installed (no {backend.linked} in {backend.libraries})",
         hint=f"pip install 'nemo-export[{backend.extra}]'",
     )
+
+
+def new_log(trt: ModuleType, file: IO[str] | None = None) -> Any:
+    """A TensorRT logger that keeps errors in `reasons` and an engine's `layers`, and writes everything to `file`."""
+    error = trt.ILogger.Severity.ERROR
+
+    class Log(trt.ILogger):  # type: ignore[name-defined,misc]
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self.reasons: list[str] = []
+            self.layers: list[str] = []
+
+        def log(self, severity: Any, message: str) -> None:
+            if file:
+                file.write(f"[{severity.name}] {message}\n")
+            if severity <= error:
+                self.reasons.append(" ".join(message.split()))
+            elif message.startswith(LAYERS):
+                self.layers += message.splitlines()[1:]
+
+    return Log()
+
+
+def because(log: Any, *more: str) -> str:
+    """TensorRT's first errors since the last call, and `more`, in one line."""
+    reasons = list(dict.fromkeys([*log.reasons, *more]))
+    log.reasons.clear()
+    return "; ".join(reasons[:MAX_REASONS]) or "it gave no reason"

@@ -6,8 +6,9 @@ It uses the device's primary context, as TensorRT does. Importing it needs no GP
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import suppress
+from ctypes import byref, c_int, c_size_t, c_ubyte, c_uint64, c_ulonglong, c_void_p
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,37 +53,37 @@ class Driver:
         code = getattr(self._library, name)(*arguments)
         if code:
             text = ctypes.c_char_p()
-            self._library.cuGetErrorString(code, ctypes.byref(text))
+            self._library.cuGetErrorString(code, byref(text))
             raise CudaError(f"{name}: {(text.value or b'unknown error').decode()} ({code})")
+
+    def number(self, name: str, *arguments: int) -> int:
+        """The integer that a function returns through its first parameter."""
+        number = c_int()
+        self.call(name, byref(number), *arguments)
+        return number.value
 
     def device(self, index: int) -> int:
         """A device's handle."""
-        count, device = ctypes.c_int(), ctypes.c_int()
-        self.call("cuDeviceGetCount", ctypes.byref(count))
-        if index >= count.value:
-            raise CudaError(f"there is no GPU {index}: this machine has {count.value}")
-        self.call("cuDeviceGet", ctypes.byref(device), index)
-        return device.value
+        count = self.number("cuDeviceGetCount")
+        if index >= count:
+            raise CudaError(f"there is no GPU {index}: this machine has {count}")
+        return self.number("cuDeviceGet", index)
 
     def describe(self, index: int) -> Gpu:
         """The device's name, generation, memory and driver."""
-        device, name = self.device(index), ctypes.create_string_buffer(128)
-        total, version = ctypes.c_size_t(), ctypes.c_int()
+        device, name, memory = self.device(index), ctypes.create_string_buffer(128), c_size_t()
         self.call("cuDeviceGetName", name, len(name), device)
-        self.call("cuDeviceTotalMem_v2", ctypes.byref(total), device)
-        self.call("cuDriverGetVersion", ctypes.byref(version))
-        numbers = []
-        for attribute in (COMPUTE_CAPABILITY_MAJOR, COMPUTE_CAPABILITY_MINOR):
-            number = ctypes.c_int()
-            self.call("cuDeviceGetAttribute", ctypes.byref(number), attribute, device)
-            numbers.append(number.value)
-        driver = f"{version.value // 1000}.{version.value % 1000 // 10}"
-        return Gpu(name.value.decode(), 10 * numbers[0] + numbers[1], total.value, driver)
+        self.call("cuDeviceTotalMem_v2", byref(memory), device)
+        version = self.number("cuDriverGetVersion")
+        major = self.number("cuDeviceGetAttribute", COMPUTE_CAPABILITY_MAJOR, device)
+        minor = self.number("cuDeviceGetAttribute", COMPUTE_CAPABILITY_MINOR, device)
+        driver = f"{version // 1000}.{version % 1000 // 10}"
+        return Gpu(name.value.decode(), 10 * major + minor, memory.value, driver)
 
 
-def find_gpu(index: int = 0) -> Gpu:
+def find_gpu() -> Gpu:
     """The machine's GPU; raises CudaError if there is no driver or no GPU."""
-    return Driver().describe(index)
+    return Driver().describe(0)
 
 
 class Device:
@@ -93,12 +94,10 @@ class Device:
         self._driver = Driver()
         self.gpu = self._driver.describe(index)
         self._device = self._driver.device(index)
-        context, stream = ctypes.c_void_p(), ctypes.c_void_p()
-        self._driver.call("cuDevicePrimaryCtxRetain", ctypes.byref(context), self._device)
-        self._context = context
+        self._context, self._stream = c_void_p(), c_void_p()
+        self._driver.call("cuDevicePrimaryCtxRetain", byref(self._context), self._device)
         self.make_current()
-        self._driver.call("cuStreamCreate", ctypes.byref(stream), STREAM_NON_BLOCKING)
-        self._stream = stream
+        self._driver.call("cuStreamCreate", byref(self._stream), STREAM_NON_BLOCKING)
 
     def make_current(self) -> None:
         """Make the context current in the calling thread; steps may come from different threads."""
@@ -111,65 +110,44 @@ class Device:
 
     def allocate(self, num_bytes: int) -> Memory:
         """Allocate memory, at least one byte, with undefined contents; it is freed with the object."""
-        address = ctypes.c_uint64()
-        self._driver.call("cuMemAlloc_v2", ctypes.byref(address), ctypes.c_size_t(max(1, num_bytes)))
+        address = c_uint64()
+        self._driver.call("cuMemAlloc_v2", byref(address), c_size_t(max(1, num_bytes)))
         return Memory(self._driver, address.value, num_bytes)
 
     def clear(self, memory: Memory) -> None:
         """Fill with zero bytes, in stream order."""
-        self._driver.call(
-            "cuMemsetD8Async",
-            ctypes.c_uint64(memory.address),
-            ctypes.c_ubyte(0),
-            ctypes.c_size_t(memory.num_bytes),
-            self._stream,
-        )
+        address, size = c_uint64(memory.address), c_size_t(memory.num_bytes)
+        self._driver.call("cuMemsetD8Async", address, c_ubyte(0), size, self._stream)
 
     def write(self, memory: Memory, values: NDArray[Any]) -> None:
         """Copy a contiguous array to the memory in stream order; the array may be changed afterwards."""
-        assert values.flags.c_contiguous
-        assert values.nbytes <= memory.num_bytes
+        host, device, size = _copied(values, memory)
         # The driver copies pageable host memory before the call returns.
-        self._driver.call(
-            "cuMemcpyHtoDAsync_v2",
-            ctypes.c_uint64(memory.address),
-            values.ctypes.data_as(ctypes.c_void_p),
-            ctypes.c_size_t(values.nbytes),
-            self._stream,
-        )
+        self._driver.call("cuMemcpyHtoDAsync_v2", device, host, size, self._stream)
 
     def read(self, memory: Memory, values: NDArray[Any]) -> None:
         """Copy the memory to a contiguous array in stream order, and wait for it."""
-        assert values.flags.c_contiguous
-        assert values.nbytes <= memory.num_bytes
-        self._driver.call(
-            "cuMemcpyDtoHAsync_v2",
-            values.ctypes.data_as(ctypes.c_void_p),
-            ctypes.c_uint64(memory.address),
-            ctypes.c_size_t(values.nbytes),
-            self._stream,
-        )
+        host, device, size = _copied(values, memory)
+        self._driver.call("cuMemcpyDtoHAsync_v2", host, device, size, self._stream)
         self.synchronize()
 
     def synchronize(self) -> None:
         """Wait until all work on the stream is done; raises CudaError if a kernel failed."""
         self._driver.call("cuStreamSynchronize", self._stream)
 
-    @contextmanager
-    def capturing(self) -> Iterator[CapturedGraph]:
-        """Record the work on the stream instead of running it; the graph can be launched after the context."""
-        captured = CapturedGraph(self._driver, self._stream)
+    def capture(self, work: Callable[[], None]) -> CapturedGraph:
+        """Record the work that `work` puts on the stream, instead of running it."""
         self._driver.call("cuStreamBeginCapture_v2", self._stream, CAPTURE_THREAD_LOCAL)
-        graph = ctypes.c_void_p()
+        graph = c_void_p()
         try:
-            yield captured
+            work()
         except BaseException:
             # A stream that remains in capture mode accepts no other work.
-            with _ignored():
-                self._driver.call("cuStreamEndCapture", self._stream, ctypes.byref(graph))
+            with suppress(CudaError):
+                self._driver.call("cuStreamEndCapture", self._stream, byref(graph))
             raise
-        self._driver.call("cuStreamEndCapture", self._stream, ctypes.byref(graph))
-        captured.instantiate(graph)
+        self._driver.call("cuStreamEndCapture", self._stream, byref(graph))
+        return CapturedGraph(self._driver, self._stream, graph)
 
     def close(self) -> None:
         """Release the stream and the context; memory must have been freed before."""
@@ -177,12 +155,11 @@ class Device:
         self._driver.call("cuDevicePrimaryCtxRelease_v2", self._device)
 
 
-@contextmanager
-def _ignored() -> Iterator[None]:
-    try:
-        yield
-    except CudaError:
-        return
+def _copied(values: NDArray[Any], memory: Memory) -> tuple[c_void_p, c_uint64, c_size_t]:
+    """The arguments of a copy between a contiguous array and memory that is large enough."""
+    assert values.flags.c_contiguous
+    assert values.nbytes <= memory.num_bytes
+    return values.ctypes.data_as(c_void_p), c_uint64(memory.address), c_size_t(values.nbytes)
 
 
 class Memory:
@@ -195,28 +172,23 @@ class Memory:
         """Free the memory now; a second call does nothing."""
         if self.address:
             address, self.address = self.address, 0
-            self._driver.call("cuMemFree_v2", ctypes.c_uint64(address))
+            self._driver.call("cuMemFree_v2", c_uint64(address))
 
     def __del__(self) -> None:
-        with _ignored():
+        with suppress(CudaError):
             self.free()
 
 
 class CapturedGraph:
     """A recorded sequence of work that is launched as one; freed with the object."""
 
-    def __init__(self, driver: Driver, stream: ctypes.c_void_p) -> None:
-        self._driver, self._stream = driver, stream
-        self._executable = ctypes.c_void_p()
-
-    def instantiate(self, graph: ctypes.c_void_p) -> None:
+    def __init__(self, driver: Driver, stream: c_void_p, graph: c_void_p) -> None:
         """Make the recording launchable, and free it."""
+        self._driver, self._stream, self._executable = driver, stream, c_void_p()
         try:
-            self._driver.call(
-                "cuGraphInstantiateWithFlags", ctypes.byref(self._executable), graph, ctypes.c_ulonglong(0)
-            )
+            driver.call("cuGraphInstantiateWithFlags", byref(self._executable), graph, c_ulonglong(0))
         finally:
-            self._driver.call("cuGraphDestroy", graph)
+            driver.call("cuGraphDestroy", graph)
 
     def launch(self) -> None:
         """Launch it on the stream."""
@@ -224,5 +196,5 @@ class CapturedGraph:
 
     def __del__(self) -> None:
         if self._executable:
-            with _ignored():
+            with suppress(CudaError):
                 self._driver.call("cuGraphExecDestroy", self._executable)

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING
 from nemotrt.exporter.errors import BundleError, UsageError
 from nemotrt.exporter.runtime import ort as onnxruntime
 from nemotrt.exporter.runtime.fp32_emulation import emulate_in_fp32, needs_emulation
-from nemotrt.exporter.runtime.interruptible import Interruptible
 from nemotrt.exporter.runtime.manifest import GraphSummary, GraphValue
 from nemotrt.plugins.contract import LOGITS, NEXT, STEP_INPUTS, DType, PoolSpec
 
@@ -81,9 +80,8 @@ class OnnxGraph:
     @cached_property
     def summary(self) -> GraphSummary:
         """The graph's inputs, outputs and pools."""
-        inputs, outputs = (
-            tuple(map(_summarize, values)) for values in (self.proto.graph.input, self.proto.graph.output)
-        )
+        graph = self.proto.graph
+        inputs, outputs = (tuple(map(summarize, values)) for values in (graph.input, graph.output))
         output_names = {value.name for value in outputs}
         pools = tuple(
             PoolSpec(
@@ -125,7 +123,8 @@ class OnnxGraph:
         return self.precision.label + (", emulated in FP32" if self.is_emulated(providers) else "")
 
 
-def _summarize(value: ValueInfoProto) -> GraphValue:
+def summarize(value: ValueInfoProto) -> GraphValue:
+    """The name, dtype and axes of a graph's value."""
     from onnx import helper
 
     tensor = value.type.tensor_type
@@ -138,7 +137,7 @@ def open_graph(
     *,
     threads: int,
     providers: Sequence[str],
-    thread: Interruptible,
+    thread: onnxruntime.Interruptible,
     extra_outputs: Sequence[str] = (),
     disabled_optimizers: Sequence[str] = (),
 ) -> ort.InferenceSession:
@@ -171,29 +170,21 @@ def open_graph(
     model = onnx.ModelProto()
     model.CopyFrom(graph.emulation if graph.is_emulated(providers) else graph.proto)
     model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in extra_outputs)
-    return _create(graph.path, model.SerializeToString(), options, providers, thread, disabled_optimizers)
-
-
-def _create(
-    path: Path,
-    source: bytes,
-    options: ort.SessionOptions,
-    providers: Sequence[str],
-    thread: Interruptible,
-    disabled_optimizers: Sequence[str],
-) -> ort.InferenceSession:
-    ort, state = onnxruntime.load(), onnxruntime.errors()
+    state = onnxruntime.errors()
     try:
         return thread.run(
             lambda: ort.InferenceSession(
-                source, options, providers=list(providers), disabled_optimizers=list(disabled_optimizers)
+                model.SerializeToString(),
+                options,
+                providers=list(providers),
+                disabled_optimizers=list(disabled_optimizers),
             ),
             stop=lambda: options.set_load_cancellation_flag(True),
         )
     except (state.InvalidArgument, state.InvalidGraph, state.InvalidProtobuf, state.NoSuchFile) as error:
-        raise BundleError(f"ONNX Runtime refuses {path}: {first_line(error)}") from error
+        raise BundleError(f"ONNX Runtime refuses {graph.path}: {first_line(error)}") from error
     except (state.Fail, state.NotImplemented, state.RuntimeException) as error:
-        raise BundleError(f"ONNX Runtime cannot run {path}: {first_line(error)}") from error
+        raise BundleError(f"ONNX Runtime cannot run {graph.path}: {first_line(error)}") from error
 
 
 def read_pools(session: ort.InferenceSession, extra_outputs: Sequence[str] = ()) -> dict[str, PoolSpec]:

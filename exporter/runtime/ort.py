@@ -1,13 +1,18 @@
-"""ONNX Runtime, imported here and nowhere else, so that its telemetry is always off."""
+"""ONNX Runtime, imported here alone so that its telemetry is always off, and calls into it that Ctrl-C can stop."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
 from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
+from typing import TypeVar
 
 from nemotrt.exporter.errors import UsageError
+
+Result = TypeVar("Result")
 
 
 def load() -> ModuleType:
@@ -25,3 +30,20 @@ def load() -> ModuleType:
 def errors() -> ModuleType:
     """The module that defines ONNX Runtime's exceptions: `Fail`, `InvalidGraph` and others."""
     return load().capi.onnxruntime_pybind11_state  # type: ignore[no-any-return]
+
+
+class Interruptible:
+    """A thread that runs native calls, while the calling thread waits in Python, where Ctrl-C is handled."""
+
+    def __init__(self) -> None:
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="native")
+
+    def run(self, call: Callable[[], Result], stop: Callable[[], None]) -> Result:
+        """Run `call` and return or raise what it does; on Ctrl-C, `stop` must end it, then raises KeyboardInterrupt."""
+        future = self._executor.submit(call)
+        try:
+            return future.result()
+        except KeyboardInterrupt:
+            stop()
+            wait([future])
+            raise

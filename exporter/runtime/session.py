@@ -23,7 +23,6 @@ from nemotrt.exporter.runtime.graph_file import (
     read_pools,
     read_vocab_size,
 )
-from nemotrt.exporter.runtime.interruptible import Interruptible
 from nemotrt.exporter.runtime.step import StepInputs, check_step
 from nemotrt.plugins.contract import LOGITS, NEXT, PoolSpec
 
@@ -62,7 +61,7 @@ class Session:
                 hint="slot 0 and page 0 are scratch: give at least 2 of each",
             )
         assert not (bound and extra_outputs), "a bound session binds the pools and the logits only"
-        self._thread = Interruptible()
+        self._thread = onnxruntime.Interruptible()
         graph = OnnxGraph.read(graph) if isinstance(graph, Path) else graph
         self.runs_as = graph.runs_as(providers)
         self._session = open_graph(

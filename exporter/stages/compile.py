@@ -10,8 +10,8 @@ from nemotrt.exporter.artifacts import CompiledEngine
 from nemotrt.exporter.config import BuildConfig
 from nemotrt.exporter.engines.builder import EngineRequest, EngineResult
 from nemotrt.exporter.engines.builder_process import run_builder
+from nemotrt.exporter.engines.kernel_coverage import check_kernels, plugin_nodes
 from nemotrt.exporter.engines.plugin_library import plugin_library
-from nemotrt.exporter.engines.plugin_nodes import check_kernels, plugin_nodes
 from nemotrt.exporter.engines.shape_profiles import engine_profiles, max_rows
 from nemotrt.exporter.engines.targets import Target
 from nemotrt.exporter.errors import CompileError

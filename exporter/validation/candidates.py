@@ -7,7 +7,7 @@ from pathlib import Path
 from nemotrt.exporter.errors import BundleError, UsageError
 from nemotrt.exporter.report.model import NotCompared, Omitted
 from nemotrt.exporter.runtime.cuda import CudaError, find_gpu
-from nemotrt.exporter.runtime.engine_file import engine_profile
+from nemotrt.exporter.runtime.engine_session import engine_profile
 from nemotrt.exporter.runtime.graph_file import PROVIDERS, OnnxGraph
 from nemotrt.exporter.runtime.manifest import Manifest
 from nemotrt.exporter.validation.comparison import Candidate

@@ -19,7 +19,7 @@ from host_library import library
 from safetensors.torch import load_file
 
 from nemotrt.exporter.config import BuildConfig
-from nemotrt.exporter.engines.plugin_nodes import plugin_nodes
+from nemotrt.exporter.engines.kernel_coverage import plugin_nodes
 from nemotrt.exporter.engines.targets import Target
 from nemotrt.exporter.errors import BundleError, CompileError
 from nemotrt.exporter.pipelines import build

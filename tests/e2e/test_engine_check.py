@@ -19,7 +19,7 @@ from nemotrt.exporter.errors import CompileError
 from nemotrt.exporter.pipelines import build
 from nemotrt.exporter.pipelines.validate import revalidate
 from nemotrt.exporter.runtime import cuda as cuda_module
-from nemotrt.exporter.runtime import engine_file
+from nemotrt.exporter.runtime import engine_session
 from nemotrt.exporter.validation import candidates
 from nemotrt.exporter.validation.request import ValidationRequest
 
@@ -63,7 +63,7 @@ def engine(built: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> FakeEngin
     cuda = FakeCuda()
     fake = engine_of(built.bundle, built.config, cuda)
     monkeypatch.setattr(cuda_module.ctypes, "CDLL", lambda name: cuda)
-    monkeypatch.setattr(engine_file, "load_module", lambda backend: fake_module(VERSION, fake))
+    monkeypatch.setattr(engine_session, "load_module", lambda backend: fake_module(VERSION, fake))
     return fake
 
 

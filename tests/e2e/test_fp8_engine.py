@@ -14,7 +14,7 @@ from onnx import TensorProto
 from safetensors.torch import load_file, save_file
 
 from nemotrt.exporter.config import BuildConfig
-from nemotrt.exporter.engines.plugin_nodes import plugin_nodes
+from nemotrt.exporter.engines.kernel_coverage import plugin_nodes
 from nemotrt.exporter.pipelines import build
 from nemotrt.exporter.runtime import manifest as manifests
 from nemotrt.exporter.runtime.graph_file import OnnxGraph

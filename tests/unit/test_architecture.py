@@ -68,7 +68,7 @@ def test_tensorrt_is_known_to_engines_and_runtime_only() -> None:
     assert knowing == {
         "exporter/engines/builder.py",
         "exporter/runtime/backends.py",
-        "exporter/runtime/engine_file.py",
+        "exporter/runtime/engine_session.py",
     }
 
 
@@ -137,7 +137,7 @@ LIGHT = [
     "nemotrt.plugins.spec",
     "nemotrt.exporter.runtime.manifest",
     "nemotrt.model.config",
-    "nemotrt.exporter.engines.kernel_support",
+    "nemotrt.exporter.engines.kernel_coverage",
     *(f"nemotrt.plugins.{spec.torch_name}.supports" for spec in ops()),
 ]
 HEAVY = ["torch", "triton", "onnx", "onnx_ir", "onnxruntime", "transformers", "tensorrt", "tensorrt_rtx"]

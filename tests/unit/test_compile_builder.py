@@ -30,8 +30,10 @@ TENSORRT = backend("tensorrt")
 def run(code: str, *, stalled_after: float = 20.0, seen: list[int] | None = None) -> EngineResult:
     """A stand-in for the builder that runs this code."""
     advance = (lambda _: None) if seen is None else seen.append
-    program = (sys.executable, "-c", PREAMBLE + code)
-    return run_builder(REQUEST, TENSORRT, advance=advance, stalled_after=stalled_after, program=program)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(builder_process, "PROGRAM", (sys.executable, "-c", PREAMBLE + code))
+        patch.setattr(builder_process, "STALLED_AFTER", stalled_after)
+        return run_builder(REQUEST, TENSORRT, advance=advance)
 
 
 def test_the_result_and_the_progress_come_through() -> None:

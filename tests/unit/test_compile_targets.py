@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 
 from nemotrt.exporter.engines import targets
@@ -28,23 +30,30 @@ def no_gpu() -> Gpu:
     raise CudaError("no NVIDIA driver is installed (no libcuda.so.1)")
 
 
+def settled(runtime: str, sms: tuple[int, ...], precision: str, *, gpu: Callable[[], Gpu]) -> Target:
+    """The target on a machine with this GPU."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(targets, "find_gpu", gpu)
+        return settle(runtime, sms, precision)
+
+
 def test_onnx_needs_nothing() -> None:
-    assert settle("onnx", (), "fp16", gpu=no_gpu) == Target("onnx")
+    assert settled("onnx", (), "fp16", gpu=no_gpu) == Target("onnx")
 
 
 @pytest.mark.parametrize(
     ("precision", "sms"), [("fp16", (80, 86, 89, 120)), ("bf16", (80, 86, 89, 120)), ("fp8", (89, 120))]
 )
 def test_rtx_takes_every_generation_that_the_precision_runs_on(precision: str, sms: tuple[int, ...]) -> None:
-    assert settle("tensorrt-rtx", (), precision, gpu=no_gpu) == Target("tensorrt-rtx", sms)
+    assert settled("tensorrt-rtx", (), precision, gpu=no_gpu) == Target("tensorrt-rtx", sms)
 
 
 def test_sms_are_taken_once_and_in_order() -> None:
-    assert settle("tensorrt-rtx", (120, 89, 120), "fp16", gpu=no_gpu).sms == (89, 120)
+    assert settled("tensorrt-rtx", (120, 89, 120), "fp16", gpu=no_gpu).sms == (89, 120)
 
 
 def test_tensorrt_builds_for_the_machine_s_gpu() -> None:
-    assert settle("tensorrt", (), "fp8", gpu=gpu) == Target("tensorrt", (90,))
+    assert settled("tensorrt", (), "fp8", gpu=gpu) == Target("tensorrt", (90,))
 
 
 @pytest.mark.parametrize(
@@ -64,20 +73,20 @@ def test_what_cannot_be_meant_is_a_usage_error(
     runtime: str, sms: tuple[int, ...], precision: str, message: str, hint: str
 ) -> None:
     with pytest.raises(UsageError, match=message) as caught:
-        settle(runtime, sms, precision, gpu=gpu)
+        settled(runtime, sms, precision, gpu=gpu)
     assert hint in caught.value.hint
 
 
 def test_a_gpu_without_kernels_is_named() -> None:
     with pytest.raises(CompileError, match="Fake GPU: there are no kernels for SM 75"):
-        settle("tensorrt", (), "fp16", gpu=lambda: gpu(75))
+        settled("tensorrt", (), "fp16", gpu=lambda: gpu(75))
 
 
 def test_a_missing_gpu_is_said() -> None:
     with pytest.raises(
         CompileError, match="TensorRT builds engines on a GPU only: no NVIDIA driver"
     ) as caught:
-        settle("tensorrt", (), "fp16", gpu=no_gpu)
+        settled("tensorrt", (), "fp16", gpu=no_gpu)
     assert "--runtime tensorrt-rtx" in caught.value.hint
 
 
@@ -88,39 +97,39 @@ def test_a_missing_gpu_is_said() -> None:
 def test_a_missing_package_is_said(machine: dict[str, str], runtime: str, module: str, extra: str) -> None:
     del machine[module]
     with pytest.raises(CompileError, match=f"is not installed .no Python module {module}") as caught:
-        settle(runtime, (), "fp16", gpu=gpu)
+        settled(runtime, (), "fp16", gpu=gpu)
     assert caught.value.hint == f"pip install 'nemo-export[{extra}]'"
 
 
 def test_an_old_tensorrt_is_refused(machine: dict[str, str]) -> None:
     machine["tensorrt"] = "10.13.2"
     with pytest.raises(CompileError, match=r"TensorRT 10\.13\.2 is installed, 11 or later is needed"):
-        settle("tensorrt", (), "fp16", gpu=gpu)
+        settled("tensorrt", (), "fp16", gpu=gpu)
 
 
 def test_auto_takes_the_gpu_where_there_is_one() -> None:
-    assert settle("auto", (), "fp16", gpu=gpu) == Target("tensorrt", (90,), "", may_fall_back=True)
+    assert settled("auto", (), "fp16", gpu=gpu) == Target("tensorrt", (90,), "", may_fall_back=True)
 
 
 def test_auto_says_why_it_does_not() -> None:
-    target = settle("auto", (), "fp16", gpu=no_gpu)
+    target = settled("auto", (), "fp16", gpu=no_gpu)
     assert (target.runtime, target.may_fall_back) == ("tensorrt-rtx", True)
     assert "TensorRT builds engines on a GPU only" in target.why
 
 
 def test_auto_falls_back_to_the_graph_and_names_all_that_is_missing(machine: dict[str, str]) -> None:
     machine.clear()
-    target = settle("auto", (), "fp16", gpu=no_gpu)
+    target = settled("auto", (), "fp16", gpu=no_gpu)
     assert (target.runtime, target.sms) == ("onnx", ())
     assert "no Python module tensorrt)" in target.why
     assert "no Python module tensorrt_rtx)" in target.why
 
 
 def test_auto_with_named_sms_never_falls_back(machine: dict[str, str]) -> None:
-    assert settle("auto", (89,), "fp16", gpu=gpu) == Target("tensorrt-rtx", (89,))
+    assert settled("auto", (89,), "fp16", gpu=gpu) == Target("tensorrt-rtx", (89,))
     machine.clear()
     with pytest.raises(CompileError, match="TensorRT-RTX is not installed"):
-        settle("auto", (89,), "fp16", gpu=gpu)
+        settled("auto", (89,), "fp16", gpu=gpu)
 
 
 @pytest.mark.parametrize(("name", "message"), [("triton", "needs Triton"), ("g++", "needs g\\+\\+")])

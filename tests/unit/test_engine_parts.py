@@ -19,7 +19,7 @@ from nemotrt.exporter.pipelines.validate import trace_for_bisection
 from nemotrt.exporter.progress import SILENT
 from nemotrt.exporter.report.model import Gate, ValidationReport
 from nemotrt.exporter.runtime import cuda as cuda_module
-from nemotrt.exporter.runtime import engine_file
+from nemotrt.exporter.runtime import engine_session
 from nemotrt.exporter.runtime import manifest as manifests
 from nemotrt.exporter.runtime.graph_file import OnnxGraph
 from nemotrt.exporter.stages.load import load
@@ -57,7 +57,7 @@ def requests(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> list[EngineRequ
         Path(request.output).write_bytes(b"stand-in")
         pools = dict(zip(request.pools[::2], request.pools[1::2], strict=True))
         engine = FakeEngine(cuda, ort.InferenceSession(request.graph), request.profiles, pools)  # type: ignore[arg-type]
-        monkeypatch.setattr(engine_file, "load_module", lambda backend: fake_module(VERSION, engine))
+        monkeypatch.setattr(engine_session, "load_module", lambda backend: fake_module(VERSION, engine))
         return EngineResult(VERSION)
 
     def session_beside_links(request: EngineRequest, backend: object) -> EngineResult:

@@ -17,7 +17,7 @@ from nemotrt.exporter.config import BuildConfig
 from nemotrt.exporter.errors import BundleError, UsageError
 from nemotrt.exporter.generation.generate import GenerateConfig, generate
 from nemotrt.exporter.runtime import cuda as cuda_module
-from nemotrt.exporter.runtime import engine_file
+from nemotrt.exporter.runtime import engine_session
 from nemotrt.exporter.runtime.engine_session import EngineSession
 from nemotrt.exporter.runtime.step import StepInputs
 
@@ -55,7 +55,7 @@ def engine(bundle: Path, cuda: FakeCuda) -> FakeEngine:
 @pytest.fixture
 def trt(engine: FakeEngine, monkeypatch: pytest.MonkeyPatch) -> Any:
     module = fake_module(VERSION, engine)
-    monkeypatch.setattr(engine_file, "load_module", lambda backend: module)
+    monkeypatch.setattr(engine_session, "load_module", lambda backend: module)
     return module
 
 
@@ -261,7 +261,9 @@ def test_changed_code_is_never_loaded(tmp_path: Path, trt: Any, name: str) -> No
 def test_a_library_that_is_not_loaded_is_named(
     bundle: Path, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine_file, "load_module", lambda backend: fake_module(VERSION, engine, loads=False))
+    monkeypatch.setattr(
+        engine_session, "load_module", lambda backend: fake_module(VERSION, engine, loads=False)
+    )
     with pytest.raises(BundleError, match=f"TensorRT-RTX does not load .*{LIBRARY}: it gave no reason"):
         EngineSession(bundle, num_slots=SLOTS, num_pages=PAGES)
 
@@ -269,6 +271,6 @@ def test_a_library_that_is_not_loaded_is_named(
 def test_an_engine_that_is_not_loaded_says_why(
     bundle: Path, cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine_file, "load_module", lambda backend: fake_module(VERSION, None))
+    monkeypatch.setattr(engine_session, "load_module", lambda backend: fake_module(VERSION, None))
     with pytest.raises(BundleError, match=f"does not load .*{ENGINE}: Serialization assertion failed"):
         EngineSession(bundle, num_slots=SLOTS, num_pages=PAGES)

@@ -16,7 +16,7 @@ import pytest
 from runtime_graph import DTYPES, VOCAB, int32, one_sequence, open_session, write_graph
 
 from nemotrt.exporter.errors import BundleError, UsageError
-from nemotrt.exporter.runtime.interruptible import Interruptible
+from nemotrt.exporter.runtime.ort import Interruptible
 from nemotrt.exporter.runtime.session import Session
 from nemotrt.exporter.runtime.step import StepInputs
 

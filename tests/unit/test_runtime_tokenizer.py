@@ -79,7 +79,6 @@ def test_bytes_that_fall_back_wait_too(tmp_path: Path) -> None:
 
 
 def test_the_chat_template_writes_the_prompt(tokenizer: Tokenizer) -> None:
-    assert tokenizer.has_chat_template
     assert tokenizer.render(MESSAGES) == "<s>[user] hi\n[assistant] "
     tokens = tokenizer.chat(MESSAGES)
     assert tokens[0] == 0
@@ -149,7 +148,6 @@ def test_a_tokenizer_alone_is_enough(folder: Path) -> None:
         (folder / name).unlink()
     tokenizer = Tokenizer(folder)
     assert tokenizer.eos_ids == frozenset()
-    assert not tokenizer.has_chat_template
     assert tokenizer.decode(tokenizer.encode("the cat")) == "the cat"
 
 

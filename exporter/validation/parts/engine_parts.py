@@ -13,7 +13,7 @@ from nemotrt.exporter.errors import UsageError
 from nemotrt.exporter.runtime import backends
 from nemotrt.exporter.runtime.backends import Backend
 from nemotrt.exporter.runtime.cuda import CudaError, Device
-from nemotrt.exporter.runtime.engine_file import check_libraries, engine_profile, load_engine
+from nemotrt.exporter.runtime.engine_session import check_libraries, engine_profile, load_engine
 from nemotrt.exporter.runtime.graph_file import OnnxGraph
 from nemotrt.exporter.runtime.manifest import Manifest
 from nemotrt.exporter.runtime.step import StepInputs

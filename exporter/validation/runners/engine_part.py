@@ -13,8 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nemotrt.exporter.errors import BundleError
+from nemotrt.exporter.runtime.backends import because
 from nemotrt.exporter.runtime.cuda import CudaError, Device, Memory
-from nemotrt.exporter.runtime.engine_file import OpenEngine, because, create_context
+from nemotrt.exporter.runtime.engine_session import OpenEngine, create_context
 from nemotrt.exporter.runtime.manifest import GraphSummary
 from nemotrt.plugins.contract import NEXT
 

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nemotrt.exporter.runtime.graph_file import CPU, ORT_DTYPES, OnnxGraph, open_graph
-from nemotrt.exporter.runtime.interruptible import Interruptible
+from nemotrt.exporter.runtime.ort import Interruptible
 
 
 class PartSession:

@@ -8,8 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from runtime_graph import int32
 
-from nemotrt.exporter.runtime.padding import StepSizes, batch_sizes, is_decode, padded
-from nemotrt.exporter.runtime.step import StepInputs, check_step
+from nemotrt.exporter.runtime.step import StepInputs, StepSizes, batch_sizes, check_step, is_decode, padded
 
 
 def step(lengths: list[int], pages: int = 2) -> StepInputs:

@@ -15,7 +15,7 @@ from nemotrt.exporter.checkpoint.side_files import read_config
 from nemotrt.exporter.cli import program
 from nemotrt.exporter.config import BuildConfig
 from nemotrt.exporter.engines import targets
-from nemotrt.exporter.engines.kernel_support import check_supported, op_calls
+from nemotrt.exporter.engines.kernel_coverage import check_supported, op_calls
 from nemotrt.exporter.errors import CompileError
 from nemotrt.exporter.runtime import backends
 from nemotrt.model.config import ModelConfig
