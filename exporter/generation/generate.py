@@ -6,10 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
 from nemotrt.exporter.errors import BundleError, UsageError
 from nemotrt.exporter.generation.sampling import Sampler, SamplingConfig
@@ -18,8 +16,8 @@ from nemotrt.exporter.generation.tokenizer import TextStream, Tokenizer
 from nemotrt.exporter.runtime import manifest as manifests
 from nemotrt.exporter.runtime.engine_session import EngineSession, engine_profile
 from nemotrt.exporter.runtime.manifest import Manifest, Profile
-from nemotrt.exporter.runtime.session import Session
-from nemotrt.exporter.runtime.step import StepInputs, pages_of
+from nemotrt.exporter.runtime.session import AnySession, Session
+from nemotrt.exporter.runtime.step import pages_of
 
 
 class Finish(StrEnum):
@@ -49,20 +47,6 @@ class GenerateConfig:
             raise UsageError(f"--max-new-tokens {self.max_new_tokens} is below 1")
         if self.engine and self.threads:
             raise UsageError("--threads is ONNX Runtime's, and --engine does not use it")
-
-
-class AnySession(Protocol):
-    """A session of either runtime."""
-
-    num_slots: int
-    num_pages: int
-
-    @property
-    def page_size(self) -> int:
-        """Tokens a page, 0 without a KV cache."""
-
-    def step(self, inputs: StepInputs) -> NDArray[np.float32]:
-        """The logits [R, V] of one step."""
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,8 @@ from nemotrt.exporter.runtime.backends import BACKENDS, Backend, backend, becaus
 from nemotrt.exporter.runtime.cuda import CapturedGraph, CudaError, Device, Gpu, Memory
 from nemotrt.exporter.runtime.files import sha256
 from nemotrt.exporter.runtime.manifest import Manifest, Profile
-from nemotrt.exporter.runtime.step import StepInputs, StepSizes, batch_sizes, check_step, is_decode, padded
+from nemotrt.exporter.runtime.session import AnySession
+from nemotrt.exporter.runtime.step import StepInputs, StepSizes, batch_sizes, is_decode, padded
 from nemotrt.plugins.contract import LOGITS
 
 SIZED_BY = {"T": ("input_ids", 0), "B": ("context_len", 0), "M": ("page_table", 1), "R": ("logits_row", 0)}
@@ -139,7 +140,7 @@ class _Context:
     graph: CapturedGraph | None = None
 
 
-class EngineSession:
+class EngineSession(AnySession):
     """An engine, and its pools in the GPU's memory, which start at zero.
 
     A step uses the first profile that it fits. A decode step (no sequence has more than one token) is padded to one of
@@ -170,7 +171,8 @@ class EngineSession:
         self.pools = {pool.name: pool for pool in manifest.graph.pools}
         self._dtypes = {edge.name: edge.dtype for edge in manifest.graph.inputs}
         self._inputs = [edge.name for edge in manifest.graph.inputs if edge.name not in self.pools]
-        self._limits = [self._bounds(index) for index in range(self._num_profiles)]
+        self._profiles = range(self._opened.engine.num_optimization_profiles)
+        self._limits = [self._bounds(index) for index in self._profiles]
         self._check_places()
         self._check_rows()
         try:
@@ -180,20 +182,10 @@ class EngineSession:
                 f"{gpu.name} has no room for {num_slots} slots, {num_pages} pages and the engine: {error}",
                 hint="give fewer slots or pages",
             ) from error
-        self._whole = {index: self._new_context(index) for index in range(self._num_profiles)}
+        self._whole = {index: self._new_context(index) for index in self._profiles}
         self._decode: dict[int, _Context] = {}
         self._batch_sizes = batch_sizes(self._limits[0][1].B)
         self._capture = capture
-
-    @property
-    def pool_names(self) -> tuple[str, ...]:
-        """The names of the pools, in the graph's order."""
-        return tuple(self.pools)
-
-    @property
-    def page_size(self) -> int:
-        """Tokens per page; 0 for a graph without a KV cache."""
-        return max((pool.page_size for pool in self.pools.values()), default=0)
 
     def step(self, inputs: StepInputs) -> NDArray[np.float32]:
         """The logits [R, V] of one step; the pools are updated.
@@ -201,13 +193,7 @@ class EngineSession:
         Raises UsageError with the input that breaks the contract or the size that exceeds the engine; the pools are
         then unchanged. Raises BundleError if TensorRT or a kernel fails; the session must not be used again.
         """
-        check_step(
-            inputs,
-            vocab_size=self.vocab_size,
-            num_slots=self.num_slots,
-            num_pages=self.num_pages,
-            page_size=self.page_size,
-        )
+        self._check(inputs)
         num_rows = len(inputs.logits_row)
         # An engine takes at least one of each: a step without logits computes one row, which is not read.
         sizes = StepSizes.of(inputs).at_least(self._limits[0][0])
@@ -218,39 +204,26 @@ class EngineSession:
             if index == 0 and is_decode(inputs):
                 self._run_decode(inputs)
             else:
-                self._run(self._whole[index], inputs)
+                self._write(inputs)
+                self._set_shapes(self._whole[index], inputs)
+                self._enqueue(self._whole[index])
             logits_RV = np.empty((num_rows, self.vocab_size), dtype=np.float32)
             self._device.read(self._buffers[LOGITS], logits_RV)
         except CudaError as error:
             raise BundleError(f"a step failed on the GPU: {error}; {because(self._opened.log)}") from error
         return logits_RV
 
-    def pool(self, name: str) -> NDArray[Any]:
-        """A copy of a pool's values; row 0 is scratch."""
+    def _read_pool(self, name: str) -> NDArray[Any]:
         values = np.empty(self._pool_shape(name), dtype=self.pools[name].dtype.numpy)
         self._device.make_current()
         self._device.read(self._buffers[name], values)
         return values
 
-    def set_pool(self, name: str, values: NDArray[Any]) -> None:
-        """Set a pool's values, converted to its dtype; raises UsageError if the shape differs."""
-        shape = self._pool_shape(name)
-        if values.shape != shape:
-            raise UsageError(f"{name} has shape {list(shape)}, not {list(values.shape)}")
+    def _write_pool(self, name: str, values: NDArray[Any]) -> None:
+        converted = np.ascontiguousarray(values.astype(self.pools[name].dtype.numpy))
         self._device.make_current()
-        self._device.write(
-            self._buffers[name], np.ascontiguousarray(values.astype(self.pools[name].dtype.numpy))
-        )
+        self._device.write(self._buffers[name], converted)
         self._device.synchronize()
-
-    def _pool_shape(self, name: str) -> tuple[int, ...]:
-        if name not in self.pools:
-            raise UsageError(f"the graph has no pool {name}", hint="its pools: " + ", ".join(self.pools))
-        return self.pools[name].shape(self.num_slots, self.num_pages)
-
-    @property
-    def _num_profiles(self) -> int:
-        return int(self._opened.engine.num_optimization_profiles)
 
     def _shapes(self, name: str, index: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """The min and the max shape of an input in a profile."""
@@ -259,15 +232,13 @@ class EngineSession:
 
     def _bounds(self, index: int) -> tuple[StepSizes, StepSizes]:
         """The min and the max sizes of a step in a profile; an axis that no input has is unbounded."""
-        bounds = []
-        for axis in StepSizes._fields:
-            name, position = SIZED_BY[axis]
+        lows, highs = {}, {}
+        for axis, (name, position) in SIZED_BY.items():
+            lows[axis], highs[axis] = 0, int(np.iinfo(np.int32).max)
             if name in self._inputs:
                 low, high = self._shapes(name, index)
-                bounds.append((low[position], high[position]))
-            else:
-                bounds.append((0, int(np.iinfo(np.int32).max)))
-        return StepSizes(*(low for low, _ in bounds)), StepSizes(*(high for _, high in bounds))
+                lows[axis], highs[axis] = low[position], high[position]
+        return StepSizes(**lows), StepSizes(**highs)
 
     def _choose(self, sizes: StepSizes) -> int:
         """The first profile that a step fits; raises UsageError if there is none."""
@@ -302,17 +273,15 @@ class EngineSession:
         """Allocate the inputs and logits at their maximum sizes, the pools, and the contexts' shared scratch memory."""
         self._buffers: dict[str, Memory] = {}
         for name in self._inputs:
-            shapes = [self._shapes(name, index)[1] for index in range(self._num_profiles)]
-            count = max(int(np.prod(shape)) for shape in shapes)
+            count = max(int(np.prod(self._shapes(name, index)[1])) for index in self._profiles)
             self._buffers[name] = self._device.allocate(count * np.dtype(self._dtypes[name]).itemsize)
         rows = max(high.R for _, high in self._limits)
         self._buffers[LOGITS] = self._device.allocate(rows * self.vocab_size * 4)
         for name, pool in self.pools.items():
             self._buffers[name] = self._device.allocate(self._pool_shape(name)[0] * pool.row_bytes)
             self._device.clear(self._buffers[name])
-        engine = self._opened.engine
-        needed = [engine.get_device_memory_size_for_profile_v2(index) for index in range(self._num_profiles)]
-        self._scratch = self._device.allocate(max(needed))
+        scratch_bytes = map(self._opened.engine.get_device_memory_size_for_profile_v2, self._profiles)
+        self._scratch = self._device.allocate(max(scratch_bytes))
 
     def _new_context(self, index: int) -> _Context:
         """A context of a profile with its memory bound; a pool's input and output share one buffer."""
@@ -328,11 +297,6 @@ class EngineSession:
         if not all(bound):
             raise BundleError(f"the engine does not match the manifest: {because(self._opened.log)}")
         return _Context(handle)
-
-    def _run(self, context: _Context, inputs: StepInputs) -> None:
-        self._write(inputs)
-        self._set_shapes(context, inputs)
-        self._enqueue(context)
 
     def _run_decode(self, inputs: StepInputs) -> None:
         """Run a decode step, padded to a batch size with its own context, which therefore sees one shape only."""

@@ -34,7 +34,7 @@ from nemotrt.exporter.errors import BundleError
 from nemotrt.plugins.contract import DType
 
 if TYPE_CHECKING:
-    from onnx import AttributeProto, GraphProto, ModelProto, NodeProto
+    from onnx import GraphProto, ModelProto, NodeProto
 
 FLOAT, FLOAT16, FP8 = DType.FLOAT32.onnx, DType.FLOAT16.onnx, DType.FLOAT8_E4M3.onnx
 
@@ -113,8 +113,7 @@ class _Scope:
         self.weights: set[str] = parent.weights if parent else set()
         self.numbers: Iterator[int] = parent.numbers if parent else count(1)
         self.nodes: list[NodeProto] = []
-        self._graph = graph
-        self._narrow_names = narrow_inputs
+        self._graph, self._narrow_names = graph, narrow_inputs
         self._outputs = frozenset(value.name for value in graph.output)
 
     def rewrite(self) -> None:
@@ -159,7 +158,8 @@ class _Scope:
             self._cast(node)
         elif node.op_type in ("QuantizeLinear", "DequantizeLinear"):
             self._scale(node)
-        elif self._stays_narrow(node, operands):
+        elif operands and node.op_type in MOVES and self.widened.keys().isdisjoint(operands):
+            # The node only moves elements of narrow weights, and its results stay narrow.
             for i, name in enumerate(node.input):
                 if self.dtypes.get(name) == FP8:
                     node.input[i] = self._as_fp16(name)
@@ -177,11 +177,6 @@ class _Scope:
         return tuple(
             i for i in scanned if self.is_narrow(node.input[i]) and node.input[i] not in self.widened
         )
-
-    def _stays_narrow(self, node: NodeProto, operands: list[str]) -> bool:
-        """Whether the node only moves elements of narrow weights."""
-        is_weights = bool(operands) and not any(name in self.widened for name in operands)
-        return node.op_type in MOVES and is_weights
 
     def _widen_outputs(self, node: NodeProto) -> None:
         """Cast the node's narrow results that are outputs of the graph, whose outputs are FP32."""
@@ -212,9 +207,8 @@ class _Scope:
             if self.is_narrow(name) and self.dtypes[name] != FP8:
                 node.input[i] = self.wide(name)
         if node.op_type == "DequantizeLinear":
-            attributes = [attribute for attribute in node.attribute if attribute.name != "output_dtype"]
-            del node.attribute[:]
-            node.attribute.extend(attributes)
+            for attribute in [field for field in node.attribute if field.name == "output_dtype"]:
+                node.attribute.remove(attribute)
             self.widened[node.output[0]] = node.output[0]
         self.nodes.append(node)
 
@@ -230,6 +224,8 @@ class _Scope:
             self._round(source, result, node)
 
     def _compute(self, node: NodeProto, results: list[str], narrow_inputs: tuple[int, ...]) -> None:
+        from onnx import numpy_helper
+
         for i, name in enumerate(node.input):
             if i in narrow_inputs and self.dtypes[name] == FP8:
                 node.input[i] = self._as_fp16(name)
@@ -237,7 +233,8 @@ class _Scope:
                 node.input[i] = self.wide(name)
         for attribute in node.attribute:
             if attribute.HasField("t") and attribute.t.data_type in NARROW:
-                _widen_constant(attribute)
+                values = numpy_helper.to_array(attribute.t).astype(np.float32)
+                attribute.t.CopyFrom(numpy_helper.from_array(values, attribute.t.name))
         self.nodes.append(node)
         is_exact = _is_exact(node)
         for i, name in enumerate(node.output):
@@ -271,10 +268,3 @@ def _is_exact(node: NodeProto) -> bool:
         attribute.name == "reduction" and attribute.s not in (b"", b"none") for attribute in node.attribute
     )
     return node.op_type in EXACT and not reduces
-
-
-def _widen_constant(attribute: AttributeProto) -> None:
-    from onnx import numpy_helper
-
-    values = numpy_helper.to_array(attribute.t).astype(np.float32)
-    attribute.t.CopyFrom(numpy_helper.from_array(values, attribute.t.name))

@@ -186,11 +186,6 @@ class Findings:
     irregular: dict[str, str]
     """A path that is not a regular file, and what it is: a link, an empty folder."""
 
-    @property
-    def is_whole(self) -> bool:
-        """Whether there is no difference."""
-        return not self.lines()
-
     def lines(self) -> tuple[str, ...]:
         """One line for each difference."""
         return (

@@ -1,4 +1,4 @@
-"""A session runs a graph step by step in ONNX Runtime, and owns the pools that the graph updates.
+"""A session runs a graph step by step, in ONNX Runtime here, and owns the pools that the graph updates.
 
 Legend: T tokens in this step, B sequences in this step, S state slots, K pages in the pool, M pages of one
 sequence, R rows that want logits, V vocabulary.
@@ -6,7 +6,9 @@ sequence, R rows that want logits, V vocabulary.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +32,60 @@ if TYPE_CHECKING:
     import onnxruntime as ort
 
 
-class Session:
+class AnySession(ABC):
+    """Pools, and a runtime that executes steps on them; the pools start at zero."""
+
+    runs_as: str
+    vocab_size: int
+    num_slots: int
+    num_pages: int
+    pools: dict[str, PoolSpec]
+    """The pools in the graph's order."""
+
+    @property
+    def pool_names(self) -> tuple[str, ...]:
+        """The names of the pools, in the graph's order."""
+        return tuple(self.pools)
+
+    @property
+    def page_size(self) -> int:
+        """Tokens per page; 0 for a graph without a KV cache."""
+        return max((pool.page_size for pool in self.pools.values()), default=0)
+
+    @abstractmethod
+    def step(self, inputs: StepInputs) -> NDArray[np.float32]:
+        """The logits [R, V] of one step; the pools are updated."""
+
+    def pool(self, name: str) -> NDArray[Any]:
+        """A copy of a pool's values; row 0 is scratch."""
+        self._pool_shape(name)
+        return self._read_pool(name)
+
+    def set_pool(self, name: str, values: NDArray[Any]) -> None:
+        """Set a pool's values, converted to its dtype; raises UsageError if the shape differs."""
+        shape = self._pool_shape(name)
+        if values.shape != shape:
+            raise UsageError(f"{name} has shape {list(shape)}, not {list(values.shape)}")
+        self._write_pool(name, values)
+
+    def _pool_shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a pool; raises UsageError if the graph does not have it."""
+        if name not in self.pools:
+            raise UsageError(f"the graph has no pool {name}", hint="its pools: " + ", ".join(self.pools))
+        return self.pools[name].shape(self.num_slots, self.num_pages)
+
+    def _check(self, inputs: StepInputs) -> None:
+        sizes = {"num_slots": self.num_slots, "num_pages": self.num_pages, "page_size": self.page_size}
+        check_step(inputs, vocab_size=self.vocab_size, **sizes)
+
+    @abstractmethod
+    def _read_pool(self, name: str) -> NDArray[Any]: ...
+
+    @abstractmethod
+    def _write_pool(self, name: str, values: NDArray[Any]) -> None: ...
+
+
+class Session(AnySession):
     """A graph in ONNX Runtime, and its pools, which start at zero.
 
     If `bound`, a pool's input and output share one buffer, so that a step writes only the rows it changes: with 544 MB
@@ -65,11 +120,7 @@ class Session:
         graph = OnnxGraph.read(graph) if isinstance(graph, Path) else graph
         self.runs_as = graph.runs_as(providers)
         self._session = open_graph(
-            graph,
-            threads=threads,
-            providers=providers,
-            thread=self._thread,
-            extra_outputs=extra_outputs,
+            graph, threads=threads, providers=providers, thread=self._thread, extra_outputs=extra_outputs
         )
         self.extra_values: dict[str, NDArray[Any]] = {}
         self._extra_outputs = tuple(extra_outputs)
@@ -77,18 +128,8 @@ class Session:
         self.pools = read_pools(self._session, extra_outputs)
         self.num_slots, self.num_pages = num_slots, num_pages
         self._inputs = [value.name for value in self._session.get_inputs() if value.name not in self.pools]
-        self._values = {name: self._new_pool(pool) for name, pool in self.pools.items()}
+        self._values = {name: self._new_pool(name) for name in self.pools}
         self._binding = self._bind() if bound else None
-
-    @property
-    def pool_names(self) -> tuple[str, ...]:
-        """The names of the pools, in the graph's order."""
-        return tuple(self.pools)
-
-    @property
-    def page_size(self) -> int:
-        """Tokens per page; 0 for a graph without a KV cache."""
-        return max((pool.page_size for pool in self.pools.values()), default=0)
 
     def step(self, inputs: StepInputs) -> NDArray[np.float32]:
         """The logits [R, V] of one step; the pools are updated.
@@ -96,37 +137,21 @@ class Session:
         Raises UsageError with the input that breaks the contract; the pools are then unchanged. Ctrl-C stops between
         two operators and leaves the pools undefined: the session must not be used again.
         """
-        check_step(
-            inputs,
-            vocab_size=self.vocab_size,
-            num_slots=self.num_slots,
-            num_pages=self.num_pages,
-            page_size=self.page_size,
-        )
+        self._check(inputs)
         feeds = {name: np.ascontiguousarray(getattr(inputs, name)) for name in self._inputs}
-        if self._binding is None:
-            return self._step_unbound(feeds)
-        return self._step_bound(self._binding, feeds, len(inputs.logits_row))
+        if self._binding:
+            return self._step_bound(self._binding, feeds, len(inputs.logits_row))
+        return self._step_unbound(feeds)
 
-    def pool(self, name: str) -> NDArray[Any]:
-        """A copy of a pool's values; row 0 is scratch."""
-        return np.array(self._value(name).numpy())
+    def _read_pool(self, name: str) -> NDArray[Any]:
+        return np.array(self._values[name].numpy())
 
-    def set_pool(self, name: str, values: NDArray[Any]) -> None:
-        """Set a pool's values, converted to its dtype; raises UsageError if the shape differs."""
-        target = self._value(name).numpy()
-        if values.shape != target.shape:
-            raise UsageError(f"{name} has shape {list(target.shape)}, not {list(values.shape)}")
-        target[...] = values
+    def _write_pool(self, name: str, values: NDArray[Any]) -> None:
+        self._values[name].numpy()[...] = values
 
-    def _value(self, name: str) -> ort.OrtValue:
-        if name not in self._values:
-            raise UsageError(f"the graph has no pool {name}", hint="its pools: " + ", ".join(self._values))
-        return self._values[name]
-
-    def _new_pool(self, pool: PoolSpec) -> ort.OrtValue:
-        shape = list(pool.shape(self.num_slots, self.num_pages))
-        value = onnxruntime.load().OrtValue.ortvalue_from_shape_and_type(shape, pool.dtype.numpy.type)
+    def _new_pool(self, name: str) -> ort.OrtValue:
+        shape, dtype = list(self._pool_shape(name)), self.pools[name].dtype.numpy.type
+        value = onnxruntime.load().OrtValue.ortvalue_from_shape_and_type(shape, dtype)
         # A comparison of pools reads rows that no step has written: they must be the same in every run.
         value.numpy()[...] = 0
         return value
@@ -164,11 +189,8 @@ class Session:
         """The result of `call`; Ctrl-C ends it between two operators."""
         state = onnxruntime.errors()
         options = onnxruntime.load().RunOptions()
-
-        def terminate() -> None:
-            options.terminate = True
-
+        stop = partial(setattr, options, "terminate", True)
         try:
-            return self._thread.run(lambda: call(options), stop=terminate)
+            return self._thread.run(lambda: call(options), stop=stop)
         except (state.Fail, state.InvalidArgument, state.RuntimeException) as error:
             raise BundleError(f"ONNX Runtime failed in a step: {first_line(error)}") from error

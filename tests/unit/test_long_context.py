@@ -46,12 +46,12 @@ def test_a_long_sequence_in_pieces(checkpoint: Path, tmp_path: Path) -> None:
     pools = model.pools(config)
     reference = TorchRunner(model, pools, torch.float32)
     reference.reset({spec.name: session.pool(spec.name) for spec in pools})
-    where = {name: session._value(name).data_ptr() for name in session.pool_names}
+    where = {name: session._values[name].data_ptr() for name in session.pool_names}
     for done in range(0, TOKENS, PIECE):
         inputs = piece(tokens, done, pages)
         found, expected = session.step(inputs), reference.step(inputs)
         assert metrics.relative_l2(found.astype(np.float64), expected) < FP32_RELATIVE_L2, done
-    assert where == {name: session._value(name).data_ptr() for name in session.pool_names}
+    assert where == {name: session._values[name].data_ptr() for name in session.pool_names}
     for name, values in reference.pools().items():
         assert session.pool(name).shape == values.shape
         assert metrics.relative_l2(session.pool(name)[1:].astype(np.float64), values[1:]) < FP32_RELATIVE_L2

@@ -148,6 +148,8 @@ def test_a_tokenizer_alone_is_enough(folder: Path) -> None:
         (folder / name).unlink()
     tokenizer = Tokenizer(folder)
     assert tokenizer.eos_ids == frozenset()
+    with pytest.raises(UsageError, match="there is no chat template"):
+        tokenizer.chat(MESSAGES)
     assert tokenizer.decode(tokenizer.encode("the cat")) == "the cat"
 
 
