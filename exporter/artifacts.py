@@ -57,8 +57,6 @@ class LoweredGraph:
     nodes: int
     ops: dict[str, int]
     weight_bytes: int
-    written_bytes: int = 0
-    """Bytes of the data file that take up disk space: sparse regions of the checkpoint stay sparse."""
 
 
 @dataclass(frozen=True)
@@ -80,5 +78,3 @@ class CompiledEngine:
     num_plugins: int
     pools_seen: bool
     """Whether TensorRT listed its layers, so that copies of pools could be ruled out."""
-    peak_bytes: int
-    """Peak memory of the builder process."""

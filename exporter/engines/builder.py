@@ -10,7 +10,6 @@ from __future__ import annotations
 import ctypes
 import json
 import os
-import resource
 import signal
 import sys
 from collections.abc import Callable, Mapping
@@ -60,12 +59,8 @@ class EngineResult:
 
     version: str
     """The version of the TensorRT module."""
-    num_layers: int = 0
-    """The number of layers in the parsed network."""
     pools_seen: bool = False
     """Whether the log listed the engine's layers, so that they could be checked for copies of pools."""
-    peak_bytes: int = 0
-    """The peak of the builder's resident memory."""
 
 
 def main() -> None:
@@ -108,8 +103,7 @@ def build(request: EngineRequest, emit: Emit) -> EngineResult:
         if request.timings:
             Path(request.timings).write_bytes(bytes(memoryview(config.get_timing_cache().serialize())))
         del monitor, parser, mapped
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return EngineResult(trt.__version__, network.num_layers, bool(log.layers), peak)
+    return EngineResult(trt.__version__, bool(log.layers))
 
 
 def _parse(parser: Any, path: Path, log: Any) -> Mapping[str, NDArray[np.uint8]]:

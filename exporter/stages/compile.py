@@ -102,7 +102,6 @@ def compile(
         max_rows=max_rows(config),
         num_plugins=len(nodes),
         pools_seen=result.pools_seen,
-        peak_bytes=result.peak_bytes,
     )
 
 

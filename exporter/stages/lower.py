@@ -65,7 +65,7 @@ def lower(
         link=link,
     )
     data = external_data.data_path(path)
-    written = external_data.write(data, placed, resume_from=resume_from, advance=advance, synced=synced)
+    external_data.write(data, placed, resume_from=resume_from, advance=advance, synced=synced)
     for (name, value), place in zip(parameters.items(), placed, strict=True):
         value.const_value = ir.ExternalTensor(
             place.linked.name if place.linked else data.name,
@@ -87,7 +87,6 @@ def lower(
         nodes=len(graph.graph),
         ops=dict(ops),
         weight_bytes=sum(place.length for place in placed),
-        written_bytes=written,
     )
 
 

@@ -54,6 +54,6 @@ def test_marked_parts_build(tmp_path: Path, precision: str) -> None:
         marked = part.graph(value.name for node in part.model.graph for value in node.outputs)
         request = part_request(marked, profile, used, library().path, folder, (89,))
         result = run_builder(request, used)
-        assert result.num_layers > 0
+        assert result.version
         assert Path(request.output).stat().st_size > 0
         assert len(request.plugins) == len(part.ops)
