@@ -14,6 +14,7 @@ import signal
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
+from itertools import product
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -134,8 +135,7 @@ def _check_plugins(trt: ModuleType, network: Any, names: list[str]) -> None:
     """Refuse a network in which an op is not one plugin layer: the parser then silently expands the op's function."""
     layers = [network.get_layer(i) for i in range(network.num_layers)]
     plugins = {layer.name for layer in layers if layer.type == trt.LayerType.PLUGIN_V3}
-    missing = [name for name in names if name not in plugins]
-    if missing:
+    if missing := [name for name in names if name not in plugins]:
         raise CompileError(
             f"{len(missing)} of {len(names)} {DOMAIN} ops did not become plugin layers, the first {missing[0]}:"
             " TensorRT expanded them into standard operators, which is many times slower",
@@ -248,14 +248,13 @@ def _write(
 
 def _check_pools(layers: list[str], pools: list[str]) -> None:
     """Refuse an engine in which a layer other than a plugin accesses a pool: it would copy the pool in every step."""
-    for line in layers:
-        if not line.startswith(("Layer(PluginV3)", "Layer(NoOp)")):
-            names = [pool for pool in pools if f" {pool} (" in f" {line}"]
-            if names:
-                raise CompileError(
-                    f"TensorRT copies {names[0]} instead of updating it in place: {line.partition(',')[0]}",
-                    hint="report this: the graph must give each pool to one plugin only",
-                )
+    others = [line for line in layers if not line.startswith(("Layer(PluginV3)", "Layer(NoOp)"))]
+    for line, pool in product(others, pools):
+        if f" {pool} (" in f" {line}":
+            raise CompileError(
+                f"TensorRT copies {pool} instead of updating it in place: {line.partition(',')[0]}",
+                hint="report this: the graph must give each pool to one plugin only",
+            )
 
 
 if __name__ == "__main__":

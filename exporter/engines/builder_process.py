@@ -20,8 +20,7 @@ from nemotrt.exporter import environment
 from nemotrt.exporter.engines.builder import EngineRequest, EngineResult
 from nemotrt.exporter.errors import CompileError
 from nemotrt.exporter.progress import Advance, ignore
-from nemotrt.exporter.runtime.backends import Backend, library_path
-from nemotrt.plugins.kernel_store import cache_folder
+from nemotrt.exporter.runtime.backends import Backend, linked_library
 
 STALLED_AFTER = 3600.0
 """Seconds without progress after which a build is abandoned; no step of a build takes minutes."""
@@ -115,7 +114,7 @@ def _started(
 ) -> Iterator[tuple[subprocess.Popen[str], IO[bytes]]]:
     """A running builder, which is killed when the context ends."""
     reader, writer = os.pipe()
-    with os.fdopen(reader, "rb", buffering=0) as events:
+    with os.fdopen(reader, "rb", buffering=0) as events, tempfile.TemporaryDirectory() as folder:
         try:
             process = subprocess.Popen(
                 [*PROGRAM, str(writer)],
@@ -124,7 +123,7 @@ def _started(
                 stderr=output,
                 text=True,
                 pass_fds=(writer,),
-                env=_environment(backend),
+                env=_environment(backend, Path(folder)),
                 start_new_session=True,  # this process handles Ctrl-C
             )
         finally:
@@ -141,10 +140,11 @@ def _started(
                 process.kill()
 
 
-def _environment(backend: Backend) -> Mapping[str, str]:
-    folder = library_path(backend, cache_folder())
-    if folder is None:
+def _environment(backend: Backend, folder: Path) -> Mapping[str, str]:
+    """The builder's environment, with `backend.linked` in `folder`: a loader reads its path when a process starts."""
+    if not backend.linked:
         return os.environ
+    (folder / backend.linked).symlink_to(linked_library(backend))
     searched = os.environ.get("LD_LIBRARY_PATH", "")
     return os.environ | {"LD_LIBRARY_PATH": f"{folder}:{searched}" if searched else str(folder)}
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
@@ -131,26 +129,8 @@ def load_module(backend: Backend) -> ModuleType:
         ) from error
 
 
-def library_path(backend: Backend, cache: Path) -> Path | None:
-    """A folder for a child process's LD_LIBRARY_PATH, with `backend.linked` in it; None if there is no such library.
-
-    The loader reads the variable only when a process starts.
-    """
-    if not backend.linked:
-        return None
-    target = _library(backend)
-    folder = cache / "lib"
-    link = folder / backend.linked
-    folder.mkdir(parents=True, exist_ok=True)
-    if not (link.is_symlink() and link.readlink() == target):
-        with tempfile.TemporaryDirectory(dir=folder) as temporary:
-            fresh = Path(temporary) / backend.linked
-            fresh.symlink_to(target)
-            os.replace(fresh, link)
-    return folder
-
-
-def _library(backend: Backend) -> Path:
+def linked_library(backend: Backend) -> Path:
+    """The installed file of `backend.linked`; raises CompileError if there is none."""
     spec = find_spec(backend.libraries)
     folders = list(spec.submodule_search_locations or ()) if spec else []
     for folder in folders:

@@ -36,11 +36,7 @@ ORT_DTYPES = {
 }
 """ONNX Runtime's names of the types that a graph's inputs may have."""
 
-KIND_OF_OP = {
-    "NemoSelectiveScan": "mamba",
-    "NemoPagedAttention": "attention",
-    "NemoMoeDispatch": "moe",
-}
+KIND_OF_OP = {"NemoSelectiveScan": "mamba", "NemoPagedAttention": "attention", "NemoMoeDispatch": "moe"}
 """An op → the kind of a layer that has it; a layer with none of them is an MLP."""
 
 WEIGHT_DTYPES = (DType.FLOAT32, DType.FLOAT16, DType.BFLOAT16, DType.FLOAT8_E4M3)
@@ -84,11 +80,7 @@ class OnnxGraph:
         inputs, outputs = (tuple(map(summarize, values)) for values in (graph.input, graph.output))
         output_names = {value.name for value in outputs}
         pools = tuple(
-            PoolSpec(
-                value.name,
-                DType(value.dtype),
-                tuple(size for size in value.axes[1:] if isinstance(size, int)),
-            )
+            PoolSpec(value.name, DType(value.dtype), tuple(s for s in value.axes[1:] if isinstance(s, int)))
             for value in inputs
             if NEXT + value.name in output_names
         )
@@ -149,12 +141,9 @@ def open_graph(
     import onnx
 
     ort = onnxruntime.load()
-    missing = [name for name in providers if name not in ort.get_available_providers()]
-    if missing:
-        raise UsageError(
-            f"this ONNX Runtime has no {missing[0]}",
-            hint="it has " + ", ".join(ort.get_available_providers()),
-        )
+    available = ort.get_available_providers()
+    if missing := [name for name in providers if name not in available]:
+        raise UsageError(f"this ONNX Runtime has no {missing[0]}", hint="it has " + ", ".join(available))
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     # Errors only. They are raised too, and the warnings are about machines without a GPU.
@@ -207,8 +196,7 @@ def read_pools(session: ort.InferenceSession, extra_outputs: Sequence[str] = ())
             pools[value.name] = pool
         elif value.name not in STEP_INPUTS:
             raise BundleError(f"the graph's input {value.name} is unknown, and no output replaces it")
-    unpaired = sorted(outputs - {LOGITS} - {NEXT + name for name in pools})
-    if unpaired:
+    if unpaired := sorted(outputs - {LOGITS} - {NEXT + name for name in pools}):
         raise BundleError(f"the graph's output {unpaired[0]} replaces no input")
     return pools
 

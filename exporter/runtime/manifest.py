@@ -286,8 +286,7 @@ def verify(bundle: Path, *, deep: bool) -> Manifest:
     Raises BundleError that names the first difference and counts the others.
     """
     manifest = read(bundle)
-    lines = examine(bundle, manifest, deep=deep).lines()
-    if lines:
+    if lines := examine(bundle, manifest, deep=deep).lines():
         more = f", and {len(lines) - 1} more differences" if len(lines) > 1 else ""
         raise BundleError(f"{bundle}: {lines[0]}{more}", hint="copy or build the bundle again")
     return manifest

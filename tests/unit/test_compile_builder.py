@@ -15,7 +15,7 @@ from nemotrt.exporter.engines import builder_process
 from nemotrt.exporter.engines.builder import EngineRequest, EngineResult, Progress
 from nemotrt.exporter.engines.builder_process import run_builder
 from nemotrt.exporter.errors import CompileError
-from nemotrt.exporter.runtime.backends import Backend, backend, library_path
+from nemotrt.exporter.runtime.backends import backend
 
 PREAMBLE = """
 import json, os, signal, sys, time
@@ -124,33 +124,16 @@ def _interrupt_when(file: Path) -> None:
 def test_the_builder_finds_its_library_under_its_bare_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("NEMO_EXPORT_CACHE", str(tmp_path))
     monkeypatch.setenv("LD_LIBRARY_PATH", "/elsewhere")
     target = tmp_path / "libtensorrt_rtx.so.1"
     target.touch()
-    monkeypatch.setattr("nemotrt.exporter.runtime.backends._library", lambda backend: target)
-    environment = builder_process._environment(backend("tensorrt-rtx"))
-    folder, elsewhere = environment["LD_LIBRARY_PATH"].split(":")
-    assert elsewhere == "/elsewhere"
-    assert (Path(folder) / "libtensorrt_rtx.so").resolve() == target
-    assert builder_process._environment(TENSORRT) is os.environ
-
-
-def test_a_link_to_a_library_that_has_moved_is_made_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    found = tmp_path / "old.so"
-
-    def library(backend: Backend) -> Path:
-        return found
-
-    monkeypatch.setattr("nemotrt.exporter.runtime.backends._library", library)
-    library_path(backend("tensorrt-rtx"), tmp_path)
-    found = tmp_path / "new.so"
-    folder = library_path(backend("tensorrt-rtx"), tmp_path)
-    assert folder is not None
-    assert (folder / "libtensorrt_rtx.so").readlink() == tmp_path / "new.so"
-    assert os.listdir(folder) == ["libtensorrt_rtx.so"]
+    monkeypatch.setattr(builder_process, "linked_library", lambda backend: target)
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    environment = builder_process._environment(backend("tensorrt-rtx"), folder)
+    assert environment["LD_LIBRARY_PATH"] == f"{folder}:/elsewhere"
+    assert (folder / "libtensorrt_rtx.so").resolve() == target
+    assert builder_process._environment(TENSORRT, folder) is os.environ
 
 
 def test_nested_phases_add_up_and_never_go_back() -> None:
