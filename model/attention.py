@@ -19,22 +19,20 @@ class AttentionMixer(nn.Module):
     An FP8 cache stores k / k_scale and v / v_scale (FP32, 1.0 if not calibrated). Other caches ignore the scales.
     """
 
-    def __init__(
-        self, config: ModelConfig, *, dtype: torch.dtype, device: torch.device | str | None = None
-    ) -> None:
+    def __init__(self, config: ModelConfig, *, dtype: torch.dtype) -> None:
         super().__init__()
         hidden, head_dim, biased = config.hidden_size, config.head_dim, config.attention_bias
         self.query_shape = (config.num_attention_heads, head_dim)
         self.kv_shape = (config.num_key_value_heads, head_dim)
         self.scale = head_dim**-0.5
         query_size, kv_size = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
-        linear = partial(nn.Linear, bias=biased, dtype=dtype, device=device)
+        linear = partial(nn.Linear, bias=biased, dtype=dtype)
         self.q_proj = linear(hidden, query_size)
         self.k_proj = linear(hidden, kv_size)
         self.v_proj = linear(hidden, kv_size)
         self.o_proj = linear(query_size, hidden)
-        self.k_scale = nn.Parameter(torch.ones(1, dtype=torch.float32, device=device))
-        self.v_scale = nn.Parameter(torch.ones(1, dtype=torch.float32, device=device))
+        self.k_scale = nn.Parameter(torch.ones(1, dtype=torch.float32))
+        self.v_scale = nn.Parameter(torch.ones(1, dtype=torch.float32))
 
     def forward(self, x_TD: Tensor, step: Step, kv_cache: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the mixed tokens [T, D] and the layer's cache after this step."""

@@ -4,34 +4,39 @@ Legend: T tokens, D hidden size.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nemotrt.model.attention import AttentionMixer
 from nemotrt.model.config import ModelConfig
 from nemotrt.model.mamba import MambaMixer
-from nemotrt.model.mlp import MLP
-from nemotrt.model.moe import MoE
-from nemotrt.model.norm import RMSNorm
+from nemotrt.model.moe import MLP, MoE
 from nemotrt.model.step import Step
 
-MIXERS: dict[str, type[nn.Module]] = {
-    "mamba": MambaMixer,
-    "attention": AttentionMixer,
-    "mlp": MLP,
-    "moe": MoE,
-}
+MIXERS = {"mamba": MambaMixer, "attention": AttentionMixer, "mlp": MLP, "moe": MoE}
+
+
+class RMSNorm(nn.Module):
+    """x / √(mean x² + eps) · weight, computed in FP32 (Zhang, Sennrich 2019, arXiv 1910.07467)."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(size, dtype=torch.float32))
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        """[T, D] → [T, D] in x's dtype."""
+        return F.rms_norm(x_TD.float(), self.weight.shape, self.weight, self.eps).to(x_TD.dtype)
 
 
 class Block(nn.Module):
     """x + mixer(norm(x)) with the residual in x's dtype; inference only, without gradients."""
 
-    def __init__(
-        self, config: ModelConfig, kind: str, *, dtype: torch.dtype, device: torch.device | str | None = None
-    ) -> None:
+    def __init__(self, config: ModelConfig, kind: str, *, dtype: torch.dtype) -> None:
         super().__init__()
         self.kind = kind
-        self.norm = RMSNorm(config.hidden_size, config.norm_eps, device=device)
-        self.mixer = MIXERS[kind](config, dtype=dtype, device=device)
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.mixer = MIXERS[kind](config, dtype=dtype)
         self.requires_grad_(False)
 
     def forward(self, x_TD: Tensor, step: Step, *pools: Tensor) -> tuple[Tensor, ...]:

@@ -6,32 +6,25 @@ Legend: T tokens, D hidden size, R rows that want logits, V vocabulary.
 import torch
 from torch import Tensor, nn
 
-from nemotrt.model.block import Block
+from nemotrt.model.block import Block, RMSNorm
 from nemotrt.model.config import ModelConfig
 from nemotrt.model.fp8 import insert_fp8_modules
-from nemotrt.model.norm import RMSNorm
-from nemotrt.model.pools import POOL_KINDS
-from nemotrt.model.step import Step
+from nemotrt.model.step import POOL_KINDS, Step
 
 
 class Backbone(nn.Module):
     """The embeddings, layers and final norm, with the names that checkpoints use."""
 
-    def __init__(
-        self, config: ModelConfig, *, dtype: torch.dtype, device: torch.device | str | None = None
-    ) -> None:
+    def __init__(self, config: ModelConfig, *, dtype: torch.dtype) -> None:
         super().__init__()
         # nn.Embedding would initialize the weights with random numbers, which is slow and useless here.
         vocab, hidden = config.vocab_size, config.hidden_size
-        weight = torch.zeros(vocab, hidden, dtype=dtype, device=device)
+        weight = torch.zeros(vocab, hidden, dtype=dtype)
         self.embeddings = nn.Embedding(vocab, hidden, _weight=weight)
         self.layers = nn.ModuleDict(
-            {
-                str(i): Block(config, kind, dtype=dtype, device=device)
-                for i, kind in config.numbered_layers.items()
-            }
+            {str(i): Block(config, kind, dtype=dtype) for i, kind in config.numbered_layers.items()}
         )
-        self.norm_f = RMSNorm(config.hidden_size, config.norm_eps, device=device)
+        self.norm_f = RMSNorm(config.hidden_size, config.norm_eps)
 
 
 class Head(nn.Module):
@@ -56,18 +49,13 @@ class NemotronH(nn.Module):
     """
 
     def __init__(
-        self,
-        config: ModelConfig,
-        *,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str | None = None,
+        self, config: ModelConfig, *, dtype: torch.dtype = torch.float32, device: str = "cpu"
     ) -> None:
         super().__init__()
         self.config = config
-        self.backbone = Backbone(config, dtype=dtype, device=device)
-        self.lm_head = nn.Linear(
-            config.hidden_size, config.vocab_size, bias=False, dtype=dtype, device=device
-        )
+        with torch.device(device):
+            self.backbone = Backbone(config, dtype=dtype)
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False, dtype=dtype)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.backbone.embeddings.weight
         insert_fp8_modules(self, config.recipe)

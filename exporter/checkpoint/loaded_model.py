@@ -9,7 +9,7 @@ from nemotrt.exporter.checkpoint.safetensors_reader import StoredTensor
 from nemotrt.exporter.config import BuildConfig
 from nemotrt.model.checkpoint import Transform
 from nemotrt.model.config import ModelConfig
-from nemotrt.model.pools import pool_specs
+from nemotrt.model.step import pool_specs
 from nemotrt.plugins.contract import PoolSpec
 
 

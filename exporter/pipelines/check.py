@@ -32,7 +32,7 @@ from nemotrt.exporter.quantization.presets import recipe_of
 from nemotrt.exporter.runtime.backends import BACKENDS, backend
 from nemotrt.exporter.stages import load
 from nemotrt.model.config import ModelConfig
-from nemotrt.model.pools import pool_specs
+from nemotrt.model.step import pool_specs
 from nemotrt.plugins.contract import DType, LayerName
 
 FIRST_EXPERT = re.compile(r"(.*\.experts\.)0(\..*)")

@@ -19,7 +19,7 @@ from nemotrt.exporter.runtime import manifest as manifests
 from nemotrt.exporter.runtime.graph_file import KIND_OF_OP, OnnxGraph
 from nemotrt.exporter.runtime.manifest import GraphSummary, Manifest
 from nemotrt.model.checkpoint import is_mtp
-from nemotrt.model.pools import pool_specs
+from nemotrt.model.step import pool_specs
 from nemotrt.plugins.contract import EMBEDDINGS, HEAD, LayerName, PoolSpec
 
 if TYPE_CHECKING:

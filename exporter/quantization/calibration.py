@@ -22,9 +22,8 @@ from nemotrt.exporter.progress import Advance, ignore
 from nemotrt.exporter.quantization.text import Sequences
 from nemotrt.model.block import Block
 from nemotrt.model.moe import MoE
-from nemotrt.model.pools import empty_pools, pool_specs
 from nemotrt.model.recipe import EXPERTS, Recipe
-from nemotrt.model.step import Step
+from nemotrt.model.step import Step, empty_pools, pool_specs
 from nemotrt.plugins.contract import DType
 from nemotrt.plugins.moe_dispatch.reference import route
 
@@ -166,7 +165,8 @@ def _run(model: LoadedModel, index: int, block: Block, batches: list[Batch], hid
 
 def _block(model: LoadedModel, layer: str, kind: str) -> Block:
     """A layer in FP32, except that the experts' weights stay as they are stored: their op widens them one by one."""
-    block = Block(model.config, kind, dtype=torch.float32, device="meta")
+    with torch.device("meta"):
+        block = Block(model.config, kind, dtype=torch.float32)
     state = {}
     for name, value in block.state_dict().items():
         dtype = None if name in STACKED_EXPERTS else DType.from_torch(value.dtype)

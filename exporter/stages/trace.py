@@ -17,8 +17,7 @@ from nemotrt.exporter.artifacts import TracedModel, TracedPart
 from nemotrt.exporter.checkpoint.loaded_model import LoadedModel
 from nemotrt.exporter.config import BuildConfig
 from nemotrt.model.hybrid import NemotronH
-from nemotrt.model.pools import empty_pools
-from nemotrt.model.step import Step
+from nemotrt.model.step import Step, empty_pools
 from nemotrt.plugins.contract import PoolSpec
 
 # Sizes to trace with. They must be distinct, and above 1, which PyTorch would specialize on.

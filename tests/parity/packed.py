@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from nemotrt.model.hybrid import NemotronH
-from nemotrt.model.pools import empty_pools, pool_specs
-from nemotrt.model.step import Step
+from nemotrt.model.step import Step, empty_pools, pool_specs
 from nemotrt.plugins.contract import DType
 
 PAGE_SIZE = 16

@@ -19,7 +19,7 @@ from nemotrt.exporter.engines.kernel_coverage import check_supported, op_calls
 from nemotrt.exporter.errors import CompileError
 from nemotrt.exporter.runtime import backends
 from nemotrt.model.config import ModelConfig
-from nemotrt.model.pools import pool_specs
+from nemotrt.model.step import pool_specs
 from nemotrt.plugins.contract import DType
 from nemotrt.plugins.spec import ops
 from nemotrt.plugins.variant import SMS

@@ -14,8 +14,7 @@ from torch.export import Dim, ExportedProgram
 from nemotrt.model.block import Block
 from nemotrt.model.config import LARGEST, LAYER_KINDS, ModelConfig
 from nemotrt.model.hybrid import NemotronH
-from nemotrt.model.pools import empty_pools, pool_specs
-from nemotrt.model.step import Step
+from nemotrt.model.step import Step, empty_pools, pool_specs
 from nemotrt.plugins.contract import DType, PoolSpec
 
 CONFIG = ModelConfig(
@@ -78,8 +77,9 @@ def step_of(starts: list[int], device: str = "cpu") -> Step:
 
 
 def exported(kind: str, dtype: torch.dtype, device: str) -> ExportedProgram:
-    block = randomised(Block(CONFIG, kind, dtype=dtype, device=device)) if device == "cpu" else None
-    block = block or Block(CONFIG, kind, dtype=dtype, device=device)
+    with torch.device(device):
+        block = Block(CONFIG, kind, dtype=dtype)
+    block = randomised(block) if device == "cpu" else block
     pools = empty_pools(pools_of(kind, DType.from_torch(dtype)), 5, 9, device)
     x_TD = torch.zeros(7, CONFIG.hidden_size, dtype=dtype, device=device)
     any_size: Any = {0: Dim.DYNAMIC}
