@@ -33,7 +33,7 @@ from nemotrt.exporter.stages.trace import trace  # noqa: E402
 from nemotrt.exporter.validation import drift  # noqa: E402
 from nemotrt.exporter.validation.candidates import graph_candidate  # noqa: E402
 from nemotrt.exporter.validation.gates import ALONE, COSINE  # noqa: E402
-from nemotrt.exporter.validation.parts import opwise  # noqa: E402
+from nemotrt.exporter.validation.parts import layerwise  # noqa: E402
 from nemotrt.exporter.validation.plan import plan_validation  # noqa: E402
 from nemotrt.exporter.validation.validate import validate  # noqa: E402
 
@@ -53,12 +53,12 @@ FIXED_COSINE, FIXED_TOP1 = f"cosine of the logits ≥ {COSINE}", "top-1 agreemen
 FIXED = (FIXED_COSINE, FIXED_TOP1)
 """Common gates with one fixed limit for every model, for comparison."""
 
-SCENARIOS = (ALONE, opwise.ALONE, drift.SCENARIO)
+SCENARIOS = (ALONE, layerwise.OPS_ALONE, drift.SCENARIO)
 """Scenarios whose gates are counted together, whatever their metric."""
 
 METRICS = {
     ALONE: "layer alone",
-    opwise.ALONE: "op alone",
+    layerwise.OPS_ALONE: "op alone",
     Metric.RELATIVE_L2: "L2",
     Metric.COSINE: "angle",
     Metric.NORM_RATIO: "norm",

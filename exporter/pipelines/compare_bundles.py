@@ -25,7 +25,7 @@ from nemotrt.exporter.validation.comparison import (
     force_routing,
     observe_greedy,
 )
-from nemotrt.exporter.validation.graph_dtypes import ExpectedDtypes, expected_dtypes
+from nemotrt.exporter.validation.gates import ExpectedDtypes, expected_dtypes
 from nemotrt.exporter.validation.plan import NUM_MODES, Workload, workload_of
 from nemotrt.exporter.validation.references.reference_file import identity_of
 from nemotrt.exporter.validation.request import ValidationRequest

@@ -21,7 +21,7 @@ from nemotrt.exporter.validation.comparison import Candidate, ReferenceRun, comp
 from nemotrt.exporter.validation.plan import NUM_MODES, parts_of, plan_validation, workload_of
 from nemotrt.exporter.validation.references import reference_file
 from nemotrt.exporter.validation.request import ValidationRequest
-from nemotrt.exporter.validation.runners.onnx_part import PartSession
+from nemotrt.exporter.validation.runners.base import PartSession
 
 log = logging.getLogger(__name__)
 
@@ -108,7 +108,7 @@ def _bisected(
 ) -> ValidationReport:
     from nemotrt.exporter.validation.parts import bisection
     from nemotrt.exporter.validation.parts.engine_parts import EngineParts
-    from nemotrt.exporter.validation.parts.layerwise import mixed_steps
+    from nemotrt.exporter.validation.parts.part_run import mixed_steps
 
     model, config = subject.model, subject.config
     workload = workload_of(model, config, request.seed or 0)

@@ -11,10 +11,9 @@ from nemotrt.exporter.runtime.engine_session import engine_profile
 from nemotrt.exporter.runtime.graph_file import PROVIDERS, OnnxGraph
 from nemotrt.exporter.runtime.manifest import Manifest
 from nemotrt.exporter.validation.comparison import Candidate
+from nemotrt.exporter.validation.plan import NUM_SLOTS
 from nemotrt.exporter.validation.request import ValidationRequest
-from nemotrt.exporter.validation.runners.base import EngineRunner, GraphRunner, Mode
-from nemotrt.exporter.validation.runners.forced_routing import ForcedRoutingRunner
-from nemotrt.exporter.validation.scenarios import NUM_SLOTS
+from nemotrt.exporter.validation.runners.base import EngineRunner, ForcedRoutingRunner, GraphRunner, Mode
 
 ENGINE = NotCompared(Omitted.ENGINE, "not executed")
 UNSEEN_ROUTERS = NotCompared(

@@ -10,8 +10,10 @@ Legend: T steps, B sequences, H heads, P head dim, G groups, N state size, E exp
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import zip_longest
 from typing import NamedTuple
 
 import numpy as np
@@ -27,11 +29,10 @@ from nemotrt.exporter.report.model import Drift, DriftCurve, Gate, Metric
 from nemotrt.exporter.runtime.step import StepInputs
 from nemotrt.exporter.validation import metrics
 from nemotrt.exporter.validation.gates import BASELINE_FACTOR, FP32_RELATIVE_L2
-from nemotrt.exporter.validation.plan import SEQUENCES, WINDOW, LongDecode, empty_pools
+from nemotrt.exporter.validation.plan import NUM_SLOTS, SEQUENCES, WINDOW, LongDecode, empty_pools
 from nemotrt.exporter.validation.routing import RouterLogits
 from nemotrt.exporter.validation.runners.base import CandidateRunner, Recurrence
 from nemotrt.exporter.validation.runners.torch import TorchRunner, num_threads, threads, torch_step
-from nemotrt.exporter.validation.scenarios import NUM_SLOTS
 from nemotrt.plugins.contract import DType, PoolSpec
 from nemotrt.plugins.selective_scan.reference import reference as scan
 
@@ -62,7 +63,6 @@ class DriftComparison:
         self._replay = _Replay(model, pools)
         self._candidate: list[_Snapshot] = []
         self._followers: list[list[_Snapshot]] = []
-        self._replay_errors: list[dict[str, float]] = []
 
     def run_candidate(self, runner: CandidateRunner, advance: Advance = ignore) -> None:
         """Decode token by token, and replay each recurrence; reports each step."""
@@ -79,7 +79,7 @@ class DriftComparison:
             routers_BTE = tuple(np.stack(steps, axis=1) for steps in zip(*routers, strict=True))
             snapshot = _Snapshot(self._states(runner.pools()), logits_BTV, routers_BTE)
             self._candidate.append(snapshot)
-            self._replay_errors.append(self._replay.errors(snapshot.states))
+            self._replay.record_errors(snapshot.states)
 
     def follow(self, runner: TorchRunner, advance: Advance = ignore) -> None:
         """Run PyTorch with the candidate's experts, all tokens up to a mark at once; reports each mark.
@@ -106,24 +106,27 @@ class DriftComparison:
     def result(self) -> Drift:
         """Every error at every mark, against the network that followed first; the second one is the baseline."""
         reference, *baselines = self._followers
+
+        def errors(distance: Callable[[_Snapshot, _Snapshot], float]) -> list[tuple[float, ...]]:
+            """At each mark: the candidate's, and the baseline's if there is one."""
+            return [tuple(map(distance, side, reference)) for side in (self._candidate, *baselines)]
+
         curves = []
         for name in self._recurrent:
-            base = _state_errors(baselines[0], reference, name) if baselines else ()
-            errors = _state_errors(self._candidate, reference, name)
-            curves.append(curve(name, Metric.RELATIVE_L2, errors, base))
-            if name in self._replay_errors[0]:
-                errors = tuple(at_mark[name] for at_mark in self._replay_errors)
-                base = tuple(self._replay.baselines.get(name, ()))
-                curves.append(curve(name, Metric.RECURRENCE, errors, base))
-        base = _mean_kl(baselines[0], reference) if baselines else ()
-        curves.append(curve("logits", Metric.MEAN_KL, _mean_kl(self._candidate, reference), base))
+            curves.append(curve(name, Metric.RELATIVE_L2, *errors(partial(_state_error, name))))
+            if name in self._replay.errors:
+                alone = tuple(self._replay.errors[name]), tuple(self._replay.baselines[name])
+                curves.append(curve(name, Metric.RECURRENCE, *alone))
+        curves.append(curve("logits", Metric.MEAN_KL, *errors(_mean_kl)))
         return Drift(self.decode.marks, SEQUENCES, tuple(curves))
 
     def _states(self, pools: dict[str, NDArray[np.float64]]) -> dict[str, NDArray[np.float32]]:
         return {name: pools[name][1 : 1 + SEQUENCES].astype(np.float32) for name in self._recurrent}
 
 
-def curve(output: str, metric: Metric, values: tuple[float, ...], baseline: tuple[float, ...]) -> DriftCurve:
+def curve(
+    output: str, metric: Metric, values: tuple[float, ...], baseline: tuple[float, ...] = ()
+) -> DriftCurve:
     """The errors with their limits: from the baseline at each mark, so that no error grows faster than PyTorch's."""
     limits = tuple(BASELINE_FACTOR * base for base in baseline)
     if not limits and metric is not Metric.MEAN_KL:
@@ -137,38 +140,31 @@ def gates(drift: Drift) -> list[Gate]:
 
 
 def _gate(curve: DriftCurve, steps: Sequence[int]) -> Gate:
-    indices = list(range(len(steps)))
+    marks = [
+        Gate(SCENARIO, curve.output, curve.metric, *numbers)
+        for numbers in zip_longest(curve.values, curve.limits, curve.baseline)
+    ]
     if curve.metric is Metric.MEAN_KL:
         # A mean over few rows is mostly noise.
-        indices = [i for i, span in enumerate(np.diff([0, *steps])) if span >= WINDOW] or indices[-1:]
-    baseline = [curve.baseline[i] for i in indices] if curve.baseline else [None] * len(indices)
-    values = [curve.values[i] for i in indices]
-    for metric, numbers in ((Metric.NOT_FINITE, values), (Metric.BASELINE_NOT_FINITE, baseline)):
-        if broken := sum(number is not None and not np.isfinite(number) for number in numbers):
+        spans = np.diff([0, *steps])
+        marks = [mark for mark, span in zip(marks, spans, strict=True) if span >= WINDOW] or marks[-1:]
+    for metric, numbers in (
+        (Metric.NOT_FINITE, [mark.value for mark in marks]),
+        (Metric.BASELINE_NOT_FINITE, [mark.baseline for mark in marks if mark.baseline is not None]),
+    ):
+        if broken := np.count_nonzero(~np.isfinite(numbers)):
             return Gate(SCENARIO, curve.output, metric, float(broken), 0.0)
-    marks = [
-        Gate(SCENARIO, curve.output, curve.metric, value, curve.limits[i], base)
-        for i, value, base in zip(indices, values, baseline, strict=True)
-    ]
     return max(marks, key=lambda gate: gate.limit_fraction)
 
 
-def _state_errors(
-    snapshots: Sequence[_Snapshot], reference: Sequence[_Snapshot], pool: str
-) -> tuple[float, ...]:
-    pairs = zip(snapshots, reference, strict=True)
-    return tuple(
-        metrics.relative_l2(*(side.states[pool].astype(np.float64) for side in pair)) for pair in pairs
-    )
+def _state_error(pool: str, *snapshots: _Snapshot) -> float:
+    return metrics.relative_l2(*(snapshot.states[pool].astype(np.float64) for snapshot in snapshots))
 
 
-def _mean_kl(snapshots: Sequence[_Snapshot], reference: Sequence[_Snapshot]) -> tuple[float, ...]:
-    """The mean over the rows before each mark, in nats."""
-    pairs = zip(snapshots, reference, strict=True)
-    return tuple(
-        float(metrics.kl_divergence(*(side.logits_BTV.astype(np.float64) for side in pair)).mean())
-        for pair in pairs
-    )
+def _mean_kl(*snapshots: _Snapshot) -> float:
+    """Over the rows before a mark, in nats."""
+    logits = (snapshot.logits_BTV.astype(np.float64) for snapshot in snapshots)
+    return float(metrics.kl_divergence(*logits).mean())
 
 
 class _Replay:
@@ -187,40 +183,37 @@ class _Replay:
         )
         self._exact: dict[str, Tensor] = {}
         self._stored: dict[str, Tensor] = {}
-        self.baselines: dict[str, list[float]] = {}
-        """The errors at each mark that come from the pool's dtype."""
+        self.errors: dict[str, list[float]] = defaultdict(list)
+        """At each mark: the relative L2 of a state's worst head."""
+        self.baselines: dict[str, list[float]] = defaultdict(list)
+        """At each mark: the same error of a state that is only rounded to the pool's dtype."""
 
     def step(self, inputs: StepInputs, recurrences: dict[str, Recurrence]) -> None:
         """Advance the recurrences whose inputs are visible by one step."""
         with threads(self._num_threads):
             for name, given in recurrences.items():
                 spec = self._specs[name]
-                exact = self._state(self._exact, spec, torch.float64)
-                self._exact[name] = self._next(spec, given, inputs, exact, torch.float64)
+                zeros = torch.zeros(1 + SEQUENCES, *spec.row_shape, dtype=torch.float64)
+                self._exact[name] = self._next(name, given, inputs, self._exact.get(name, zeros))
                 if spec.dtype is not DType.FLOAT32:
-                    stored = self._state(self._stored, spec, spec.dtype.torch)
-                    self._stored[name] = self._next(spec, given, inputs, stored, torch.float32)
+                    stored = self._stored.get(name, torch.zeros_like(zeros, dtype=spec.dtype.torch))
+                    self._stored[name] = self._next(name, given, inputs, stored)
 
-    def _state(self, states: dict[str, Tensor], spec: PoolSpec, dtype: torch.dtype) -> Tensor:
-        empty = torch.zeros(1 + SEQUENCES, *spec.row_shape, dtype=dtype)
-        return states.get(spec.name, empty)
-
-    def _next(
-        self, spec: PoolSpec, given: Recurrence, inputs: StepInputs, state: Tensor, dtype: torch.dtype
-    ) -> Tensor:
+    def _next(self, name: str, given: Recurrence, inputs: StepInputs, state: Tensor) -> Tensor:
+        """The state after a step, computed in its dtype, or in FP32 if that is narrower."""
+        dtype = torch.promote_types(state.dtype, torch.float32)
         x, dt, b = (torch.from_numpy(values).to(dtype) for values in given)
-        a, dt_bias = self._weights[spec.name]
-        step = torch_step(inputs)
-        sequences = step.query_start, step.context_len, step.slot
+        a, dt_bias = self._weights[name]
+        query_start, context_len, slot, _ = torch_step(inputs)
         # C and D only affect y, which is not used.
-        return self._scan(x, dt, a, b, b, dt_bias, dt_bias, state, *sequences)[1]
+        return self._scan(x, dt, a, b, b, dt_bias, dt_bias, state, query_start, context_len, slot)[1]
 
-    def errors(self, states: dict[str, NDArray[np.float32]]) -> dict[str, float]:
-        """The relative L2 of the worst head of each state; also extends `baselines`."""
+    def record_errors(self, states: dict[str, NDArray[np.float32]]) -> None:
+        """Add the errors at a mark, at which the candidate has these states."""
+        for name in self._exact:
+            self.errors[name].append(self._worst_head(name, states[name].astype(np.float64)))
         for name, stored in self._stored.items():
-            worst = self._worst_head(name, stored[1:].double().numpy())
-            self.baselines.setdefault(name, []).append(worst)
-        return {name: self._worst_head(name, states[name].astype(np.float64)) for name in self._exact}
+            self.baselines[name].append(self._worst_head(name, stored[1:].double().numpy()))
 
     def _worst_head(self, name: str, state_BHPN: NDArray[np.float64]) -> float:
         exact_BHPN = self._exact[name][1:].numpy()

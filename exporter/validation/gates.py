@@ -8,17 +8,25 @@ Legend: R rows of logits, V vocabulary, T tokens, E experts.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from nemotrt.exporter.checkpoint.loaded_model import LoadedModel
+from nemotrt.exporter.config import BuildConfig
 from nemotrt.exporter.errors import ValidationError
 from nemotrt.exporter.report.model import Gate, Metric
 from nemotrt.exporter.validation import metrics, routing
 from nemotrt.exporter.validation.metrics import Array
 from nemotrt.exporter.validation.routing import RouterLogits
+from nemotrt.plugins.contract import NEXT, DType
+from nemotrt.plugins.spec import DOMAIN, ops
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 FP32_RELATIVE_L2 = 1e-4
 BASELINE_FACTOR = 3.0
@@ -30,11 +38,17 @@ COSINE, NORM_RATIO = 0.99, 0.25
 ALONE = "each layer alone"
 """The scenario in which every part runs alone, on inputs that are bitwise equal."""
 
+DTYPES = "dtypes"
+"""The scenario of the dtypes that a graph declares."""
+
 Pair = tuple[Array, Array]
 """The candidate's values, and the reference's."""
 
 Noise = dict[str, NDArray[np.float32]]
 """The initial contents of every pool."""
+
+ExpectedDtypes = dict[str, dict[str, str]]
+"""`weights` and `pools`: name → dtype."""
 
 
 @dataclass(frozen=True)
@@ -132,8 +146,8 @@ def scenario_gates(
     return gates
 
 
-def layer_gates(place: str, values: dict[str, Pair], baseline: dict[str, Pair] | None) -> list[Gate]:
-    """The gates of one part that ran alone; `values` are its outputs by name, `baseline` PyTorch's."""
+def layer_gates(place: str, values: dict[str, Pair], baseline: dict[str, Pair]) -> list[Gate]:
+    """The gates of one part that ran alone; `values` are its outputs by name, `baseline` PyTorch's (empty in FP32)."""
     gates: list[Gate] = []
     for name, pair in values.items():
         base = _errors(baseline[name]) if baseline else None
@@ -154,7 +168,7 @@ def same_bits(scenario: str, first: Observation, second: Observation) -> Gate:
     return Gate(scenario, output, Metric.MODES_DIFFER, float(len(differing)), 0.0)
 
 
-def written_mask(name: str, pool: Array, noise: NDArray[np.float32]) -> NDArray[np.bool_]:
+def written_mask(name: str, pool: Array, noise: NDArray[Any]) -> NDArray[np.bool_]:
     """Which of a pool's values a step wrote: whole slots, and whole positions of pages.
 
     Values are not compared one by one: of a large model's hundred million, some equal their noise by chance.
@@ -243,3 +257,58 @@ def _next_token_gates(scenario: str, errors: ScenarioErrors, baseline: ScenarioE
     limit = 2 * max(baseline.mismatch_margin, baseline.max_logit_error)
     margin = errors.mismatch_margin
     yield Gate(scenario, "logits", Metric.TOP1_MARGIN, margin, limit, baseline.mismatch_margin)
+
+
+def expected_dtypes(model: LoadedModel, config: BuildConfig) -> ExpectedDtypes:
+    """The dtypes of the weights and pools that a graph built with `config` must have."""
+    from nemotrt.model.hybrid import NemotronH
+
+    network = NemotronH(model.config, dtype=config.dtype.torch, device="meta")
+    weights = {name: str(DType.from_torch(value.dtype)) for name, value in network.named_parameters()}
+    pools = {prefix + pool.name: str(pool.dtype) for pool in model.pools(config) for prefix in ("", NEXT)}
+    return {"weights": weights, "pools": pools}
+
+
+def dtype_gates(model: ir.Model, expected: ExpectedDtypes) -> list[Gate]:
+    """Gates on the number of weights, pools and FP32 inputs of ops that have another dtype or are cast to one.
+
+    Only the graph's own nodes are read: the ops' conformance tests cover the values inside an op.
+    """
+    import onnx_ir as ir
+
+    graph = model.graph
+    values = ir.convenience.create_value_mapping(graph, include_subgraphs=False)
+    casts = [node for node in graph if node.op_type == "Cast"]
+    cast_names = {value.name for node in casts for value in (*node.inputs, *node.outputs) if value}
+    groups = {
+        "weights": (expected["weights"], graph.initializers),
+        "pools": (expected["pools"], values),
+        "ops' FP32 inputs": (dict.fromkeys(_fp32_inputs(graph), DType.FLOAT32.value), values),
+    }
+    return [_dtype_gate(group, *dtypes, cast_names) for group, dtypes in groups.items()]
+
+
+def _dtype_gate(
+    group: str, expected: Mapping[str, str], values: Mapping[str, ir.Value], cast_names: set[str | None]
+) -> Gate:
+    diverging = [
+        name
+        for name, dtype in expected.items()
+        if name not in values or _dtype(values[name]) != DType(dtype).onnx or name in cast_names
+    ]
+    output = diverging[0] if diverging else group
+    return Gate(DTYPES, output, Metric.DTYPE, float(len(diverging)), 0.0)
+
+
+def _dtype(value: ir.Value) -> ir.DataType | None:
+    """The dtype of a weight's bytes, whatever the graph declares, or the declared dtype of another value."""
+    return value.const_value.dtype if value.const_value is not None else value.dtype
+
+
+def _fp32_inputs(graph: ir.Graph) -> list[str]:
+    """The inputs that ops take in FP32 whatever the model's dtype: decay, step size, router logits, scales."""
+    positions = {
+        spec.name: [i for i, tensor in enumerate(spec.inputs) if tensor.dtype == "float32"] for spec in ops()
+    }
+    nodes = (node for node in graph if node.domain == DOMAIN)
+    return [str(value.name) for node in nodes for i in positions[node.op_type] if (value := node.inputs[i])]

@@ -7,21 +7,6 @@ from pathlib import Path
 
 from nemotrt.exporter.errors import UsageError
 
-FLAGS = {
-    "checkpoint": "--checkpoint",
-    "golden": "--golden",
-    "against": "--against",
-    "save_golden": "--save-golden",
-    "engine": "--engine",
-    "provider": "--provider",
-    "text": "--eval",
-    "base": "--base",
-    "layers_alone": "--layers-alone",
-    "bisect": "--bisect",
-    "seed": "--seed",
-    "drift_steps": "--drift-steps",
-}
-
 PYTORCH_ONLY = ("checkpoint", "save_golden", "text", "base", "layers_alone", "bisect", "drift_steps")
 """Options that need PyTorch as the reference."""
 
@@ -58,11 +43,15 @@ class ValidationRequest:
         for option, (others, reason) in EXCLUDED.items():
             for other in others:
                 if self._is_given(option) and self._is_given(other):
+                    flag, other_flag = _flag(option), _flag(other)
                     raise UsageError(
-                        f"{FLAGS[option]} and {FLAGS[other]} exclude each other:"
-                        f" {reason.format(other=FLAGS[other])}"
+                        f"{flag} and {other_flag} exclude each other: {reason.format(other=other_flag)}"
                     )
 
     def _is_given(self, option: str) -> bool:
         value = getattr(self, option)
         return value is not None and value is not False
+
+
+def _flag(option: str) -> str:
+    return "--eval" if option == "text" else f"--{option.replace('_', '-')}"

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from itertools import product
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from nemotrt.exporter.checkpoint.loaded_model import LoadedModel
 from nemotrt.exporter.config import BuildConfig
@@ -25,12 +25,11 @@ from nemotrt.exporter.runtime.step import StepInputs, pages_of
 from nemotrt.exporter.validation import metrics
 from nemotrt.exporter.validation.gates import BASELINE_FACTOR
 from nemotrt.exporter.validation.metrics import Array
-from nemotrt.exporter.validation.plan import empty_pools
+from nemotrt.exporter.validation.plan import SequenceChunk, empty_pools, packed_step
 from nemotrt.exporter.validation.references.pytorch import router_policies
 from nemotrt.exporter.validation.routing import RouterPolicy, num_mismatches
 from nemotrt.exporter.validation.runners.base import GraphRunner, Mode, Runner
 from nemotrt.exporter.validation.runners.torch import TorchRunner
-from nemotrt.exporter.validation.scenarios import SequenceChunk, packed_step
 from nemotrt.plugins.contract import DType, LayerName
 
 MEAN_KL, TOP1_DISAGREEMENT, PERPLEXITY_RATIO = 0.02, 0.03, 1.01
@@ -46,6 +45,7 @@ NUM_SLOTS = 2
 """One sequence at a time, and scratch."""
 
 CONVERSION, BASELINE, QUANTIZATION, TOTAL = "conversion", "baseline", "quantization", "total"
+CONVERSION_METRICS = Metric.MEAN_KL, Metric.TOP1_DISAGREEMENT, Metric.PERPLEXITY_CHANGE
 
 
 class TextPlan(NamedTuple):
@@ -64,10 +64,12 @@ class TextPlan(NamedTuple):
 
 def plan_text(model: LoadedModel, base: LoadedModel | None, config: BuildConfig, text: Sequences) -> TextPlan:
     """What a comparison on this text runs."""
-    steps = tuple(_step(sequence, config.page_size) for sequence in text)
+    steps = tuple(
+        packed_step([SequenceChunk(sequence, 0, 1, range(1, 1 + pages_of(len(sequence), config.page_size)))])
+        for sequence in text
+    )
     layers = _quantized_layers(model) if base else []
-    attribution = ((layer, inputs) for layer in layers for inputs in steps[:ATTRIBUTION_SEQUENCES])
-    return TextPlan(steps, tuple(attribution))
+    return TextPlan(steps, tuple(product(layers, steps[:ATTRIBUTION_SEQUENCES])))
 
 
 def measure(
@@ -96,27 +98,27 @@ def measure(
     for runner in runners.values():
         runner.reset(zeros)
     policies = router_policies(model)
-    tallies: dict[str, _Tally] = defaultdict(_Tally)
+    differences: dict[str, list[Array]] = defaultdict(list)
     for inputs in plan.steps:
-        for figure, (candidate, expected) in _logit_pairs(runners, policies, inputs).items():
-            tallies[figure].add(candidate, expected, inputs)
+        for pair, (candidate, expected) in _logit_pairs(runners, policies, inputs).items():
+            differences[pair].append(_differences(candidate, expected, inputs))
         advance(1)
-    costs: dict[int, _Tally] = defaultdict(_Tally)
+    costs: dict[int, list[Array]] = defaultdict(list)
     if unquantized:
         for layer, inputs in plan.attribution:
             unquantized.reset(zeros)
             expected = unquantized.step(inputs)
             with unquantized.borrowed(reference, layer):
                 unquantized.reset(zeros)
-                costs[layer].add(unquantized.step(inputs), expected, inputs)
+                costs[layer].append(_differences(unquantized.step(inputs), expected, inputs))
             advance(1)
     kinds = model.config.numbered_layers
-    layers = [tally.comparison(f"layers.{layer}", kinds[layer]) for layer, tally in costs.items()]
+    layers = [_comparison(f"layers.{layer}", cost, kinds[layer]) for layer, cost in costs.items()]
     return TextReport(
         text=name,
         num_tokens=sum(len(inputs.input_ids) for inputs in plan.steps),
         base=base.folder.resolve().name if base else "",
-        comparisons=tuple(tally.comparison(figure) for figure, tally in tallies.items()),
+        comparisons=tuple(_comparison(pair, rows) for pair, rows in differences.items()),
         layers=tuple(sorted(layers, key=lambda cost: -cost.mean_kl)),
     )
 
@@ -157,10 +159,9 @@ def gates(report: TextReport) -> tuple[Gate, ...]:
     gates = list(_conversion_gates(scenario, conversion, baseline, report.num_tokens))
     for name in (QUANTIZATION, TOTAL):
         if cost := comparisons.get(name):
-            disagreement = 1 - cost.top1_agreement
             gates += [
                 Gate(scenario, name, Metric.MEAN_KL, cost.mean_kl, MEAN_KL),
-                Gate(scenario, name, Metric.TOP1_DISAGREEMENT, disagreement, TOP1_DISAGREEMENT),
+                Gate(scenario, name, Metric.TOP1_DISAGREEMENT, 1 - cost.top1_agreement, TOP1_DISAGREEMENT),
                 Gate(scenario, name, Metric.PERPLEXITY_RATIO, cost.perplexity_ratio, PERPLEXITY_RATIO),
             ]
     return tuple(gates)
@@ -169,22 +170,25 @@ def gates(report: TextReport) -> tuple[Gate, ...]:
 def _conversion_gates(
     scenario: str, conversion: TextComparison, baseline: TextComparison | None, num_tokens: int
 ) -> Iterator[Gate]:
-    disagreement, change = 1 - conversion.top1_agreement, abs(conversion.perplexity_ratio - 1)
     token = 1 / num_tokens
-    kl_limit = FP32_MEAN_KL
-    disagreement_limit = (BASELINE_FACTOR + 0.5) * token
-    change_limit: float = (2 * FP32_MEAN_KL) ** 0.5
+    limits = FP32_MEAN_KL, (BASELINE_FACTOR + 0.5) * token, (2 * FP32_MEAN_KL) ** 0.5
     base: Sequence[float | None] = (None, None, None)
     if baseline:
-        mismatches, drift = 1 - baseline.top1_agreement, abs(baseline.perplexity_ratio - 1)
-        kl_limit = BASELINE_FACTOR * baseline.mean_kl
+        base = kl, mismatches, change = _distances(baseline)
         # A baseline without a mismatch could as well have had one, and a ratio that is exact is luck within its error.
-        disagreement_limit = BASELINE_FACTOR * max(mismatches, token) + token / 2
-        change_limit = BASELINE_FACTOR * max(drift, baseline.perplexity_ratio_error)
-        base = (baseline.mean_kl, mismatches, drift)
-    yield Gate(scenario, CONVERSION, Metric.MEAN_KL, conversion.mean_kl, kl_limit, base[0])
-    yield Gate(scenario, CONVERSION, Metric.TOP1_DISAGREEMENT, disagreement, disagreement_limit, base[1])
-    yield Gate(scenario, CONVERSION, Metric.PERPLEXITY_CHANGE, change, change_limit, base[2])
+        limits = (
+            BASELINE_FACTOR * kl,
+            BASELINE_FACTOR * max(mismatches, token) + token / 2,
+            BASELINE_FACTOR * max(change, baseline.perplexity_ratio_error),
+        )
+    for metric, *numbers in zip(CONVERSION_METRICS, _distances(conversion), limits, base, strict=True):
+        yield Gate(scenario, CONVERSION, metric, *numbers)
+
+
+def _distances(comparison: TextComparison) -> tuple[float, float, float]:
+    """In the order of CONVERSION_METRICS."""
+    change = abs(comparison.perplexity_ratio - 1)
+    return comparison.mean_kl, 1 - comparison.top1_agreement, change
 
 
 def _quantized_layers(model: LoadedModel) -> list[int]:
@@ -195,32 +199,18 @@ def _quantized_layers(model: LoadedModel) -> list[int]:
     return [i for i, kind in kinds.items() if i in quantized or (recipe.kv_cache and kind == "attention")]
 
 
-def _step(sequence: NDArray[np.int64], page_size: int) -> StepInputs:
-    """A fresh sequence at once."""
-    pages = range(1, pages_of(len(sequence), page_size) + 1)
-    return packed_step([SequenceChunk(sequence, 0, 1, pages)])
+def _differences(candidate: Array, reference: Array, inputs: StepInputs) -> Array:
+    """KL, top-1 agreement and growth of the loss [3, T-1] of a sequence; its last token has no successor."""
+    candidate, reference, following = candidate[:-1], reference[:-1], inputs.input_ids[1:]
+    kl = metrics.kl_divergence(candidate, reference)
+    agrees = candidate.argmax(-1) == reference.argmax(-1)
+    losses = (metrics.negative_log_likelihood(logits, following) for logits in (candidate, reference))
+    return np.stack([kl, agrees, np.subtract(*losses)])
 
 
-class _Tally:
-    """Numbers per token, collected over sequences; the last token of a sequence has no successor."""
-
-    def __init__(self) -> None:
-        self._kl: list[Array] = []
-        self._agrees: list[NDArray[np.bool_]] = []
-        self._growth: list[Array] = []
-
-    def add(self, candidate: Array, reference: Array, inputs: StepInputs) -> None:
-        candidate, reference, following = candidate[:-1], reference[:-1], inputs.input_ids[1:]
-        self._kl.append(metrics.kl_divergence(candidate, reference))
-        self._agrees.append(candidate.argmax(-1) == reference.argmax(-1))
-        losses = (metrics.negative_log_likelihood(logits, following) for logits in (candidate, reference))
-        self._growth.append(np.subtract(*losses))
-
-    def comparison(self, name: str, kind: str = "") -> TextComparison:
-        kl, kl_error = metrics.mean_and_error(np.concatenate(self._kl))
-        agreement, agreement_error = metrics.mean_and_error(np.concatenate(self._agrees).astype(np.float64))
-        growth, growth_error = metrics.mean_and_error(np.concatenate(self._growth))
-        ratio = float(np.exp(growth))
-        return TextComparison(
-            name, kl, kl_error, agreement, agreement_error, ratio, ratio * growth_error, kind
-        )
+def _comparison(name: str, differences: Sequence[Array], kind: str = "") -> TextComparison:
+    (kl, kl_error), (agreement, agreement_error), (growth, growth_error) = map(
+        metrics.mean_and_error, np.concatenate(differences, axis=1)
+    )
+    ratio = float(np.exp(growth))
+    return TextComparison(name, kl, kl_error, agreement, agreement_error, ratio, ratio * growth_error, kind)

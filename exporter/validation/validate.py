@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 from nemotrt.exporter.checkpoint.layer_selection import partial_model
 from nemotrt.exporter.checkpoint.loaded_model import LoadedModel
@@ -19,7 +19,7 @@ from nemotrt.exporter.validation import drift as drifts
 from nemotrt.exporter.validation.candidates import ENGINE
 from nemotrt.exporter.validation.comparison import Candidate, ReferenceRun, compare
 from nemotrt.exporter.validation.drift import DriftComparison
-from nemotrt.exporter.validation.graph_dtypes import dtype_gates, expected_dtypes
+from nemotrt.exporter.validation.gates import dtype_gates, expected_dtypes
 from nemotrt.exporter.validation.parts.layerwise import compare_parts
 from nemotrt.exporter.validation.plan import Plan, plan_validation, workload_of
 from nemotrt.exporter.validation.references.pytorch import REFERENCE, LoadedReference, record
@@ -111,16 +111,10 @@ def _left_out(model: LoadedModel, config: BuildConfig) -> tuple[NotCompared, ...
 
 
 def _with_drift(report: ValidationReport, drift: Drift) -> ValidationReport:
-    return dataclasses.replace(
-        report,
-        gates=(*report.gates, *drifts.gates(drift)),
-        drift=drift,
-        not_compared=(*report.not_compared, *_not_in_drift(drift)),
-    )
-
-
-def _not_in_drift(drift: Drift) -> Iterator[NotCompared]:
+    not_compared = list(report.not_compared)
     if drift.steps[-1] < DRIFT_STEPS:
-        yield NotCompared(Omitted.DRIFT, f"beyond {drift.steps[-1]} decode steps")
+        not_compared.append(NotCompared(Omitted.DRIFT, f"beyond {drift.steps[-1]} decode steps"))
     if all(curve.metric is not Metric.RECURRENCE for curve in drift.curves):
-        yield NotCompared(Omitted.RECURRENCES, "their inputs are not visible")
+        not_compared.append(NotCompared(Omitted.RECURRENCES, "their inputs are not visible"))
+    gates = (*report.gates, *drifts.gates(drift))
+    return dataclasses.replace(report, gates=gates, drift=drift, not_compared=tuple(not_compared))

@@ -18,7 +18,7 @@ from nemotrt.exporter.stages.load import load
 from nemotrt.exporter.stages.lower import lower
 from nemotrt.exporter.stages.trace import trace
 from nemotrt.exporter.validation.parts.engine_parts import part_profile, part_request
-from nemotrt.exporter.validation.parts.layerwise import mixed_steps
+from nemotrt.exporter.validation.parts.part_run import mixed_steps
 from nemotrt.exporter.validation.parts.subgraphs import split
 from nemotrt.exporter.validation.plan import workload_of
 

@@ -42,7 +42,7 @@ from nemotrt.exporter.stages.lower import lower
 from nemotrt.exporter.stages.trace import trace
 from nemotrt.exporter.validation.parts.bisection import bisect
 from nemotrt.exporter.validation.plan import workload_of
-from nemotrt.exporter.validation.runners.onnx_part import PartSession
+from nemotrt.exporter.validation.runners.base import PartSession
 
 Built = tuple[LoadedModel, BuildConfig, Path]
 

@@ -26,7 +26,7 @@ from nemotrt.exporter.stages.load import load
 from nemotrt.exporter.validation.parts import engine_parts
 from nemotrt.exporter.validation.parts.bisection import bisect
 from nemotrt.exporter.validation.parts.engine_parts import EngineParts
-from nemotrt.exporter.validation.parts.layerwise import mixed_steps
+from nemotrt.exporter.validation.parts.part_run import mixed_steps
 from nemotrt.exporter.validation.plan import workload_of
 from nemotrt.exporter.validation.request import ValidationRequest
 

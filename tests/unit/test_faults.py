@@ -17,10 +17,10 @@ from nemotrt.exporter.runtime.graph_file import OnnxGraph
 from nemotrt.exporter.stages.load import load
 from nemotrt.exporter.stages.lower import lower
 from nemotrt.exporter.stages.trace import trace
-from nemotrt.exporter.validation import drift, gates, graph_dtypes
+from nemotrt.exporter.validation import drift, gates
 from nemotrt.exporter.validation import plan as plans
 from nemotrt.exporter.validation.candidates import graph_candidate
-from nemotrt.exporter.validation.parts import opwise
+from nemotrt.exporter.validation.parts import layerwise
 from nemotrt.exporter.validation.plan import plan_validation
 from nemotrt.exporter.validation.validate import validate
 
@@ -55,7 +55,7 @@ def right(
 def test_a_fault_is_caught_and_blamed_on_its_own_layer(
     right: Right, fault: Fault, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(plans, "DECODE", DECODE_STEPS)
+    monkeypatch.setattr(plans, "NUM_DECODE", DECODE_STEPS)
     shutil.copytree(right.graph.parent, tmp_path / "broken")
     broken(tmp_path / "broken" / "model.onnx", fault.inject)
     drift_steps = DRIFT_STEPS if fault.name == STATE_IN_FP16 else 0
@@ -67,10 +67,10 @@ def test_a_fault_is_caught_and_blamed_on_its_own_layer(
     if fault.name == STATE_IN_FP16:
         # It hides in the baseline: its rounding is that of the activations which the state is made of.
         state = f"ssm_state.{place.removeprefix('layers.')}"
-        assert outputs == {graph_dtypes.SCENARIO: {state}, drift.SCENARIO: {state}}
+        assert outputs == {gates.DTYPES: {state}, drift.SCENARIO: {state}}
     else:
         assert outputs[gates.ALONE] == {place}
-        assert all(node.startswith(f"{place}.") for node in outputs[opwise.ALONE])
+        assert all(node.startswith(f"{place}.") for node in outputs[layerwise.OPS_ALONE])
         assert "mixed batch" in outputs  # and the whole model shows it too
     if fault.name == PAGE_MIX_UP:
         assert Metric.OUT_OF_BOUNDS in {gate.metric for gate in failed}
@@ -80,7 +80,7 @@ def test_a_fault_is_caught_and_blamed_on_its_own_layer(
 def test_a_right_graph_raises_no_alarm_on_a_short_run(
     right: Right, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(plans, "DECODE", DECODE_STEPS)
+    monkeypatch.setattr(plans, "NUM_DECODE", DECODE_STEPS)
     assert right.failed(right.graph, seed, drift_steps=DRIFT_STEPS) == []
 
 

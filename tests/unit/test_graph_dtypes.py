@@ -15,7 +15,7 @@ from nemotrt.exporter.config import BuildConfig
 from nemotrt.exporter.stages.load import load
 from nemotrt.exporter.stages.lower import lower
 from nemotrt.exporter.stages.trace import trace
-from nemotrt.exporter.validation.graph_dtypes import dtype_gates, expected_dtypes
+from nemotrt.exporter.validation.gates import dtype_gates, expected_dtypes
 
 
 @pytest.fixture(scope="module")

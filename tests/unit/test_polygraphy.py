@@ -18,7 +18,7 @@ from nemotrt.exporter.errors import ValidationError
 from nemotrt.exporter.pipelines import build
 from nemotrt.exporter.runtime import manifest as manifests
 from nemotrt.exporter.stages.load import load
-from nemotrt.exporter.validation.plan import Workload
+from nemotrt.exporter.validation.plan import MIXED, Workload
 from nemotrt.exporter.validation.runners.polygraphy import (
     RelativeL2,
     StepRunner,
@@ -26,7 +26,6 @@ from nemotrt.exporter.validation.runners.polygraphy import (
     graph_runner,
 )
 from nemotrt.exporter.validation.runners.torch import TorchRunner
-from nemotrt.exporter.validation.scenarios import MIXED
 
 ROOT = Path(__file__).resolve().parents[2]
 

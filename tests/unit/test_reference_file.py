@@ -25,13 +25,11 @@ from nemotrt.exporter.validation import gates, routing
 from nemotrt.exporter.validation import plan as plans
 from nemotrt.exporter.validation.candidates import graph_candidate
 from nemotrt.exporter.validation.comparison import ReferenceRun, compare, force_routing
-from nemotrt.exporter.validation.plan import plan_validation
+from nemotrt.exporter.validation.plan import MIXED, NUM_SLOTS, PREFILL, plan_validation
 from nemotrt.exporter.validation.references import reference_file
 from nemotrt.exporter.validation.request import ValidationRequest
 from nemotrt.exporter.validation.routing import RouterPolicy
-from nemotrt.exporter.validation.runners.base import GraphRunner, Mode
-from nemotrt.exporter.validation.runners.forced_routing import ForcedRoutingRunner
-from nemotrt.exporter.validation.scenarios import MIXED, NUM_SLOTS, PREFILL
+from nemotrt.exporter.validation.runners.base import ForcedRoutingRunner, GraphRunner, Mode
 from nemotrt.exporter.validation.validate import validate
 
 
@@ -253,7 +251,7 @@ def test_a_changed_byte_is_seen(made: SimpleNamespace, tmp_path: Path) -> None:
 def test_two_bundles_of_a_model_agree_at_another_precision(
     made: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(plans, "DECODE", 6)
+    monkeypatch.setattr(plans, "NUM_DECODE", 6)
     other = tmp_path / "fp32"
     build.build(BuildConfig(made.checkpoint, other, "fp32", runtime="onnx", validate=False))
     for one, reference in ((made.bundle, other), (other, made.bundle), (other, other)):
@@ -270,7 +268,7 @@ def test_another_bundle_s_wrong_weight_is_found(
     made: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Which of the two is wrong, no comparison of two says."""
-    monkeypatch.setattr(plans, "DECODE", 6)
+    monkeypatch.setattr(plans, "NUM_DECODE", 6)
     other = tmp_path / "other"
     build.build(BuildConfig(made.checkpoint, other, "bf16", runtime="onnx", validate=False))
     graph = other / "model.onnx"

@@ -25,7 +25,7 @@ from nemotrt.exporter.validation import plan as plans
 from nemotrt.exporter.validation.candidates import graph_candidate
 from nemotrt.exporter.validation.comparison import Candidate
 from nemotrt.exporter.validation.gates import Observation
-from nemotrt.exporter.validation.parts import opwise
+from nemotrt.exporter.validation.parts import layerwise
 from nemotrt.exporter.validation.references import pytorch
 from nemotrt.exporter.validation.routing import RouterPolicy
 from nemotrt.exporter.validation.runners.base import Mode, Recurrence
@@ -58,7 +58,7 @@ def test_a_right_graph_passes(loaded: LoadedModel, tmp_path: Path, precision: st
     assert report.passed, [gate for gate in report.gates if not gate.passed]
     compared = [gate for gate in report.gates if gate.metric == Metric.RELATIVE_L2]
     pools = {pool.name for pool in loaded.pools(config)}
-    alone_scenarios = (gates.ALONE, opwise.ALONE)
+    alone_scenarios = (gates.ALONE, layerwise.OPS_ALONE)
     assert {gate.output for gate in compared if gate.scenario not in alone_scenarios} == {"logits", *pools}
     layers = {f"layers.{index}" for index in loaded.config.numbered_layers}
     adding = {f"{place} adds" for place in layers}
@@ -72,7 +72,7 @@ def test_a_right_graph_passes(loaded: LoadedModel, tmp_path: Path, precision: st
         *["layers.2.mixer.attention"] * 2, *["layers.4.mixer.conv"] * 2, *["layers.4.mixer.scan"] * 2,
         "layers.5.mixer.experts",
     ]  # fmt: skip
-    assert [gate.value for gate in report.gates if gate.scenario == opwise.ALONE] == [
+    assert [gate.value for gate in report.gates if gate.scenario == layerwise.OPS_ALONE] == [
         op.error for op in report.ops
     ]
 
@@ -151,7 +151,7 @@ def test_a_wrong_weight_is_caught(
     fault: Callable[[dict[str, np.ndarray]], None],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(plans, "DECODE", 4)  # the prompt alone finds every one of them
+    monkeypatch.setattr(plans, "NUM_DECODE", 4)  # the prompt alone finds every one of them
     config = build(loaded, tmp_path / "graph", "fp32")
     path = tmp_path / "graph" / "model.onnx"
     broken(path, lambda graph: fault(graph.weights))
@@ -229,7 +229,7 @@ class Nudged(TorchRunner):
 def test_only_a_near_tie_excuses_another_expert(
     loaded: LoadedModel, tmp_path: Path, nudge: float, failing: set[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(plans, "DECODE", 4)
+    monkeypatch.setattr(plans, "NUM_DECODE", 4)
     config = BuildConfig(checkpoint=loaded.folder, output=tmp_path, precision="fp32")
     pools = loaded.pools(config)
     modes = Mode.BOUND, Mode.UNBOUND

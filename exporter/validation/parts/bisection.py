@@ -7,8 +7,9 @@ at the graph's precision, as the rounding baseline.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +27,17 @@ from nemotrt.exporter.lowering.graph_writer import value_names
 from nemotrt.exporter.progress import Advance, ignore
 from nemotrt.exporter.report.model import Bisection, DivergentValue
 from nemotrt.exporter.runtime.graph_file import OnnxGraph
-from nemotrt.exporter.validation.parts.layerwise import run_parts
-from nemotrt.exporter.validation.parts.part_run import PartComparison, PartRunner, error_limit
+from nemotrt.exporter.validation.parts.part_run import (
+    PartComparison,
+    PartRunner,
+    PartRunners,
+    error_limit,
+    run_parts,
+)
 from nemotrt.exporter.validation.parts.subgraphs import GraphPart
 from nemotrt.exporter.validation.parts.torch_parts import PartModules, TracedTorchPart
 from nemotrt.exporter.validation.plan import Workload
-from nemotrt.exporter.validation.runners.onnx_part import PartSession
+from nemotrt.exporter.validation.runners.base import PartSession
 from nemotrt.plugins.contract import STEP_INPUTS, DType
 
 OpenPart = Callable[[OnnxGraph], PartRunner]
@@ -58,9 +64,7 @@ def bisect(
     runs_as: list[str] = []
     changed: dict[str, None] = {}
 
-    def open_runners(
-        part: GraphPart,
-    ) -> tuple[PartRunner, TracedTorchPart, TracedTorchPart | None, Sequence[str]]:
+    def open_runners(part: GraphPart) -> PartRunners:
         program, program_fp32, names = programs[part.name]
         outputs = {value.name for node in part.model.graph for value in node.outputs}
         compared = [name for name in dict.fromkeys(names.values()) if name in outputs]
@@ -76,10 +80,13 @@ def bisect(
     near: list[DivergentValue] = []
     num_values = num_unmatched = 0
     for part, comparison in run_parts(model, config, graph, workload, open_runners):
-        values = _values(part, comparison, kinds.get(part.name, part.name))
+        values = list(_values(part, comparison, kinds.get(part.name, part.name)))
         num_values += len(values)
         num_unmatched += sum(len(node.outputs) for node in part.model.graph) - len(values)
-        diverging += _first_diverging(part, values, comparison, model)
+        if beyond := [value for value in values if value.diverges]:
+            # The step comes first: an error in a state shows at earlier nodes of every later step.
+            first = min(beyond, key=partial(_first_step, comparison=comparison, part=part))
+            diverging.append(_with_inputs(first, part, values, comparison, model))
         near += [value for value in values if not value.diverges]
         del comparison
         advance(1)
@@ -129,9 +136,8 @@ class _MarkedPart:
         return results
 
 
-def _values(part: GraphPart, comparison: PartComparison, kind: str) -> list[DivergentValue]:
+def _values(part: GraphPart, comparison: PartComparison, kind: str) -> Iterator[DivergentValue]:
     """Every compared value, in the order of the nodes."""
-    values = []
     for node in part.model.graph:
         for name in (str(value.name) for value in node.outputs):
             if name not in comparison.candidate:
@@ -139,7 +145,7 @@ def _values(part: GraphPart, comparison: PartComparison, kind: str) -> list[Dive
             candidate = comparison.candidate[name]
             baseline = comparison.baseline[name].error if name in comparison.baseline else None
             step, index, ours, reference = candidate.worst()
-            value = DivergentValue(
+            yield DivergentValue(
                 place=part.name,
                 kind=kind,
                 node=str(node.name),
@@ -155,24 +161,10 @@ def _values(part: GraphPart, comparison: PartComparison, kind: str) -> list[Dive
                 reference=_finite(reference),
                 reads=(),
             )
-            values.append(value)
-    return values
 
 
 def _finite(value: float) -> float | None:
     return value if np.isfinite(value) else None
-
-
-def _first_diverging(
-    part: GraphPart, values: Sequence[DivergentValue], comparison: PartComparison, model: LoadedModel
-) -> list[DivergentValue]:
-    """The value that diverges in the earliest step, and at the earliest node of that step; empty if none does."""
-    beyond = [value for value in values if value.diverges]
-    if not beyond:
-        return []
-    # The step comes first: an error in a state shows at earlier nodes of every later step.
-    first = min(beyond, key=lambda value: _first_step(value, comparison, part))
-    return [_with_inputs(first, part, values, comparison, model)]
 
 
 def _first_step(value: DivergentValue, comparison: PartComparison, part: GraphPart) -> int:

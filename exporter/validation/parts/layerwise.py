@@ -6,31 +6,37 @@ ONNX Runtime, so that a model that does not fit as a whole is still compared lay
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import torch
 from torch import Tensor
 
 from nemotrt.exporter.checkpoint.loaded_model import LoadedModel
 from nemotrt.exporter.config import BuildConfig
 from nemotrt.exporter.progress import Advance, ignore
-from nemotrt.exporter.report.model import Gate, PartError
+from nemotrt.exporter.report.model import Gate, Metric, PartError
 from nemotrt.exporter.runtime.graph_file import OnnxGraph
-from nemotrt.exporter.runtime.step import StepInputs
 from nemotrt.exporter.validation import metrics
 from nemotrt.exporter.validation.gates import BASELINE_FACTOR, FP32_RELATIVE_L2, Pair, layer_gates
-from nemotrt.exporter.validation.parts.opwise import compare_ops
-from nemotrt.exporter.validation.parts.part_run import PartComparison, PartRunner, ValueComparison, run_part
-from nemotrt.exporter.validation.parts.subgraphs import GraphPart, split
+from nemotrt.exporter.validation.parts.part_run import (
+    PartRunners,
+    StepCalls,
+    ValueComparison,
+    error_limit,
+    run_parts,
+    written_rows,
+)
+from nemotrt.exporter.validation.parts.subgraphs import GraphPart
 from nemotrt.exporter.validation.parts.torch_parts import PartModules, TorchPart
 from nemotrt.exporter.validation.plan import Workload
-from nemotrt.exporter.validation.runners.onnx_part import PartSession
-from nemotrt.exporter.validation.scenarios import MIXED, scenarios
+from nemotrt.exporter.validation.runners.base import PartSession
 from nemotrt.plugins.contract import NEXT
 
-OpenRunners = Callable[[GraphPart], tuple[PartRunner, TorchPart, TorchPart | None, Sequence[str]]]
-"""From a part: its runner, the reference, the rounding baseline if the graph is not FP32, and the compared values."""
+OPS_ALONE = "each op alone"
+"""The scenario in which every op runs on inputs that are bitwise equal."""
 
 
 def compare_parts(
@@ -48,7 +54,7 @@ def compare_parts(
     dtype = config.dtype.torch
     modules, pools = PartModules(model), model.pools(config)
 
-    def open_runners(part: GraphPart) -> tuple[PartSession, TorchPart, TorchPart | None, Sequence[str]]:
+    def open_runners(part: GraphPart) -> PartRunners:
         reference = TorchPart(modules, part, pools, torch.float32)
         baseline = TorchPart(modules, part, pools, dtype) if dtype != torch.float32 else None
         return PartSession(part.graph(part.router_logits)), reference, baseline, part.outputs
@@ -57,58 +63,92 @@ def compare_parts(
     gates: list[Gate] = []
     layers: list[PartError] = []
     ops: list[PartError] = []
-    counts = [int(inputs.query_start[-1]) for inputs in mixed_steps(workload)]
     for part, comparison in run_parts(model, config, graph, workload, open_runners):
-        candidate, baseline = _pairs(part, comparison)
+        candidate, baseline = (
+            _labeled(part, values) for values in (comparison.candidate, comparison.baseline)
+        )
         gates += layer_gates(part.name, candidate, baseline)
         if part.addend:
             layers.append(_layer_error(part.name, kinds[part.name], candidate, baseline))
-        op_gates, op_errors = compare_ops(part, comparison.calls, counts)
-        gates += op_gates
-        ops += op_errors
+        for position, node in enumerate(part.ops):
+            errors = list(_op_errors(part, node, position, comparison.calls))
+            gates += map(_op_gate, errors)
+            ops += errors
         del comparison
         advance(1)
     return tuple(gates), tuple(layers), tuple(ops)
 
 
-def run_parts(
-    model: LoadedModel, config: BuildConfig, graph: OnnxGraph, workload: Workload, open_runners: OpenRunners
-) -> Iterator[tuple[GraphPart, PartComparison]]:
-    """Every part and its comparison; what flows into a part is what flows out of the reference's part before."""
-    steps = mixed_steps(workload)
-    dtype, pools = config.dtype.torch, model.pools(config)
-    flows: list[Tensor] = [torch.from_numpy(inputs.input_ids) for inputs in steps]
-    for part in split(graph):
-        noise = workload.noise(pool for pool in pools if pool.name in part.pools)
-        # Rounding what flows in lets all three runners start from the same bits.
-        rounded = [flow if flow.dtype == torch.int64 else flow.to(dtype) for flow in flows]
-        # No name here may hold a runner: its weights would stay in memory next to those of the following part.
-        flows, comparison = run_part(part, noise, list(zip(rounded, steps, strict=True)), *open_runners(part))
-        yield part, comparison
-        del comparison
-
-
-def mixed_steps(workload: Workload) -> tuple[StepInputs, ...]:
-    """The steps that every part runs alone: the mixed batch, on random tokens."""
-    tokens = workload.random_tokens(workload.prompt + workload.decode)
-    return scenarios(tokens[: workload.prompt], tokens[workload.prompt :], workload.page_size)[MIXED]
-
-
-def _pairs(part: GraphPart, comparison: PartComparison) -> tuple[dict[str, Pair], dict[str, Pair] | None]:
-    """The candidate's values and the baseline's, under the names that gates give them."""
+def _labeled(part: GraphPart, values: dict[str, ValueComparison]) -> dict[str, Pair]:
+    """The values under the names that gates give them."""
     labels = {part.flow_out: "", part.addend: "adds"}
-
-    def labeled(values: dict[str, ValueComparison]) -> dict[str, Pair]:
-        return {labels.get(name, name.removeprefix(NEXT)): value.pair for name, value in values.items()}
-
-    return labeled(comparison.candidate), labeled(comparison.baseline) or None
+    return {labels.get(name, name.removeprefix(NEXT)): value.pair for name, value in values.items()}
 
 
-def _layer_error(
-    name: str, kind: str, candidate: dict[str, Pair], baseline: dict[str, Pair] | None
-) -> PartError:
+def _layer_error(name: str, kind: str, candidate: dict[str, Pair], baseline: dict[str, Pair]) -> PartError:
     pair = candidate["adds"]
     error, not_finite = metrics.relative_l2(*pair), int(np.count_nonzero(~np.isfinite(pair[0])))
     base = metrics.relative_l2(*baseline["adds"]) if baseline else None
     limit = FP32_RELATIVE_L2 if base is None else BASELINE_FACTOR * base
     return PartError(name, kind, "", error if np.isfinite(error) else None, not_finite, base, limit)
+
+
+def _op_gate(error: PartError) -> Gate:
+    name = f"{error.name} {error.output}"
+    if error.error is None:
+        return Gate(OPS_ALONE, name, Metric.NOT_FINITE, float(error.not_finite), 0.0)
+    return Gate(OPS_ALONE, name, Metric.RELATIVE_L2, error.error, error.limit, error.baseline)
+
+
+def _op_errors(
+    part: GraphPart, node: ir.Node, position: int, calls: Sequence[StepCalls]
+) -> Iterator[PartError]:
+    """The error of every output of the op at this position of the part."""
+    spec = calls[0][0][position].spec
+    if spec.name != node.op_type:
+        raise AssertionError(f"{node.name} is {node.op_type}, but PyTorch called {spec.name} in its place")
+    session = PartSession(part.op_graph(node))
+    names = [str(value.name) for value in node.inputs if value]
+    is_weight = [part.values[name].is_initializer() for name in names]
+    is_fp32_graph = len({side[position].tensors[0].dtype for side in calls[0][:2]}) == 1
+    comparisons = [(ValueComparison(), ValueComparison()) for _ in spec.outputs]
+    for reference_calls, baseline_calls, count in calls:
+        reference, baseline = reference_calls[position], baseline_calls[position]
+        inputs = list(map(_inputs, reference.tensors, baseline.tensors, is_weight))
+        ours = session.run({name: _fed(rounded) for name, (_, rounded) in zip(names, inputs, strict=True)})
+        # Nothing is rounded in FP32, so the reference has already computed the results of these inputs.
+        expected = at_precision = reference.results
+        if not is_fp32_graph:
+            expected = spec.reference()(*(wide for wide, _ in inputs), **reference.attributes)
+            at_precision = spec.reference()(*(rounded for _, rounded in inputs), **reference.attributes)
+        for i, (candidate, rounding) in enumerate(comparisons):
+            rows: Any = slice(count)
+            if i in spec.pools:
+                source = spec.pools[i]
+                rows = written_rows(names[source], expected[i], inputs[source][0])
+            candidate.add(ours[str(node.outputs[i].name)], expected[i], rows)
+            rounding.add(at_precision[i], expected[i], rows)
+    for i, (candidate, rounding) in enumerate(comparisons):
+        base = None if is_fp32_graph else rounding.error
+        not_finite = int(np.count_nonzero(~np.isfinite(candidate.pair[0])))
+        yield PartError(
+            name=str(node.name),
+            kind=node.op_type,
+            output=spec.outputs[i].name,
+            error=None if not_finite else candidate.error,
+            not_finite=not_finite,
+            baseline=base,
+            limit=error_limit(base, is_fp32=part.is_fp32(str(node.outputs[i].name))),
+        )
+
+
+def _inputs(reference: Tensor, baseline: Tensor, is_weight: bool) -> tuple[Tensor, Tensor]:
+    """An op's input for the reference, and at the graph's precision: equal bitwise unless it is a weight."""
+    if is_weight:
+        return reference, baseline
+    rounded = reference.to(baseline.dtype)
+    return rounded.to(reference.dtype), rounded
+
+
+def _fed(values: Tensor) -> Any:
+    return (values.float() if values.is_floating_point() else values).numpy()

@@ -6,20 +6,25 @@ precision, as the rounding baseline. Padding, and rows of a pool that a step doe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from nemotrt.exporter.checkpoint.loaded_model import LoadedModel
+from nemotrt.exporter.config import BuildConfig
+from nemotrt.exporter.runtime.graph_file import OnnxGraph
 from nemotrt.exporter.runtime.step import StepInputs
 from nemotrt.exporter.validation import gates, metrics
 from nemotrt.exporter.validation.gates import BASELINE_FACTOR, FP32_RELATIVE_L2, Noise, Pair
 from nemotrt.exporter.validation.metrics import Array
-from nemotrt.exporter.validation.parts.subgraphs import GraphPart
+from nemotrt.exporter.validation.parts.subgraphs import GraphPart, split
 from nemotrt.exporter.validation.parts.torch_parts import OpCall, TorchPart
+from nemotrt.exporter.validation.plan import MIXED, Workload, scenarios
 from nemotrt.plugins.contract import NEXT
 
 
@@ -41,8 +46,9 @@ class ValueComparison:
     shapes: tuple[tuple[int, ...], tuple[int, ...]] | None = None
     """The runner's shape and the reference's if they differ; the runner's elements are then NaN."""
 
-    def add(self, ours: Array, reference: Array, rows: Any) -> None:
-        """Add a step; `rows` indexes the elements that are compared."""
+    def add(self, candidate: Any, expected: Any, rows: Any) -> None:
+        """Add a step's tensors or arrays; `rows` indexes the elements that are compared."""
+        ours, reference = as_array(candidate), as_array(expected)
         if ours.shape != reference.shape:
             self.shapes = (ours.shape, reference.shape)
             ours = np.full(reference.shape, np.nan)
@@ -79,6 +85,10 @@ class ValueComparison:
         return max(candidates, key=lambda candidate: candidate[0])[1:]
 
 
+StepCalls = tuple[list[OpCall], list[OpCall], int]
+"""The ops that the reference called in a step, those that the baseline called, and the number of tokens."""
+
+
 @dataclass
 class PartComparison:
     """The values of one part over the steps by the graph's names, against the reference on the same inputs."""
@@ -86,8 +96,38 @@ class PartComparison:
     candidate: dict[str, ValueComparison] = field(default_factory=dict)
     baseline: dict[str, ValueComparison] = field(default_factory=dict)
     """PyTorch at the graph's precision; empty if that is FP32."""
-    calls: list[tuple[list[OpCall], list[OpCall]]] = field(default_factory=list)
-    """For each step, the ops that the reference called and the ops that the baseline called."""
+    calls: list[StepCalls] = field(default_factory=list)
+
+
+PartRunners = tuple[PartRunner, TorchPart, TorchPart | None, Sequence[str]]
+"""A runner, the reference, the rounding baseline if the graph is not FP32, and the names of the compared values."""
+
+
+def run_parts(
+    model: LoadedModel,
+    config: BuildConfig,
+    graph: OnnxGraph,
+    workload: Workload,
+    open_runners: Callable[[GraphPart], PartRunners],
+) -> Iterator[tuple[GraphPart, PartComparison]]:
+    """Every part and its comparison; what flows into a part is what flows out of the reference's part before."""
+    steps = mixed_steps(workload)
+    dtype, pools = config.dtype.torch, model.pools(config)
+    flows: list[Tensor] = [torch.from_numpy(inputs.input_ids) for inputs in steps]
+    for part in split(graph):
+        noise = workload.noise(pool for pool in pools if pool.name in part.pools)
+        # Rounding what flows in lets all three runners start from the same bits.
+        rounded = [flow if flow.dtype == torch.int64 else flow.to(dtype) for flow in flows]
+        # No name here may hold a runner: its weights would stay in memory next to those of the following part.
+        flows, comparison = run_part(part, noise, list(zip(rounded, steps, strict=True)), *open_runners(part))
+        yield part, comparison
+        del comparison
+
+
+def mixed_steps(workload: Workload) -> tuple[StepInputs, ...]:
+    """The steps that every part runs alone: the mixed batch, on random tokens."""
+    tokens = workload.random_tokens(workload.prompt + workload.decode)
+    return scenarios(tokens[: workload.prompt], tokens[workload.prompt :], workload.page_size)[MIXED]
 
 
 def run_part(
@@ -117,15 +157,15 @@ def run_part(
         routing = tuple(results[name][:count].astype(np.float32) for name in part.router_logits)
         flows_out.append(reference.step(flow, inputs, routing))
         calls = reference.calls
-        rows = _row_selector(part, noise, count)
-        _add(comparison.candidate, names, results, reference.values, rows)
+        rows = {name: _compared_rows(part, name, reference.values[name], noise, count) for name in names}
+        _add(comparison.candidate, results, reference.values, rows)
         if baseline:
             baseline.step(flow, inputs)
             if routing := tuple(logits_TE[:count] for logits_TE in baseline.router_logits()):
                 # Running the reference again is safe: a layer that has experts has no pools.
                 reference.step(flow, inputs, routing)
-            _add(comparison.baseline, names, baseline.values, reference.values, rows)
-        comparison.calls.append((calls, baseline.calls if baseline else calls))
+            _add(comparison.baseline, baseline.values, reference.values, rows)
+        comparison.calls.append((calls, baseline.calls if baseline else calls, count))
     return flows_out, comparison
 
 
@@ -134,34 +174,27 @@ def _feeds(part: GraphPart, flow: Tensor, inputs: StepInputs) -> dict[str, NDArr
     return fields if part.flow_in in fields else fields | {part.flow_in: flow.float().numpy()}
 
 
-def _row_selector(part: GraphPart, noise: Noise, count: int) -> Callable[[str, Array], Any]:
-    """A function from a value's name and the reference's values to the index of the elements that are compared."""
-
-    def rows(name: str, values: Array) -> Any:
-        if name.startswith(NEXT):
-            pool = name.removeprefix(NEXT)
-            return written_rows(pool, values, noise[pool])
-        return slice(count) if part.axes(name)[:1] == ("T",) else slice(None)
-
-    return rows
+def _compared_rows(part: GraphPart, name: str, values: Any, noise: Noise, count: int) -> Any:
+    """The index of the elements of a value that are compared."""
+    if name.startswith(NEXT):
+        pool = name.removeprefix(NEXT)
+        return written_rows(pool, values, noise[pool])
+    return slice(count) if part.axes(name)[:1] == ("T",) else slice(None)
 
 
 def _add(
     comparisons: dict[str, ValueComparison],
-    names: Sequence[str],
     values: Mapping[str, Any],
     reference: Mapping[str, Any],
-    rows: Callable[[str, Array], Any],
+    rows: Mapping[str, Any],
 ) -> None:
-    for name in names:
-        expected = as_array(reference[name])
-        comparison = comparisons.setdefault(name, ValueComparison())
-        comparison.add(as_array(values[name]), expected, rows(name, expected))
+    for name, compared in rows.items():
+        comparisons.setdefault(name, ValueComparison()).add(values[name], reference[name], compared)
 
 
-def written_rows(pool: str, after: Array, before: NDArray[Any]) -> NDArray[np.bool_]:
+def written_rows(pool: str, after: Any, before: Any) -> NDArray[np.bool_]:
     """The elements of a pool that a step wrote, without the scratch row."""
-    written = gates.written_mask(pool, after, before).copy()
+    written = gates.written_mask(pool, as_array(after), as_array(before)).copy()
     written[0] = False
     return written
 

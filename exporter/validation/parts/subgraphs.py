@@ -70,10 +70,6 @@ class GraphPart:
     def _graph(self, inputs: Sequence[ir.Value], outputs: Sequence[ir.Value]) -> OnnxGraph:
         return OnnxGraph(ir.to_proto(_extract(self.model, inputs, outputs)), self.path)
 
-    def is_weight(self, name: str) -> bool:
-        """Whether the value is a weight or a constant."""
-        return self.values[name].is_initializer()
-
     def is_fp32(self, name: str) -> bool:
         """Whether the graph keeps the value in FP32."""
         return self.values[name].dtype == DType.FLOAT32.onnx

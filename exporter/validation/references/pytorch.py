@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cached_property
 
 import torch
 
@@ -19,8 +20,7 @@ from nemotrt.exporter.validation.comparison import (
     observe_all,
     observe_greedy,
 )
-from nemotrt.exporter.validation.gates import Observation, measure
-from nemotrt.exporter.validation.graph_dtypes import expected_dtypes
+from nemotrt.exporter.validation.gates import Observation, expected_dtypes, measure
 from nemotrt.exporter.validation.plan import Workload
 from nemotrt.exporter.validation.routing import RouterPolicy
 from nemotrt.exporter.validation.runners.torch import TorchRunner
@@ -38,18 +38,15 @@ class LoadedReference:
     def __init__(self, model: LoadedModel, config: BuildConfig) -> None:
         self.model, self.config = model, config
         self.pools = model.pools(config)
-        self._runner: TorchRunner | None = None
 
-    @property
+    @cached_property
     def runner(self) -> TorchRunner:
         """The network in FP32."""
-        if self._runner is None:
-            self._runner = TorchRunner(self.model, self.pools, torch.float32)
-        return self._runner
+        return TorchRunner(self.model, self.pools, torch.float32)
 
     def release(self) -> None:
         """Free the weights; the next use loads them again."""
-        self._runner = None
+        self.__dict__.pop("runner", None)
 
     def align(self, run: ReferenceRun) -> AlignRouting:
         """Aligns routing with PyTorch, which runs again with the candidate's experts if any token's differ."""

@@ -36,8 +36,7 @@ from nemotrt.exporter.runtime.manifest import Manifest
 from nemotrt.exporter.runtime.step import StepInputs
 from nemotrt.exporter.runtime.strict_json import check_schema, decode, encode, parse_object
 from nemotrt.exporter.validation.comparison import ReferenceRun
-from nemotrt.exporter.validation.gates import Noise, Observation, ScenarioErrors, written_mask
-from nemotrt.exporter.validation.graph_dtypes import ExpectedDtypes
+from nemotrt.exporter.validation.gates import ExpectedDtypes, Noise, Observation, ScenarioErrors, written_mask
 from nemotrt.exporter.validation.metrics import Array
 from nemotrt.exporter.validation.plan import Workload
 from nemotrt.exporter.validation.routing import RouterPolicy
@@ -93,6 +92,9 @@ class Header:
     """The versions of the tools that wrote the file."""
     noise_sha256: str
 
+
+COPIED = ("workload", "baseline", "baselines", "dtypes")
+"""The fields that a header has in common with a ReferenceRun."""
 
 DIFFERENCES = {
     "config_sha256": "another model: config.json differs",
@@ -160,18 +162,15 @@ def save(path: Path, run: ReferenceRun, identity: Identity) -> None:
         schema_version=SCHEMA_VERSION,
         identity=identity,
         reference=run.reference,
-        baseline=run.baseline,
-        workload=run.workload,
         num_steps={name: len(steps) for name, steps in run.scenarios.items()},
         routers=tuple(
             {name: value for name, value in vars(policy).items() if name != "correction_bias"}
             for policy in run.policies
         ),
-        baselines=run.baselines,
-        dtypes=run.dtypes,
         not_compared=run.not_compared,
         tools=environment.tool_versions(),
         noise_sha256=_noise_digest(run.noise),
+        **{name: getattr(run, name) for name in COPIED},
     )
     tensors = dict(_tensors(run))
     text = encode(header)
@@ -289,8 +288,11 @@ def _text(value: object) -> str:
 def _reference_run(path: Path, header: Header, values: dict[str, NDArray[Any]], noise: Noise) -> ReferenceRun:
     try:
         scenarios = {
-            name: tuple(_step_inputs(name, number, values) for number in range(count))
-            for name, count in header.num_steps.items()
+            name: tuple(
+                StepInputs(**{field: values[f"input/{name}/{number}/{field}"] for field in STEP_INPUTS})
+                for number in range(num_steps)
+            )
+            for name, num_steps in header.num_steps.items()
         }
         observations = {
             name: _observation(name, steps, len(header.routers), values, noise)
@@ -307,20 +309,13 @@ def _reference_run(path: Path, header: Header, values: dict[str, NDArray[Any]], 
     )
     return ReferenceRun(
         reference=f"{header.reference}, from {path.name} ({tools})",
-        workload=header.workload,
         scenarios=scenarios,
         noise=noise,
         observations=observations,
         policies=policies,
-        dtypes=header.dtypes,
         not_compared=(*header.not_compared, *ABSENT),
-        baseline=header.baseline,
-        baselines=header.baselines,
+        **{name: getattr(header, name) for name in COPIED},
     )
-
-
-def _step_inputs(scenario: str, number: int, values: Mapping[str, NDArray[Any]]) -> StepInputs:
-    return StepInputs(**{field: values[f"input/{scenario}/{number}/{field}"] for field in STEP_INPUTS})
 
 
 def _observation(

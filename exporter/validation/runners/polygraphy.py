@@ -25,8 +25,8 @@ from nemotrt.exporter.runtime.manifest import Role
 from nemotrt.exporter.runtime.step import StepInputs
 from nemotrt.exporter.validation import metrics
 from nemotrt.exporter.validation.gates import FP32_RELATIVE_L2, Noise
+from nemotrt.exporter.validation.plan import NUM_SLOTS
 from nemotrt.exporter.validation.runners.base import EngineRunner, GraphRunner, Runner
-from nemotrt.exporter.validation.scenarios import NUM_SLOTS
 from nemotrt.plugins.contract import LOGITS, NEXT, STEP_INPUTS, PoolSpec
 
 FeedDict = dict[str, NDArray[Any]]

@@ -55,12 +55,9 @@ def filled_pools(
     return [torch.from_numpy(values[spec.name].copy()).to(pool_dtype(spec, dtype)) for spec in specs]
 
 
-STEP_FIELDS = ("query_start", "context_len", "slot", "page_table")
-
-
 def torch_step(inputs: StepInputs) -> Step:
     """The step in the model's own form."""
-    return Step(*(torch.from_numpy(getattr(inputs, name)) for name in STEP_FIELDS))
+    return Step(*(torch.from_numpy(getattr(inputs, name)) for name in Step._fields))
 
 
 class TorchRunner:
