@@ -31,6 +31,7 @@ class Precision(StrEnum):
 
 
 PRECISIONS = tuple(precision.value for precision in Precision)
+"""From the finest to the coarsest."""
 
 RUNTIMES = ("auto", "onnx", "tensorrt-rtx", "tensorrt")
 """What runs the bundle; `auto` is the best runtime that this machine can build for."""

@@ -34,11 +34,6 @@ class Console(logging.Handler):
         """Whether only errors are shown."""
         return self.level > logging.WARNING
 
-    @property
-    def verbose(self) -> bool:
-        """Whether details are shown too."""
-        return self.level <= logging.DEBUG
-
     @contextmanager
     def attached(self) -> Iterator[None]:
         """Print the records of this package's loggers while the context is open."""
@@ -76,7 +71,7 @@ class Console(logging.Handler):
         """
         title = f"{name:<9} {what}"
         started, outcome = time.perf_counter(), "stopped after "
-        if self.verbose and not sys.stderr.isatty():
+        if self.level <= logging.DEBUG and not sys.stderr.isatty():
             self._rich.print(f"{title} …", markup=False, style="dim")
         try:
             with self._bar(total, is_bytes=is_bytes) as bar:

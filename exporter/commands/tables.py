@@ -225,7 +225,7 @@ def report(validation: ValidationReport) -> Items:
         rows.append((heading, gate.metric, str(num_gates), value, limit, gate.output, result))
         scenario = gate.scenario
     yield _table(["scenario", "metric", ">gates", ">worst", ">limit", "output", "result"], rows)
-    passed = sum(gate.passed for gate in validation.gates)
+    passed = len(validation.gates) - len(validation.failed)
     color = "red" if not validation.passed else "green" if validation.is_whole else "yellow"
     summary = f": {passed} of {len(validation.gates)} gates passed; {validation.candidate}"
     yield ""

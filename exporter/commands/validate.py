@@ -128,9 +128,10 @@ def _judge(report: ValidationReport, *, can_bisect: bool) -> None:
             hint="do not ship it",
         )
     if not report.passed:
-        failed = sum(not gate.passed for gate in report.gates)
         raise ValidationError(
-            f"{failed} of {len(report.gates)} gates failed" if report.gates else "nothing was compared",
+            f"{len(report.failed)} of {len(report.gates)} gates failed"
+            if report.gates
+            else "nothing was compared",
             hint="do not ship it; --bisect names the layer, the op and the tensor"
             if can_bisect
             else "do not ship it",

@@ -16,6 +16,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
 
@@ -114,6 +115,9 @@ def write(
     increment, `synced` with the total that has reached the disk. `resume_from` is the last total that an interrupted
     write reported to `synced`. Raises CheckpointError as `weights.convert_piece` does.
     """
+    pieces = list(_pieces(placed))
+    ends = accumulate(piece.length for piece in pieces)
+    remaining = [piece for piece, end in zip(pieces, ends, strict=True) if end > resume_from]
     written, position = 0, resume_from
     with (
         path.open("r+b" if resume_from else "wb") as file,
@@ -123,7 +127,7 @@ def write(
         advance(resume_from)
         syncer = _Syncer(pool, file.fileno(), synced)
         try:
-            for length, piece_written in _transfer_all(pool, _remaining(placed, resume_from), file.fileno()):
+            for length, piece_written in _transfer_all(pool, remaining, file.fileno()):
                 written += piece_written
                 position += length
                 advance(length)
@@ -131,16 +135,6 @@ def write(
         finally:
             pool.shutdown(cancel_futures=True)
     return written
-
-
-def _remaining(placed: Iterable[Placed], resume_from: int) -> list[_Piece]:
-    """The pieces that end after the first `resume_from` bytes."""
-    pieces, position = [], 0
-    for piece in _pieces(placed):
-        position += piece.length
-        if position > resume_from:
-            pieces.append(piece)
-    return pieces
 
 
 class _Syncer:

@@ -199,9 +199,9 @@ class Build:
         graph = OnnxGraph.read(lowered.path)
         engine = self.compile(graph)
         report = self.validate(graph)
-        failed = [gate for gate in report.gates if not gate.passed] if report else []
-        self._report_failures(failed, len(report.gates) if report else 0)
-        return self.bundle(lowered, graph, engine, report, len(failed))
+        if report and report.failed:
+            self._report_failures(report)
+        return self.bundle(lowered, graph, engine, report)
 
     def quantize(self) -> None:
         """Quantize the weights to FP8 in the workspace, if the precision asks for it and the checkpoint is not FP8."""
@@ -301,18 +301,18 @@ class Build:
             candidate, plan = graph_candidate(graph), plan_validation(model, config)
             with self.log.stage("validate", "ONNX Runtime against PyTorch", total=len(plan)) as advance:
                 report = validate(model, config, candidate, plan, advance=advance)
-            passed = sum(gate.passed for gate in report.gates)
-            self.log.note(f"{passed} of {len(report.gates)} gates passed")
+            self.log.note(f"{len(report.gates) - len(report.failed)} of {len(report.gates)} gates passed")
             return report
 
         return self._once("validate", self.key, ValidationReport, run)
 
-    def _report_failures(self, failed: list[Gate], num_gates: int) -> None:
-        for gate in failed[:MAX_REPORTED_GATES]:
-            self.log.note(f"failed: {describe(gate)}")
-        if failed and not self.config.keep_failed:
+    def _report_failures(self, report: ValidationReport) -> None:
+        failures = list(map(describe, report.failed))
+        for failure in failures[:MAX_REPORTED_GATES]:
+            self.log.note(f"failed: {failure}")
+        if not self.config.keep_failed:
             raise ValidationError(
-                f"{len(failed)} of {num_gates} gates failed; the first: {describe(failed[0])}",
+                f"{len(failures)} of {len(report.gates)} gates failed; the first: {failures[0]}",
                 hint="--keep-failed writes the bundle anyway, for debugging",
             )
 
@@ -322,7 +322,6 @@ class Build:
         graph: OnnxGraph,
         engine: CompiledEngine | None,
         report: ValidationReport | None,
-        num_failed: int,
     ) -> BuildResult:
         """Complete the bundle and publish it; raises ValidationError afterwards if a gate failed."""
         from nemotrt.exporter.stages.bundle import bundle
@@ -331,9 +330,9 @@ class Build:
         with self.log.stage("bundle", str(config.output)):
             manifest = bundle(config, self.model, graph, engine, report, self.workspace.folder, lines)
             self.workspace.publish()
-        if num_failed:
+        if report and report.failed:
             raise ValidationError(
-                f"{num_failed} gates failed; {config.output} says so",
+                f"{len(report.failed)} gates failed; {config.output} says so",
                 hint="do not ship it; nemo-export validate --bisect names the layer, the op and the tensor",
             )
         return BuildResult(

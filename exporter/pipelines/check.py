@@ -190,8 +190,7 @@ def check(
         built,
         tensors.weights,
         len(headers.stored),
-        precision,
-        link=weights == "link",
+        build,
         is_stored=headers.folder is not None,
         engines=_num_uncompiled(targets, build),
     )

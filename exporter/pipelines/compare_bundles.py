@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from nemotrt.exporter.config import BuildConfig
+from nemotrt.exporter.config import PRECISIONS, BuildConfig
 from nemotrt.exporter.errors import UsageError
 from nemotrt.exporter.pipelines import estimates
 from nemotrt.exporter.pipelines.opened_bundle import OpenedBundle, open_bundle
@@ -29,8 +29,6 @@ from nemotrt.exporter.validation.gates import ExpectedDtypes, expected_dtypes
 from nemotrt.exporter.validation.plan import NUM_MODES, Workload, workload_of
 from nemotrt.exporter.validation.references.reference_file import identity_of
 from nemotrt.exporter.validation.request import ValidationRequest
-
-FINEST_FIRST = ("fp32", "fp16", "bf16", "fp8")
 
 ABSENT = (
     NotCompared(
@@ -61,9 +59,9 @@ def compare_bundles(request: ValidationRequest, other: Path, progress: Progress)
             for opened in (bundle, reference)
         )
     # The sort is stable: of two equal precisions, the reference counts as the finer.
-    finer, coarser = sorted((reference, bundle), key=lambda opened: _rank(opened.config.precision))
+    finer, coarser = sorted((reference, bundle), key=lambda x: PRECISIONS.index(x.config.precision))
     states = (bundle.config.state_dtype, reference.config.state_dtype)
-    limiting = replace(coarser.config, state_dtype=max(states, key=_rank))
+    limiting = replace(coarser.config, state_dtype=max(states, key=PRECISIONS.index))
     estimates.check_memory(finer.model, hint="use a machine with more")
     workload = workload_of(reference.model, reference.config, request.seed or 0)
     num_pytorch = 0 if limiting.precision == "fp32" else 2  # the reference and the baseline
@@ -75,10 +73,6 @@ def compare_bundles(request: ValidationRequest, other: Path, progress: Progress)
         if limiting.precision != "fp32":
             run = _with_baselines(run, finer, limiting, advance)
         return compare(run, candidate, force_routing(run, candidate), advance)
-
-
-def _rank(precision: str) -> int:
-    return FINEST_FIRST.index(precision)
 
 
 def _check(bundle: OpenedBundle, reference: OpenedBundle) -> None:

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from nemotrt.exporter.checkpoint.loaded_model import LoadedModel, WeightSource
-from nemotrt.exporter.config import Precision
+from nemotrt.exporter.config import BuildConfig
 from nemotrt.exporter.environment import memory_bytes, num_cores
 from nemotrt.exporter.errors import CompileError, ExportError, UsageError
 from nemotrt.model.config import ModelConfig
@@ -112,13 +112,10 @@ def check_memory(model: LoadedModel, *, hint: str, copies: float = 1.0) -> None:
 
 def check_part_memory(model: LoadedModel, precision: str) -> None:
     """Raise UsageError if comparing the largest part alone with PyTorch needs more memory than the machine has."""
-
-    def size(part: str, is_expert: bool, source: WeightSource) -> int:
+    parts = Counter({HEAD: LOGITS_BYTES * PART_LOGITS_ROWS * model.config.vocab_size})
+    for part, is_expert, source in _by_part(model.weights):
         per_parameter = 2 * WEIGHT_BYTES[precision] if is_expert else PART_BYTES[precision]
-        return per_parameter * num_parameters([source])
-
-    parts = _bytes_by_part(model.weights, size)
-    parts[HEAD] += LOGITS_BYTES * PART_LOGITS_ROWS * model.config.vocab_size
+        parts[part] += per_parameter * num_parameters([source])
     ((largest, num_bytes),) = parts.most_common(1)
     what = f"comparing {largest} alone with PyTorch"
     _check_available(VALIDATION_MEMORY + num_bytes, what, UsageError, "use a machine with more")
@@ -143,25 +140,19 @@ def _validation_memory(parameters: float, vocab_size: int) -> int:
     return int(VALIDATION_MEMORY + WEIGHTS_IN_FP32 * parameters + LOGITS_BYTES * LOGITS_ROWS * vocab_size)
 
 
-def _bytes_by_part(
-    sources: Mapping[str, WeightSource], size: Callable[[str, bool, WeightSource], int]
-) -> Counter[str]:
-    """Part of the model → sum of `size(part, is_expert, source)` over its parameters."""
-    parts: Counter[str] = Counter()
+def _by_part(sources: Mapping[str, WeightSource]) -> Iterator[tuple[str, bool, WeightSource]]:
+    """For each parameter: its part of the model, whether it holds the weights of experts, and its source."""
     for name, source in sources.items():
         if parsed := LayerName.parse(name):
-            is_expert = name.endswith((f".{EXPERTS}.up", f".{EXPERTS}.down"))
-            parts[parsed.part] += size(parsed.part, is_expert, source)
-    return parts
+            yield parsed.part, name.endswith((f".{EXPERTS}.up", f".{EXPERTS}.down")), source
 
 
 def stages(
     config: ModelConfig,
     sources: Mapping[str, WeightSource],
     num_tensors: int,
-    precision: str,
+    build: BuildConfig,
     *,
-    link: bool,
     is_stored: bool,
     engines: Mapping[str, int],
 ) -> tuple[StageEstimate, ...]:
@@ -173,13 +164,13 @@ def stages(
     from nemotrt.exporter.checkpoint import weights
     from nemotrt.exporter.lowering import external_data
 
-    dtype = Precision(precision).dtype
-    layout = external_data.lay_out(weights.parameters(config, sources, dtype), link=link)
+    parameters = weights.parameters(config, sources, build.dtype)
+    layout = external_data.lay_out(parameters, link=build.weights == "link")
     copied = [placed for placed in layout if placed.linked is None]
     quantized = [placed for placed in copied if _is_quantized_here(placed)]
     count = external_data.allocated_bytes if is_stored else _length
     written = count(copied) + external_data.data_bytes(copied) - _length(copied)
-    weight_bytes, parameters = _length(layout), num_parameters(sources.values())
+    weight_bytes = _length(layout)
     # Quantization adds two scales to each tensor.
     graph_tensors = num_tensors + 2 * sum(len(placed.source.tensors) for placed in quantized)
     program = PROGRAM_MEMORY + TENSOR_MEMORY * graph_tensors
@@ -197,16 +188,15 @@ def stages(
             seconds=START_SECONDS + (count(layout) + written) / BYTES_A_SECOND,
         ),
     ]
+    num_dtypes = 2 if build.precision == "fp8" else 1
     for runtime, num_sms in engines.items():
-        estimates += _engine_stages(
-            program, weight_bytes, num_sms * (2 if precision == "fp8" else 1), runtime
-        )
-    references = num_references(precision, config.layers)
+        estimates += _engine_stages(program, weight_bytes, num_sms * num_dtypes, runtime)
+    validated = num_references(build.precision, config.layers) * num_parameters(sources.values())
     estimates += [
         _estimate(
             "validate",
-            _validation_memory(references * parameters, config.vocab_size),
-            seconds=VALIDATION_SECONDS + parameters / VALIDATED_A_SECOND,
+            _validation_memory(validated, config.vocab_size),
+            seconds=VALIDATION_SECONDS + num_parameters(sources.values()) / VALIDATED_A_SECOND,
         ),
         _estimate("bundle", program, seconds=START_SECONDS + hashed / BYTES_A_SECOND),
     ]
@@ -226,19 +216,19 @@ def _quantize_stage(
     config: ModelConfig, sources: Mapping[str, WeightSource], quantized: Sequence[Placed]
 ) -> StageEstimate:
     """Calibration holds one part in FP32 at a time; stacks of experts and embeddings stay in their stored dtype."""
-
-    def size(part: str, is_expert: bool, source: WeightSource) -> int:
-        return _stored(source) if is_expert or part == EMBEDDINGS else 4 * num_parameters([source])
-
-    parts = _bytes_by_part(sources, size)
-    del parts[HEAD]
     row_bytes = 4 * config.hidden_size
-    for part in parts:
-        parts[part] += 0 if part == EMBEDDINGS else ACTIVATIONS * STEP_TOKENS * row_bytes
+    layers: Counter[str] = Counter()
+    embeddings = 0
+    for part, is_expert, source in _by_part(sources):
+        if part == EMBEDDINGS:
+            embeddings += _stored(source)
+        elif part != HEAD:
+            layers[part] += _stored(source) if is_expert else 4 * num_parameters([source])
+    largest = max(embeddings, *(ACTIVATIONS * STEP_TOKENS * row_bytes + layer for layer in layers.values()))
     saved = sum(_stored(placed.source) - placed.length for placed in quantized)
     return _estimate(
         "quantize",
-        QUANTIZE_MEMORY + max(parts.values()) + CALIBRATION_TOKENS * row_bytes,
+        QUANTIZE_MEMORY + largest + CALIBRATION_TOKENS * row_bytes,
         sum(map(_stored, sources.values())) - saved,
         seconds=START_SECONDS + num_active_parameters(config, sources.values()) / VALIDATED_A_SECOND,
     )

@@ -72,7 +72,7 @@ def report_html(
         report=report,
         manifest=manifest,
         seconds=seconds or {},
-        failed=sorted((gate for gate in report.gates if not gate.passed), key=fraction, reverse=True),
+        failed=sorted(report.failed, key=fraction, reverse=True),
         closest=max((gate for gate in report.gates if gate.limit), key=fraction, default=None),
         decode=next((tokens for tokens in report.next_token if tokens.scenario == "decode"), None),
         layers=plots.layer_plot(report.layers) if report.layers else None,

@@ -12,14 +12,10 @@ def junit(report: ValidationReport, name: str) -> str:
 
     A report without gates is one failing case.
     """
-    cases = [
-        (
-            gate.scenario,
-            f"{gate.output}: {gate.metric}",
-            "" if gate.passed else _excess(gate.value, gate.limit),
-        )
-        for gate in report.gates
-    ]
+    cases = []
+    for gate in report.gates:
+        failure = "" if gate.passed else _excess(gate.value, gate.limit)
+        cases.append((gate.scenario, f"{gate.output}: {gate.metric}", failure))
     for value in report.bisect.diverging if report.bisect else ():
         failure = f"{_excess(value.error, value.limit)}, first at {value.node} ({value.op})"
         cases.append(("bisect", f"{value.tensor}: relative L2", failure))

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from enum import StrEnum
 from itertools import groupby
+from operator import attrgetter
 
 
 class Metric(StrEnum):
@@ -304,17 +305,19 @@ class ValidationReport:
     """Whether whole steps of the model were compared, and not each part alone."""
 
     @property
+    def failed(self) -> tuple[Gate, ...]:
+        """The gates that failed."""
+        return tuple(gate for gate in self.gates if not gate.passed)
+
+    @property
     def not_finite(self) -> tuple[Gate, ...]:
         """Failed gates that count NaN and infinite values; then no other gate means anything."""
-        return tuple(gate for gate in self.gates if gate.metric in NOT_FINITE and not gate.passed)
+        return tuple(gate for gate in self.failed if gate.metric in NOT_FINITE)
 
     @property
     def worst_gates(self) -> list[tuple[Gate, int, int]]:
         """For each scenario and metric: the gate that uses most of its limit, and how many gates exist and failed."""
-
-        def group(gate: Gate) -> tuple[str, str]:
-            return gate.scenario, gate.metric
-
+        group = attrgetter("scenario", "metric")
         groups = [list(gates) for _, gates in groupby(sorted(self.gates, key=group), key=group)]
         return [
             (max(gates, key=lambda gate: gate.limit_fraction), len(gates), sum(not g.passed for g in gates))
@@ -331,4 +334,4 @@ class ValidationReport:
     def passed(self) -> bool:
         """Whether there are gates, all of them passed, and no value diverges."""
         diverges = self.bisect is not None and bool(self.bisect.diverging)
-        return bool(self.gates) and all(gate.passed for gate in self.gates) and not diverges
+        return bool(self.gates) and not self.failed and not diverges

@@ -24,12 +24,9 @@ class LogAxis:
     """A logarithmic y axis that covers the positive values, from one power of ten to another."""
 
     def __init__(self, values: Iterable[float]) -> None:
-        powers = [math.log10(max(value, MIN_VALUE)) for value in values if 0 < value < math.inf] or [
-            -1.0,
-            0.0,
-        ]
-        self.low = math.floor(min(powers))
-        self.high = max(math.ceil(max(powers)), self.low + 1)
+        powers = [math.log10(max(value, MIN_VALUE)) for value in values if 0 < value < math.inf]
+        self.low = math.floor(min(powers, default=-1))
+        self.high = max(math.ceil(max(powers, default=0)), self.low + 1)
 
     def y(self, value: float) -> float:
         """The y coordinate of a value; a value that is not finite is drawn at the top."""

@@ -50,8 +50,8 @@ def bundle(
 
     `log` has no times and no paths, so that equal builds make equal bundles.
     """
-    roles = {data_path(graph.path).name: Role.WEIGHTS}
-    roles |= dict.fromkeys(_weight_files(graph), Role.WEIGHTS) | {graph.path.name: Role.GRAPH}
+    roles = dict.fromkeys({data_path(graph.path).name, *_weight_files(graph)}, Role.WEIGHTS)
+    roles[graph.path.name] = Role.GRAPH
     if engine is not None:
         roles |= {engine.path: Role.ENGINE, engine.library: Role.PLUGINS, engine.log: Role.LOG}
         roles |= {engine.timings: Role.TIMING_CACHE} if engine.timings else {}
@@ -105,15 +105,10 @@ def _manifest(
     origin = model.origin or model
     sources = sorted({tensor.path for weight in origin.weights.values() for tensor in weight.tensors})
     machine, versions = environment.machine(), environment.tool_versions()
-    plugins = (
-        (
-            manifest.Plugin(
-                "nemo_plugins", versions["nemo-export"], DOMAIN, engine.library, engine.library_build
-            ),
-        )
-        if engine
-        else ()
-    )
+    plugins: tuple[manifest.Plugin, ...] = ()
+    if engine:
+        version = versions["nemo-export"]
+        plugins = (manifest.Plugin("nemo_plugins", version, DOMAIN, engine.library, engine.library_build),)
     return manifest.Manifest(
         schema_version=manifest.SCHEMA_VERSION,
         bundle_id="",
@@ -170,10 +165,9 @@ def _validation(report: ValidationReport | None) -> manifest.ValidationSummary:
         return manifest.ValidationSummary(
             Verdict.NOT_RUN, 0, 0, "", ("everything: validation was not requested",)
         )
-    num_failed = sum(not gate.passed for gate in report.gates)
+    counts, not_compared = (len(report.gates), len(report.failed)), tuple(map(str, report.not_compared))
     verdict = Verdict.PASSED if report.passed else Verdict.FAILED
-    not_compared = tuple(map(str, report.not_compared))
-    return manifest.ValidationSummary(verdict, len(report.gates), num_failed, report.candidate, not_compared)
+    return manifest.ValidationSummary(verdict, *counts, report.candidate, not_compared)
 
 
 def _license(checkpoint: Path) -> str:

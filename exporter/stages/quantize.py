@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from collections import defaultdict
@@ -10,6 +11,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from nemotrt.exporter.artifacts import QuantizedCheckpoint
 from nemotrt.exporter.checkpoint import quant_config, weights
@@ -23,19 +25,15 @@ from nemotrt.exporter.checkpoint.safetensors_reader import (
 from nemotrt.exporter.checkpoint.safetensors_writer import Entry, write_shards
 from nemotrt.exporter.progress import Advance, ignore
 from nemotrt.exporter.quantization.calibration import Ranges, calibrate
-from nemotrt.exporter.quantization.fp8_weights import expert_tensor, quantized_weight, scale_entry
 from nemotrt.exporter.quantization.text import Sequences
+from nemotrt.model.checkpoint import Transform
 from nemotrt.model.recipe import EXPERTS, Recipe, quantizable
-from nemotrt.plugins.e4m3 import FP8_MAX
+from nemotrt.plugins.contract import DType
+from nemotrt.plugins.e4m3 import FP8_MAX, to_e4m3
 
 
 def quantize(
-    model: LoadedModel,
-    recipe: Recipe,
-    text: Sequences,
-    folder: Path,
-    *,
-    advance: Advance = ignore,
+    model: LoadedModel, recipe: Recipe, text: Sequences, folder: Path, *, advance: Advance = ignore
 ) -> QuantizedCheckpoint:
     """The model as an FP8 checkpoint in the empty `folder`; `advance` counts calibrated layers.
 
@@ -68,11 +66,11 @@ def _entries(model: LoadedModel, recipe: Recipe, ranges: Ranges) -> Iterator[Ent
     for name, tensor in open_checkpoint(model.folder).items():
         if name in to_quantize:
             for module, weight, per_output in to_quantize[name]:
-                yield from quantized_weight(module, weight, ranges.inputs[module], per_output=per_output)
+                yield from _quantized_weight(module, weight, ranges.inputs[module], per_output=per_output)
         elif name in exported or name in model.not_exported:
             yield Entry(name, tensor.dtype, tensor.shape, partial(read_pieces, tensor, weights.PIECE_BYTES))
     for name, largest in ranges.caches.items():
-        yield scale_entry(name, torch.tensor(largest / FP8_MAX))
+        yield _scale_entry(name, torch.tensor(largest / FP8_MAX))
 
 
 def _weights_to_quantize(
@@ -90,7 +88,51 @@ def _weights_to_quantize(
             is_stacked = len(tensors) == 1 and len(tensors[0].shape) == 3
             for expert in range(model.config.n_routed_experts):
                 tensor = tensors[0 if is_stacked else expert]
-                weight = expert_tensor(tensor, expert) if is_stacked else tensor
+                weight = _expert_tensor(tensor, expert) if is_stacked else tensor
                 name = f"{module}.{expert}.{projection}"
                 result[tensor.name].append((name, weight, module in recipe.per_channel))
     return result
+
+
+def _expert_tensor(stacked: StoredTensor, expert: int) -> StoredTensor:
+    """One expert's weight in a stored tensor that has those of all experts."""
+    length = stacked.length // stacked.shape[0]
+    return dataclasses.replace(
+        stacked,
+        name=f"{stacked.name}[{expert}]",
+        shape=stacked.shape[1:],
+        offset=stacked.offset + expert * length,
+        length=length,
+    )
+
+
+def _quantized_weight(
+    module: str, weight: StoredTensor, input_max: float, *, per_output: bool
+) -> Iterator[Entry]:
+    """The module's weight in FP8, its scale (or one scale for each output), and the scale of its input.
+
+    Raises CheckpointError on a value that is not finite.
+    """
+
+    def pieces() -> Iterator[Tensor]:
+        flat = weights.convert(weight, Transform.COPY, weight.dtype)
+        return iter([torch.cat(list(flat)).reshape(weight.shape)]) if per_output else flat
+
+    # A magnitude for each row [O, 1], or for each flat piece [1].
+    largest = torch.cat([piece.abs().amax(-1, keepdim=True) for piece in pieces()]).float()
+    largest = largest if per_output else largest.max()
+    scale = torch.where(largest > 0, largest / FP8_MAX, 1.0)
+
+    def data() -> Iterator[bytes]:
+        for piece in pieces():
+            yield to_e4m3(piece, scale).view(torch.uint8).numpy().tobytes()
+
+    yield Entry(f"{module}.weight", DType.FLOAT8_E4M3, weight.shape, data)
+    yield _scale_entry(f"{module}.weight_scale", scale.squeeze(-1))
+    yield _scale_entry(f"{module}.input_scale", torch.tensor(input_max / FP8_MAX))
+
+
+def _scale_entry(name: str, value: Tensor) -> Entry:
+    """A scale in FP32."""
+    data = value.float().numpy().tobytes()
+    return Entry(name, DType.FLOAT32, tuple(value.shape), lambda: iter((data,)))
