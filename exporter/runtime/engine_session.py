@@ -27,11 +27,8 @@ from nemotrt.exporter.runtime.cuda import CapturedGraph, CudaError, Device, Gpu,
 from nemotrt.exporter.runtime.files import sha256
 from nemotrt.exporter.runtime.manifest import Manifest, Profile
 from nemotrt.exporter.runtime.session import AnySession
-from nemotrt.exporter.runtime.step import StepInputs, StepSizes, batch_sizes, is_decode, padded
+from nemotrt.exporter.runtime.step import SIZED_BY, StepInputs, StepSizes, batch_sizes, is_decode, padded
 from nemotrt.plugins.contract import LOGITS
-
-SIZED_BY = {"T": ("input_ids", 0), "B": ("context_len", 0), "M": ("page_table", 1), "R": ("logits_row", 0)}
-"""An axis → an input that has it, and the axis' position."""
 
 REBUILD = "build the bundle again on this machine, or with this machine's TensorRT"
 
@@ -194,20 +191,19 @@ class EngineSession(AnySession):
         then unchanged. Raises BundleError if TensorRT or a kernel fails; the session must not be used again.
         """
         self._check(inputs)
-        num_rows = len(inputs.logits_row)
+        logits_RV = np.empty((len(inputs.logits_row), self.vocab_size), dtype=np.float32)
         # An engine takes at least one of each: a step without logits computes one row, which is not read.
         sizes = StepSizes.of(inputs).at_least(self._limits[0][0])
         index = self._choose(sizes)
-        inputs = padded(inputs, sizes)
         try:
             self._device.make_current()
             if index == 0 and is_decode(inputs):
-                self._run_decode(inputs)
+                self._run_decode(inputs, sizes)
             else:
+                inputs = padded(inputs, sizes)
                 self._write(inputs)
                 self._set_shapes(self._whole[index], inputs)
                 self._enqueue(self._whole[index])
-            logits_RV = np.empty((num_rows, self.vocab_size), dtype=np.float32)
             self._device.read(self._buffers[LOGITS], logits_RV)
         except CudaError as error:
             raise BundleError(f"a step failed on the GPU: {error}; {because(self._opened.log)}") from error
@@ -298,14 +294,12 @@ class EngineSession(AnySession):
             raise BundleError(f"the engine does not match the manifest: {because(self._opened.log)}")
         return _Context(handle)
 
-    def _run_decode(self, inputs: StepInputs) -> None:
+    def _run_decode(self, inputs: StepInputs, sizes: StepSizes) -> None:
         """Run a decode step, padded to a batch size with its own context, which therefore sees one shape only."""
-        step = StepSizes.of(inputs)
-        size = next(size for size in self._batch_sizes if size >= max(step.T, step.B, step.R))
-        pages = self._limits[0][1].M if "page_table" in self._inputs else step.M
-        sizes = StepSizes(T=size, B=size, M=pages, R=size)
+        size = next(size for size in self._batch_sizes if size >= max(sizes.T, sizes.B, sizes.R))
+        pages = self._limits[0][1].M if "page_table" in self._inputs else sizes.M
         context = self._decode.get(size) or self._decode.setdefault(size, self._new_context(0))
-        inputs = padded(inputs, sizes)
+        inputs = padded(inputs, StepSizes(T=size, B=size, M=pages, R=size))
         self._write(inputs)
         if not context.has_run:
             self._set_shapes(context, inputs)

@@ -124,6 +124,10 @@ def _check_unique(name: str, rows: NDArray[np.int32]) -> None:
         raise UsageError(f"{name} gives {int(values[counts > 1][0])} to two sequences or twice to one")
 
 
+SIZED_BY = {"T": ("input_ids", 0), "B": ("context_len", 0), "M": ("page_table", 1), "R": ("logits_row", 0)}
+"""An axis of StepSizes, in its order → an input that has it, and the axis' position."""
+
+
 class StepSizes(NamedTuple):
     """The sizes of a step's axes."""
 
@@ -135,12 +139,7 @@ class StepSizes(NamedTuple):
     @classmethod
     def of(cls, inputs: StepInputs) -> StepSizes:
         """The sizes of these inputs."""
-        return cls(
-            T=len(inputs.input_ids),
-            B=len(inputs.context_len),
-            M=inputs.page_table.shape[1],
-            R=len(inputs.logits_row),
-        )
+        return cls(*(getattr(inputs, name).shape[position] for name, position in SIZED_BY.values()))
 
     def at_least(self, minimum: StepSizes) -> StepSizes:
         """These sizes, each raised to the minimum if it is smaller."""
