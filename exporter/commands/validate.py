@@ -132,7 +132,5 @@ def _judge(report: ValidationReport, *, can_bisect: bool) -> None:
             f"{len(report.failed)} of {len(report.gates)} gates failed"
             if report.gates
             else "nothing was compared",
-            hint="do not ship it; --bisect names the layer, the op and the tensor"
-            if can_bisect
-            else "do not ship it",
+            hint="do not ship it" + ("; --bisect names the layer, the op and the tensor" * can_bisect),
         )
