@@ -8,12 +8,8 @@ PATTERN = {"M": "mamba", "*": "attention", "-": "mlp", "E": "moe"}
 """The layer kind for each character of `hybrid_override_pattern`."""
 
 LAYER_NAMES = {
-    "mamba": "mamba",
-    "attention": "attention",
-    "mlp": "mlp",
-    "moe": "moe",
-    "linear_attention": "mamba",
-    "full_attention": "attention",
+    **{kind: kind for kind in PATTERN.values()},
+    **{"linear_attention": "mamba", "full_attention": "attention"},
 }
 """The layer kind for each name in `layers_block_type`: the published names and those of transformers 5."""
 
@@ -83,50 +79,33 @@ FIXED: dict[str, tuple[tuple[Any, ...], str]] = {
 }
 """The supported values of a field, and the reason given for refusing any other; null is always allowed."""
 
-_INITIAL = "it only affects the initial weights"
-_FRAMEWORK = "it only concerns the framework that wrote the file"
-_NO_POSITIONS = "attention has no position encoding"
-_MTP = "multi-token prediction is not exported"
-
-INERT: dict[str, str] = {
-    "expand": "the inner size is mamba_num_heads · mamba_head_dim",
-    "chunk_size": "it only splits the computation; the kernel chooses its own chunk size",
-    "rope_theta": _NO_POSITIONS,
-    "rope_scaling": _NO_POSITIONS,
-    "rope_parameters": _NO_POSITIONS,
-    "partial_rotary_factor": _NO_POSITIONS,
-    "time_step_min": _INITIAL,
-    "time_step_max": _INITIAL,
-    "time_step_floor": _INITIAL,
-    "mamba_proj_bias": "use_bias decides whether the Mamba projections have a bias",
-    "time_step_rank": "dt is projected at full rank in Mamba-2",
-    "mamba_expand": "the inner size is mamba_num_heads · mamba_head_dim",
-    "mamba_chunk_size": "it only splits the computation; the kernel chooses its own chunk size",
-    "mamba_dt_min": _INITIAL,
-    "mamba_dt_max": _INITIAL,
-    "mamba_dt_init_floor": _INITIAL,
-    "rescale_prenorm_residual": _INITIAL,
-    "initializer_range": _INITIAL,
-    "attention_dropout": "there is no dropout in inference",
-    "hidden_dropout": "there is no dropout in inference",
-    "moe_shared_expert_overlap": "it only schedules the shared expert",
-    "mtp_hybrid_override_pattern": _MTP,
-    "mtp_layers_block_type": _MTP,
-    "num_logits_to_keep": "the caller chooses the rows that get logits",
-    "use_cache": "the caller manages the caches",
-    "use_mamba_kernels": _FRAMEWORK,
-    "auto_map": _FRAMEWORK,
-    "transformers_version": _FRAMEWORK,
-    "_name_or_path": _FRAMEWORK,
-    "name_or_path": _FRAMEWORK,
-    "_attn_implementation_autoset": _FRAMEWORK,
-    "attn_implementation": _FRAMEWORK,
-    "return_dict": _FRAMEWORK,
-    "torchscript": _FRAMEWORK,
-    "chunk_size_feed_forward": "it only splits the computation",
-    "id2label": "the model is not a classifier",
-    "label2id": "the model is not a classifier",
-    "problem_type": "the model is not a classifier",
-    "finetuning_task": "the model is not a classifier",
+_INERT = {
+    "the inner size is mamba_num_heads · mamba_head_dim": ("expand", "mamba_expand"),
+    "it only splits the computation; the kernel chooses its own chunk size": (
+        "chunk_size",
+        "mamba_chunk_size",
+    ),
+    "attention has no position encoding": (
+        *("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor"),
+    ),
+    "it only affects the initial weights": (
+        *("time_step_min", "time_step_max", "time_step_floor", "mamba_dt_min", "mamba_dt_max"),
+        *("mamba_dt_init_floor", "rescale_prenorm_residual", "initializer_range"),
+    ),
+    "use_bias decides whether the Mamba projections have a bias": ("mamba_proj_bias",),
+    "dt is projected at full rank in Mamba-2": ("time_step_rank",),
+    "there is no dropout in inference": ("attention_dropout", "hidden_dropout"),
+    "it only schedules the shared expert": ("moe_shared_expert_overlap",),
+    "multi-token prediction is not exported": ("mtp_hybrid_override_pattern", "mtp_layers_block_type"),
+    "the caller chooses the rows that get logits": ("num_logits_to_keep",),
+    "the caller manages the caches": ("use_cache",),
+    "it only concerns the framework that wrote the file": (
+        *("use_mamba_kernels", "auto_map", "transformers_version", "_name_or_path", "name_or_path"),
+        *("_attn_implementation_autoset", "attn_implementation", "return_dict", "torchscript"),
+    ),
+    "it only splits the computation": ("chunk_size_feed_forward",),
+    "the model is not a classifier": ("id2label", "label2id", "problem_type", "finetuning_task"),
 }
+
+INERT = {name: reason for reason, names in _INERT.items() for name in names}
 """The fields that change no output of this model, each with the reason."""

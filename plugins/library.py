@@ -7,17 +7,24 @@ shapes and workspace, serialize and recreate it, and enqueue it. Everything but 
 from __future__ import annotations
 
 import ctypes
+import importlib.metadata
 import json
 from collections.abc import Mapping, Sequence
+from ctypes import POINTER, c_char_p, c_float, c_int32, c_int64, c_uint64, c_void_p
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from nemotrt.plugins.contract import DType
+from nemotrt.plugins.kernel_store import digest
+from nemotrt.plugins.link import DESCRIPTION_NAME, LIBRARY_NAME
 from nemotrt.plugins.link_tables import specs_digest
 from nemotrt.plugins.spec import VERSION, OpSpec, ops
 
 if TYPE_CHECKING:
     import torch
+
+PREBUILT = Path(__file__).parent / "prebuilt"
+"""The folder of the library and its description, made by `scripts/make_wheel.py`; absent in a checkout."""
 
 FIELD_FLOAT32, FIELD_INT32 = 1, 5
 MAX_RANK = 8
@@ -32,25 +39,16 @@ class PluginError(ValueError):
 
 
 class _Field(ctypes.Structure):
-    _fields_ = (
-        ("name", ctypes.c_char_p),
-        ("data", ctypes.c_void_p),
-        ("type", ctypes.c_int32),
-        ("length", ctypes.c_int32),
-    )
+    _fields_ = (("name", c_char_p), ("data", c_void_p), ("type", c_int32), ("length", c_int32))
 
 
 class _Tensor(ctypes.Structure):
-    _fields_ = (
-        ("dtype", ctypes.c_int32),
-        ("rank", ctypes.c_int32),
-        ("shape", ctypes.c_int64 * MAX_RANK),
-    )
+    _fields_ = (("dtype", c_int32), ("rank", c_int32), ("shape", c_int64 * MAX_RANK))
 
     @classmethod
     def of(cls, tensor: TensorShape) -> _Tensor:
         name, sizes = tensor
-        return cls(DType(name).tensorrt, len(sizes), (ctypes.c_int64 * MAX_RANK)(*sizes))
+        return cls(DType(name).tensorrt, len(sizes), (c_int64 * MAX_RANK)(*sizes))
 
     def read(self) -> TensorShape:
         return DType.from_tensorrt(self.dtype), tuple(self.shape[: self.rank])
@@ -58,25 +56,16 @@ class _Tensor(ctypes.Structure):
 
 _ENTRY = "nemo_plugin_test_"
 _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
-    "errors": (ctypes.c_char_p, []),
-    "driver": (None, [ctypes.c_char_p]),
-    "create": (ctypes.c_void_p, [ctypes.c_char_p, ctypes.c_char_p, ctypes.POINTER(_Field), ctypes.c_int32]),
-    "destroy": (None, [ctypes.c_void_p]),
+    "errors": (c_char_p, []),
+    "driver": (None, [c_char_p]),
+    "create": (c_void_p, [c_char_p, c_char_p, POINTER(_Field), c_int32]),
+    "destroy": (None, [c_void_p]),
     "shape": (
-        ctypes.c_int32,
-        [
-            *(ctypes.c_void_p, ctypes.POINTER(_Tensor), ctypes.c_int32, ctypes.POINTER(_Tensor)),
-            *(ctypes.POINTER(ctypes.c_int32), ctypes.POINTER(ctypes.c_uint64)),
-        ],
+        c_int32,
+        [c_void_p, POINTER(_Tensor), c_int32, POINTER(_Tensor), POINTER(c_int32), POINTER(c_uint64)],
     ),
-    "enqueue": (
-        ctypes.c_int32,
-        [
-            *(ctypes.c_void_p, ctypes.POINTER(ctypes.c_void_p), ctypes.POINTER(ctypes.c_void_p)),
-            *(ctypes.c_void_p, ctypes.c_void_p),
-        ],
-    ),
-    "launches": (ctypes.c_char_p, [ctypes.c_void_p, ctypes.c_int32]),
+    "enqueue": (c_int32, [c_void_p, POINTER(c_void_p), POINTER(c_void_p), c_void_p, c_void_p]),
+    "launches": (c_char_p, [c_void_p, c_int32]),
 }
 
 
@@ -101,7 +90,7 @@ class PluginLibrary:
             raise PluginError(f"{path} cannot be loaded ({error}): link it again") from None
         except AttributeError:
             raise PluginError(f"{path} is not a plugin library of nemo-export") from None
-        describe.restype = ctypes.c_char_p
+        describe.restype = c_char_p
         self.path = path
         self.description: dict[str, Any] = json.loads(describe())
         self._check(expected_hash)
@@ -125,10 +114,6 @@ class PluginLibrary:
         """A function of the test entry."""
         return getattr(self._library, _ENTRY + name)
 
-    def use_driver(self, path: Path) -> None:
-        """Use this library as the CUDA driver, if none is loaded yet; for tests."""
-        self.entry("driver")(str(path).encode())
-
     def last_error(self) -> PluginError:
         """The error of this thread's last call."""
         lines = self.entry("errors")().decode(errors="replace").splitlines()
@@ -137,12 +122,12 @@ class PluginLibrary:
     def plugin(self, spec: OpSpec, attributes: Mapping[str, FieldValue], layer: str = "") -> Plugin:
         """A new plugin of an op; raises PluginError if an attribute is missing, unknown or of the wrong type."""
         values = [
-            (name, ctypes.c_float(value) if isinstance(value, float) else ctypes.c_int32(value))
+            (name, c_float(value) if isinstance(value, float) else c_int32(value))
             for name, value in attributes.items()
         ]
         fields = (_Field * len(values))()
         for field, (name, value) in zip(fields, values, strict=True):
-            kind = FIELD_FLOAT32 if isinstance(value, ctypes.c_float) else FIELD_INT32
+            kind = FIELD_FLOAT32 if isinstance(value, c_float) else FIELD_INT32
             field.name, field.type, field.length = name.encode(), kind, 1
             field.data = ctypes.addressof(value)
         handle = self.entry("create")(spec.name.encode(), layer.encode(), fields, len(values))
@@ -194,8 +179,8 @@ class Plugin:
         """Set the inputs' dtypes and shapes; raises PluginError if the plugin does not support them."""
         count = len(self._spec.outputs)
         tensors = (_Tensor * len(inputs))(*map(_Tensor.of, inputs))
-        outputs, aliases = (_Tensor * count)(), (ctypes.c_int32 * count)()
-        workspace = ctypes.c_uint64()
+        outputs, aliases = (_Tensor * count)(), (c_int32 * count)()
+        workspace = c_uint64()
         if self._library.entry("shape")(
             self._handle, tensors, len(inputs), outputs, aliases, ctypes.byref(workspace)
         ):
@@ -214,7 +199,31 @@ class Plugin:
 
         Raises PluginError if the plugin or the driver fails.
         """
-        input_array = (ctypes.c_void_p * len(inputs))(*inputs)
-        output_array = (ctypes.c_void_p * len(outputs))(*outputs)
+        input_array = (c_void_p * len(inputs))(*inputs)
+        output_array = (c_void_p * len(outputs))(*outputs)
         if self._library.entry("enqueue")(self._handle, input_array, output_array, workspace, stream):
             raise self._library.last_error()
+
+
+def is_shipped() -> bool:
+    """Whether this installation contains a plugin library."""
+    return PREBUILT.is_dir()
+
+
+def shipped_library() -> PluginLibrary:
+    """The installation's library, loaded; raises PluginError if it differs from what was shipped."""
+    path = PREBUILT / LIBRARY_NAME
+    try:
+        note = json.loads((PREBUILT / DESCRIPTION_NAME).read_bytes())
+        content = path.read_bytes()
+        sha256, version, build = note["sha256"], note["version"], note["hash"]
+    except (OSError, ValueError, KeyError) as error:
+        raise PluginError(f"{PREBUILT} is damaged ({error!r}): install nemo-export again") from None
+    if digest(content) != sha256:
+        raise PluginError(f"{path} has changed since it was installed: install nemo-export again")
+    installed = importlib.metadata.version("nemo-export")
+    if version != installed:
+        raise PluginError(
+            f"{path} belongs to nemo-export {version}, not to {installed}: install nemo-export again"
+        )
+    return PluginLibrary(path, build)

@@ -63,14 +63,19 @@ def flag(value: bool) -> str:
     return "true" if value else "false"
 
 
+def row(*fields: object) -> str:
+    """A C++ initializer list."""
+    return f"{{{', '.join(map(str, fields))}}}"
+
+
 def axis_row(axis: str | int) -> str:
     """An axis: a name and an offset (`B+1`), or a fixed size."""
     if isinstance(axis, int):
-        return f"{{nullptr, {axis}}}"
+        return row("nullptr", axis)
     match = re.fullmatch(r"(\w+)([+-]\d+)?", axis)
     if not match:
         raise KernelError(f"axis {axis} is neither a name nor a name plus or minus a number")
-    return f"{{{text(match[1])}, {int(match[2] or 0)}}}"
+    return row(text(match[1]), int(match[2] or 0))
 
 
 def tensor_row(tables: Tables, spec: OpSpec, tensor: TensorSpec, replaces: int) -> str:
@@ -79,7 +84,7 @@ def tensor_row(tables: Tables, spec: OpSpec, tensor: TensorSpec, replaces: int) 
     is_variable = tensor.dtype in spec.dtypes
     variable = list(spec.dtypes).index(tensor.dtype) if is_variable else -1
     fixed = dtype(DType.FLOAT32 if is_variable else DType(tensor.dtype))
-    return f"{{{text(tensor.name)}, {axes}, {variable}, {fixed}, {replaces}}}"
+    return row(text(tensor.name), axes, variable, fixed, replaces)
 
 
 def dtype(kind: DType) -> str:
@@ -91,26 +96,18 @@ def kernel_row(tables: Tables, kernel: Kernel, symbol: str) -> str:
     """One compiled kernel."""
     variant = kernel.variant
     parameters = [
-        f"{{{text(name)}, {text(kind)}, {flag(name in variant.aligned)}}}"
-        for name, kind in variant.signature.items()
+        row(text(name), text(kind), flag(name in variant.aligned)) for name, kind in variant.signature.items()
     ]
     # The host compares constants as text: integers in digits, true as 1.
     constants = [
-        f"{{{text(name)}, {text(int(value) if isinstance(value, bool) else value)}}}"
+        row(text(name), text(int(value) if isinstance(value, bool) else value))
         for name, value in variant.constants.items()
     ]
-    fields = [
-        text(variant.kernel),
-        text(variant.name),
-        text(kernel.entry),
-        tables.array("Parameter", parameters),
-        str(kernel.hidden_pointers),
-        tables.array("Constant", constants),
-        str(32 * variant.num_warps),
-        str(kernel.shared),
-        symbol,
-    ]
-    return f"{{{', '.join(fields)}}}"
+    return row(
+        *map(text, (variant.kernel, variant.name, kernel.entry)),
+        *(tables.array("Parameter", parameters), kernel.hidden_pointers, tables.array("Constant", constants)),
+        *(32 * variant.num_warps, kernel.shared, symbol),
+    )
 
 
 def op_row(tables: Tables, spec: OpSpec, kernels: Sequence[tuple[Kernel, str]]) -> str:
@@ -119,26 +116,23 @@ def op_row(tables: Tables, spec: OpSpec, kernels: Sequence[tuple[Kernel, str]]) 
     outputs = [
         tensor_row(tables, spec, tensor, spec.pools.get(i, -1)) for i, tensor in enumerate(spec.outputs)
     ]
-    attributes = [f"{{{text(name)}, {flag(kind is float)}}}" for name, kind in spec.attributes.items()]
+    attributes = [row(text(name), flag(kind is float)) for name, kind in spec.attributes.items()]
     variables = [
-        f"{{{text(name)}, {tables.array('nvinfer1::DataType', [dtype(kind) for kind in allowed])}}}"
+        row(text(name), tables.array("nvinfer1::DataType", [dtype(kind) for kind in allowed]))
         for name, allowed in spec.dtypes.items()
     ]
     sms = []
     for sm in sorted({kernel.sm for kernel, _ in kernels}):
         rows = [kernel_row(tables, kernel, symbol) for kernel, symbol in kernels if kernel.sm == sm]
-        sms.append(f"{{{sm}, {tables.array('KernelRow', rows)}}}")
+        sms.append(row(sm, tables.array("KernelRow", rows)))
     code = "k" + "".join(part.capitalize() for part in spec.torch_name.split("_"))
-    fields = [
+    arrays = {"AttributeRow": attributes, "DtypeRow": variables, "SmRow": sms}
+    return row(
         text(spec.name),
-        tables.array("TensorRow", inputs),
-        tables.array("TensorRow", outputs),
-        tables.array("AttributeRow", attributes),
-        tables.array("DtypeRow", variables),
-        tables.array("SmRow", sms),
+        *(tables.array("TensorRow", tensors) for tensors in (inputs, outputs)),
+        *(tables.array(kind, rows) for kind, rows in arrays.items()),
         f"&{code}",
-    ]
-    return f"{{{', '.join(fields)}}}"
+    )
 
 
 def cpp_tables(ops: Sequence[OpSpec], kernels: Sequence[Kernel]) -> str:

@@ -102,7 +102,7 @@ class OpSpec:
 
     def supports(self) -> Callable[[Mapping[str, float], Mapping[str, str], int], None]:
         """A check of (axes and attributes, dtype variables, SM), which raises ValueError if no kernel supports them."""
-        return import_module(f"{self.package}.supports").supports  # type: ignore[no-any-return]
+        return import_module(self.package).supports  # type: ignore[no-any-return]
 
     def onnx_body(self) -> Callable[..., tuple[Any, ...]]:
         """The function that writes the op in standard ONNX operators; see `onnx_op.function`."""

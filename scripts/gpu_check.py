@@ -34,8 +34,7 @@ from triton.errors import TritonError
 from nemotrt.plugins import build, link
 from nemotrt.plugins.contract import DType
 from nemotrt.plugins.kernel_index import KernelError
-from nemotrt.plugins.library import PluginError, PluginLibrary, TensorShape
-from nemotrt.plugins.shipped import is_shipped, shipped_library
+from nemotrt.plugins.library import PluginError, PluginLibrary, TensorShape, is_shipped, shipped_library
 from nemotrt.plugins.variant import device_sm, supports_fp8
 
 WORST_ROW = 5

@@ -88,7 +88,7 @@ def fake_kernel(op: str, sm: int, variant: Any, file: str, cubin: bytes) -> Kern
 def library() -> PluginLibrary:
     """The library of all fake kernels, its driver the fake one."""
     loaded = PluginLibrary(link(index(), FOLDER / "release", Toolchain()))
-    loaded.use_driver(driver().path)
+    loaded.entry("driver")(str(driver().path).encode())
     return loaded
 
 

@@ -10,8 +10,7 @@ from nemotrt.exporter.config import BuildConfig
 from nemotrt.exporter.errors import CompileError
 from nemotrt.plugins.kernel_index import KernelError
 from nemotrt.plugins.kernel_store import cache_folder, digest
-from nemotrt.plugins.library import PluginError, PluginLibrary
-from nemotrt.plugins.shipped import is_shipped, shipped_library
+from nemotrt.plugins.library import PluginError, PluginLibrary, is_shipped, shipped_library
 
 Report = Callable[[int, int, str], None]
 """A callback for the number of kernels compiled, the total, and the name of the latest."""

@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from nemotrt.exporter.errors import CompileError, UsageError
 from nemotrt.exporter.runtime.backends import BACKENDS, Backend, backend, missing
 from nemotrt.exporter.runtime.cuda import CudaError, find_gpu
-from nemotrt.plugins.shipped import is_shipped
+from nemotrt.plugins.library import is_shipped
 from nemotrt.plugins.variant import SMS, supports_fp8
 
 ONNX = "onnx"

@@ -22,8 +22,7 @@ import torch
 import triton
 import triton.language as tl
 
-from nemotrt.plugins.causal_conv1d import SPEC
-from nemotrt.plugins.causal_conv1d.supports import FAMILY_TAPS, supports
+from nemotrt.plugins.causal_conv1d import FAMILY_TAPS, SPEC, supports
 from nemotrt.plugins.contract import DType
 from nemotrt.plugins.spec import FLOATS
 from nemotrt.plugins.variant import Launch, Variant, check_sm, device_sm

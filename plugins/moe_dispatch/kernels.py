@@ -38,8 +38,7 @@ import triton
 import triton.language as tl
 
 from nemotrt.plugins.contract import DType
-from nemotrt.plugins.moe_dispatch import SPEC
-from nemotrt.plugins.moe_dispatch.supports import FP8, MAX_EXPERTS, MAX_TOP_K, supports
+from nemotrt.plugins.moe_dispatch import FP8, MAX_EXPERTS, MAX_TOP_K, SPEC, supports
 from nemotrt.plugins.spec import FLOATS
 from nemotrt.plugins.variant import Launch, Variant, check_sm, device_sm, supports_fp8
 

@@ -26,8 +26,7 @@ import triton
 import triton.language as tl
 
 from nemotrt.plugins.contract import DType
-from nemotrt.plugins.paged_attention import SPEC
-from nemotrt.plugins.paged_attention.supports import HEAD_DIMS, MAX_GROUP, caches, supports
+from nemotrt.plugins.paged_attention import HEAD_DIMS, MAX_GROUP, SPEC, caches, supports
 from nemotrt.plugins.spec import FLOATS
 from nemotrt.plugins.variant import Launch, Variant, check_sm, device_sm
 

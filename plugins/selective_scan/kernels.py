@@ -49,8 +49,7 @@ import triton
 import triton.language as tl
 
 from nemotrt.plugins.contract import DType
-from nemotrt.plugins.selective_scan import SPEC
-from nemotrt.plugins.selective_scan.supports import DTYPES, STATE_SIZES, supports
+from nemotrt.plugins.selective_scan import DTYPES, SPEC, STATE_SIZES, supports
 from nemotrt.plugins.variant import Launch, Variant, check_sm, device_sm
 
 LOG2E = tl.constexpr(1.4426950408889634)

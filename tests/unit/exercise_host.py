@@ -56,7 +56,7 @@ def refused(call: Any, *arguments: Any) -> None:
 def main() -> None:
     """Exercises each op; prints how many launches there were."""
     library, driver = PluginLibrary(Path(sys.argv[1])), FakeDriver(Path(sys.argv[2]))
-    library.use_driver(driver.path)
+    library.entry("driver")(str(driver.path).encode())
     count = 0
 
     def launched(_: Launched) -> None:

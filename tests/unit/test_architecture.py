@@ -128,7 +128,7 @@ def test_every_op_has_the_same_files() -> None:
     for spec in ops():
         folder = ROOT / "plugins" / spec.torch_name
         names = {path.name for path in folder.iterdir() if path.suffix in (".py", ".cpp")}
-        own = {"reference.py", "onnx_body.py", "kernels.py", "supports.py", "plugin.cpp"}
+        own = {"reference.py", "onnx_body.py", "kernels.py", "plugin.cpp"}
         assert names == {"__init__.py", *own}, spec.name
 
 
@@ -138,7 +138,7 @@ LIGHT = [
     "nemotrt.exporter.runtime.manifest",
     "nemotrt.model.config",
     "nemotrt.exporter.engines.kernel_coverage",
-    *(f"nemotrt.plugins.{spec.torch_name}.supports" for spec in ops()),
+    *(spec.package for spec in ops()),
 ]
 HEAVY = ["torch", "triton", "onnx", "onnx_ir", "onnxruntime", "transformers", "tensorrt", "tensorrt_rtx"]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -191,7 +190,7 @@ def test_a_drivers_error_is_reported_by_name(call: str) -> None:
 def test_a_kernel_that_failed_to_load_is_loaded_again(call: str) -> None:
     # A library of its own: in the shared one, these kernels may be loaded already.
     own = copied(f"again-{call}")
-    own.use_driver(driver().path)
+    own.entry("driver")(str(driver().path).encode())
     plugin = own.plugin(SPECS["causal_conv1d"], {})
     plugin.shape(shapes_of(SPECS["causal_conv1d"], SIZES["causal_conv1d"], DTYPES))
     with driver().running(lambda _: None) as fake:
@@ -212,7 +211,7 @@ def copied(name: str) -> PluginLibrary:
 
 def test_without_a_driver_all_works_but_the_launch() -> None:
     own = copied("driverless")
-    own.use_driver(Path("/nowhere/libcuda.so.1"))
+    own.entry("driver")(b"/nowhere/libcuda.so.1")
     plugin = own.plugin(SPECS["causal_conv1d"], {})
     assert plugin.shape(shapes_of(SPECS["causal_conv1d"], SIZES["causal_conv1d"], DTYPES)).aliases == (-1, 3)
     assert plugin.launches(90)

@@ -18,7 +18,7 @@ from nemotrt.exporter.config import BuildConfig
 from nemotrt.exporter.engines import plugin_library as choice
 from nemotrt.exporter.engines import targets
 from nemotrt.exporter.errors import CompileError
-from nemotrt.plugins import shipped
+from nemotrt.plugins import library as libraries
 from nemotrt.plugins.kernel_index import KernelError
 from nemotrt.plugins.link import DESCRIPTION_NAME, LIBRARY_NAME
 
@@ -108,7 +108,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 def test_an_installed_wheel_has_its_library_and_loads_it(installed: Path) -> None:
     says = (
-        "import json; from nemotrt.plugins.shipped import shipped_library;"
+        "import json; from nemotrt.plugins.library import shipped_library;"
         " found = shipped_library(); print(json.dumps([str(found.path), found.description]))"
     )
     command = [sys.executable, "-P", "-c", says]
@@ -126,7 +126,7 @@ def prebuilt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder.mkdir()
     for name in (LIBRARY_NAME, DESCRIPTION_NAME):
         shutil.copy(library().path.parent / name, folder)
-    monkeypatch.setattr(shipped, "FOLDER", folder)
+    monkeypatch.setattr(libraries, "PREBUILT", folder)
     return folder
 
 
