@@ -73,12 +73,12 @@ def selected(variants: Sequence[Variant], dtypes: Iterable[str]) -> list[Variant
     chosen = {DTYPES[dtype] for dtype in dtypes}
     if not chosen:
         return list(variants)
-    narrow = [_narrow_dtypes(variant) for variant in variants]
-    narrow_kernels = {variant.kernel for variant, types in zip(variants, narrow, strict=True) if types}
+    narrow_kernels = {variant.kernel for variant in variants if _narrow_dtypes(variant)}
     return [
         variant
-        for variant, types in zip(variants, narrow, strict=True)
-        if types <= chosen and (types or "fp32" in chosen or variant.kernel not in narrow_kernels)
+        for variant in variants
+        if (types := _narrow_dtypes(variant)) <= chosen
+        and (types or "fp32" in chosen or variant.kernel not in narrow_kernels)
     ]
 
 
@@ -143,20 +143,20 @@ def _plans(sms: Sequence[int], op_names: Sequence[str], store: KernelStore, work
     """Every variant for each SM and op, from the store or, after a change, from a worker."""
     plans: Plans = {}
     keys: dict[tuple[int, str], str] = {}
-    missing: dict[str, list[int]] = {}
-    for op in op_names:
+    requests: dict[str, dict[str, Any]] = {}
+    titles = {f"{op}, its variants": op for op in op_names}
+    for title, op in titles.items():
         package = packages()[op]
         source = _source_digest(package)
         keys |= {(sm, op): digest(["plan", triton_version(), package, source, sm]) for sm in sms}
         plans |= {(sm, op): plan for sm in sms if (plan := store.get_note(keys[sm, op])) is not None}
-        if missing_sms := [sm for sm in sms if (sm, op) not in plans]:
-            missing[op] = missing_sms
-    requests = {op: {"package": packages()[op], "sms": missing_sms} for op, missing_sms in missing.items()}
-    answers = workers.ask({f"{op}, its variants": request for op, request in requests.items()})
-    for op, missing_sms in missing.items():
-        for sm in missing_sms:
-            plans[sm, op] = answers[f"{op}, its variants"][str(sm)]
-            store.put_note(keys[sm, op], plans[sm, op])
+        if missing := [sm for sm in sms if (sm, op) not in plans]:
+            requests[title] = {"package": package, "sms": missing}
+    for title, answer in workers.ask(requests):
+        op = titles[title]
+        for sm, plan in answer.items():
+            plans[int(sm), op] = plan
+            store.put_note(keys[int(sm), op], plan)
     return plans
 
 
@@ -201,14 +201,9 @@ def build(
             return current
         compiled = {job.key: store.get(job.key) for job in planned}
         missing = {job.title: job for job in planned if compiled[job.key] is None}
-        done = 0
-
-        def advance(title: str) -> None:
-            nonlocal done
-            done += 1
+        answers = workers.ask({title: job.request() for title, job in missing.items()})
+        for done, (title, _) in enumerate(answers, 1):
             report(done, len(missing), title)
-
-        workers.ask({title: job.request() for title, job in missing.items()}, advance)
     compiled |= {job.key: store.get(job.key) for job in missing.values()}
     return _write(output, triton, [(job, compiled[job.key]) for job in planned])
 

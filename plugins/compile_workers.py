@@ -11,10 +11,9 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
-from types import TracebackType
 from typing import IO, Any
 
 from nemotrt.plugins.kernel_index import KernelError
@@ -79,7 +78,7 @@ class Workers:
 
     def __init__(self, store: Path, limit: int) -> None:
         self._store = store
-        self._limit = limit
+        self._executor = ThreadPoolExecutor(limit)
         self._scratch = tempfile.TemporaryDirectory(prefix="nemo-kernels-", ignore_cleanup_errors=True)
         self._workers: list[_Worker] = []
         self._idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
@@ -87,34 +86,21 @@ class Workers:
     def __enter__(self) -> Workers:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._close()
+    def __exit__(self, *_: object) -> None:
+        """Drop the requests that have not started, and end the workers."""
+        self._executor.shutdown(wait=False, cancel_futures=True)
+        self._close()  # unblocks the threads that wait for an answer
+        self._executor.shutdown()
+        self._close()  # a thread may have started one meanwhile
         self._scratch.cleanup()
 
-    def ask(
-        self, requests: dict[str, dict[str, Any]], done: Callable[[str], None] = lambda _: None
-    ) -> dict[str, dict[str, Any]]:
-        """The answer to each request, by title; on the first failure it raises and starts nothing more.
-
-        `done` is called with each title when it is answered, in any order, from one thread.
-        """
-        executor = ThreadPoolExecutor(max(1, min(self._limit, len(requests))))
+    def ask(self, requests: dict[str, dict[str, Any]]) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Each request's title and answer, in the order in which they are answered; raises the first failure."""
         futures = {
-            executor.submit(self._answer, title, request): title for title, request in requests.items()
+            self._executor.submit(self._answer, title, request): title for title, request in requests.items()
         }
-        try:
-            for future in as_completed(futures):
-                future.result()
-                done(futures[future])
-        except BaseException:
-            executor.shutdown(wait=False, cancel_futures=True)
-            self._close()  # unblocks the threads that wait for an answer
-            raise
-        finally:
-            executor.shutdown()
-        return {title: future.result() for future, title in futures.items()}
+        for future in as_completed(futures):
+            yield futures[future], future.result()
 
     def _answer(self, title: str, request: dict[str, Any]) -> dict[str, Any]:
         try:

@@ -101,9 +101,9 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     titles: list[str] = []
     ask = Workers.ask
 
-    def recorded(self: Workers, requests: dict[str, Any], *done: Any) -> Any:
+    def recorded(self: Workers, requests: dict[str, Any]) -> Any:
         titles.extend(requests)
-        return ask(self, requests, *done)
+        return ask(self, requests)
 
     monkeypatch.setattr(Workers, "ask", recorded)
     return titles
