@@ -18,6 +18,7 @@ from nemotrt.exporter.engines.targets import Target
 from nemotrt.exporter.errors import CompileError
 from nemotrt.exporter.pipelines import build
 from nemotrt.exporter.pipelines.validate import revalidate
+from nemotrt.exporter.report.model import Metric
 from nemotrt.exporter.runtime import cuda as cuda_module
 from nemotrt.exporter.runtime import engine_session
 from nemotrt.exporter.validation import candidates
@@ -73,7 +74,7 @@ def test_an_engine_that_is_right_passes_every_gate(
     said, report = script.compare(built.checkpoint, built.bundle)
     assert "tensorrt-rtx, TensorRT-RTX 1.7.1 on Fake RTX (SM 89): " in said
     assert len(report["gates"]) > 50
-    assert any(gate["metric"] == "captured and uncaptured differ" for gate in report["gates"])
+    assert any(gate["metric"] == Metric.MODES_DIFFER for gate in report["gates"])
     assert engine.cuda.launched > 50
 
 
