@@ -89,15 +89,12 @@ def with_baselines_of(run: ReferenceRun, reference: LoadedReference, advance: Ad
     """Another reference's run with the rounding baseline of PyTorch on its scenarios."""
     observations = observe_all(reference.runner, run.scenarios, run.noise, advance)
     pytorch = replace(run, observations=observations, policies=router_policies(reference.model))
-    pytorch = _with_baselines(pytorch, reference, advance)
+    pytorch = _with_baselines(pytorch, reference, advance, lambda runner: None)
     return replace(pytorch, observations=run.observations)
 
 
 def _with_baselines(
-    run: ReferenceRun,
-    reference: LoadedReference,
-    advance: Advance,
-    while_loaded: WhileLoaded = lambda runner: None,
+    run: ReferenceRun, reference: LoadedReference, advance: Advance, while_loaded: WhileLoaded
 ) -> ReferenceRun:
     dtype = reference.config.dtype
     if dtype is DType.FLOAT32:

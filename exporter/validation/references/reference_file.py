@@ -169,7 +169,7 @@ def save(path: Path, run: ReferenceRun, identity: Identity) -> None:
         ),
         not_compared=run.not_compared,
         tools=environment.tool_versions(),
-        noise_sha256=_noise_digest(run.noise),
+        noise_sha256=_digest("", run.noise),
         **{name: getattr(run, name) for name in COPIED},
     )
     tensors = dict(_tensors(run))
@@ -189,13 +189,6 @@ def _digest(text: str, tensors: Mapping[str, NDArray[Any]]) -> str:
     for name, values in sorted(tensors.items()):
         digest.update(f"{name} {values.dtype} {values.shape}\n".encode())
         digest.update(np.ascontiguousarray(values).data)
-    return digest.hexdigest()
-
-
-def _noise_digest(noise: Noise) -> str:
-    digest = hashlib.sha256()
-    for values in noise.values():
-        digest.update(values.data)
     return digest.hexdigest()
 
 
@@ -242,7 +235,7 @@ def read(path: Path, bundle: Path, manifest: Manifest) -> ReferenceRun:
     if _digest(text, values) != digest:
         raise BundleError(f"{path} was changed after it was written", hint=f"copy it again, or {AGAIN}")
     noise = header.workload.noise(manifest.graph.pools)
-    if _noise_digest(noise) != header.noise_sha256:
+    if _digest("", noise) != header.noise_sha256:
         raise BundleError(
             f"{path}: its seed gives other pools here than on the machine that wrote it", hint=AGAIN
         )
