@@ -264,7 +264,7 @@ def _observe_reference(
     runner = recorded.open(workload.num_pages, recorded.modes[1])
     scenarios, observations = observe_greedy(runner, workload, noise, advance)
     return ReferenceRun(
-        reference=f"{reference.folder.resolve().name}, {recorded.title}, {runner.runs_as}",
+        reference=f"{reference.folder.resolve().name}, {recorded.title} ({runner.runs_as})",
         workload=workload,
         scenarios=scenarios,
         noise=noise,

@@ -121,7 +121,7 @@ def compare(
         gates += dtype_gates(candidate.graph.model, run.dtypes)
     workload = run.workload
     return ValidationReport(
-        candidate=f"{candidate.title}, {runs_as}",
+        candidate=f"{candidate.title} ({runs_as})",
         reference=run.reference,
         baseline=run.baseline,
         tokens={"prompt": workload.prompt, "decode": workload.decode, "seed": workload.seed},

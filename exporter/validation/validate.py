@@ -87,9 +87,9 @@ def validate_parts(
     workload, dtype = workload_of(model, config, seed), config.dtype
     gates, layers, ops = compare_parts(model, config, graph, workload, advance=advance)
     return ValidationReport(
-        candidate=f"ONNX Runtime, one part at a time, {graph.runs_as()}",
+        candidate=f"ONNX Runtime, one part at a time ({graph.runs_as()})",
         reference=REFERENCE,
-        baseline="" if dtype is DType.FLOAT32 else f"PyTorch, {dtype}",
+        baseline="" if dtype is DType.FLOAT32 else f"PyTorch ({dtype.label})",
         tokens={"prompt": workload.prompt, "decode": workload.decode, "seed": seed},
         gates=(*dtype_gates(graph.model, expected_dtypes(model, config)), *gates),
         routing_mismatches={},

@@ -272,7 +272,7 @@ TENSORS = {
 
 FILES = {
     "truncated-file": Case(
-        r"is truncated: \d+ bytes, its header promises \d+", truncated(SINGLE, lambda size: size - 1)
+        r"is truncated: it has \d+ bytes, its header promises \d+", truncated(SINGLE, lambda size: size - 1)
     ),
     "truncated-header": Case("is truncated: 100 bytes", truncated(SINGLE, lambda size: 100)),
     "empty-file": Case("is truncated: 0 bytes", truncated(SINGLE, lambda size: 0)),
@@ -367,18 +367,18 @@ CONFIGS = {
     "config-contradictory": Case(
         "num_hidden_layers is 7, but hybrid_override_pattern has 6", config={"num_hidden_layers": 7}
     ),
-    "config-two-names": Case("two names of one thing must agree", config={"mamba_n_groups": 4}),
+    "config-two-names": Case("two names of one field must have the same value", config={"mamba_n_groups": 4}),
     "config-unknown-layer": Case('holds "X"', config={"hybrid_override_pattern": "MXM"}),
     "config-no-layers": Case("the model has no layer", config={"hybrid_override_pattern": ""}),
     "config-silu-experts": Case('mlp_hidden_act is "silu"', config={"mlp_hidden_act": "silu"}),
     "config-experts-by-groups": Case(
-        "n_routed_experts 4 is no multiple of n_group 3", config={"n_group": 3, "topk_group": 1}
+        "n_routed_experts 4 is not a multiple of n_group 3", config={"n_group": 3, "topk_group": 1}
     ),
     "config-too-many-experts-chosen": Case(
         "num_experts_per_tok 9 is more than n_routed_experts 4", config={"num_experts_per_tok": 9}
     ),
     "config-heads-by-kv-heads": Case(
-        "num_attention_heads 4 is no multiple of num_key_value_heads 3", config={"num_key_value_heads": 3}
+        "num_attention_heads 4 is not a multiple of num_key_value_heads 3", config={"num_key_value_heads": 3}
     ),
     "config-window": Case("sliding_window is 4096", config={"sliding_window": 4096}),
     "config-text-for-number": Case('hidden_size is "32"', config={"hidden_size": "32"}),

@@ -148,7 +148,7 @@ SCALES = {
         fp8(**{"backbone.layers.2.mixer.q_proj.weight": torch.ones(32, 32).to(torch.float8_e4m3fn)}),
     ),
     "precision-that-undoes-it": Case(
-        "the checkpoint is FP8: --precision bf16 would need its weights as they were before",
+        "the checkpoint is FP8: --precision bf16 needs the weights from before quantization",
         fp8(),
         options=("--precision", "bf16"),
         code=2,

@@ -18,7 +18,7 @@ FLAGS: dict[str, tuple[tuple[str, ...], str]] = {
     ),
     "path-is-a-hub-name": (
         ("build", "nvidia/Nemotron-Nano", "--output", "out"),
-        "nvidia/Nemotron-Nano does not exist; .*nothing is downloaded here, name a local folder",
+        "nvidia/Nemotron-Nano does not exist; nemo-export downloads no models: name a local folder",
     ),
     "path-is-a-file": (("verify", "checkpoint/config.json"), "config.json is not a folder"),
     "path-is-neither": (("inspect", "."), "is not a checkpoint, an ONNX file or a bundle"),

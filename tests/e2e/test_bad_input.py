@@ -290,10 +290,10 @@ def test_an_invalid_evaluation_text(tmp_path: Path, bundle: Path, name: str) -> 
 
 
 def test_an_evaluation_text_without_a_tokenizer(tmp_path: Path) -> None:
-    """`validate --eval` refuses it with exit 2: `has no tokenizer.json, and text cannot be read without it`."""
+    """`validate --eval` refuses it with exit 2: `has no tokenizer.json, which is needed to read text`."""
     small_checkpoint()
     assert run(*BUILD, "out").exit_code == 0
-    refused(run("validate", "out", "--eval", "default"), "has no tokenizer.json, and text cannot be read", 2)
+    refused(run("validate", "out", "--eval", "default"), "has no tokenizer.json, which is needed to read text", 2)
 
 
 @pytest.mark.parametrize("name", bad_reference_files.ALL)
@@ -395,4 +395,4 @@ def test_a_checkpoint_without_a_tokenizer(tmp_path: Path) -> None:
     small_checkpoint()
     assert "there is no tokenizer.json" in run("check", "checkpoint").output
     assert run(*BUILD, "out").exit_code == 0
-    refused(run("generate", "out", "--prompt", "for"), "has no tokenizer.json, and text needs one", 7)
+    refused(run("generate", "out", "--prompt", "for"), "has no tokenizer.json, which text needs", 7)

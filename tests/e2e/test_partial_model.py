@@ -43,7 +43,7 @@ def bundle(whole: Path) -> Path:
     output = whole.parent / "bundle"
     result = run("build", whole, "--output", output, "--layers", "1:3,4", "--runtime", "onnx")
     assert result.exit_code == 0, result.output
-    assert "a partial model: layers 1, 2, 4 (the bundle says so)" in result.stderr
+    assert "a partial model: layers 1, 2, 4 (the manifest says so)" in result.stderr
     return output
 
 

@@ -260,7 +260,7 @@ def test_two_bundles_of_a_model_agree_at_another_precision(
         assert report.reference.startswith(f"{reference.name}, ONNX Runtime, ")
         is_absolute = one == reference == other
         assert report.baseline == (
-            "" if is_absolute else "PyTorch, bfloat16 against FP32, on the fp32 bundle's weights"
+            "" if is_absolute else "PyTorch (BF16) against FP32, on the fp32 bundle's weights"
         )
 
 

@@ -17,7 +17,7 @@ def test_a_report_ends_with_its_verdict_and_what_was_not_compared(capsys: pytest
     worst = next(line for line in lines if "mean KL" in line)
     assert worst.split() == ["decode", "mean", "KL", "1", "2.5", "1", "logits", "1", "failed"]
     assert any(line.startswith("failed: 132 of 133 gates passed") for line in lines)
-    assert "rounding baseline: PyTorch, bfloat16" in lines
+    assert "rounding baseline: PyTorch (BF16)" in lines
     assert lines[-1] == "not compared: TensorRT engine: not executed"
 
 

@@ -26,7 +26,7 @@ from nemotrt.exporter.validation.routing import RouterPolicy
 from nemotrt.exporter.validation.runners.torch import TorchRunner
 from nemotrt.plugins.contract import DType
 
-REFERENCE = "PyTorch, FP32"
+REFERENCE = "PyTorch (FP32)"
 
 WhileLoaded = Callable[[TorchRunner], None]
 """Further work for a network while its weights are in memory."""
@@ -109,7 +109,7 @@ def _with_baselines(
     baselines = {
         name: measure(*align(name, observation), run.noise) for name, observation in observations.items()
     }
-    return replace(run, baseline=f"PyTorch, {dtype}", baselines=baselines)
+    return replace(run, baseline=f"PyTorch ({dtype.label})", baselines=baselines)
 
 
 def router_policies(model: LoadedModel) -> tuple[RouterPolicy, ...]:
