@@ -227,7 +227,7 @@ def report(validation: ValidationReport) -> Items:
     yield _table(["scenario", "metric", ">gates", ">worst", ">limit", "output", "result"], rows)
     passed = len(validation.gates) - len(validation.failed)
     color = "red" if not validation.passed else "green" if validation.is_whole else "yellow"
-    summary = f": {passed} of {len(validation.gates)} gates; {validation.candidate}"
+    summary = f": {passed} of {len(validation.gates)} gates passed; {validation.candidate}"
     yield ""
     yield Text.assemble((validation.verdict, color), f"{summary} compared with {validation.reference}")
     if validation.baseline:
