@@ -293,7 +293,9 @@ def test_an_evaluation_text_without_a_tokenizer(tmp_path: Path) -> None:
     """`validate --eval` refuses it with exit 2: `has no tokenizer.json, which is needed to read text`."""
     small_checkpoint()
     assert run(*BUILD, "out").exit_code == 0
-    refused(run("validate", "out", "--eval", "default"), "has no tokenizer.json, which is needed to read text", 2)
+    refused(
+        run("validate", "out", "--eval", "default"), "has no tokenizer.json, which is needed to read text", 2
+    )
 
 
 @pytest.mark.parametrize("name", bad_reference_files.ALL)
