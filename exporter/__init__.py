@@ -1,7 +1,5 @@
 """The application: builds, validates and runs bundles. `docs/api.md` shows its use as a library."""
 
-from __future__ import annotations
-
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 

@@ -1,7 +1,5 @@
 """The entry point of the command line: its commands, and how errors are printed."""
 
-from __future__ import annotations
-
 import errno
 import os
 import sys

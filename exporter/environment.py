@@ -1,7 +1,5 @@
 """Facts about this machine and its installed packages, and process-wide settings of its libraries."""
 
-from __future__ import annotations
-
 import ctypes
 import os
 import platform

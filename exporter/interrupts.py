@@ -1,7 +1,5 @@
 """Ends the process within a second of Ctrl-C, even inside a native call."""
 
-from __future__ import annotations
-
 import os
 import signal
 import sys

@@ -1,7 +1,5 @@
 """How long-running work reports its progress: stage by stage, counted up to a total."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext

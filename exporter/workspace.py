@@ -7,8 +7,6 @@
     replaced/      the bundle that --force replaces, while the new one takes its place
 """
 
-from __future__ import annotations
-
 import fcntl
 import hashlib
 import json

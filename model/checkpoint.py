@@ -1,7 +1,5 @@
 """The table that maps each parameter of the model to its tensors in a checkpoint."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum, auto

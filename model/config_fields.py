@@ -1,7 +1,5 @@
 """The fields of the family's config.json files: their aliases, their fixed values, and those without effect."""
 
-from __future__ import annotations
-
 from typing import Any
 
 PATTERN = {"M": "mamba", "*": "attention", "-": "mlp", "E": "moe"}

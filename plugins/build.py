@@ -4,8 +4,6 @@ Kernels are cached by a hash of everything they are compiled from. If nothing ch
 imported. See `kernel_index` for the contents of the output folder.
 """
 
-from __future__ import annotations
-
 import importlib.metadata
 import importlib.util
 import os

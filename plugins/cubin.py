@@ -11,8 +11,6 @@ On failure it answers `{"error", "details"}` and exits, since its state is then 
 same bytes, except on Blackwell, whose assembler orders some instructions by addresses in memory.
 """
 
-from __future__ import annotations
-
 import contextlib
 import io
 import json

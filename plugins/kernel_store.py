@@ -1,7 +1,5 @@
 """The cache of compiled kernels, outside the package, keyed by a hash of what each was compiled from."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

@@ -4,8 +4,6 @@ This needs g++ or a cross compiler, but no CUDA toolkit, TensorRT or GPU. The ho
 headers if they are found, else against host/tensorrt_abi.h.
 """
 
-from __future__ import annotations
-
 import contextlib
 import importlib.metadata
 import json

@@ -1,7 +1,5 @@
 """Generates the C++ tables of ops and kernels (host/tables.h), and the assembler file that embeds the cubins."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Iterable, Sequence

@@ -3,8 +3,6 @@
 ONNX Runtime runs the function; TensorRT runs the plugin in the node's `plugin_namespace`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 

@@ -4,8 +4,6 @@ The rows are tokens and the groups are their sequences. All integers are int64.
 Legend: N groups, R rows, C chunks, J rows per chunk.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import onnx_ir as ir

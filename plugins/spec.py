@@ -3,8 +3,6 @@
 This module imports nothing heavy: an op's reference, ONNX body and kernels are imported when they are first used.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module

@@ -1,7 +1,5 @@
 """Registers the ops as functional `torch.library` ops: `torch.ops.nemo.<package>(inputs…, attributes…) -> outputs`."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

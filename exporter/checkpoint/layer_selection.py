@@ -3,8 +3,6 @@
 Each layer keeps its index in the checkpoint, in the names of tensors, nodes and pools alike.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 

@@ -4,8 +4,6 @@ It is in config.json (`quantization_config`), in hf_quant_config.json, or in bot
 (modelopt/torch/export in https://github.com/NVIDIA/Model-Optimizer).
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping

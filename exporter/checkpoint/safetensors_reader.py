@@ -4,8 +4,6 @@ A file has 8 bytes of header length, a JSON header {name: {dtype, shape, data_of
 gaps or overlaps (https://huggingface.co/docs/safetensors). No file is mapped, so a piece at a time is in memory.
 """
 
-from __future__ import annotations
-
 import gc
 import math
 import os

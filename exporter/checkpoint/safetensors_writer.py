@@ -1,7 +1,5 @@
 """Write safetensors files piece by piece: all sizes are known before any value is."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence

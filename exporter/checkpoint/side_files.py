@@ -1,7 +1,5 @@
 """Read and check a checkpoint's files other than its weights: configuration, tokenizer, license."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

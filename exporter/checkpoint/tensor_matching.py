@@ -1,7 +1,5 @@
 """Match a checkpoint's tensors to the model's parameters, and report every problem with them."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """Convert a checkpoint's values to a parameter's shape and dtype, piece by piece, and check every value."""
 
-from __future__ import annotations
-
 import math
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping

@@ -1,7 +1,5 @@
 """The command `build`: export a checkpoint to a bundle."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import click

@@ -1,7 +1,5 @@
 """The command `check`: predict a build without writing anything."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

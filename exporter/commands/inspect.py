@@ -1,7 +1,5 @@
 """The command `inspect`: describe a checkpoint, an ONNX file or a bundle."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import click

@@ -1,7 +1,5 @@
 """The command `quantize`: convert a checkpoint to FP8."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

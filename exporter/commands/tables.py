@@ -1,7 +1,5 @@
 """The results of inspect, check and validate as tables for a terminal; `show` prints them to stdout."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 

@@ -1,7 +1,5 @@
 """The command `verify`: detect every change of a bundle since it was built."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import click

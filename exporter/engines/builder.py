@@ -5,8 +5,6 @@ It reads an EngineRequest as JSON from stdin and writes events to the file descr
 `{"error": text, "hint": text}`. TensorRT aborts its process where it should raise, and only this one ends then.
 """
 
-from __future__ import annotations
-
 import ctypes
 import json
 import os

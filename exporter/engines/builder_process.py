@@ -1,7 +1,5 @@
 """Runs the engine builder in a child process, and turns its failure, crash or stall into an error."""
 
-from __future__ import annotations
-
 import json
 import os
 import selectors

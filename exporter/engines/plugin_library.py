@@ -1,7 +1,5 @@
 """The plugin library for a build's GPUs and dtypes: the installed one, or one of kernels compiled here."""
 
-from __future__ import annotations
-
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path

@@ -4,8 +4,6 @@ Legend: T tokens in a step, B sequences in a step, S state slots, K pages in the
 that want logits.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """The runtime and the GPU generations that a build's engine is for, decided before any long work."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass

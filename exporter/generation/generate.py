@@ -1,7 +1,5 @@
 """Text from a bundle: prompts in, text out as it is generated, with all prompts batched together."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum

@@ -6,8 +6,6 @@ other requests in the batch. (Its logits may differ in the last bits, since sums
 Legend: V vocabulary.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np

@@ -7,8 +7,6 @@ gets its slot and pages, so a step mixes chunks of prompts with sequences that d
 Legend: T tokens in a step, B sequences in a step, M pages of one sequence.
 """
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Text to tokens and back, and messages to a prompt, from the tokenizer files of a checkpoint."""
 
-from __future__ import annotations
-
 import datetime
 import json
 from collections.abc import Mapping, Sequence

@@ -4,8 +4,6 @@ The table has the operators that the model uses; another one raises LowerError. 
 graph, so every value keeps the dtype that PyTorch recorded.
 """
 
-from __future__ import annotations
-
 import operator
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence

@@ -3,8 +3,6 @@
 Sparse regions of the checkpoint stay sparse: only bytes that are on disk are written.
 """
 
-from __future__ import annotations
-
 import errno
 import fcntl
 import math

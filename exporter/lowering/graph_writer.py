@@ -1,7 +1,5 @@
 """Write the traced parts of a model as one ONNX graph, with one node for each op."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Builds a bundle: every stage in order, in a workspace that survives a kill."""
 
-from __future__ import annotations
-
 import dataclasses
 import errno
 import logging

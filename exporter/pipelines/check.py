@@ -1,7 +1,5 @@
 """What a build would produce, need and refuse, determined before it starts."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import re

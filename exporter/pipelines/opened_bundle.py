@@ -1,7 +1,5 @@
 """Opens a bundle for validation: its graph, the model that the graph implements, and the model before quantization."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 

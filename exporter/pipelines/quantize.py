@@ -1,7 +1,5 @@
 """Quantizes a checkpoint to FP8, and reports what a user should know about the result."""
 
-from __future__ import annotations
-
 import shutil
 from collections import Counter
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Validates a bundle against PyTorch, a reference file or another bundle."""
 
-from __future__ import annotations
-
 import dataclasses
 import logging
 from pathlib import Path

@@ -4,8 +4,6 @@ Legend: T tokens, D hidden size, L the experts' input size, I an expert's hidden
 k experts per token.
 """
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from functools import partial

@@ -1,7 +1,5 @@
 """Choose the modules to quantize: NVIDIA's choices for the model family, and the user's exclusions."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from nemotrt.exporter.checkpoint.quant_config import pattern_matcher

@@ -1,7 +1,5 @@
 """Read text for calibration and evaluation as sequences of tokens."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The validation report as one HTML file without external resources: verdict, plots, tables."""
 
-from __future__ import annotations
-
 import operator
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence

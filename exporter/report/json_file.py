@@ -1,7 +1,5 @@
 """The validation report as JSON. A number that is not finite is null, and its gate has failed."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import math

@@ -1,7 +1,5 @@
 """The validation report as JUnit XML, which CI systems display."""
 
-from __future__ import annotations
-
 from xml.etree import ElementTree
 
 from nemotrt.exporter.report.model import ValidationReport

@@ -1,7 +1,5 @@
 """The data of a validation report: what was compared, every gate, and what was not compared."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from enum import StrEnum

@@ -3,8 +3,6 @@
 A plot is 720 units wide and 240 high, and the page scales it to its own width.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any

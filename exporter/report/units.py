@@ -1,7 +1,5 @@
 """Numbers as text: bytes, counts and durations with their units, and errors in three digits."""
 
-from __future__ import annotations
-
 import re
 
 

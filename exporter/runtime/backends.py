@@ -1,7 +1,5 @@
 """The two runtimes with one API, TensorRT and TensorRT-RTX, and a table of their differences."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version

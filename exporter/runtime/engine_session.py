@@ -7,8 +7,6 @@ Legend: T tokens in this step, B sequences in this step, S state slots, K pages 
 sequence, R rows that want logits, V vocabulary.
 """
 
-from __future__ import annotations
-
 import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -4,8 +4,6 @@ The manifest detects damaged, incomplete and edited bundles. It is not a signatu
 also write a matching manifest.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import os

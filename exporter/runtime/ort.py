@@ -1,7 +1,5 @@
 """ONNX Runtime, imported here alone so that its telemetry is always off, and calls into it that Ctrl-C can stop."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait

@@ -1,7 +1,5 @@
 """JSON objects and frozen dataclasses: a missing, unknown, duplicate or mistyped field is an error."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import math

@@ -1,7 +1,5 @@
 """Bundle: complete the folder with everything that runs and validates the model, and write its manifest."""
 
-from __future__ import annotations
-
 import dataclasses
 import re
 import shutil

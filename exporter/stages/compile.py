@@ -1,7 +1,5 @@
 """Compile: build a TensorRT engine whose ops are the plugins, in a child process."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 

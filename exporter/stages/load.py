@@ -1,7 +1,5 @@
 """Load: read a checkpoint's configuration and headers, and check that it is complete."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 

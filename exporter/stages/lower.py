@@ -4,8 +4,6 @@
 other operator. The model is never in memory: weights are streamed in pieces.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Quantize: write a checkpoint in FP8 with static scales, in ModelOpt's layout, one tensor at a time."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import shutil

@@ -4,8 +4,6 @@ Layers of one kind differ only in their weights. Each kind is traced once, or on
 weights, so the time does not grow with depth.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

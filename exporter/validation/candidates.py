@@ -1,7 +1,5 @@
 """What a validation compares with the reference: a graph in ONNX Runtime, or an engine."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from nemotrt.exporter.errors import BundleError, UsageError

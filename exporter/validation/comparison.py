@@ -5,8 +5,6 @@ is PyTorch (`references/pytorch.py`), a reference file, or another bundle. PyTor
 reference file is compared on machines that do not have it.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace

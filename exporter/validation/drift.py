@@ -8,8 +8,6 @@ from step to step remains, and its limit is that of FP32.
 Legend: T steps, B sequences, H heads, P head dim, G groups, N state size, E experts, V vocabulary.
 """
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from functools import partial

@@ -3,8 +3,6 @@
 Legend: R rows of logits, V vocabulary.
 """
 
-from __future__ import annotations
-
 import numpy as np
 from numpy.typing import NDArray
 

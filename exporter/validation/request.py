@@ -1,7 +1,5 @@
 """The options of `validate`: what a bundle is compared with, and what runs it."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 

@@ -7,8 +7,6 @@ scores against their own baseline, and everything else with the same routing on 
 Legend: T tokens, E experts, G groups, k experts per token.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

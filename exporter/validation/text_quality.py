@@ -5,8 +5,6 @@
 reference with the unquantized model, and *total* compares the graph with the unquantized model.
 """
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from itertools import product

@@ -3,8 +3,6 @@
 `comparison.py` compares whole steps, `drift.py` a long decode, and `parts/` each layer and each op alone.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable
 

@@ -5,8 +5,6 @@ come from the traced program of the part, run operator by operator on the real w
 at the graph's precision, as the rounding baseline.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial

@@ -3,8 +3,6 @@
 **Not executed**: like `engine_session`, it is written against TensorRT's API as its Python modules describe it.
 """
 
-from __future__ import annotations
-
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -4,8 +4,6 @@ Only one part is in memory at a time, in PyTorch (FP32, and the graph's precisio
 ONNX Runtime, so that a model that does not fit as a whole is still compared layer by layer.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from typing import Any
 

@@ -3,8 +3,6 @@
 The names of nodes (`layers.7.mixer.in_proj`) decide to which part a node belongs.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property

@@ -3,8 +3,6 @@
 Legend: T tokens, D hidden size, R rows that want logits.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """PyTorch as the reference, which can run again with the experts that a candidate chose."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property

@@ -14,8 +14,6 @@ The initial contents of pools are derived from the seed again, and compared by t
 file has the numbers that limits derive from, not the values.
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 from collections.abc import Iterator, Mapping

@@ -4,8 +4,6 @@ One inference is one step. The feed dict holds the step's inputs and every pool;
 `next.<pool>` for each pool, with zeros in the scratch row. Pools are FP32 on both sides, because NumPy has no BF16.
 """
 
-from __future__ import annotations
-
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator

@@ -3,8 +3,6 @@
 Legend: T tokens, E experts.
 """
 
-from __future__ import annotations
-
 import weakref
 from functools import partial
 from typing import Any
