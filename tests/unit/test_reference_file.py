@@ -41,7 +41,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     config = BuildConfig(checkpoint, folder / "bundle", "bf16", runtime="onnx", validate=False)
     build.build(config)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plans, "DECODE", 6)
+        patch.setattr(plans, "NUM_DECODE", 6)
         subject = open_bundle(config.output, checkpoint, None)
         runs: list[ReferenceRun] = []
         candidate = graph_candidate(subject.graph)
