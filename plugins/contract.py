@@ -18,55 +18,51 @@ if TYPE_CHECKING:
 
 
 class DType(StrEnum):
-    """A tensor's element type. The value is PyTorch's name, which is NumPy's (with ml_dtypes) too."""
+    """A tensor's element type, with its name in each library; its value is PyTorch's and NumPy's name."""
 
-    FLOAT64 = "float64"
-    FLOAT32 = "float32"
-    FLOAT16 = "float16"
-    BFLOAT16 = "bfloat16"
-    FLOAT8_E4M3 = "float8_e4m3fn"
-    FLOAT8_E5M2 = "float8_e5m2"
-    FLOAT8_E8M0 = "float8_e8m0fnu"
-    INT64 = "int64"
-    INT32 = "int32"
-    INT16 = "int16"
-    INT8 = "int8"
-    UINT8 = "uint8"
-    BOOL = "bool"
+    label: str
+    """What people call it: `BF16`."""
+    itemsize: int
+    """Bytes an element."""
+    onnx: int
+    """The number of `onnx.TensorProto.DataType`, which is onnx_ir's `DataType` too."""
+    safetensors: str
+    """The name in a safetensors header: `BF16`."""
+    triton: str
+    """The type of a kernel parameter in Triton: `bf16`; empty if Triton has none."""
+    tensorrt: int
+    """The number of `nvinfer1::DataType`; -1 if TensorRT has none."""
 
-    @property
-    def itemsize(self) -> int:
-        """Bytes an element."""
-        return _NAMES[self].itemsize
+    def __new__(
+        cls,
+        name: str,
+        label: str = "",
+        itemsize: int = 0,
+        onnx: int = 0,
+        safetensors: str = "",
+        triton: str = "",
+        tensorrt: int = -1,
+    ) -> Self:
+        """A member, created from its row below; the defaults let type checkers accept `DType(name)`."""
+        dtype = str.__new__(cls, name)
+        dtype._value_ = name
+        dtype.label, dtype.itemsize, dtype.onnx = label, itemsize, onnx
+        dtype.safetensors, dtype.triton, dtype.tensorrt = safetensors, triton, tensorrt
+        return dtype
 
-    @property
-    def label(self) -> str:
-        """What people call it: `BF16`."""
-        return _NAMES[self].label
-
-    @property
-    def onnx(self) -> int:
-        """The number of `onnx.TensorProto.DataType`, which is onnx_ir's `DataType` too."""
-        return _NAMES[self].onnx
-
-    @property
-    def safetensors(self) -> str:
-        """The name in a safetensors header: `BF16`."""
-        return _NAMES[self].safetensors
-
-    @property
-    def triton(self) -> str:
-        """The name of a kernel parameter's type in Triton: `bf16`; raises ValueError if Triton has none."""
-        if not (name := _NAMES[self].triton):
-            raise ValueError(f"Triton has no {self}")
-        return name
-
-    @property
-    def tensorrt(self) -> int:
-        """The number of `nvinfer1::DataType`; raises ValueError if TensorRT has none."""
-        if (number := _NAMES[self].tensorrt) is None:
-            raise ValueError(f"TensorRT has no {self}")
-        return number
+    FLOAT64 = "float64", "FP64", 8, 11, "F64", "fp64", -1
+    FLOAT32 = "float32", "FP32", 4, 1, "F32", "fp32", 0
+    FLOAT16 = "float16", "FP16", 2, 10, "F16", "fp16", 1
+    BFLOAT16 = "bfloat16", "BF16", 2, 16, "BF16", "bf16", 7
+    FLOAT8_E4M3 = "float8_e4m3fn", "FP8", 1, 17, "F8_E4M3", "fp8e4nv", 6
+    FLOAT8_E5M2 = "float8_e5m2", "FP8 (E5M2)", 1, 19, "F8_E5M2", "fp8e5", -1
+    FLOAT8_E8M0 = "float8_e8m0fnu", "FP8 (E8M0)", 1, 24, "F8_E8M0", "", 11
+    INT64 = "int64", "INT64", 8, 7, "I64", "i64", 8
+    INT32 = "int32", "INT32", 4, 6, "I32", "i32", 3
+    INT16 = "int16", "INT16", 2, 5, "I16", "i16", -1
+    INT8 = "int8", "INT8", 1, 3, "I8", "i8", 2
+    UINT8 = "uint8", "UINT8", 1, 2, "U8", "u8", 5
+    BOOL = "bool", "BOOL", 1, 9, "BOOL", "i1", 4
 
     @property
     def torch(self) -> pytorch.dtype:
@@ -84,57 +80,18 @@ class DType(StrEnum):
         return np.dtype(self.value)
 
     @classmethod
-    def from_onnx(cls, number: int) -> Self:
-        """The dtype with this ONNX number; raises ValueError on one that no graph here has."""
-        return cls._find("onnx", number)
-
-    @classmethod
-    def from_safetensors(cls, name: str) -> Self:
-        """The dtype with this name in a safetensors header; raises ValueError on an unknown one."""
-        return cls._find("safetensors", name)
-
-    @classmethod
-    def from_tensorrt(cls, number: int) -> Self:
-        """The dtype with this `nvinfer1::DataType` number; raises ValueError on an unknown one."""
-        return cls._find("tensorrt", number)
+    def lookup(cls, library: str, name: object) -> Self:
+        """The dtype with this name (or number) in `onnx`, `safetensors` or `tensorrt`; raises ValueError if unknown."""
+        for dtype in cls:
+            if getattr(dtype, library) == name:
+                return dtype
+        raise ValueError(f"{name} is not a known dtype")
 
     @classmethod
     def from_torch(cls, dtype: pytorch.dtype) -> Self:
         """PyTorch's dtype; raises ValueError on one that has no name here."""
         return cls(str(dtype).removeprefix("torch."))
 
-    @classmethod
-    def _find(cls, column: str, name: object) -> Self:
-        for dtype, names in _NAMES.items():
-            if getattr(names, column) == name:
-                return cls(dtype)
-        raise ValueError(f"{name} is not a known dtype")
-
-
-class _Names(NamedTuple):
-    label: str
-    itemsize: int
-    onnx: int
-    safetensors: str
-    triton: str
-    tensorrt: int | None
-
-
-_NAMES = {
-    DType.FLOAT64: _Names("FP64", 8, 11, "F64", "fp64", None),
-    DType.FLOAT32: _Names("FP32", 4, 1, "F32", "fp32", 0),
-    DType.FLOAT16: _Names("FP16", 2, 10, "F16", "fp16", 1),
-    DType.BFLOAT16: _Names("BF16", 2, 16, "BF16", "bf16", 7),
-    DType.FLOAT8_E4M3: _Names("FP8", 1, 17, "F8_E4M3", "fp8e4nv", 6),
-    DType.FLOAT8_E5M2: _Names("FP8 (E5M2)", 1, 19, "F8_E5M2", "fp8e5", None),
-    DType.FLOAT8_E8M0: _Names("FP8 (E8M0)", 1, 24, "F8_E8M0", "", 11),
-    DType.INT64: _Names("INT64", 8, 7, "I64", "i64", 8),
-    DType.INT32: _Names("INT32", 4, 6, "I32", "i32", 3),
-    DType.INT16: _Names("INT16", 2, 5, "I16", "i16", None),
-    DType.INT8: _Names("INT8", 1, 3, "I8", "i8", 2),
-    DType.UINT8: _Names("UINT8", 1, 2, "U8", "u8", 5),
-    DType.BOOL: _Names("BOOL", 1, 9, "BOOL", "i1", 4),
-}
 
 STEP_INPUTS: dict[str, tuple[DType, tuple[str, ...]]] = {
     "input_ids": (DType.INT64, ("T",)),

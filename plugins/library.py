@@ -51,7 +51,7 @@ class _Tensor(ctypes.Structure):
         return cls(DType(name).tensorrt, len(sizes), (c_int64 * MAX_RANK)(*sizes))
 
     def read(self) -> TensorShape:
-        return DType.from_tensorrt(self.dtype), tuple(self.shape[: self.rank])
+        return DType.lookup("tensorrt", self.dtype), tuple(self.shape[: self.rank])
 
 
 _ENTRY = "nemo_plugin_test_"

@@ -162,7 +162,7 @@ def _stored(path: Path, name: str, entry: Any, data_start: int) -> StoredTensor:
     if not all(type(number) is int and number >= 0 for number in numbers):
         raise CheckpointError(f"{path}: {name} has a shape or offset that is not a non-negative integer")
     try:
-        known_dtype = DType.from_safetensors(dtype)
+        known_dtype = DType.lookup("safetensors", dtype)
     except ValueError as error:
         known = " ".join(dtype.safetensors for dtype in DType)
         raise CheckpointError(f"{path}: {name} has unknown dtype {dtype}", hint=f"known: {known}") from error

@@ -107,7 +107,7 @@ def _from_bundle(bundle: Path, manifest: Manifest, graph: OnnxGraph) -> LoadedMo
     for tensor in graph.proto.graph.initializer:
         if place := {entry.key: entry.value for entry in tensor.external_data}:
             dtype, shape, path = (
-                DType.from_onnx(tensor.data_type),
+                DType.lookup("onnx", tensor.data_type),
                 tuple(tensor.dims),
                 bundle / place["location"],
             )

@@ -12,9 +12,9 @@ from nemotrt.plugins.contract import DType, LayerName, PoolSpec
 def test_every_library_agrees_on_a_dtype(dtype: DType) -> None:
     assert dtype.torch.itemsize == dtype.numpy.itemsize == dtype.itemsize
     assert onnx.helper.tensor_dtype_to_np_dtype(dtype.onnx) == dtype.numpy
-    assert DType.from_onnx(dtype.onnx) is dtype
+    assert DType.lookup("onnx", dtype.onnx) is dtype
     assert DType.from_torch(dtype.torch) is dtype
-    assert DType.from_safetensors(dtype.safetensors) is dtype
+    assert DType.lookup("safetensors", dtype.safetensors) is dtype
 
 
 def test_safetensors_itself_uses_these_names(tmp_path) -> None:
@@ -27,7 +27,7 @@ def test_safetensors_itself_uses_these_names(tmp_path) -> None:
 
 def test_an_unknown_dtype_is_refused() -> None:
     with pytest.raises(ValueError, match="F4 is not a known dtype"):
-        DType.from_safetensors("F4")
+        DType.lookup("safetensors", "F4")
 
 
 def test_a_pool_knows_its_shape_and_bytes() -> None:

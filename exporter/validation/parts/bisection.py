@@ -212,7 +212,7 @@ def _compare_weight(name: str, tensor: ir.TensorProtocol, model: LoadedModel) ->
     path, offset = Path(tensor.path), tensor.offset or 0
     if any(stored.path == path and stored.offset == offset for stored in source.tensors):
         return "the bundle's own weight, which PyTorch used too; --checkpoint compares it"
-    dtype = DType.from_onnx(tensor.dtype)
+    dtype = DType.lookup("onnx", tensor.dtype)
     ours = np.memmap(path, np.uint8, "r", offset, tensor.nbytes)
     position = num_differing = 0
     for piece in weights.values(source, tuple(map(int, tensor.shape.numpy())), dtype):
