@@ -1,6 +1,6 @@
 """The whole model, which runs one step of packed tokens: prefill, decode, or both at once.
 
-Legend: T tokens, D hidden size, R rows that want logits, V vocabulary.
+Legend: T tokens, D hidden size, R rows that need logits, V vocabulary.
 """
 
 import torch

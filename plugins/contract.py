@@ -21,9 +21,9 @@ class DType(StrEnum):
     """A tensor's element type, with its name in each library; its value is PyTorch's and NumPy's name."""
 
     label: str
-    """What people call it: `BF16`."""
+    """The name in messages and reports: `BF16`."""
     itemsize: int
-    """Bytes an element."""
+    """Bytes per element."""
     onnx: int
     """The number of `onnx.TensorProto.DataType`, which is onnx_ir's `DataType` too."""
     safetensors: str
@@ -119,7 +119,7 @@ class PoolSpec:
     """The kind and the layer's index in the checkpoint: `ssm_state.7`."""
     dtype: DType
     row_shape: tuple[int, ...]
-    """Of a slot, or of a page: [2, kv_heads, page_size, head_dim]."""
+    """The shape of a slot, or of a page: [2, kv_heads, page_size, head_dim]."""
 
     @property
     def kind(self) -> str:
@@ -148,7 +148,7 @@ class PoolSpec:
 
     @property
     def page_size(self) -> int:
-        """Tokens a page; 0 where rows are slots."""
+        """Tokens per page; 0 where rows are slots."""
         return self.row_shape[2] if self.is_paged else 0
 
     @property

@@ -193,7 +193,7 @@ def run(checkpoint: Path, precisions: tuple[str, ...], runtime: str, gpu: Gpu) -
     "--output", type=click.Path(path_type=Path), default=Path("engine-check.json"), show_default=True
 )
 def main(checkpoint: Path, precisions: tuple[str, ...], runtime: str, output: Path) -> None:
-    """Build engines from CHECKPOINT (default: the example) for this machine's GPU, run them, and judge them."""
+    """Build engines from CHECKPOINT (default: the example) for this machine's GPU, run them, and validate them."""
     console = RichConsole(width=None if sys.stdout.isatty() else 160)
     try:
         gpu = find_gpu()

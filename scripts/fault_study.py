@@ -65,9 +65,9 @@ METRICS = {
     Metric.NORM_RATIO_ABSOLUTE: "norm, abs.",
     Metric.MEAN_KL: "mean KL",
     Metric.MAX_KL: "max KL",
-    Metric.TOP1_MARGIN: "flip",
+    Metric.TOP1_MARGIN: "top-1",
     Metric.ROUTER_SCORE: "router",
-    Metric.OUT_OF_BOUNDS: "stray",
+    Metric.OUT_OF_BOUNDS: "writes",
     drift.SCENARIO: "drift",
     Metric.DTYPE: "dtype",
 }
@@ -153,14 +153,14 @@ def tables(studies: dict[str, dict[str, Any]]) -> str:
         lines.append(f"| {fault.name} | " + " | ".join(marks) + f" | {caught} of {len(studies)} |")
     lines += [
         "",
-        "| gate | " + " | ".join(studies) + " | alarms | clean seeds use |",
+        "| gate | " + " | ".join(studies) + " | false alarms | limit used by correct graphs |",
         "|---|" + "---|" * (len(studies) + 2),
     ]
     lines += [_share(metric, studies) for metric in (*METRICS, *FIXED)]
     caught = [str(sum(bool(_ours(by)) for by in s["faults"].values())) for s in studies.values()]
     alarms = [bool(max(seed["used"].values()) > 1) for s in studies.values() for seed in s["clean"]]
     lines.append(
-        "| **all of ours** | "
+        "| **all of this project's gates** | "
         + " | ".join(f"**{n}**" for n in caught)
         + f" | **{sum(alarms)} of {len(alarms)}** | |"
     )

@@ -173,7 +173,7 @@ def write_checkpoint(
 def main(config: Path, tensor_table: Path, output: Path, unquantized: bool, real: str, seed: int) -> None:
     """Write a checkpoint for CONFIG (config.json) and TENSOR_TABLE ({name: [dtype, shape]}) to the folder OUTPUT.
 
-    In the table, expert 0 stands for all experts.
+    In the table, expert 0 represents all experts.
     """
     layers = frozenset(int(layer) for layer in real.split(",") if layer)
     raw, table = json.loads(config.read_text()), json.loads(tensor_table.read_text())

@@ -132,7 +132,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
 
 
 def read_header_and_metadata(path: Path) -> tuple[dict[str, StoredTensor], dict[str, Any]]:
-    """As `read_header`, together with the header's `__metadata__`."""
+    """Like `read_header`, together with the header's `__metadata__`."""
     size = path.stat().st_size
     with path.open("rb") as file:
         prefix = file.read(8)

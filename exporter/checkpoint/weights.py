@@ -166,7 +166,7 @@ def is_stored_as(source: WeightSource, dtype: DType) -> bool:
 
 
 def read_or_map(source: WeightSource, shape: tuple[int, ...], dtype: DType) -> Tensor:
-    """As `read`, but mapped from the file where it stores the parameter as it is; do not write to it."""
+    """Like `read`, but memory-mapped if the file stores the parameter in this form; do not write to the tensor."""
     if not is_stored_as(source, dtype):
         return read(source, shape, dtype)
     (tensor,) = source.tensors

@@ -98,7 +98,7 @@ def validate(
         from nemotrt.exporter.commands import tables
 
         tables.show(tables.report(report))
-    _judge(report, can_bisect=not (request.bisect or request.golden or request.against))
+    _raise_on_failure(report, can_bisect=not (request.bisect or request.golden or request.against))
 
 
 def _write_page(page: Path, bundle: Path, report: ValidationReport, seconds: dict[str, float]) -> None:
@@ -112,12 +112,12 @@ def _write_page(page: Path, bundle: Path, report: ValidationReport, seconds: dic
     page.write_text(text, encoding="utf-8")
 
 
-def _judge(report: ValidationReport, *, can_bisect: bool) -> None:
+def _raise_on_failure(report: ValidationReport, *, can_bisect: bool) -> None:
     if report.not_finite:
         gate = report.not_finite[0]
         raise NotFiniteError(
             f"{gate.scenario}, {gate.output}: {gate.value:.0f} values are {gate.metric}",
-            hint="nothing else was judged of it; do not ship it",
+            hint="no distance was measured for this output; do not ship the bundle",
         )
     diverging = report.bisect.diverging if report.bisect else ()
     if diverging:
@@ -125,12 +125,13 @@ def _judge(report: ValidationReport, *, can_bisect: bool) -> None:
         raise ValidationError(
             f"{first.node} diverges from PyTorch in {first.tensor}: relative L2"
             f" {'not finite' if first.error is None else f'{first.error:.3g}'}, limit {first.limit:.3g}",
-            hint="do not ship it",
+            hint="do not ship the bundle",
         )
     if not report.passed:
         raise ValidationError(
             f"{len(report.failed)} of {len(report.gates)} gates failed"
             if report.gates
             else "nothing was compared",
-            hint="do not ship it" + ("; --bisect names the layer, the op and the tensor" * can_bisect),
+            hint="do not ship the bundle"
+            + ("; --bisect names the layer, the op and the tensor" * can_bisect),
         )

@@ -1,1 +1,1 @@
-"""TensorRT engines: what the kernels take, the library of plugins, and the process that builds."""
+"""TensorRT engines: what the kernels support, the plugin library, and the process that builds."""

@@ -2,7 +2,8 @@
 
 It reads an EngineRequest as JSON from stdin and writes events to the file descriptor, one JSON object per line:
 `{"step": permille, "phase": name}` during the build, and at the end `{"built": EngineResult}` or
-`{"error": text, "hint": text}`. TensorRT aborts its process where it should raise, and only this one ends then.
+`{"error": text, "hint": text}`. Where it should raise an error, TensorRT may abort its process: then only this one
+ends.
 """
 
 import ctypes

@@ -1,7 +1,7 @@
 """The optimization profiles of an engine: the range of every axis, with the axes named as in the graph.
 
 Legend: T tokens in a step, B sequences in a step, S state slots, K pages in the pool, M pages of one sequence, R rows
-that want logits.
+that need logits.
 """
 
 from collections.abc import Sequence

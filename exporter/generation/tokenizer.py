@@ -27,7 +27,7 @@ class Tokenizer:
         path = folder / TOKENIZER
         if not path.exists():
             raise BundleError(
-                f"{folder} has no {TOKENIZER}, which text needs",
+                f"{folder} has no {TOKENIZER}, which is needed for text",
                 hint=f"build again with the model's {TOKENIZER} in the checkpoint, or run token ids in a Session",
             )
         try:

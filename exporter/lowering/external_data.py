@@ -66,7 +66,7 @@ class _Piece(NamedTuple):
 
     placed: Placed
     offset: int
-    """Of the bytes in the data file, or in the checkpoint's."""
+    """Where the bytes begin in the data file, or in the checkpoint's file."""
     length: int
     tensor: StoredTensor | None = None
     """The stored tensor whose bytes from `start` to `stop` are converted; None for a parameter written at once."""
@@ -80,7 +80,7 @@ def data_path(graph: Path) -> Path:
 
 
 def lay_out(parameters: Iterable[weights.Parameter], *, link: bool) -> tuple[Placed, ...]:
-    """The place of each parameter; with `link`, one that the checkpoint stores as the graph takes it stays there."""
+    """The place of each parameter; with `link`, a parameter that needs no conversion stays in the checkpoint's file."""
     placed = []
     end = 0
     for source, shape, dtype in parameters:

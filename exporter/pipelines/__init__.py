@@ -1,1 +1,1 @@
-"""What the product does, one file each: a pipeline calls stages and nothing calls a pipeline but a command."""
+"""What each command does: a pipeline calls stages, and is called by a command or from Python."""

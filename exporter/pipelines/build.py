@@ -331,7 +331,7 @@ class Build:
         if report and report.failed:
             raise ValidationError(
                 f"{len(report.failed)} gates failed; {config.output} says so",
-                hint="do not ship it; nemo-export validate --bisect names the layer, the op and the tensor",
+                hint="do not ship the bundle; nemo-export validate --bisect names the layer, the op and the tensor",
             )
         return BuildResult(
             bundle=str(config.output),
@@ -344,7 +344,7 @@ class Build:
         )
 
     def _once(self, stage: str, key: str, kind: type[Result], run: Callable[[], Result]) -> Result:
-        """The stage's result: recorded by the previous build if its inputs were the same, else by running it."""
+        """The stage's result: the previous build's if its inputs were the same, else that of a new run."""
         if entry := self.workspace.finished(stage, key):
             log.info("%s is reused from the previous build", stage)
             self.log.lines += entry.log

@@ -125,7 +125,7 @@ def read_headers(checkpoint: Path, layers: str = "") -> Headers:
 
 
 def read_table(config_file: Path, tensors_file: Path, layers: str = "") -> Headers:
-    """Headers from a configuration and a table {name: [dtype, shape]}, where expert 0 may stand for all experts.
+    """Headers from a configuration and a table {name: [dtype, shape]}, where expert 0 may represent all experts.
 
     Raises CheckpointError on an entry that is not a safetensors dtype and a shape.
     """
@@ -138,7 +138,7 @@ def read_table(config_file: Path, tensors_file: Path, layers: str = "") -> Heade
         first = FIRST_EXPERT.fullmatch(name)
         if first and f"{first[1]}1{first[2]}" not in table:
             names = [f"{first[1]}{expert}{first[2]}" for expert in range(config.n_routed_experts)]
-            notes = (f"expert 0 of the table stands for all {config.n_routed_experts}",)
+            notes = (f"expert 0 of the table represents all {config.n_routed_experts}",)
         dtype, shape = _table_entry(tensors_file, name, entry)
         length = math.prod(shape) * dtype.itemsize
         stored |= {each: StoredTensor(each, dtype, shape, tensors_file, 0, length) for each in names}
@@ -325,7 +325,7 @@ def engine_target(config: ModelConfig, build: BuildConfig) -> Target:
 
 
 def _notes(headers: Headers, tensors: MatchedTensors) -> list[str]:
-    """What a build accepts and its user should know."""
+    """Notes for the user on what a build accepts."""
     layers = headers.config.chosen_layers
     notes = [f"{partial_model(layers)} (the bundle would say so)"] if layers else []
     notes += cache_notes(headers.config)

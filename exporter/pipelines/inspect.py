@@ -77,7 +77,7 @@ class Inspection:
     """Field of the checkpoint's configuration that has no effect → reason."""
     layer: int | None = None
     weights: tuple[Weight, ...] = ()
-    """Of `layer`."""
+    """The tensors of `layer`."""
     nodes: dict[str, str] = field(default_factory=dict)
     """Node of `layer` → operator, in execution order."""
 
@@ -181,7 +181,7 @@ def _check_layer(layer: int | None, layers: Collection[int]) -> None:
         choices = f"they go from 0 to {max(layers)}"
     else:
         choices = f"it has {', '.join(map(str, layers))}"
-    raise UsageError(f"--layer {layer} is no layer of this model: {choices}")
+    raise UsageError(f"--layer {layer} is not a layer of this model: {choices}")
 
 
 def _is_in(name: str, layer: int | None) -> bool:

@@ -39,7 +39,7 @@ ABSENT = (
 )
 
 SAME = {
-    "config_sha256": "is of another model: their config.json differ",
+    "config_sha256": "is a bundle of another model: its config.json differs",
     "page_size": "has pages of {theirs} tokens, {bundle} of {ours}",
     "layers": "has layers {theirs}, {bundle} {ours}",
 }

@@ -1,1 +1,1 @@
-"""What a bundle needs to run: session, pools, manifest, tokenizer and batching, with no PyTorch."""
+"""What a bundle needs to run: sessions, pools, the GPU and the manifest, with no PyTorch."""

@@ -4,7 +4,7 @@
 TensorRT and a fake CUDA driver. `make engine-check` runs it on a real GPU and reports.
 
 Legend: T tokens in this step, B sequences in this step, S state slots, K pages in the pool, M pages of one
-sequence, R rows that want logits, V vocabulary.
+sequence, R rows that need logits, V vocabulary.
 """
 
 import mmap

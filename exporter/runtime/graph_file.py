@@ -1,6 +1,6 @@
 """An ONNX graph read once without its weights, and the ONNX Runtime session that runs it.
 
-Legend: R rows that want logits.
+Legend: R rows that need logits.
 """
 
 from __future__ import annotations

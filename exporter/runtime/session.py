@@ -1,7 +1,7 @@
 """A session runs a graph step by step, in ONNX Runtime here, and owns the pools that the graph updates.
 
 Legend: T tokens in this step, B sequences in this step, S state slots, K pages in the pool, M pages of one
-sequence, R rows that want logits, V vocabulary.
+sequence, R rows that need logits, V vocabulary.
 """
 
 from __future__ import annotations

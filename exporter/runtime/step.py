@@ -1,6 +1,6 @@
 """One step's inputs: the check that they follow the graph's contract, and their padding to sizes an engine runs.
 
-Legend: T tokens in this step, B sequences in this step, M pages of one sequence, R rows that want logits.
+Legend: T tokens in this step, B sequences in this step, M pages of one sequence, R rows that need logits.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class StepInputs:
     page_table: NDArray[np.int32]
     """[B, M]: the sequence's pages in the KV pools (vLLM's block table); unused entries are 0."""
     logits_row: NDArray[np.int32]
-    """[R]: which tokens want logits."""
+    """[R]: the tokens that need logits."""
 
     def as_dict(self) -> dict[str, NDArray[Any]]:
         """The arrays by name, in the contract's order."""

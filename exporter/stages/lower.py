@@ -41,8 +41,8 @@ def lower(
 ) -> LoweredGraph:
     """The graph at `path`, and its weights in a data file next to it.
 
-    With `link`, tensors that the graph takes as the checkpoint stores them stay in the checkpoint's files, which are
-    linked into the graph's folder. `resume_from`, `advance` and `synced` are those of `external_data.write`.
+    With `link`, tensors that need no conversion stay in the checkpoint's files, which are linked into the graph's
+    folder. `resume_from`, `advance` and `synced` are those of `external_data.write`.
     Raises LowerError when the graph does not match the configuration, CheckpointError on an invalid weight.
     """
     graph = write_graph(traced)

@@ -23,7 +23,7 @@ TOKENS, SEQUENCES, SLOTS, PAGES, TABLE, ROWS = 11, 3, 5, 7, 2, 4
 
 
 def trace(model: LoadedModel, config: BuildConfig) -> TracedModel:
-    """Every part of the model in order; layers of one kind with the same dtypes of weights share a program."""
+    """Every part of the model in order; layers of one kind whose weights have the same dtypes share a program."""
     dtype = config.dtype
     pools = model.pools(config)
     network = NemotronH(model.config, dtype=dtype.torch, device="meta")

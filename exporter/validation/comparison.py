@@ -1,6 +1,6 @@
 """Compares a candidate with a reference: both run the same steps on the same pools, and gates check the differences.
 
-`scenarios.py` has the steps, `gates.py` the limits, and `routing.py` explains near ties between experts. The reference
+`plan.py` has the steps, `gates.py` the limits, and `routing.py` explains near ties between experts. The reference
 is PyTorch (`references/pytorch.py`), a reference file, or another bundle. PyTorch is not imported here, because a
 reference file is compared on machines that do not have it.
 """
@@ -56,7 +56,7 @@ class ReferenceRun:
     observations: dict[str, Observation]
     policies: tuple[RouterPolicy, ...]
     dtypes: ExpectedDtypes
-    """Of the graph's weights and pools."""
+    """The dtypes that the graph's weights and pools must have."""
     not_compared: tuple[NotCompared, ...]
     """What this reference leaves out."""
     baseline: str = ""
@@ -77,7 +77,7 @@ class Candidate:
     modes: tuple[Mode, Mode]
     """Their results must be bitwise equal; the second outputs router logits if the candidate can."""
     open: Callable[[int, Mode], CandidateRunner]
-    """From the number of pages and the mode; the pools have NUM_SLOTS slots."""
+    """Opens a runner for a number of pages and a mode; its pools have NUM_SLOTS slots."""
     not_compared: tuple[NotCompared, ...]
     graph: OnnxGraph | None = None
     """The graph whose dtypes and parts are compared too; None for an engine."""
@@ -86,7 +86,7 @@ class Candidate:
 
 
 AlignRouting = Callable[[str, Observation], tuple[Observation, Observation]]
-"""From a scenario and the candidate's observation to the candidate and the reference with the same expert routing.
+"""Takes a scenario and the candidate's observation; returns the candidate's and the reference's, routed alike.
 
 One of the two runs again if a token was routed to other experts.
 """
@@ -124,7 +124,9 @@ def compare(
         baseline=run.baseline,
         tokens={"prompt": workload.prompt, "decode": workload.decode, "seed": workload.seed},
         gates=tuple(gates),
-        routing_mismatches={name: run.num_mismatches(name, shown.routers) for name, shown in second.items()},
+        routing_mismatches={
+            name: run.num_mismatches(name, observation.routers) for name, observation in second.items()
+        },
         next_token=tuple(comparison for comparison in next_tokens if comparison),
         routers=router_agreement(run.policies, run.observations, second),
         not_compared=(*candidate.not_compared, *run.not_compared),
@@ -134,7 +136,7 @@ def compare(
 def force_routing(run: ReferenceRun, candidate: Candidate) -> AlignRouting:
     """Aligns routing with a reference that cannot run again: the candidate runs again, with near ties forced.
 
-    Tokens that are no near tie keep the candidate's own experts, so that a wrong router is found.
+    Tokens without a near tie keep the candidate's own experts, so that a wrong router is found.
     """
 
     def near_ties(scenario: str, step: RouterLogits) -> RouterLogits:

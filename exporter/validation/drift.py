@@ -43,7 +43,7 @@ class _Snapshot(NamedTuple):
     states: dict[str, NDArray[np.float32]]
     """The sequences' rows of every recurrent pool."""
     logits_BTV: NDArray[np.float32]
-    """Of the last steps before the mark."""
+    """The logits of the last steps before the mark."""
     routers_BTE: RouterLogits = ()
 
 
@@ -160,7 +160,7 @@ def _state_error(pool: str, *snapshots: _Snapshot) -> float:
 
 
 def _mean_kl(*snapshots: _Snapshot) -> float:
-    """Over the rows before a mark, in nats."""
+    """The mean KL over the rows before a mark, in nats."""
     logits = (snapshot.logits_BTV.astype(np.float64) for snapshot in snapshots)
     return float(metrics.kl_divergence(*logits).mean())
 

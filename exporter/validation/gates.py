@@ -56,7 +56,7 @@ class Observation:
     """What one runner produced in one scenario."""
 
     logits_RV: Array
-    """Of all steps."""
+    """The logits of all steps."""
     pools: dict[str, Array]
     """After the last step."""
     routers: tuple[RouterLogits, ...] = ()
@@ -83,7 +83,7 @@ class ScenarioErrors:
     """How far a runner is from the reference in one scenario: every number that a gate or a limit needs."""
 
     outputs: dict[str, OutputErrors]
-    """Of the logits and of every pool, by name."""
+    """The errors of the logits and of every pool, by name."""
     kl: tuple[float, ...]
     """Nats, one per row of logits; empty if logits are not finite."""
     mismatch_margin: float
@@ -100,8 +100,8 @@ def measure(candidate: Observation, reference: Observation, noise: Noise) -> Sce
     for name, expected in reference.pools.items():
         pool, initial = candidate.pools[name][1:], noise[name][1:]
         written = written_mask(name, expected[1:], initial)
-        stray = int(np.count_nonzero(pool[~written] != initial[~written]))
-        outputs[name] = _errors((pool[written], expected[1:][written]), stray)
+        out_of_bounds = int(np.count_nonzero(pool[~written] != initial[~written]))
+        outputs[name] = _errors((pool[written], expected[1:][written]), out_of_bounds)
     scores = _router_errors(candidate.routers, reference.routers)
     if outputs["logits"].not_finite or outputs["logits"].reference_not_finite:
         return ScenarioErrors(outputs, (), 0.0, 0.0, scores)

@@ -58,7 +58,7 @@ EMPTY = SequenceChunk(np.zeros(0, dtype=np.int64), 0, 0, ())
 
 
 def packed_step(chunks: Sequence[SequenceChunk], *, padding: int = 0, first_logits: int = 0) -> StepInputs:
-    """One step with these chunks, packed; logits are wanted of each chunk's tokens from `first_logits` on."""
+    """One step with these chunks, packed; each chunk's tokens need logits from `first_logits` on."""
     starts = np.cumsum([0, *(len(chunk.tokens) for chunk in chunks)])
     pages = np.zeros((len(chunks), max(len(chunk.pages) for chunk in chunks)), dtype=np.int32)
     for row, chunk in zip(pages, chunks, strict=True):
@@ -181,12 +181,12 @@ class LongDecode:
 
     @property
     def spans(self) -> tuple[tuple[int, int, int], ...]:
-        """Up to each mark: the first step, the first step that wants logits, and the last step (exclusive)."""
+        """Up to each mark: the first step, the first step that needs logits, and the last step (exclusive)."""
         spans = pairwise((0, *self.marks))
         return tuple((first, max(first, last - WINDOW), last) for first, last in spans)
 
     def step(self, first: int, last: int, watched: int) -> StepInputs:
-        """One step with the tokens `first` to `last` (exclusive) of each sequence; those from `watched` want logits."""
+        """One step with the tokens `first` to `last` (exclusive) of each sequence; those from `watched` need logits."""
         pages = np.arange(1, self.num_pages).reshape(SEQUENCES, -1)
         chunks = [
             SequenceChunk(tokens[first:last], first, slot, pages[slot - 1])

@@ -63,7 +63,7 @@ class RouterPolicy:
         return ranked_TE[:, self.top_k - 1] - ranked_TE[:, self.top_k]
 
     def near_tie(self, logits_TE: NDArray[np.float32], error: float) -> NDArray[np.bool_]:
-        """Which tokens may get other experts if each score is off by at most `error` [T]."""
+        """Which tokens [T] may get other experts if each score is off by at most `error`."""
         near_T = self.margin(logits_TE) <= 2 * error
         if self.num_groups == 1:
             return near_T
@@ -73,7 +73,7 @@ class RouterPolicy:
         return near_T | ((between_T <= 4 * error) & (self.topk_group < self.num_groups))
 
     def differs(self, ours_TE: NDArray[np.float32], others_TE: NDArray[np.float32]) -> NDArray[np.bool_]:
-        """Which tokens get other experts [T]."""
+        """Which tokens [T] get other experts."""
         return (self.experts(ours_TE) != self.experts(others_TE)).any(1)  # type: ignore[no-any-return]
 
 

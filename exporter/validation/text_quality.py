@@ -173,7 +173,7 @@ def _conversion_gates(
     base: Sequence[float | None] = (None, None, None)
     if baseline:
         base = kl, mismatches, change = _distances(baseline)
-        # A baseline without a mismatch could as well have had one, and a ratio that is exact is luck within its error.
+        # Chance can make a baseline's mismatches 0 or its perplexity ratio 1, so neither limit may become 0.
         limits = (
             BASELINE_FACTOR * kl,
             BASELINE_FACTOR * max(mismatches, token) + token / 2,
@@ -184,7 +184,7 @@ def _conversion_gates(
 
 
 def _distances(comparison: TextComparison) -> tuple[float, float, float]:
-    """In the order of CONVERSION_METRICS."""
+    """The distances, in the order of CONVERSION_METRICS."""
     change = abs(comparison.perplexity_ratio - 1)
     return comparison.mean_kl, 1 - comparison.top1_agreement, change
 

@@ -44,9 +44,9 @@ def validate(
 ) -> ValidationReport:
     """The report of every gate; raises ValidationError if the candidate lacks an output of the reference.
 
-    Without a `plan` it is that of a build. `advance` counts up to the plan's length; `recorded` is called with the
-    reference's run before it is compared. At most two
-    copies of the weights are in memory: FP32, and the graph's precision.
+    Without a `plan`, a build's plan is used. `advance` counts up to the plan's length; `recorded` is called with the
+    reference's run before it is compared. At most two copies of the weights are in memory: one in FP32, and one at the
+    graph's precision.
     """
     plan = plan or plan_validation(model, config)
     drift = DriftComparison(model, config, plan.drift) if plan.drift else None

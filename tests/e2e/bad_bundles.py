@@ -85,12 +85,16 @@ PROMPTS: dict[str, tuple[tuple[str, ...], str]] = {
 }
 
 EVALS: dict[str, tuple[str, bytes, str]] = {
-    "eval-empty": ("empty.txt", b"", r"empty.txt has \d tokens; at least 256 are needed"),
-    "eval-only-spaces": ("spaces.jsonl", b"\n\n  \n", r"spaces.jsonl has \d tokens; at least 256 are needed"),
+    "eval-empty": ("empty.txt", b"", r"empty.txt has \d+ tokens; at least 256 are needed"),
+    "eval-only-spaces": (
+        "spaces.jsonl",
+        b"\n\n  \n",
+        r"spaces.jsonl has \d+ tokens; at least 256 are needed",
+    ),
     "eval-too-short": ("short.txt", b"for for for", r"short.txt has \d+ tokens; at least 256 are needed"),
     "eval-no-utf8": ("latin.txt", "für ".encode("latin-1") * 300, "latin.txt is not UTF-8 text"),
     "eval-broken-line": ("x.jsonl", b'{"text": "for"}\n{"text": ', "x.jsonl, line 2, is not valid JSON"),
     "eval-line-without-text": ("x.jsonl", b'{"prompt": "for"}\n', "x.jsonl, line 1, has no text"),
     "eval-text-is-no-string": ("x.jsonl", b'{"text": 7}\n', "x.jsonl, line 1, has no text"),
 }
-"""A text that nothing can be judged on: its name, its bytes, and what is said of it."""
+"""A text that cannot be used: its name, its bytes, and the error message."""

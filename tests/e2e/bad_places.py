@@ -64,7 +64,7 @@ FLAGS: dict[str, tuple[tuple[str, ...], str]] = {
         ("validate", "checkpoint", "--layers-alone", "--save-golden", "model.golden"),
         "--layers-alone and --save-golden exclude each other: --save-golden needs the whole model",
     ),
-    "layer-outside": (("inspect", "checkpoint", "--layer", "7"), "--layer 7 is no layer of this model"),
+    "layer-outside": (("inspect", "checkpoint", "--layer", "7"), "--layer 7 is not a layer of this model"),
     "check-of-nothing": (("check",), "check needs a checkpoint, or --config and --tensors"),
     "check-of-a-config-alone": (
         ("check", "--config", "checkpoint/config.json"),

@@ -60,13 +60,13 @@ def a_checkpoint(path: Path, bundle: Path) -> None:
 
 
 ALL: dict[str, tuple[Damage, str, int]] = {
-    "reference-of-another-model": (of(config_sha256="0" * 64), "is of another model: config.json differs", 2),
-    "reference-of-another-tokenizer": (of(tokenizer_sha256="0" * 64), "is of another tokenizer", 2),
-    "reference-of-another-precision": (of(precision="bf16"), "is of precision bf16, the bundle has", 2),
-    "reference-of-another-state": (of(state_dtype="float16"), "is of a recurrent state in float16, the bundle has", 2),
-    "reference-of-another-kv-cache": (of(kv_dtype="float8_e4m3fn"), "is of a KV cache in float8_e4m3fn, the", 2),
-    "reference-of-other-pages": (of(page_size=64), "is of pages of 64 tokens, the bundle has 128", 2),
-    "reference-of-other-layers": (of(layers=(0, 1)), "is of layers 0, 1, the bundle has all layers", 2),
+    "reference-of-another-model": (of(config_sha256="0" * 64), "is for another model: config.json differs", 2),
+    "reference-of-another-tokenizer": (of(tokenizer_sha256="0" * 64), "is for another tokenizer", 2),
+    "reference-of-another-precision": (of(precision="bf16"), "is for precision bf16, the bundle has", 2),
+    "reference-of-another-state": (of(state_dtype="float16"), "is for a recurrent state in float16, the bundle has", 2),
+    "reference-of-another-kv-cache": (of(kv_dtype="float8_e4m3fn"), "is for a KV cache in float8_e4m3fn, the", 2),
+    "reference-of-other-pages": (of(page_size=64), "is for pages of 64 tokens, the bundle has 128", 2),
+    "reference-of-other-layers": (of(layers=(0, 1)), "is for layers 0, 1, the bundle has all layers", 2),
     "reference-older-schema": (of_schema(b" 1"), "was written by an older nemo-export", 7),
     "reference-newer-schema": (of_schema(b"99"), "has schema 99, this nemo-export reads", 7),
     "reference-truncated": (lambda path, _: os.truncate(path, 9999), "is truncated", 7),
@@ -96,7 +96,7 @@ def other_pages(manifest: manifests.Manifest) -> manifests.Manifest:
 AGAINST: dict[str, tuple[Callable[[manifests.Manifest], manifests.Manifest], str]] = {
     "against-another-model": (
         elsewhere(source={"config_sha256": "0" * 64}),
-        "is of another model: their config.json differ",
+        "is a bundle of another model: its config.json differs",
     ),
     "against-other-pages": (other_pages, "has pages of 64 tokens, bundle of 128"),
 }

@@ -397,4 +397,4 @@ def test_a_checkpoint_without_a_tokenizer(tmp_path: Path) -> None:
     small_checkpoint()
     assert "there is no tokenizer.json" in run("check", "checkpoint").output
     assert run(*BUILD, "out").exit_code == 0
-    refused(run("generate", "out", "--prompt", "for"), "has no tokenizer.json, which text needs", 7)
+    refused(run("generate", "out", "--prompt", "for"), "has no tokenizer.json, which is needed for text", 7)

@@ -75,7 +75,7 @@ def test_inspect_shows_its_layers_by_their_own_index(bundle: Path) -> None:
     assert "layers.4.mixer.scan" in run("inspect", bundle, "--layer", 4).stdout
     refused = run("inspect", bundle, "--layer", 0)
     assert refused.exit_code == 2
-    assert "--layer 0 is no layer of this model: it has 1, 2, 4" in refused.stderr
+    assert "--layer 0 is not a layer of this model: it has 1, 2, 4" in refused.stderr
 
 
 def test_it_writes_text_and_says_what_that_is_worth(bundle: Path) -> None:

@@ -1,1 +1,1 @@
-"""Texts that this package brings."""
+"""The built-in texts for calibration and evaluation."""

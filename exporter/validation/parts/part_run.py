@@ -110,13 +110,13 @@ def run_parts(
     workload: Workload,
     open_runners: Callable[[GraphPart], PartRunners],
 ) -> Iterator[tuple[GraphPart, PartComparison]]:
-    """Every part and its comparison; what flows into a part is what flows out of the reference's part before."""
+    """Every part and its comparison; a part's input is the reference's output of the previous part."""
     steps = mixed_steps(workload)
     dtype, pools = config.dtype.torch, model.pools(config)
     flows: list[Tensor] = [torch.from_numpy(inputs.input_ids) for inputs in steps]
     for part in split(graph):
         noise = workload.noise(pool for pool in pools if pool.name in part.pools)
-        # Rounding what flows in lets all three runners start from the same bits.
+        # The input is rounded so that all three runners start from the same bits.
         rounded = [flow if flow.dtype == torch.int64 else flow.to(dtype) for flow in flows]
         # No name here may hold a runner: its weights would stay in memory next to those of the following part.
         flows, comparison = run_part(part, noise, list(zip(rounded, steps, strict=True)), *open_runners(part))
@@ -139,10 +139,10 @@ def run_part(
     baseline: TorchPart | None,
     names: Sequence[str],
 ) -> tuple[list[Tensor], PartComparison]:
-    """What flows out of the reference in each step, and the comparison of the values in `names`.
+    """The reference's output in each step, and the comparison of the values in `names`.
 
-    `steps` holds what flows in and the step's inputs. Every pool starts as in `noise`. In each comparison, the
-    reference takes the experts that the other side chose.
+    `steps` holds each step's value from the previous part, and its step inputs. Every pool starts as in `noise`. In
+    each comparison, the reference takes the experts that the other side chose.
     """
     comparison = PartComparison()
     state: dict[str, NDArray[Any]] = {name: noise[name] for name in part.pools}

@@ -32,12 +32,12 @@ class GraphPart:
     flow_out: str
     """The value that goes to the part after; `logits` for the head."""
     addend: str
-    """The value that a layer adds to what flows in; empty for the embeddings and the head."""
+    """The value that a layer adds to its input; empty for the embeddings and the head."""
     pools: tuple[str, ...]
 
     @property
     def outputs(self) -> tuple[str, ...]:
-        """The value that flows out, the value that a layer adds, and the pools after the step."""
+        """The part's output, the value that a layer adds to its input, and the pools after the step."""
         return tuple(str(value.name) for value in self.model.graph.outputs)
 
     @cached_property

@@ -1,6 +1,6 @@
 """The PyTorch model in parts, with only the weights of the part that runs in memory.
 
-Legend: T tokens, D hidden size, R rows that want logits.
+Legend: T tokens, D hidden size, R rows that need logits.
 """
 
 import copy
@@ -131,7 +131,7 @@ class TorchPart:
 
     @torch.no_grad()
     def step(self, flow: Tensor, inputs: StepInputs, forced: RouterLogits = ()) -> Tensor:
-        """What flows out, from what flows in; `forced` router logits, if any, choose the experts."""
+        """The part's output for this input; `forced` router logits, if any, choose the experts."""
         self._tap.begin(forced)
         self.values.clear()
         with threads(self._num_threads), _OpCalls() as recorder:
@@ -142,7 +142,7 @@ class TorchPart:
         return result
 
     def _run(self, flow: Tensor, inputs: StepInputs) -> tuple[Tensor, ...]:
-        """What flows out, and the pools after the step."""
+        """The part's output, and the pools after the step."""
         if isinstance(self._module, Block):
             return self._module(flow.to(self._dtype), torch_step(inputs), *self._pools)  # type: ignore[no-any-return]
         if isinstance(self._module, nn.Embedding):

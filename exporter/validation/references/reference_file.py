@@ -55,15 +55,15 @@ ABSENT = (
 
 @dataclass(frozen=True)
 class Identity:
-    """The model that a reference file is of; all but the checkpoint's name must match the bundle's."""
+    """The model that a reference file was made from; all but the checkpoint's name must match the bundle's."""
 
     checkpoint: str
     config_sha256: str
     tokenizer_sha256: str
-    """Over the tokenizer's files; empty if there is none."""
+    """A hash of the tokenizer's files; empty if there is none."""
     precision: str
     state_dtype: str
-    """Of the recurrent state; empty if there is none."""
+    """The dtype of the recurrent state; empty if there is none."""
     kv_dtype: str
     page_size: int
     layers: tuple[int, ...]
@@ -80,7 +80,7 @@ class Header:
     baseline: str
     workload: Workload
     num_steps: dict[str, int]
-    """Of each scenario, in order."""
+    """The number of steps of each scenario, in order."""
     routers: tuple[dict[str, int], ...]
     """For each MoE layer the fields of its RouterPolicy, without the bias."""
     baselines: dict[str, ScenarioErrors]
@@ -224,8 +224,8 @@ def _written_places(pool: str, values: Array, noise: NDArray[np.float32]) -> NDA
 def read(path: Path, bundle: Path, manifest: Manifest) -> ReferenceRun:
     """The reference run that a file holds, for this bundle.
 
-    Raises BundleError on a file that is damaged, of another schema, or no reference file; UsageError if it is of
-    another model, tokenizer, precision, state, page size or choice of layers than the bundle.
+    Raises BundleError on a file that is damaged, has another schema, or is not a reference file; UsageError if its
+    model, tokenizer, precision, state, page size or choice of layers differs from the bundle's.
     """
     header, text, digest, tensors = _open(path)
     _check_identity(path, header.identity, bundle, identity_of(manifest))
@@ -265,8 +265,8 @@ def _check_identity(path: Path, theirs: Identity, bundle: Path, ours: Identity) 
         if their_value != our_value:
             difference = message.format(theirs=_text(their_value), ours=_text(our_value))
             raise UsageError(
-                f"{path} does not match {bundle}: it is of {difference}",
-                hint=f"it was made of {theirs.checkpoint}; {AGAIN}",
+                f"{path} does not match {bundle}: it is for {difference}",
+                hint=f"it was made from {theirs.checkpoint}; {AGAIN}",
             )
 
 

@@ -27,10 +27,10 @@ class RouterTap:
 
     def __init__(self, network: nn.Module) -> None:
         self.logits: list[NDArray[np.float32]] = []
-        """Of the last step: the model's own, per MoE layer."""
+        """The model's own router logits in the last step, per MoE layer."""
         self._forced: RouterLogits = ()
         self._layers = [module for module in network.modules() if isinstance(module, MoE)]
-        # A hook that held the tap, which holds the layers, would keep the weights until garbage collection.
+        # A strong reference to the tap would make a cycle that keeps the weights until a garbage collection.
         tap = weakref.ref(self)
         for moe in self._layers:
             moe.gate.register_forward_hook(partial(_hook, tap))
