@@ -87,6 +87,7 @@ class BuildConfig:
     keep_failed: bool = False
 
     def __post_init__(self) -> None:
+        accept_str_paths(self, "checkpoint", "output", "calibration")
         choices = {
             "precision": ("", *PRECISIONS),
             "runtime": RUNTIMES,
@@ -121,6 +122,13 @@ class BuildConfig:
     def state(self) -> DType:
         """The dtype of the recurrent state."""
         return Precision(self.state_dtype).dtype
+
+
+def accept_str_paths(options: object, *names: str) -> None:
+    """Replace a str in these fields of a frozen dataclass by a Path: callers of the library pass either."""
+    for name in names:
+        if isinstance(value := getattr(options, name), str):
+            object.__setattr__(options, name, Path(value))
 
 
 def _flag(name: str) -> str:

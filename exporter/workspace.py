@@ -54,7 +54,7 @@ def check_output(output: Path, *, force: bool) -> None:
         findings = manifest.examine(output, manifest.read(output), deep=False)
     except BundleError as error:
         raise UsageError(
-            f"{output} is not a bundle: --force replaces nothing else", hint="choose another --output"
+            f"--force cannot replace {output}: {error}", hint="remove it, or choose another --output"
         ) from error
     if strangers := (*findings.added, *findings.irregular):
         raise UsageError(

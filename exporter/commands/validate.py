@@ -11,6 +11,7 @@ from nemotrt.exporter.commands.arguments import BUNDLE, ENGINE, FILE, FOLDER, JS
 from nemotrt.exporter.commands.console import Console
 from nemotrt.exporter.config import DRIFT_STEPS
 from nemotrt.exporter.errors import NotFiniteError, ValidationError
+from nemotrt.exporter.runtime import files
 
 if TYPE_CHECKING:
     from nemotrt.exporter.report.model import ValidationReport
@@ -83,6 +84,8 @@ def validate(
     from nemotrt.exporter.validation.request import ValidationRequest
 
     request = ValidationRequest(**options)
+    for page in filter(None, (html, junit)):
+        files.check_place(page, request.bundle)
     report = revalidate(request, console)
     if html:
         _write_page(html, request.bundle, report, console.seconds)

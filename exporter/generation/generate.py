@@ -57,11 +57,12 @@ class TextEvent:
     finish: Finish
 
 
-def generate(bundle: Path, prompts: Sequence[str], config: GenerateConfig) -> Iterator[TextEvent]:
+def generate(bundle: Path | str, prompts: Sequence[str], config: GenerateConfig) -> Iterator[TextEvent]:
     """Generate text for every prompt, one event for each token; the events of one prompt come in order.
 
     Raises BundleError if the bundle is damaged or cannot generate text, UsageError if a prompt is empty or too long.
     """
+    bundle = Path(bundle)
     manifest = manifests.verify(bundle, deep=False)
     tokenizer = Tokenizer(bundle)
     profile = engine_profile(bundle, manifest) if config.engine else _graph_profile(bundle, manifest)
@@ -137,6 +138,8 @@ def _requests(
     """A request for each prompt, with no more new tokens than the context has room for."""
     if not prompts:
         raise UsageError("there is no prompt")
+    if isinstance(prompts, str):
+        raise UsageError("the prompts are one string, not a list", hint=f"pass [{prompts[:40]!r}]")
     requests = []
     for number, prompt in enumerate(prompts):
         message = [{"role": "user", "content": prompt}]

@@ -49,10 +49,10 @@ def calibrate_and_quantize(
 
 
 def quantize_checkpoint(
-    checkpoint: Path,
-    output: Path,
+    checkpoint: Path | str,
+    output: Path | str,
     *,
-    calibration: Path | None = None,
+    calibration: Path | str | None = None,
     preset: str = PRESETS[0],
     exclude: Sequence[str] = (),
     kv_dtype: str = "auto",
@@ -62,10 +62,11 @@ def quantize_checkpoint(
 
     `calibration` is a .txt or .jsonl file (default: the built-in text); the other options are those of `BuildConfig`.
     """
+    checkpoint, output = Path(checkpoint), Path(output)
     config = BuildConfig(
         checkpoint,
         output,
-        calibration=calibration,
+        calibration=Path(calibration) if calibration else None,
         preset=preset,
         exclude=tuple(exclude),
         kv_dtype=kv_dtype,

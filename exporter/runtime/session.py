@@ -95,7 +95,7 @@ class Session(AnySession):
 
     def __init__(
         self,
-        graph: OnnxGraph | Path,
+        graph: OnnxGraph | Path | str,
         *,
         num_slots: int,
         num_pages: int,
@@ -117,7 +117,7 @@ class Session(AnySession):
             )
         assert not (bound and extra_outputs), "a bound session binds the pools and the logits only"
         self._thread = onnxruntime.Interruptible()
-        graph = OnnxGraph.read(graph) if isinstance(graph, Path) else graph
+        graph = graph if isinstance(graph, OnnxGraph) else OnnxGraph.read(Path(graph))
         self.runs_as = graph.runs_as(providers)
         self._session = open_graph(
             graph, threads=threads, providers=providers, thread=self._thread, extra_outputs=extra_outputs

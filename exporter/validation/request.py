@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from nemotrt.exporter.config import accept_str_paths
 from nemotrt.exporter.errors import UsageError
 
 PYTORCH_ONLY = ("checkpoint", "save_golden", "text", "base", "layers_alone", "bisect", "drift_steps")
@@ -38,6 +39,7 @@ class ValidationRequest:
     drift_steps: int | None = None
 
     def __post_init__(self) -> None:
+        accept_str_paths(self, "bundle", "checkpoint", "golden", "against", "save_golden", "base", "text")
         for option, (others, reason) in EXCLUDED.items():
             for other in others:
                 if self._is_given(option) and self._is_given(other):

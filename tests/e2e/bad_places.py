@@ -64,6 +64,14 @@ FLAGS: dict[str, tuple[tuple[str, ...], str]] = {
         ("validate", "checkpoint", "--layers-alone", "--save-golden", "model.golden"),
         "--layers-alone and --save-golden exclude each other: --save-golden needs the whole model",
     ),
+    "html-in-no-folder": (
+        ("validate", "checkpoint", "--html", "nowhere/report.html"),
+        "nowhere is not a folder",
+    ),
+    "junit-in-the-bundle": (
+        ("validate", "checkpoint", "--junit", "checkpoint/gates.xml"),
+        "gates.xml is inside the bundle",
+    ),
     "layer-outside": (("inspect", "checkpoint", "--layer", "7"), "--layer 7 is not a layer of this model"),
     "check-of-nothing": (("check",), "check needs a checkpoint, or --config and --tensors"),
     "check-of-a-config-alone": (
@@ -92,6 +100,12 @@ def a_web_page(folder: Path) -> None:
     """A folder with a manifest.json that is not ours."""
     a_folder(folder)
     (folder / "out" / "manifest.json").write_text('{"name": "page"}')
+
+
+def an_older_bundle(folder: Path) -> None:
+    """A bundle of a schema that is no longer read."""
+    a_folder(folder)
+    (folder / "out" / "manifest.json").write_text('{"schema_version": 1}')
 
 
 def a_link(folder: Path) -> None:
@@ -123,14 +137,15 @@ PLACES: dict[str, tuple[Callable[[Path], None], str, str]] = {
     "output-in-a-file": (nothing, "checkpoint/config.json/out", "config.json is not a folder"),
     "output-with-a-long-name": (nothing, "o" * 250, "File name too long"),
     "force-on-a-file": (a_file, "out", "is not a bundle: --force replaces nothing else"),
-    "force-on-a-folder": (a_folder, "out", "is not a bundle: --force replaces nothing else"),
-    "force-on-another-manifest": (a_web_page, "out", "is not a bundle: --force replaces nothing else"),
+    "force-on-a-folder": (a_folder, "out", "out is not a bundle: it has no file manifest.json"),
+    "force-on-another-manifest": (a_web_page, "out", "schema_version is not a number"),
+    "force-on-an-older-bundle": (an_older_bundle, "out", "was written by an older nemo-export"),
     "force-on-a-link": (a_link, "out", "is not a bundle: --force replaces nothing else"),
-    "force-on-the-checkpoint": (nothing, "checkpoint", "is not a bundle: --force replaces nothing else"),
+    "force-on-the-checkpoint": (nothing, "checkpoint", "checkpoint is not a bundle: it has no file"),
     "force-on-what-holds-the-checkpoint": (
         the_checkpoint_inside,
         "out",
-        "is not a bundle: --force replaces nothing else",
+        "out is not a bundle: it has no file manifest.json",
     ),
 }
 

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 import nemotrt.exporter
+from nemotrt.exporter import BuildConfig, GenerateConfig, Session, ValidationRequest
+from nemotrt.exporter.errors import UsageError
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs/api.md").read_text(), re.DOTALL | re.MULTILINE)
@@ -60,6 +62,28 @@ def test_every_public_name_can_be_imported(name: str) -> None:
 def test_an_unknown_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="has no attribute 'nonsense'"):
         _ = nemotrt.exporter.nonsense
+
+
+def test_a_path_may_be_a_string(bundle: Path, tmp_path: Path) -> None:
+    events = nemotrt.exporter.generate(str(bundle), ["for"], GenerateConfig(max_new_tokens=1))
+    assert len(list(events)) == 1
+    graph = bundle / "model.onnx"
+    by_name, by_path = (Session(path, num_slots=2, num_pages=2) for path in (str(graph), graph))
+    assert by_name.pools == by_path.pools
+    config = BuildConfig("checkpoint", "out", calibration="text")  # type: ignore[arg-type]
+    assert (config.checkpoint, config.output, config.calibration) == (
+        Path("checkpoint"),
+        Path("out"),
+        Path("text"),
+    )
+    assert ValidationRequest("bundle", base="base") == ValidationRequest(Path("bundle"), base=Path("base"))  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="nowhere is not a folder"):
+        nemotrt.exporter.quantize("checkpoint", str(tmp_path / "nowhere" / "fp8"))
+
+
+def test_a_prompt_in_place_of_a_list_is_refused(bundle: Path) -> None:
+    with pytest.raises(UsageError, match="one string, not a list"):
+        next(nemotrt.exporter.generate(bundle, "for", GenerateConfig()))
 
 
 @pytest.mark.parametrize(

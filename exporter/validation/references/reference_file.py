@@ -29,7 +29,7 @@ from nemotrt.exporter.checkpoint.safetensors_reader import read_header_and_metad
 from nemotrt.exporter.checkpoint.safetensors_writer import Entry, write_file
 from nemotrt.exporter.errors import BundleError, CheckpointError, NotFiniteError, UsageError
 from nemotrt.exporter.report.model import NotCompared, Omitted
-from nemotrt.exporter.runtime.files import replacing
+from nemotrt.exporter.runtime.files import check_place, replacing
 from nemotrt.exporter.runtime.manifest import Manifest
 from nemotrt.exporter.runtime.step import StepInputs
 from nemotrt.exporter.runtime.strict_json import check_schema, decode, encode, parse_object
@@ -127,13 +127,7 @@ def identity_of(manifest: Manifest) -> Identity:
 
 def check_path(path: Path, bundle: Path) -> None:
     """Raise UsageError if no reference file can be written here, or if it would replace something else."""
-    if not path.parent.is_dir():
-        raise UsageError(f"{path.parent} is not a folder", hint="create the folder for the reference file")
-    if path.resolve().is_relative_to(bundle.resolve()):
-        raise UsageError(
-            f"{path} is inside the bundle",
-            hint="a bundle contains only what its manifest lists; choose another path",
-        )
+    check_place(path, bundle)
     if not os.path.lexists(path):
         return
     try:
