@@ -93,10 +93,10 @@ def compare(checkpoint: Path, bundle: Path) -> tuple[str, Any]:
     manifests.verify(bundle, deep=True)
     report = revalidate(ValidationRequest(bundle, checkpoint, engine=True))
     failed = [gate for gate in report.gates if not gate.passed]
-    said = f"{report.candidate}: {len(report.gates) - len(failed)} of {len(report.gates)} gates passed"
+    summary = f"{report.candidate}: {len(report.gates) - len(failed)} of {len(report.gates)} gates passed"
     if failed:
-        raise CompileError(f"{said}; the first that failed: {pipeline.describe(failed[0])}")
-    return said, dataclasses.asdict(report)
+        raise CompileError(f"{summary}; the first that failed: {pipeline.describe(failed[0])}")
+    return summary, dataclasses.asdict(report)
 
 
 def decode_step(profile: Profile, sequences: int, context: int) -> StepInputs:

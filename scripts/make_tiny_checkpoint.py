@@ -1,7 +1,7 @@
 """Train examples/tiny: a small Nemotron-H checkpoint with every layer kind, in the published layout.
 
 The text is Python's documentation, read from the interpreter that runs this script (PSF-2.0). Training is
-transformers' NemotronHForCausalLM in FP32; what is saved is BF16 under the names that NVIDIA publishes.
+transformers' NemotronHForCausalLM in FP32; weights are saved in BF16 under the names that NVIDIA publishes.
 Suffixes: B sequences, T tokens, V vocabulary, K chosen experts, R routers, E experts.
 """
 
@@ -67,8 +67,8 @@ CARD = """\
 
 Every layer kind of the family (Mamba-2 `M`, attention `*`, latent MoE with a shared expert `E`, MLP `-`) in
 one trained checkpoint of {parameters:,} parameters, pattern `{pattern}`, in BF16 under the names that NVIDIA
-publishes. It is there to test an exporter: its weights, activations and expert loads are a trained model's;
-its prose is not good.
+publishes. It exists to test an exporter: its weights, activations and expert loads are those of a trained
+model, but its text makes little sense.
 
 Made by `{command}` with Python {python}, {versions},
 in {minutes:.0f} minutes of CPU time: {training}, by transformers'
@@ -78,7 +78,7 @@ in {minutes:.0f} minutes of CPU time: {training}, by transformers'
 
 Trained on {characters:,} characters of this Python's documentation, which differs between versions: the
 language reference (`pydoc_data.topics`) and the docstrings of those standard-library modules that state no
-license of their own, all PSF-2.0. Not trained on: the topics {topics},
+license of their own, all PSF-2.0. Not used for training: the topics {topics},
 with which no training paragraph shares {shingle} consecutive words. They are `heldout.txt`, Copyright © 2001
 onwards Python Software Foundation, under `LICENSE-PYTHON.txt`. Changes made: topics joined, typographic
 quotes made ASCII, heading underlines and emphasis marks removed.
@@ -118,7 +118,7 @@ def plain_text(text: str) -> str:
 
 
 def module_docstrings(library: Path) -> Iterator[str]:
-    """Each standard-library module's docstrings, but for files that state a copyright or license."""
+    """The docstrings of each standard-library module that states no copyright or license."""
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     for path in sorted(library.rglob("*.py")):
         if SKIPPED & set(path.relative_to(library).parts):
@@ -136,7 +136,7 @@ def shingles(text: str) -> set[tuple[str, ...]]:
 
 
 def unseen(texts: Iterable[str], seen: set[tuple[str, ...]]) -> Iterator[str]:
-    """The texts less paragraphs that share a run with `seen`, which grows; short ones go with the next."""
+    """The texts without paragraphs that share a run with `seen`, which grows; short ones join the next paragraph."""
     for text in texts:
         kept: list[str] = []
         pending: list[str] = []
@@ -193,7 +193,7 @@ def batches(stream: Tensor, seed: int) -> Iterator[Tensor]:
 
 
 def honor_time_step_limit(model: NemotronHForCausalLM) -> None:
-    """Undoes transformers 5.23's clamp of dt to at least time_step_min, which its prefill alone has."""
+    """Undoes transformers 5.23's clamp of dt to at least time_step_min, which only its prefill applies."""
     for layer in model.model.layers:
         if layer.block_type == "linear_attention":
             layer.mixer.time_step_limit = tuple(model.config.time_step_limit)
@@ -254,7 +254,7 @@ def train(model: NemotronHForCausalLM, stream: Tensor, num_steps: int, seed: int
 
 
 def published(model: NemotronHForCausalLM) -> dict[str, Tensor]:
-    """A copy of the tensors under the published names and dtypes: one tensor an expert, BF16 but one kind."""
+    """Copies of the tensors under their published names: one per expert, in BF16 except for correction biases."""
     tensors: dict[str, Tensor] = {}
     for name, tensor in model.state_dict().items():
         dtype = torch.float32 if name.endswith("e_score_correction_bias") else torch.bfloat16
@@ -267,7 +267,7 @@ def published(model: NemotronHForCausalLM) -> dict[str, Tensor]:
 
 
 def check_all_trained(before: dict[str, Tensor], after: dict[str, Tensor]) -> None:
-    """Refuses a checkpoint in which any tensor, as saved, is not finite or is half its initial values."""
+    """Refuses a checkpoint if any saved tensor is not finite or kept more than half of its initial values."""
     for name, tensor in after.items():
         moved = (tensor != before[name]).float().mean().item()
         if moved < 0.5 or not tensor.isfinite().all():
@@ -276,7 +276,7 @@ def check_all_trained(before: dict[str, Tensor], after: dict[str, Tensor]) -> No
 
 @torch.no_grad()
 def held_out_section(model: NemotronHForCausalLM, tokenizer: Tokenizer, stream: Tensor, text: str) -> str:
-    """The card's table of scores and expert loads, refused where unigrams are half as good."""
+    """The card's table of scores and expert loads; refused unless perplexity is below half of the unigrams'."""
     ids = tokenizer.encode(text, add_special_tokens=False).ids
     counts_V = torch.bincount(stream, minlength=CONFIG["vocab_size"]).double() + 1
     unigram_nats = -(counts_V / counts_V.sum()).log()[ids].sum().item()
@@ -290,9 +290,9 @@ def held_out_section(model: NemotronHForCausalLM, tokenizer: Tokenizer, stream: 
     if not load.load_RE.all():
         raise click.ClickException("an expert gets no token of the held-out text; use more --steps")
     lines = [
-        f"{len(ids):,} tokens, {len(text.encode()):,} bytes, in rows of `<s>` and {WINDOW - 1} tokens;",
+        f"{len(ids):,} tokens, {len(text.encode()):,} bytes, in rows of `<s>` followed by {WINDOW - 1} tokens;",
         "the model as saved in BF16, reloaded and run in FP32.\n",
-        "| | perplexity a token | bits a byte |\n|---|---|---|",
+        "| | perplexity per token | bits per byte |\n|---|---|---|",
     ]
     for name, cost in {"this model": nats, "unigrams of the training text, add-one": unigram_nats}.items():
         bits = cost / math.log(2) / len(text.encode())
@@ -304,9 +304,9 @@ def held_out_section(model: NemotronHForCausalLM, tokenizer: Tokenizer, stream: 
 
 
 def write_checkpoint(folder: Path, tensors: dict[str, Tensor], tokenizer: Tokenizer, held_out: str) -> None:
-    """Writes all files but the card."""
+    """Writes all files except the card."""
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "model.safetensors").chmod(0o644)  # safetensors 0.8 makes it the owner's alone
+    (folder / "model.safetensors").chmod(0o644)  # safetensors 0.8 lets only the owner read it
     tokenizer.save(str(folder / "tokenizer.json"))
     generation = {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": UNK}
     specials = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<unk>", "unk_token": "<unk>"}
@@ -323,13 +323,13 @@ def write_checkpoint(folder: Path, tensors: dict[str, Tensor], tokenizer: Tokeni
 
 
 def reload(folder: Path, tensors: dict[str, Tensor]) -> NemotronHForCausalLM:
-    """The checkpoint as transformers loads it, in FP32, refused where a tensor is not the one saved."""
+    """The checkpoint as transformers loads it, in FP32; refused if a tensor differs from the saved one."""
     loaded: Any = NemotronHForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     model: NemotronHForCausalLM = loaded[0]
     again = published(model)
     wrong = [name for name in tensors if name not in again or not torch.equal(again[name], tensors[name])]
     if wrong or any(loaded[1].values()):
-        raise click.ClickException(f"transformers loads it otherwise; fix published(): {wrong} {loaded[1]}")
+        raise click.ClickException(f"transformers loads other tensors; fix published(): {wrong} {loaded[1]}")
     honor_time_step_limit(model)
     return model
 
@@ -367,7 +367,7 @@ def make(folder: Path, seed: int, steps: int, command: str) -> None:
         pattern=CONFIG["hybrid_override_pattern"],
         python=platform.python_version(),
         versions=", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "tokenizers")),
-        training=f"{steps} steps of {BATCH} sequences of {WINDOW} tokens, {len(stream):,} tokens an epoch",
+        training=f"{steps} steps of {BATCH} sequences of {WINDOW} tokens, {len(stream):,} tokens per epoch",
         command=command,
         minutes=minutes,
         topics=", ".join(HELD_OUT),

@@ -34,7 +34,7 @@ TENSOR_MEMORY = 800
 QUANTIZE_MEMORY, ENGINE_MEMORY, KERNEL_WORKER_MEMORY = 190_000_000, 200_000_000, 200_000_000
 """PyTorch during calibration; TensorRT-RTX 1.7 in addition to the engine; a process that compiles kernels."""
 VALIDATION_MEMORY, WEIGHTS_IN_FP32 = 500_000_000, 1.3 * 4
-"""PyTorch with both graphs; bytes for each parameter of a reference in FP32, with what its steps need."""
+"""PyTorch with both graphs; bytes for each parameter of a reference in FP32, its steps' memory included."""
 PART_BYTES = {"fp32": 8, "fp16": 12, "bf16": 12, "fp8": 12}
 """Bytes for each parameter of a part that is compared alone: PyTorch's in FP32, the rounding baseline's, the graph's
 and its FP32 emulation's. Experts are never widened as a whole: PyTorch's stack, and the graph's own bytes."""

@@ -45,7 +45,7 @@ class OpenedBundle:
 
 
 def open_bundle(bundle: Path, checkpoint: Path | None = None, base: Path | None = None) -> OpenedBundle:
-    """Open a bundle; raises BundleError if it is damaged, UsageError if `checkpoint` or `base` is not its own."""
+    """Open a bundle; raises BundleError if it is damaged, UsageError if `checkpoint` or `base` does not match."""
     manifest = manifests.verify(bundle, deep=False)
     config = _config(bundle, manifest, checkpoint or bundle)
     graph = OnnxGraph.read(graph_of(bundle, manifest))

@@ -1,4 +1,4 @@
-"""What a validation compares with the reference: a graph in ONNX Runtime, or an engine."""
+"""The candidates of a validation: a graph in ONNX Runtime, or an engine."""
 
 from pathlib import Path
 

@@ -94,7 +94,7 @@ class ScenarioErrors:
 
 
 def measure(candidate: Observation, reference: Observation, noise: Noise) -> ScenarioErrors:
-    """The candidate's errors; in pools only of what the reference wrote, so that noise dilutes no error."""
+    """The candidate's errors; pools count only where the reference wrote, so that noise dilutes no error."""
     logits = candidate.logits_RV, reference.logits_RV
     outputs = {"logits": _errors(logits)}
     for name, expected in reference.pools.items():

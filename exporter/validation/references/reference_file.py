@@ -202,7 +202,7 @@ def _tensors(run: ReferenceRun) -> Iterator[tuple[str, NDArray[Any]]]:
 
 
 def _by_place(pool: str, values: NDArray[Any]) -> NDArray[Any]:
-    """A view whose first axes are what is written at once: a slot, or a page and a position in it."""
+    """A view whose first axes index the units that steps write: slots, or pages and positions in them."""
     return np.moveaxis(values, 3, 1) if pool.startswith("kv_cache.") else values
 
 

@@ -1,4 +1,4 @@
-"""Runners of what is validated: a graph in ONNX Runtime, or an engine; no PyTorch here."""
+"""Runners of candidates: a graph in ONNX Runtime, or an engine; no PyTorch here."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class Recurrence(NamedTuple):
 
 
 class CandidateRunner(Runner, Protocol):
-    """A runner of what was built."""
+    """A runner of a candidate."""
 
     runs_as: str
     """What it runs on, in reports."""
@@ -98,15 +98,15 @@ class SessionRunner:
 
     def step(self, inputs: StepInputs, forced: RouterLogits = ()) -> Array:
         """The logits [R, V] of one step; its routing cannot be forced."""
-        assert not forced, "what runs in production takes no router logits"
+        assert not forced, "production sessions take no router logits"
         return self._session.step(inputs).astype(np.float64)
 
     def router_logits(self) -> RouterLogits:
-        """Nothing: what runs in production does not output them."""
+        """Nothing: production sessions do not output them."""
         return ()
 
     def recurrences(self) -> dict[str, Recurrence]:
-        """Nothing: what runs in production does not output them."""
+        """Nothing: production sessions do not output them."""
         return {}
 
     def pools(self) -> dict[str, Array]:
