@@ -206,8 +206,8 @@ def _check_known(raw: dict[str, Any]) -> None:
     for name in raw:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.8)
-            hint = f"did you mean {near[0]}?" if near else "so what it asks for is not supported"
-            raise ConfigError(f"{name} is not a field of this model family; {hint}")
+            hint = f"; did you mean {near[0]}?" if near else ", so what it asks for is not supported"
+            raise ConfigError(f"{name} is not a field of this model family{hint}")
 
 
 def _check_fixed(raw: dict[str, Any]) -> None:

@@ -244,7 +244,7 @@ def test_every_field_of_transformers_is_known() -> None:
     ("change", "message"),
     [
         ({"hiden_size": 4096}, "hiden_size is not a field of this model family; did you mean hidden_size?"),
-        ({"qk_layernorm": True}, "qk_layernorm is not a field of this model family"),
+        ({"qk_layernorm": True}, "qk_layernorm is not a field of this model family, so what it asks for is"),
         ({"mlp_hidden_act": "silu"}, 'mlp_hidden_act is "silu": the MLPs and experts compute squared ReLU'),
         ({"mamba_hidden_act": "gelu"}, 'mamba_hidden_act is "gelu"'),
         ({"sliding_window": 4096}, "sliding_window is 4096: attention covers the whole context"),
