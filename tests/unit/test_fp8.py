@@ -228,7 +228,7 @@ def test_a_linear_in_onnx_runtime_is_the_reference(per_channel: bool) -> None:
         ("backbone.layers.2.mixer.k_proj.k_scale", None, "k_scale is missing"),
         (f"{IN_PROJ}.weight", torch.zeros(1), f"{IN_PROJ}.weight has shape [1]"),
         (f"{IN_PROJ}.weight_scale", torch.ones(3, 2), f"{IN_PROJ}.weight_scale has shape [3, 2]"),
-        (f"{EXPERT}.weight_scale", torch.ones(24), f"{EXPERT}.weight_scale has shape [24], the"),
+        (f"{EXPERT}.weight_scale", torch.ones(24), f"{EXPERT}.weight_scale has shape [24], but the"),
     ],
 )
 def test_what_is_not_there_is_named(
