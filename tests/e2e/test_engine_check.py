@@ -72,7 +72,7 @@ def test_an_engine_that_is_right_passes_every_gate(
     script: ModuleType, built: SimpleNamespace, engine: FakeEngine
 ) -> None:
     said, report = script.compare(built.checkpoint, built.bundle)
-    assert "tensorrt-rtx, TensorRT-RTX 1.7.1 on Fake RTX (SM 89): " in said
+    assert "tensorrt-rtx (TensorRT-RTX 1.7.1 on Fake RTX (SM 89)): " in said
     assert len(report["gates"]) > 50
     assert any(gate["metric"] == Metric.MODES_DIFFER for gate in report["gates"])
     assert engine.cuda.launched > 50
@@ -173,10 +173,10 @@ def test_validate_judges_an_engine(built: SimpleNamespace, engine: FakeEngine, t
         before = engine.cuda.launched
         report = revalidate(reference)
         assert report.passed, [gate for gate in report.gates if not gate.passed]
-        assert report.candidate == "tensorrt-rtx, TensorRT-RTX 1.7.1 on Fake RTX (SM 89)"
+        assert report.candidate == "tensorrt-rtx (TensorRT-RTX 1.7.1 on Fake RTX (SM 89))"
         assert candidates.UNSEEN_ROUTERS in report.not_compared
         assert engine.cuda.launched > before
-    assert report.reference == "bundle, tensorrt-rtx, TensorRT-RTX 1.7.1 on Fake RTX (SM 89)"
+    assert report.reference == "bundle, tensorrt-rtx (TensorRT-RTX 1.7.1 on Fake RTX (SM 89))"
 
 
 def test_validate_finds_an_engine_that_errs(
