@@ -43,7 +43,7 @@ def test_the_report_says_what_ran_on_cuda(bundle: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(ort, "get_available_providers", lambda: [*graph_file.PROVIDERS["cuda"]])
     monkeypatch.setattr(graph_file, "_create", on_the_cpu)
     report = revalidate(ValidationRequest(bundle, provider="cuda", drift_steps=2))
-    assert report.candidate == "ONNX Runtime on CUDA, FP32"
+    assert report.candidate == "ONNX Runtime on CUDA (FP32)"
     assert report.passed
     assert PARTS_ON_CPU in report.not_compared
     # Two ways and the drift on CUDA, and each part on the CPU.
