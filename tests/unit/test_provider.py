@@ -34,14 +34,14 @@ def test_cuda_is_refused_where_onnx_runtime_has_none(bundle: Path, monkeypatch: 
 
 def test_the_report_says_what_ran_on_cuda(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[tuple[str, ...]] = []
-    create = graph_file._create
+    create = ort.InferenceSession
 
-    def on_the_cpu(path, source, options, providers, *others):  # type: ignore[no-untyped-def]
+    def on_the_cpu(*arguments, providers, **options):  # type: ignore[no-untyped-def]
         opened.append(tuple(providers))
-        return create(path, source, options, (graph_file.CPU,), *others)
+        return create(*arguments, providers=[graph_file.CPU], **options)
 
     monkeypatch.setattr(ort, "get_available_providers", lambda: [*graph_file.PROVIDERS["cuda"]])
-    monkeypatch.setattr(graph_file, "_create", on_the_cpu)
+    monkeypatch.setattr(ort, "InferenceSession", on_the_cpu)
     report = revalidate(ValidationRequest(bundle, provider="cuda", drift_steps=2))
     assert report.candidate == "ONNX Runtime on CUDA (FP32)"
     assert report.passed
