@@ -24,7 +24,7 @@ from nemotrt.model.config_fields import (
     PATTERN,
     REQUIRED,
 )
-from nemotrt.model.recipe import Recipe
+from nemotrt.model.recipe import LATENT, PROJECTIONS, Recipe
 from nemotrt.plugins.contract import DType
 
 LAYER_KINDS = ("mamba", "attention", "mlp", "moe")
@@ -137,6 +137,13 @@ class ModelConfig:
     def expert_size(self) -> int:
         """Input and output size of the routed experts: the latent size, or the hidden size without a latent."""
         return self.moe_latent_size or self.hidden_size
+
+    def quantizable_modules(self) -> Iterator[str]:
+        """Every module that can have FP8 weights, in model order; the head, router and convolution cannot."""
+        for i, kind in self.numbered_layers.items():
+            latent = LATENT if kind == "moe" and self.moe_latent_size else ()
+            for name in (*PROJECTIONS[kind], *latent):
+                yield f"backbone.layers.{i}.mixer.{name}"
 
     def with_recipe(self, recipe: Recipe) -> ModelConfig:
         """The same model with the recipe's modules in FP8."""

@@ -3,6 +3,8 @@
 Legend: T tokens, D hidden size, F the MLP's inner size, L expert input size, E experts.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -61,9 +63,14 @@ class MoE(nn.Module):
 
     def __init__(self, config: ModelConfig, *, dtype: torch.dtype) -> None:
         super().__init__()
-        self.top_k, self.num_groups = config.num_experts_per_tok, config.n_group
-        self.topk_group, self.norm_topk_prob = config.topk_group, int(config.norm_topk_prob)
-        self.routed_scaling_factor = config.routed_scaling_factor
+        self.routing: dict[str, Any] = {
+            "top_k": config.num_experts_per_tok,
+            "num_groups": config.n_group,
+            "topk_group": config.topk_group,
+            "norm_topk_prob": int(config.norm_topk_prob),
+            "routed_scaling_factor": config.routed_scaling_factor,
+        }
+        """The attributes of the op that choose a token's experts and weigh them."""
         self.gate = Router(config)
         self.experts = Experts(config, dtype=dtype)
         self.shared_experts = MLP(config, config.moe_shared_expert_intermediate_size, dtype=dtype)
@@ -86,11 +93,7 @@ class MoE(nn.Module):
             self.experts.down_scale,
             self.experts.input_scale,
             self.experts.hidden_scale,
-            top_k=self.top_k,
-            num_groups=self.num_groups,
-            topk_group=self.topk_group,
-            norm_topk_prob=self.norm_topk_prob,
-            routed_scaling_factor=self.routed_scaling_factor,
+            **self.routing,
             first_expert=0,
         )
         (shared_TD,) = self.shared_experts(x_TD, step)

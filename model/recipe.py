@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from nemotrt.model.config import ModelConfig
 
 EXPERTS = "experts"
 """The last part of the name of the module with a layer's routed experts."""
@@ -43,11 +39,3 @@ class Recipe:
 
     def __bool__(self) -> bool:
         return bool(self.modules) or self.kv_cache
-
-
-def quantizable(config: ModelConfig) -> Iterator[str]:
-    """Every module that can have FP8 weights, in model order; the head, router and convolution cannot."""
-    for i, kind in config.numbered_layers.items():
-        latent = LATENT if kind == "moe" and config.moe_latent_size else ()
-        for name in (*PROJECTIONS[kind], *latent):
-            yield f"backbone.layers.{i}.mixer.{name}"

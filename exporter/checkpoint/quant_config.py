@@ -16,7 +16,7 @@ from nemotrt.exporter.checkpoint.safetensors_reader import StoredTensor, file_in
 from nemotrt.exporter.errors import CheckpointError
 from nemotrt.model.checkpoint import PREFIXES
 from nemotrt.model.config import ModelConfig
-from nemotrt.model.recipe import EXPERTS, Recipe, quantizable
+from nemotrt.model.recipe import EXPERTS, Recipe
 from nemotrt.plugins.contract import DType
 
 HF_QUANT_CONFIG = "hf_quant_config.json"
@@ -80,7 +80,7 @@ def _recipe(
 ) -> Recipe:
     """The quantized modules of the model and their scales; raises CheckpointError when experts of a layer differ."""
     modules = set()
-    for module in quantizable(config):
+    for module in config.quantizable_modules():
         names = list(_stored_modules(config, module))
         quantized = [name for name in names if is_quantized(name)]
         if quantized and len(quantized) < len(names):
@@ -209,7 +209,7 @@ def describe(recipe: Recipe, config: ModelConfig, *, has_mtp: bool) -> tuple[dic
         *(["mtp*"] if has_mtp else []),
         *(f"{name}.conv1d" for name in _mixers(config, "mamba")),
         *(f"{name}.gate" for name in _mixers(config, "moe")),
-        *(module for module in quantizable(config) if module not in recipe.modules),
+        *(module for module in config.quantizable_modules() if module not in recipe.modules),
     ]
     producer = {"name": "nemo-export", "version": version("nemo-export")}
     quantization = {

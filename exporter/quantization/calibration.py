@@ -97,15 +97,8 @@ class Ranges:
         assert isinstance(module, MoE)
         x_TD = inputs[0]
         x_TL = module.fc1_latent_proj(x_TD)
-        expert_Tk, _weights = route(
-            module.gate(x_TD),
-            module.gate.e_score_correction_bias,
-            top_k=module.top_k,
-            num_groups=module.num_groups,
-            topk_group=module.topk_group,
-            norm_topk_prob=module.norm_topk_prob,
-            routed_scaling_factor=module.routed_scaling_factor,
-        )
+        bias_E = module.gate.e_score_correction_bias
+        expert_Tk, _weights = route(module.gate(x_TD), bias_E, **module.routing)
         for index, up_IL in enumerate(module.experts.up):
             expert = f"{name}.{index}"
             x_JL = x_TL[(expert_Tk == index).any(1)]

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from nemotrt.exporter.checkpoint.quant_config import pattern_matcher
 from nemotrt.exporter.errors import UsageError
 from nemotrt.model.config import ModelConfig
-from nemotrt.model.recipe import EXPERTS, Recipe, quantizable
+from nemotrt.model.recipe import EXPERTS, Recipe
 
 ATTENTION_AND_LATENT = ("*.q_proj", "*.k_proj", "*.v_proj", "*.o_proj", "*_latent_proj")
 """Modules that stay in BF16 in all of NVIDIA's FP8 checkpoints of the family."""
@@ -41,7 +41,7 @@ def recipe_of(
     With `per_output`, the weights of experts get a scale for each output, which their op applies at no cost; a linear
     always gets one scale, as TensorRT's FP8 product needs. Raises UsageError on a pattern that matches no module.
     """
-    names = list(quantizable(config))
+    names = list(config.quantizable_modules())
     for pattern in exclude:
         if not any(map(pattern_matcher([pattern]), names)):
             raise UsageError(

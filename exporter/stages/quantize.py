@@ -25,7 +25,7 @@ from nemotrt.exporter.progress import Advance, ignore
 from nemotrt.exporter.quantization.calibration import Ranges, calibrate
 from nemotrt.exporter.quantization.text import Sequences
 from nemotrt.model.checkpoint import Transform
-from nemotrt.model.recipe import EXPERTS, Recipe, quantizable
+from nemotrt.model.recipe import EXPERTS, Recipe
 from nemotrt.plugins.contract import DType
 from nemotrt.plugins.e4m3 import FP8_MAX, to_e4m3
 
@@ -50,7 +50,7 @@ def quantize(
     return QuantizedCheckpoint(
         folder=folder,
         num_modules=len(recipe.modules),
-        left_out=tuple(name for name in quantizable(model.config) if name not in recipe.modules),
+        left_out=tuple(name for name in model.config.quantizable_modules() if name not in recipe.modules),
         kv_cache=recipe.kv_cache,
         num_tokens=sum(map(len, text)),
         starved_experts=tuple(ranges.starved),

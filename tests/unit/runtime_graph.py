@@ -12,6 +12,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import onnx_ir as ir
+from op_attributes import MOE
 
 from nemotrt.exporter.runtime.manifest import Profile
 from nemotrt.exporter.runtime.session import Session
@@ -135,16 +136,8 @@ def _moe(writer: GraphWriter, x: ir.Value, _: int) -> ir.Value:
     up, down = writer.weight(EXPERTS, EXPERT_SIZE, HIDDEN), writer.weight(EXPERTS, HIDDEN, EXPERT_SIZE)
     ones = [writer.weight(size, dtype="float32", scale=0, shift=1.0) for size in (EXPERTS, EXPERTS, 1, 1)]
     bias = writer.weight(EXPERTS, dtype="float32", scale=0.1)
-    attributes = {
-        "top_k": 2,
-        "num_groups": 1,
-        "topk_group": 1,
-        "norm_topk_prob": 1,
-        "routed_scaling_factor": 2.5,
-        "first_expert": 0,
-    }
     sizes = {"E": EXPERTS, "R": EXPERTS, "L": HIDDEN, "I": EXPERT_SIZE}
-    return writer.call(SPECS["experts"], [x, logits, bias, up, down, *ones], sizes, attributes)
+    return writer.call(SPECS["experts"], [x, logits, bias, up, down, *ones], sizes, MOE)
 
 
 MIXERS = {"M": _mamba, "*": _attention, "E": _moe}

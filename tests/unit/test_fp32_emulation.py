@@ -12,6 +12,7 @@ import onnxruntime as ort
 import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
+from op_attributes import MOE
 
 from nemotrt.exporter.errors import BundleError
 from nemotrt.exporter.runtime.fp32_emulation import MOVES, NARROW, emulate_in_fp32, needs_emulation
@@ -332,12 +333,7 @@ ATTRIBUTES = {
     "dt_min": 0.0,
     "dt_max": float("inf"),
     "scale": 8**-0.5,
-    "top_k": 2,
-    "num_groups": 1,
-    "topk_group": 1,
-    "norm_topk_prob": 1,
-    "routed_scaling_factor": 2.5,
-    "first_expert": 0,
+    **MOE,
 }
 
 

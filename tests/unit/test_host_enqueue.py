@@ -18,6 +18,7 @@ from host_library import (
     library,
     shapes_of,
 )
+from op_attributes import MOE
 
 from nemotrt.plugins.library import Plugin, PluginError, PluginLibrary
 from nemotrt.plugins.link import Toolchain, link
@@ -28,14 +29,7 @@ ATTRIBUTES: dict[str, dict[str, Any]] = {
     "causal_conv1d": {},
     "selective_scan": {"dt_min": 0.125, "dt_max": 0.5},
     "paged_attention": {"scale": 0.25},
-    "moe_dispatch": {
-        "top_k": 2,
-        "num_groups": 1,
-        "topk_group": 1,
-        "norm_topk_prob": 1,
-        "routed_scaling_factor": 2.5,
-        "first_expert": 0,
-    },
+    "moe_dispatch": MOE,
 }
 SIZES = {
     "causal_conv1d": {"T": 5, "B": 2, "C": 64, "K": 4, "S": 3},

@@ -11,6 +11,7 @@ import pytest
 from host_library import SPECS, kernels_of, library, shapes_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from op_attributes import MOE
 
 from nemotrt.plugins.library import Plugin, PluginError, TensorShape
 from nemotrt.plugins.variant import SMS, Launch
@@ -240,16 +241,8 @@ def test_moe_dispatch(sizes: dict[str, int], attributes: Mapping[str, Any], X: s
 @pytest.mark.parametrize("I", [256, 2688, 1856])
 def test_the_experts_tiles_change_where_their_rows_say(rows: int, W: str, I: int) -> None:  # noqa: E741
     sizes = {"T": 4 * rows, "L": 1024, "R": 8, "E": 8, "I": I}
-    attributes = {
-        "top_k": 2,
-        "num_groups": 1,
-        "topk_group": 1,
-        "norm_topk_prob": 1,
-        "routed_scaling_factor": 2.5,
-        "first_expert": 0,
-    }
     X = "bfloat16" if W == "float8_e4m3fn" else W
-    check("moe_dispatch", sizes, attributes, {"X": X, "W": W}, 90)
+    check("moe_dispatch", sizes, MOE, {"X": X, "W": W}, 90)
 
 
 def test_the_workspace_of_a_step_holds_its_parts() -> None:

@@ -12,15 +12,8 @@ from typing import Any
 
 import pytest
 from host_library import SPECS, library
+from op_attributes import MOE
 
-MOE = {
-    "top_k": 2,
-    "num_groups": 1,
-    "topk_group": 1,
-    "norm_topk_prob": 1,
-    "routed_scaling_factor": 2.5,
-    "first_expert": 0,
-}
 SEQUENCES = {"T": [1, 8, 16], "B": [1, 4, 8], "B+1": [2, 5, 9]}
 SIZES: dict[str, dict[str, Any]] = {
     "causal_conv1d": SEQUENCES | {"C": 64, "K": 4, "K-1": 3, "S": 4},

@@ -5,7 +5,6 @@ Legend: T tokens, E experts.
 
 import weakref
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,8 +14,6 @@ from torch import Tensor, nn
 from nemotrt.exporter.validation.routing import RouterLogits
 from nemotrt.model.moe import MoE, Router
 from nemotrt.plugins.moe_dispatch.reference import route
-
-OPTIONS = ("top_k", "num_groups", "topk_group", "norm_topk_prob", "routed_scaling_factor")
 
 
 class RouterTap:
@@ -59,5 +56,4 @@ def _hook(tap: weakref.ref[RouterTap], gate: Router, args: tuple[Tensor], logits
 
 def _experts(moe: MoE, logits_TE: Tensor) -> Tensor:
     """The experts of each token in ascending order, chosen by the op's own reference."""
-    options: dict[str, Any] = {name: getattr(moe, name) for name in OPTIONS}
-    return route(logits_TE, moe.gate.e_score_correction_bias, **options)[0].sort(1).values
+    return route(logits_TE, moe.gate.e_score_correction_bias, **moe.routing)[0].sort(1).values
