@@ -12,7 +12,6 @@ import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import MISSING, dataclass, field, fields
-from pathlib import Path
 from typing import Any, get_type_hints
 
 from nemotrt.model.config_fields import (
@@ -177,17 +176,6 @@ class ModelConfig:
         if contradiction := next(_contradictions(config), ""):
             raise ConfigError(contradiction)
         return config
-
-    @classmethod
-    def from_file(cls, path: Path) -> ModelConfig:
-        """The config for a config.json file; raises ConfigError, or OSError if it cannot be read."""
-        try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ConfigError(f"{path} is not valid JSON: {error}") from error
-        if not isinstance(raw, dict):
-            raise ConfigError(f"{path} is not a JSON object")
-        return cls.from_dict(raw)
 
 
 TYPES = get_type_hints(ModelConfig)

@@ -1,26 +1,20 @@
-"""Compiles the ops' kernels for chosen SMs and dtypes with no GPU: `python -m nemotrt.plugins.build`.
+"""Compiles the ops' kernels for chosen SMs and dtypes with no GPU; see `scripts/make_plugin_library.py`.
 
 Kernels are cached by a hash of everything they are compiled from. If nothing changed, neither Triton nor torch is
-imported. See `kernel_index` for the contents of the output folder.
+imported.
 """
 
 import importlib.metadata
 import importlib.util
 import os
-import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import click
-from rich.console import Console
-from rich.progress import Progress
-from rich.table import Table
-
 from nemotrt.plugins.compile_workers import Workers
 from nemotrt.plugins.contract import DType
-from nemotrt.plugins.kernel_index import INDEX_NAME, Kernel, KernelError, KernelIndex
+from nemotrt.plugins.kernel_index import Kernel, KernelError, KernelIndex
 from nemotrt.plugins.kernel_store import KernelStore, cache_folder, digest
 from nemotrt.plugins.spec import FLOATS, ops
 from nemotrt.plugins.variant import SMS, Variant, supports_fp8
@@ -39,9 +33,9 @@ def packages() -> dict[str, str]:
 
 def check_selection(sms: Sequence[int], dtypes: Sequence[str], op_names: Sequence[str]) -> None:
     """Raise KernelError if there are no kernels for one of these SMs, dtypes or ops."""
-    _check_known("SM", sms, SMS)
-    _check_known("dtype", dtypes, tuple(DTYPES))
-    _check_known("op", op_names, tuple(packages()))
+    check_known("SM", sms, SMS)
+    check_known("dtype", dtypes, tuple(DTYPES))
+    check_known("op", op_names, tuple(packages()))
     if not sms or not op_names:
         raise KernelError("nothing to compile: choose at least one SM and one op")
     if "fp8" not in dtypes:
@@ -54,7 +48,8 @@ def check_selection(sms: Sequence[int], dtypes: Sequence[str], op_names: Sequenc
         raise KernelError("fp8 is for weights and caches only: add fp16 or bf16 for the activations")
 
 
-def _check_known(name: str, chosen: Sequence[object], known: Sequence[object]) -> None:
+def check_known(name: str, chosen: Sequence[object], known: Sequence[object]) -> None:
+    """Raise KernelError if one of the chosen values is not known."""
     for value in chosen:
         if value not in known:
             raise KernelError(
@@ -183,148 +178,30 @@ def build(
     jobs: int = 0,
     report: Report = lambda *_: None,
 ) -> KernelIndex:
-    """Compile the kernels for these SMs, dtypes (empty for all) and ops (None for all) into the folder `output`.
+    """Compile the kernels for these SMs, dtypes (empty for all) and ops (None for all) into the new folder `output`.
 
-    Cached kernels are not compiled again. `jobs` is the number of parallel compilers, 0 for one per core. The folder
-    is written atomically and replaces an earlier one. Raises KernelError that names the op, SM and variant.
+    Cached kernels are not compiled again. `jobs` is the number of parallel compilers, 0 for one per core.
+    Raises KernelError that names the op, SM and variant.
     """
     op_names = tuple(packages()) if op_names is None else op_names
     check_selection(sms, dtypes, op_names)
     triton = triton_version()
-    _check_output(output)
     store = KernelStore(cache_folder() / "kernels")
     with Workers(store.folder, jobs or len(os.sched_getaffinity(0))) as workers:
         planned = _jobs(_plans(sorted(set(sms)), sorted(set(op_names)), store, workers), dtypes, triton)
-        if (current := _current(output, triton, planned)) is not None:
-            return current
         compiled = {job.key: store.get(job.key) for job in planned}
         missing = {job.title: job for job in planned if compiled[job.key] is None}
         answers = workers.ask({title: job.request() for title, job in missing.items()})
         for done, (title, _) in enumerate(answers, 1):
             report(done, len(missing), title)
-    compiled |= {job.key: store.get(job.key) for job in missing.values()}
-    return _write(output, triton, [(job, compiled[job.key]) for job in planned])
-
-
-def _check_output(output: Path) -> None:
-    is_kernels = (output / INDEX_NAME).is_file()
-    if output.is_file() or (output.is_dir() and any(output.iterdir()) and not is_kernels):
-        raise KernelError(f"{output} contains something other than kernels: choose a new or empty folder")
-
-
-def _current(output: Path, triton: str, planned: Sequence[_Job]) -> KernelIndex | None:
-    """The index of the output folder, if it already holds exactly these kernels, undamaged."""
-    try:
-        index = KernelIndex.load(output)
-        for kernel in index.kernels:
-            index.cubin(kernel)
-    except KernelError:
-        return None
-    files = {str(path.relative_to(output)) for path in output.rglob("*") if path.is_file()}
-    has_same_kernels = [kernel.key for kernel in index.kernels] == [job.key for job in planned]
-    has_no_other_file = files == {INDEX_NAME, *(kernel.file for kernel in index.kernels)}
-    return index if has_same_kernels and has_no_other_file and index.triton == triton else None
-
-
-def _write(
-    output: Path, triton: str, compiled: Iterable[tuple[_Job, tuple[bytes, dict[str, Any]] | None]]
-) -> KernelIndex:
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as temporary:
-        folder = Path(temporary) / "kernels"
-        folder.mkdir()
-        kernels = []
-        for job, entry in compiled:
-            if entry is None:
-                raise KernelError(f"{job.title} has disappeared from {cache_folder()}: try again")
-            cubin, facts = entry
-            kernels.append(job.kernel(facts))
-            path = folder / kernels[-1].file
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(cubin)
-        KernelIndex(folder, triton, tuple(kernels)).save()
-        if output.exists():
-            output.rename(Path(temporary) / "replaced")
-        folder.rename(output)
+    kernels = []
+    for job in planned:
+        entry = compiled[job.key] or store.get(job.key)
+        if entry is None:
+            raise KernelError(f"{job.title} has disappeared from {store.folder}: try again")
+        cubin, facts = entry
+        kernels.append(job.kernel(facts))
+        path = output / kernels[-1].file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(cubin)
     return KernelIndex(output, triton, tuple(kernels))
-
-
-def resource_table(kernels: Sequence[Kernel], every_variant: bool) -> Table:
-    """A table of registers, shared memory and spills: the maximum for each kernel, and the variants that spill."""
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for name in ("SM", "op", "kernel, variant"):
-        table.add_column(name, overflow="fold")
-    for name in ("variants", "registers", "shared B", "spilled B"):
-        table.add_column(name, justify="right")
-    groups: dict[tuple[int, str, str], list[Kernel]] = {}
-    for kernel in kernels:
-        groups.setdefault((kernel.sm, kernel.op, kernel.variant.kernel), []).append(kernel)
-    for (sm, op, name), members in groups.items():
-        rows = [(kernel.registers, kernel.shared, kernel.spill_stores) for kernel in members]
-        maxima = [max(column) for column in zip(*rows, strict=True)]
-        table.add_row(str(sm), op, name, str(len(members)), *map(str, maxima))
-        for kernel, row in zip(members, rows, strict=True):
-            if every_variant or kernel.spill_stores:
-                table.add_row("", "", f"  {kernel.variant.name}", "", *map(str, row), style="dim")
-    return table
-
-
-def _split(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> tuple[str, ...]:
-    return tuple(part.strip() for value in values for part in value.split(",") if part.strip())
-
-
-@click.command()
-@click.option(
-    "--sm", "sms", multiple=True, callback=_split, help=f"From {', '.join(map(str, SMS))}. Default: all."
-)
-@click.option(
-    "--dtype", "dtypes", multiple=True, callback=_split, help=f"From {', '.join(DTYPES)}. Default: all."
-)
-@click.option("--op", "names", multiple=True, callback=_split, help="Folder names of ops. Default: all.")
-@click.option("--jobs", type=click.IntRange(min=1), help="Parallel compilers. Default: one per core.")
-@click.option(
-    "--output",
-    type=click.Path(path_type=Path),
-    default=Path("build/kernels"),
-    show_default=True,
-    help="Output folder for cubins and kernels.json; it is replaced.",
-)
-@click.option(
-    "--verbose", is_flag=True, help="Print every variant, and the full message of a compiler that fails."
-)
-def main(
-    sms: tuple[str, ...],
-    dtypes: tuple[str, ...],
-    names: tuple[str, ...],
-    jobs: int | None,
-    output: Path,
-    verbose: bool,
-) -> None:
-    """Compile the ops' kernels ahead of time; no GPU is needed.
-
-    Options may be repeated or take lists: --sm 89,120. Kernels are cached in nemo-export in the user's cache
-    folder, or in the folder in NEMO_EXPORT_CACHE.
-    """
-    try:
-        _check_known("SM", sms, [str(sm) for sm in SMS])
-        console = Console(stderr=True)
-        with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-            task = bar.add_task("", total=None, visible=False)
-
-            def report(done: int, total: int, title: str) -> None:
-                bar.update(task, completed=done, total=total, description=title, visible=True)
-
-            index = build(
-                output, tuple(map(int, sms)) or SMS, dtypes, names or None, jobs=jobs or 0, report=report
-            )
-    except KernelError as error:
-        if verbose:
-            click.echo("\n".join(getattr(error, "__notes__", [])), err=True)
-        raise click.ClickException(str(error)) from None
-    Console(width=None if os.isatty(1) else 160).print(resource_table(index.kernels, verbose))
-    num_bytes = sum(kernel.num_bytes for kernel in index.kernels)
-    click.echo(f"{len(index.kernels)} kernels, {num_bytes:,} bytes: {output}")
-
-
-if __name__ == "__main__":
-    main()

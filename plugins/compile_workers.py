@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import queue
 import re
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
@@ -78,10 +78,10 @@ class Workers:
 
     def __init__(self, store: Path, limit: int) -> None:
         self._store = store
-        self._executor = ThreadPoolExecutor(limit)
+        self._executor = ThreadPoolExecutor(limit, initializer=self._start)
         self._scratch = tempfile.TemporaryDirectory(prefix="nemo-kernels-", ignore_cleanup_errors=True)
         self._workers: list[_Worker] = []
-        self._idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
+        self._of_thread = threading.local()
 
     def __enter__(self) -> Workers:
         return self
@@ -102,15 +102,13 @@ class Workers:
         for future in as_completed(futures):
             yield futures[future], future.result()
 
+    def _start(self) -> None:
+        worker = self._of_thread.worker = _Worker(self._store, self._scratch.name)
+        self._workers.append(worker)
+
     def _answer(self, title: str, request: dict[str, Any]) -> dict[str, Any]:
-        try:
-            worker = self._idle.get_nowait()
-        except queue.Empty:
-            worker = _Worker(self._store, self._scratch.name)
-            self._workers.append(worker)
-        answer = worker.ask(title, request)
-        self._idle.put(worker)
-        return answer
+        worker: _Worker = self._of_thread.worker
+        return worker.ask(title, request)
 
     def _close(self) -> None:
         for worker in self._workers:

@@ -1,24 +1,14 @@
-"""The index of a folder of compiled kernels: `kernels.json`, with one cubin for each entry.
-
-    kernels.json
-    sm90/<op>/<variant>.cubin
+"""The kernels of a folder of cubins, `sm90/<op>/<variant>.cubin`, with what a launch needs.
 
 A launch passes the variant's parameters in order, then `hidden_pointers` null pointers, with 32 · num_warps threads
-per block and `shared` bytes of dynamic shared memory. Reading the index needs neither Triton nor torch.
+per block and `shared` bytes of dynamic shared memory.
 """
 
-from __future__ import annotations
-
-import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from nemotrt.plugins.kernel_store import digest
 from nemotrt.plugins.variant import Variant
-
-INDEX_NAME = "kernels.json"
-SCHEMA = 2
-"""The version of kernels.json, raised by every change that an old reader would misread."""
 
 
 class KernelError(ValueError):
@@ -65,32 +55,6 @@ class KernelIndex:
     """The version of Triton that compiled them."""
     kernels: tuple[Kernel, ...]
 
-    @classmethod
-    def load(cls, folder: Path) -> KernelIndex:
-        """The index of a folder written by `nemotrt.plugins.build`; raises KernelError if there is none."""
-        path = folder / INDEX_NAME
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise KernelError(
-                f"{folder} has no {INDEX_NAME}: run python -m nemotrt.plugins.build --output {folder}"
-            ) from None
-        except json.JSONDecodeError as error:
-            raise KernelError(f"{path} is not JSON ({error}): compile the kernels again") from None
-        schema = content.get("schema") if isinstance(content, dict) else None
-        if schema != SCHEMA:
-            raise KernelError(f"{path} has schema {schema}, expected {SCHEMA}: compile the kernels again")
-        try:
-            kernels = [
-                Kernel(**kernel | {"variant": Variant.from_json(kernel["variant"])})
-                for kernel in content["kernels"]
-            ]
-            return cls(folder, content["triton"], tuple(kernels))
-        except (KeyError, TypeError) as error:
-            raise KernelError(
-                f"{path} has a missing or unknown field ({error}): compile the kernels again"
-            ) from None
-
     def cubin(self, kernel: Kernel) -> bytes:
         """A kernel's cubin; raises KernelError if the file is missing or has changed."""
         path = self.folder / kernel.file
@@ -101,9 +65,3 @@ class KernelIndex:
         if digest(cubin) != kernel.sha256:
             raise KernelError(f"{path} has changed since it was compiled: compile the kernels again")
         return cubin
-
-    def save(self) -> None:
-        """Write kernels.json into the folder, with one kernel per line."""
-        kernels = ",\n".join(json.dumps(asdict(kernel)) for kernel in self.kernels)
-        head = f'{{"schema": {SCHEMA}, "triton": {json.dumps(self.triton)}, "kernels": ['
-        (self.folder / INDEX_NAME).write_text(f"{head}\n{kernels}\n]}}\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Loads a plugin library without TensorRT, and runs single ops with it.
+"""Loads a plugin library without TensorRT, and creates single plugins of it.
 
 The library's test entry (host/test_entry.cpp) does with a plugin what TensorRT does: create it from fields, ask for
 shapes and workspace, serialize and recreate it, and enqueue it. Everything but the launch works without a GPU.
@@ -12,16 +12,13 @@ import json
 from collections.abc import Mapping, Sequence
 from ctypes import POINTER, c_char_p, c_float, c_int32, c_int64, c_uint64, c_void_p
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from nemotrt.plugins.contract import DType
 from nemotrt.plugins.kernel_store import digest
 from nemotrt.plugins.link import DESCRIPTION_NAME, LIBRARY_NAME
 from nemotrt.plugins.link_tables import specs_digest
 from nemotrt.plugins.spec import VERSION, OpSpec, ops
-
-if TYPE_CHECKING:
-    import torch
 
 PREBUILT = Path(__file__).parent / "prebuilt"
 """The folder of the library and its description, made by `scripts/make_wheel.py`; absent in a checkout."""
@@ -134,36 +131,6 @@ class PluginLibrary:
         if not handle:
             raise self.last_error()
         return Plugin(self, handle, spec)
-
-    def run(self, spec: OpSpec, *tensors: torch.Tensor, **attributes: FieldValue) -> tuple[torch.Tensor, ...]:
-        """Run an op like its reference: inputs in SPEC order → outputs and new pools.
-
-        All tensors are on one device, whose context is current. Raises PluginError if the plugin fails.
-        """
-        import torch
-
-        inputs = [tensor.contiguous() for tensor in tensors]
-        plugin = self.plugin(spec, attributes)
-        shapes = plugin.shape([(DType.from_torch(tensor.dtype), tuple(tensor.shape)) for tensor in inputs])
-        outputs = []
-        for (dtype, sizes), alias in zip(shapes.outputs, shapes.aliases, strict=True):
-            if alias >= 0:
-                inputs[alias] = inputs[alias].clone()
-                outputs.append(inputs[alias])
-            else:
-                outputs.append(torch.empty(sizes, dtype=DType(dtype).torch, device=inputs[0].device))
-        workspace = torch.empty(shapes.workspace_bytes, dtype=torch.uint8, device=inputs[0].device)
-        is_gpu = inputs[0].is_cuda
-        stream = torch.cuda.current_stream(inputs[0].device).cuda_stream if is_gpu else 0
-        plugin.enqueue(
-            [tensor.data_ptr() for tensor in inputs],
-            [tensor.data_ptr() for tensor in outputs],
-            workspace.data_ptr(),
-            stream,
-        )
-        if is_gpu:  # the workspace must outlive the launches
-            torch.cuda.current_stream(inputs[0].device).synchronize()
-        return tuple(outputs)
 
 
 class Plugin:

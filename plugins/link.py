@@ -1,4 +1,4 @@
-"""Links the compiled kernels and the C++ host into `libnemo_plugins.so`: `python -m nemotrt.plugins.link`.
+"""Links the compiled kernels and the C++ host into `libnemo_plugins.so`; see `scripts/make_plugin_library.py`.
 
 This needs g++ or a cross compiler, but no CUDA toolkit, TensorRT or GPU. The host is compiled against TensorRT's
 headers if they are found, else against host/tensorrt_abi.h.
@@ -17,8 +17,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import click
 
 from nemotrt.plugins.kernel_index import KernelError, KernelIndex
 from nemotrt.plugins.kernel_store import digest, write
@@ -202,44 +200,3 @@ def _first_error(stderr: str) -> str:
     lines = stderr.strip().splitlines() or ["no error message"]
     errors = [line for line in lines if re.search(r"error:|undefined reference|multiple definition", line)]
     return (errors or lines)[0]
-
-
-@click.command()
-@click.option(
-    "--kernels",
-    type=click.Path(path_type=Path),
-    default=Path("build/kernels"),
-    show_default=True,
-    help="Folder written by nemotrt.plugins.build.",
-)
-@click.option(
-    "--output",
-    type=click.Path(path_type=Path),
-    default=Path("build/plugins"),
-    show_default=True,
-    help=f"Output folder for {LIBRARY_NAME} and its description.",
-)
-@click.option("--compiler", default="g++", show_default=True, help="g++ or a cross compiler.")
-@click.option(
-    "--sanitize", is_flag=True, help="Enable the address and undefined-behavior sanitizers, for tests."
-)
-@click.option("--verbose", is_flag=True, help="Print the full message of a compiler that fails.")
-def main(kernels: Path, output: Path, compiler: str, sanitize: bool, verbose: bool) -> None:
-    """Link compiled kernels and the host into the plugin library.
-
-    TensorRT's headers are searched in the folder in TENSORRT_INCLUDE_DIR, or in the system's folders.
-    """
-    try:
-        toolchain = Toolchain(compiler, find_headers(os.environ), sanitize)
-        index = KernelIndex.load(kernels)
-        path = link(index, output, toolchain)
-    except KernelError as error:
-        if verbose:
-            click.echo("\n".join(getattr(error, "__notes__", [])), err=True)
-        raise click.ClickException(str(error)) from None
-    sms = ", ".join(map(str, sorted({kernel.sm for kernel in index.kernels})))
-    click.echo(f"{len(index.kernels)} kernels for SM {sms}, {path.stat().st_size:,} bytes: {path}")
-
-
-if __name__ == "__main__":
-    main()

@@ -35,6 +35,7 @@ from nemotrt.plugins import build, link
 from nemotrt.plugins.contract import DType
 from nemotrt.plugins.kernel_index import KernelError
 from nemotrt.plugins.library import PluginError, PluginLibrary, TensorShape, is_shipped, shipped_library
+from nemotrt.plugins.spec import OpSpec
 from nemotrt.plugins.variant import device_sm, supports_fp8
 
 WORST_ROW = 5
@@ -238,6 +239,37 @@ def chosen_device(interpret: bool) -> torch.device:
     return torch.device("cuda")
 
 
+def run_plugin(
+    library: PluginLibrary, spec: OpSpec, *tensors: Tensor, **attributes: int | float
+) -> tuple[Tensor, ...]:
+    """Run an op's plugin like its reference: inputs in SPEC order → outputs and new pools.
+
+    All tensors are on one device, whose context is current. Raises PluginError if the plugin fails.
+    """
+    inputs = [tensor.contiguous() for tensor in tensors]
+    plugin = library.plugin(spec, attributes)
+    shapes = plugin.shape([(DType.from_torch(tensor.dtype), tuple(tensor.shape)) for tensor in inputs])
+    outputs = []
+    for (dtype, sizes), alias in zip(shapes.outputs, shapes.aliases, strict=True):
+        if alias >= 0:
+            inputs[alias] = inputs[alias].clone()
+            outputs.append(inputs[alias])
+        else:
+            outputs.append(torch.empty(sizes, dtype=DType(dtype).torch, device=inputs[0].device))
+    workspace = torch.empty(shapes.workspace_bytes, dtype=torch.uint8, device=inputs[0].device)
+    is_gpu = inputs[0].is_cuda
+    stream = torch.cuda.current_stream(inputs[0].device).cuda_stream if is_gpu else 0
+    plugin.enqueue(
+        [tensor.data_ptr() for tensor in inputs],
+        [tensor.data_ptr() for tensor in outputs],
+        workspace.data_ptr(),
+        stream,
+    )
+    if is_gpu:  # the workspace must outlive the launches
+        torch.cuda.current_stream(inputs[0].device).synchronize()
+    return tuple(outputs)
+
+
 def plugin_library(sm: int, path: Path | None = None) -> PluginLibrary:
     """The library at the path, or the installed one, or a new one with every kernel for this SM."""
     try:
@@ -314,7 +346,7 @@ def main(
         if library and interpret:
             result = check_up_to_launch(case, library, sm, seed + number)
         else:
-            run = partial(library.run, case.spec) if library else kernels(case.op, interpret).run
+            run = partial(run_plugin, library, case.spec) if library else kernels(case.op, interpret).run
             result = check(case, run, device, seed + number)
         results.append(result)
         verdict = result.failure or result.not_run or "pass"

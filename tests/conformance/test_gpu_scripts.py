@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,7 +15,6 @@ from host_library import library
 from torch import Tensor
 
 pytest.importorskip("triton", reason="kernels need Triton: install nemo-export[kernels]")
-sys.path.append(str(Path(__file__).parents[2] / "scripts"))
 gpu_check = importlib.import_module("gpu_check")
 gpu_bench = importlib.import_module("gpu_bench")
 op_cases = importlib.import_module("op_cases")

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
+import engine_check
 import pytest
 from checkpoints import write_checkpoint
 from click.testing import CliRunner
@@ -25,17 +24,6 @@ from nemotrt.exporter.validation import candidates
 from nemotrt.exporter.validation.request import ValidationRequest
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture(scope="module")
-def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("engine_check", ROOT / "scripts" / "engine_check.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["engine_check"] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
@@ -68,10 +56,8 @@ def engine(built: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> FakeEngin
     return fake
 
 
-def test_an_engine_that_is_right_passes_every_gate(
-    script: ModuleType, built: SimpleNamespace, engine: FakeEngine
-) -> None:
-    said, report = script.compare(built.checkpoint, built.bundle)
+def test_an_engine_that_is_right_passes_every_gate(built: SimpleNamespace, engine: FakeEngine) -> None:
+    said, report = engine_check.compare(built.checkpoint, built.bundle)
     assert "tensorrt-rtx (TensorRT-RTX 1.7.1 on Fake RTX (SM 89)): " in said
     assert len(report["gates"]) > 50
     assert any(gate["metric"] == Metric.MODES_DIFFER for gate in report["gates"])
@@ -96,20 +82,20 @@ def make_err(engine: FakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_an_engine_that_errs_fails(
-    script: ModuleType, built: SimpleNamespace, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+    built: SimpleNamespace, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make_err(engine, monkeypatch)
     with pytest.raises(
         CompileError, match="gates passed; the first that failed: prefill, logits: relative L2"
     ):
-        script.compare(built.checkpoint, built.bundle)
+        engine_check.compare(built.checkpoint, built.bundle)
 
 
 def test_every_kind_of_step_is_timed(
-    script: ModuleType, built: SimpleNamespace, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+    built: SimpleNamespace, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(script, "TIMED", 2)
-    _, figures = script.speed(built.bundle)
+    monkeypatch.setattr(engine_check, "TIMED", 2)
+    _, figures = engine_check.speed(built.bundle)
     assert set(figures) == {
         *(
             f"decode, {who}, {how}"
@@ -122,7 +108,6 @@ def test_every_kind_of_step_is_timed(
 
 
 def test_the_report_names_what_failed_and_the_exit_code_says_so(
-    script: ModuleType,
     built: SimpleNamespace,
     engine: FakeEngine,
     monkeypatch: pytest.MonkeyPatch,
@@ -131,30 +116,30 @@ def test_the_report_names_what_failed_and_the_exit_code_says_so(
     def no_engine(*_: object) -> None:
         raise CompileError("TensorRT builds no engine: out of memory", hint="use a larger GPU")
 
-    monkeypatch.setattr(script, "targets", lambda *_: [Target("tensorrt-rtx", (89,))])
-    monkeypatch.setattr(script, "build", no_engine)
+    monkeypatch.setattr(engine_check, "targets", lambda *_: [Target("tensorrt-rtx", (89,))])
+    monkeypatch.setattr(engine_check, "build", no_engine)
     output = tmp_path / "report.json"
-    result = CliRunner().invoke(script.main, [str(built.checkpoint), "--output", str(output)])
+    result = CliRunner().invoke(engine_check.main, [str(built.checkpoint), "--output", str(output)])
     assert result.exit_code == 1
     assert "FAILED" in result.output
     assert "out of memory (use a larger GPU)" in output.read_text()
 
 
-def test_a_machine_without_a_gpu_is_told_so(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_machine_without_a_gpu_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
     def no_library(name: str) -> None:
         raise OSError(name)
 
     monkeypatch.setattr(cuda_module.ctypes, "CDLL", no_library)
-    result = CliRunner().invoke(script.main, [str(ROOT)])
+    result = CliRunner().invoke(engine_check.main, [str(ROOT)])
     assert result.exit_code == 1
     assert "needs a GPU: no NVIDIA driver is installed (no libcuda.so.1)" in result.output
 
 
 def test_a_gpu_without_tensorrt_is_told_what_to_install(
-    script: ModuleType, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+    engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("nemotrt.exporter.runtime.backends.installed_version", lambda backend: "")
-    result = CliRunner().invoke(script.main, [str(ROOT)])
+    result = CliRunner().invoke(engine_check.main, [str(ROOT)])
     assert result.exit_code == 1
     assert "nothing can be built for this GPU" in result.output
     assert "pip install 'nemo-export[rtx]'" in result.output

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import importlib
 import random
-import sys
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +12,6 @@ import torch
 from nemotrt.plugins.variant import SMS, supports_fp8
 
 pytest.importorskip("triton", reason="kernels need Triton: install nemo-export[kernels]")
-sys.path.append(str(Path(__file__).parents[2] / "scripts"))
 gpu_check = importlib.import_module("gpu_check")
 op_cases = importlib.import_module("op_cases")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import os
 import re
 import shutil
@@ -16,11 +15,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import make_plugin_library
 import pytest
 from click.testing import CliRunner
 
 from nemotrt.plugins import build as building
-from nemotrt.plugins.build import build, main
+from nemotrt.plugins.build import build
 from nemotrt.plugins.compile_workers import Workers
 from nemotrt.plugins.kernel_index import Kernel, KernelError, KernelIndex
 from nemotrt.plugins.kernel_store import cache_folder
@@ -73,13 +73,12 @@ def install(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Toy:
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder whose `cache` holds the toy kernels in FP16 for all SMs, as compiled into `out`."""
+def built(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    """The index of the toy kernels in FP16 for all SMs, and the folder whose `cache` holds them."""
     folder = tmp_path_factory.mktemp("built")
     with pytest.MonkeyPatch.context() as monkeypatch:
         install(folder, monkeypatch)
-        build(folder / "out", dtypes=("fp16",))
-    return folder
+        return SimpleNamespace(folder=folder, index=build(folder / "out", dtypes=("fp16",)))
 
 
 @pytest.fixture
@@ -89,9 +88,9 @@ def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Toy:
 
 
 @pytest.fixture
-def cached_toy(toy: Toy, built: Path, tmp_path: Path) -> Toy:
+def cached_toy(toy: Toy, built: SimpleNamespace, tmp_path: Path) -> Toy:
     """The toy op with a cache that holds its kernels in FP16."""
-    shutil.copytree(built / "cache", tmp_path / "cache")
+    shutil.copytree(built.folder / "cache", tmp_path / "cache")
     return toy
 
 
@@ -145,8 +144,8 @@ FP16 = "scale_fp16_BLOCK256_w4_s1"
 PRODUCT = "product_fp16_fp32_SIZE64_w4_s2"
 
 
-def test_a_cubin_and_what_its_launch_needs(built: Path) -> None:
-    index = KernelIndex.load(built / "out")
+def test_a_cubin_and_what_its_launch_needs(built: SimpleNamespace) -> None:
+    index = built.index
     assert [(kernel.sm, kernel.variant.name) for kernel in index.kernels] == [
         (sm, variant) for sm in SMS for variant in (PRODUCT, FP16)
     ]
@@ -160,8 +159,8 @@ def test_a_cubin_and_what_its_launch_needs(built: Path) -> None:
 
 
 @pytest.mark.parametrize("sm", SMS)
-def test_the_entry_agrees_with_the_cubin_itself(built: Path, sm: int) -> None:
-    index = KernelIndex.load(built / "out")
+def test_the_entry_agrees_with_the_cubin_itself(built: SimpleNamespace, sm: int) -> None:
+    index = built.index
     for variant in (FP16, PRODUCT):
         kernel = find(index, sm, variant)
         cubin = index.cubin(kernel)
@@ -175,17 +174,17 @@ def test_the_entry_agrees_with_the_cubin_itself(built: Path, sm: int) -> None:
 
 
 def test_nothing_changed_costs_nothing(
-    cached_toy: Toy, built: Path, tmp_path: Path, compiled: list[str]
+    cached_toy: Toy, built: SimpleNamespace, tmp_path: Path, compiled: list[str]
 ) -> None:
     again = build(tmp_path / "again", dtypes=("fp16",))
-    assert again.kernels == KernelIndex.load(built / "out").kernels
+    assert again.kernels == built.index.kernels
     assert compiled == []
 
 
 def test_the_second_build_imports_neither_triton_nor_torch(tmp_path: Path) -> None:
     command = [
-        *(sys.executable, "-X", "importtime", "-m", "nemotrt.plugins.build"),
-        *("--sm", "90", "--dtype", "fp16", "--op", "causal_conv1d", "--output", str(tmp_path / "out")),
+        *(sys.executable, "-X", "importtime", make_plugin_library.__file__),
+        *("--sm", "90", "--dtype", "fp16", "--op", "causal_conv1d", "--no-link", "--verbose"),
     ]
     environment = os.environ | {"NEMO_EXPORT_CACHE": str(tmp_path / "cache"), "TRITON_INTERPRET": "1"}
     runs = []
@@ -205,56 +204,24 @@ def test_a_change_recompiles_what_it_touches(cached_toy: Toy, tmp_path: Path, co
     assert compiled == ["toy_op, its variants", f"toy_op, SM 90, {PRODUCT}"]
 
 
-def test_the_same_source_gives_the_same_bytes(toy: Toy, built: Path, tmp_path: Path) -> None:
+def test_the_same_source_gives_the_same_bytes(toy: Toy, built: SimpleNamespace, tmp_path: Path) -> None:
     index = build(tmp_path / "out", (90,), ("fp16",), jobs=1)
-    first = KernelIndex.load(built / "out")
+    first = built.index
     assert index.kernels == tuple(kernel for kernel in first.kernels if kernel.sm == 90)
     assert all(str(tmp_path).encode() not in index.cubin(kernel) for kernel in index.kernels)
 
 
 def test_a_damaged_cache_entry_is_compiled_again(
-    cached_toy: Toy, built: Path, tmp_path: Path, compiled: list[str]
+    cached_toy: Toy, built: SimpleNamespace, tmp_path: Path, compiled: list[str]
 ) -> None:
-    kernel = find(KernelIndex.load(built / "out"), 90, FP16)
+    kernel = find(built.index, 90, FP16)
     for path in cache_folder().rglob("*.cubin"):
-        if path.read_bytes() == (built / "out" / kernel.file).read_bytes():
+        if path.read_bytes() == (built.index.folder / kernel.file).read_bytes():
             path.write_bytes(path.read_bytes()[:-1] + b"\xff")
-    build(tmp_path / "out", (90,), ("fp16",))
+    index = build(tmp_path / "out", (90,), ("fp16",))
     assert compiled == [f"toy_op, SM 90, {FP16}"]
-    assert find(KernelIndex.load(tmp_path / "out"), 90, FP16) == kernel
-
-
-def test_the_output_holds_what_was_chosen_last_and_nothing_else(cached_toy: Toy, tmp_path: Path) -> None:
-    out = tmp_path / "new" / "out"
-    build(out, (89, 90), ("fp16",))
-    build(out, (90,), ("fp16",))
-    names = sorted(str(path.relative_to(out)) for path in out.rglob("*") if path.is_file())
-    assert names == sorted(["kernels.json", *(kernel.file for kernel in KernelIndex.load(out).kernels)])
-    assert {kernel.sm for kernel in KernelIndex.load(out).kernels} == {90}
-    assert [path.name for path in out.parent.iterdir()] == ["out"]
-
-
-@pytest.mark.parametrize("damage", ["changed", "missing", "added"])
-def test_an_output_that_is_not_whole_is_written_again(cached_toy: Toy, tmp_path: Path, damage: str) -> None:
-    out = tmp_path / "out"
-    index = build(out, (90,), ("fp16",))
-    path = out / index.kernels[0].file
-    if damage == "changed":
-        path.write_bytes(path.read_bytes()[::-1])
-    elif damage == "missing":
-        path.unlink()
-    else:
-        path.with_name("other.cubin").write_bytes(b"")
-    assert build(out, (90,), ("fp16",)) == index
-    assert [index.cubin(kernel) for kernel in index.kernels]
-    assert len(list(out.rglob("*.cubin"))) == len(index.kernels)
-
-
-def test_a_folder_of_something_else_is_left_alone(toy: Toy, tmp_path: Path) -> None:
-    (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(KernelError, match="contains something other than kernels"):
-        build(tmp_path, (90,))
-    assert (tmp_path / "notes.txt").read_text() == "mine"
+    assert find(index, 90, FP16) == kernel
+    assert index.cubin(kernel)
 
 
 class TestFailures:
@@ -339,18 +306,16 @@ def kernel(variant: str, spilled: int) -> Kernel:
 
 
 class TestCommand:
-    def test_it_prints_what_kernels_use(self, cached_toy: Toy, tmp_path: Path) -> None:
-        arguments = ["--sm", "89,90", "--dtype", "fp16", "--output", str(tmp_path / "out"), "--verbose"]
-        result = CliRunner().invoke(main, arguments)
+    def test_it_prints_what_kernels_use(self, cached_toy: Toy) -> None:
+        arguments = ["--sm", "89,90", "--dtype", "fp16", "--no-link", "--verbose"]
+        result = CliRunner().invoke(make_plugin_library.main, arguments)
         assert result.exit_code == 0, result.output
         for name in ("registers", "shared B", "spilled B", FP16, PRODUCT):
             assert name in result.output
         assert "4 kernels" in result.output
-        content = json.loads((tmp_path / "out" / "kernels.json").read_text())
-        assert {kernel["sm"] for kernel in content["kernels"]} == {89, 90}
 
-    def test_an_error_is_one_line(self, toy: Toy, tmp_path: Path) -> None:
-        result = CliRunner().invoke(main, ["--sm", "8.9", "--output", str(tmp_path / "out")])
+    def test_an_error_is_one_line(self, toy: Toy) -> None:
+        result = CliRunner().invoke(make_plugin_library.main, ["--sm", "8.9", "--no-link"])
         assert result.exit_code == 1
         assert result.output == (
             "Error: there are no kernels for SM 8.9: choose from 80, 86, 89, 90, 100, 120\n"
@@ -362,6 +327,6 @@ class TestCommand:
         kernels = [kernel("tidy_variant", spilled=0), kernel("spilling_variant", spilled=40)]
         console = Console(width=120)
         with console.capture() as captured:
-            console.print(building.resource_table(kernels, every_variant=False))
+            console.print(make_plugin_library.resource_table(kernels, every_variant=False))
         assert "spilling_variant" in captured.get()
         assert "tidy_variant" not in captured.get()

@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import CliRunner
 from host_library import FOLDER, ROOT, SPECS, driver, index, library, shapes_of
 
 from nemotrt.plugins import link as linking
 from nemotrt.plugins.kernel_index import KernelError, KernelIndex
 from nemotrt.plugins.library import PluginError, PluginLibrary
-from nemotrt.plugins.link import HEADERS_VARIABLE, Toolchain, find_headers, link, main
+from nemotrt.plugins.link import HEADERS_VARIABLE, Toolchain, find_headers, link
 
 SCALE = {"scale": 0.125}
 CONV = {"T": 5, "B": 2, "C": 64, "K": 4, "S": 3}
@@ -81,20 +80,14 @@ def small(folder: Path) -> KernelIndex:
         (folder / kernel.file).parent.mkdir(parents=True)
         shutil.copy(index().folder / kernel.file, folder / kernel.file)
         kernels.append(kernel)
-    found = KernelIndex(folder, "none", tuple(kernels))
-    found.save()
-    return found
+    return KernelIndex(folder, "none", tuple(kernels))
 
 
 @pytest.fixture(scope="module")
 def small_library(tmp_path_factory: pytest.TempPathFactory) -> PluginLibrary:
-    """What the command links from the small index."""
+    """The library that is linked from the small index."""
     folder = tmp_path_factory.mktemp("small")
-    count = len(small(folder / "kernels").kernels)
-    arguments = ["--kernels", str(folder / "kernels"), "--output", str(folder / "out")]
-    result = CliRunner().invoke(main, arguments)
-    assert result.exit_code == 0, result.output
-    assert f"{count} kernels for SM 90" in result.output
+    link(small(folder / "kernels"), folder / "out", Toolchain())
     return PluginLibrary(folder / "out" / "libnemo_plugins.so")
 
 
@@ -162,15 +155,9 @@ def test_a_missing_compiler_is_named(tmp_path: Path) -> None:
         link(small(tmp_path / "kernels"), tmp_path / "out", Toolchain("nothing-g++"))
 
 
-def test_the_command_links_what_it_is_given(small_library: PluginLibrary) -> None:
+def test_the_library_has_the_kernels_it_is_linked_from(small_library: PluginLibrary) -> None:
     assert small_library.description["num_kernels"] == len(SPECS)
     assert small_library.description["sms"] == [90]
-
-
-def test_the_command_without_kernels_says_how_to_get_them(tmp_path: Path) -> None:
-    result = CliRunner().invoke(main, ["--kernels", str(tmp_path), "--output", str(tmp_path / "out")])
-    assert result.exit_code == 1
-    assert "run python -m nemotrt.plugins.build" in result.output
 
 
 ARM_COMPILER = "aarch64-linux-gnu-g++"

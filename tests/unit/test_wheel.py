@@ -11,8 +11,9 @@ import zipfile
 from importlib.util import find_spec
 from pathlib import Path
 
+import make_wheel
 import pytest
-from host_library import ROOT, index, library
+from host_library import index, library
 
 from nemotrt.exporter.config import BuildConfig
 from nemotrt.exporter.engines import plugin_library as choice
@@ -21,9 +22,6 @@ from nemotrt.exporter.errors import CompileError
 from nemotrt.plugins import library as libraries
 from nemotrt.plugins.kernel_index import KernelError
 from nemotrt.plugins.link import DESCRIPTION_NAME, LIBRARY_NAME
-
-sys.path.insert(0, str(ROOT / "scripts"))
-import make_wheel
 
 ARCHITECTURE = platform.machine()
 CONFIG = BuildConfig(Path("checkpoint"), Path("bundle"), precision="fp16")
