@@ -33,8 +33,11 @@ demo: setup ## build a bundle from the example checkpoint and generate text with
 	$(BIN)/nemo-export generate demo/tiny --prompt 'The for statement is used to' --max-new-tokens 40
 	$(BIN)/nemo-export inspect demo/tiny
 
-test: setup ## run the tests
-	$(BIN)/python -m pytest -n 2
+test: setup ## run the tests that take less than ten seconds each
+	$(BIN)/python -m pytest -n 2 -m 'not slow'
+
+test-slow: setup ## run the tests that take longer: statistics, whole builds, README and API examples
+	$(BIN)/python -m pytest -n 2 -m slow
 
 lint: setup ## check format and lint
 	$(BIN)/ruff format --check .

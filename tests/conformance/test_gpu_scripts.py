@@ -6,7 +6,8 @@ import importlib
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -220,16 +221,16 @@ def test_a_file_that_is_no_library_is_named(tmp_path: Path) -> None:
 def test_the_plugin_library_is_what_is_checked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """With a library that is wrong in one op, only that op fails."""
 
-    class Faulty:
-        description: ClassVar = {"hash": "faulty"}
-
-        def run(self, spec: Any, *inputs: Tensor, **attributes: Any) -> tuple[Tensor, ...]:
-            first, *pools = spec.reference()(*inputs, **attributes)
-            return (first + (spec.torch_name == "causal_conv1d"), *pools)
+    def run_faulty(_: object, spec: Any, *inputs: Tensor, **attributes: Any) -> tuple[Tensor, ...]:
+        first, *pools = spec.reference()(*inputs, **attributes)
+        return (first + (spec.torch_name == "causal_conv1d"), *pools)
 
     monkeypatch.setattr(gpu_check, "chosen_device", lambda interpret: CPU)
     monkeypatch.setattr(gpu_check, "device_sm", lambda device: 80)
-    monkeypatch.setattr(gpu_check, "plugin_library", lambda sm, path: Faulty())
+    monkeypatch.setattr(
+        gpu_check, "plugin_library", lambda sm, path: SimpleNamespace(description={"hash": "faulty"})
+    )
+    monkeypatch.setattr(gpu_check, "run_plugin", run_faulty)
     monkeypatch.setattr(gpu_check, "chosen_cases", lambda full, sm: [CONV, SCAN])
     output = tmp_path / "found.json"
     result = CliRunner().invoke(gpu_check.main, ["--plugins", "--seed", "1", "--output", str(output)])

@@ -39,6 +39,7 @@ def run(code: str, *arguments: object, folder: Path) -> subprocess.CompletedProc
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, timeout=300)
 
 
+@pytest.mark.slow
 def test_the_examples_run_in_order(tmp_path: Path) -> None:
     assert len(EXAMPLES) == 4
     shutil.copytree(ROOT / "examples", tmp_path / "examples")

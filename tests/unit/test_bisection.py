@@ -6,7 +6,7 @@ import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import fp8_checkpoints
 import numpy as np
@@ -32,6 +32,7 @@ from faults import (
     zeroed_expert,
 )
 
+from nemotrt.exporter.artifacts import TracedModel
 from nemotrt.exporter.checkpoint.loaded_model import LoadedModel
 from nemotrt.exporter.config import BuildConfig
 from nemotrt.exporter.pipelines.validate import trace_for_bisection
@@ -39,12 +40,18 @@ from nemotrt.exporter.report.model import Bisection
 from nemotrt.exporter.runtime.graph_file import OnnxGraph
 from nemotrt.exporter.stages.load import load
 from nemotrt.exporter.stages.lower import lower
-from nemotrt.exporter.stages.trace import trace
 from nemotrt.exporter.validation.parts.bisection import bisect
 from nemotrt.exporter.validation.plan import workload_of
 from nemotrt.exporter.validation.runners.base import PartSession
 
-Built = tuple[LoadedModel, BuildConfig, Path]
+
+class Built(NamedTuple):
+    """A graph, and its model as the bisection needs it: traced at the graph's precision and in FP32."""
+
+    model: LoadedModel
+    config: BuildConfig
+    graph: Path
+    traces: tuple[TracedModel, TracedModel]
 
 
 @pytest.fixture(scope="module", params=["fp16", "bf16"])
@@ -57,13 +64,13 @@ def built(
 def build(checkpoint: Path, folder: Path, precision: str) -> Built:
     model = load(checkpoint)
     config = BuildConfig(checkpoint=checkpoint, output=folder, precision=precision)
-    lower(model, trace(model, config), folder / "model.onnx")
-    return model, config, folder / "model.onnx"
+    traces = trace_for_bisection(model, config)
+    lower(model, traces[0], folder / "model.onnx")
+    return Built(model, config, folder / "model.onnx", traces)
 
 
 def bisection_of(built: Built, *, seed: int = 0, graph: Path | None = None) -> Bisection:
-    model, config, path = built
-    traces = trace_for_bisection(model, config)
+    model, config, path, traces = built
     return bisect(model, config, OnnxGraph.read(graph or path), workload_of(model, config, seed), *traces)
 
 
@@ -103,7 +110,7 @@ GROUPS: list[dict[Any, tuple[str, str]]] = [
 
 @pytest.mark.parametrize("faults", GROUPS, ids=lambda faults: "-".join(fault.__name__ for fault in faults))
 def test_each_fault_is_named(built: Built, tmp_path: Path, faults: dict[Any, tuple[str, str]]) -> None:
-    copy = shutil.copytree(built[2].parent, tmp_path / "broken") / "model.onnx"
+    copy = shutil.copytree(built.graph.parent, tmp_path / "broken") / "model.onnx"
     for fault in faults:
         broken(copy, fault)
     diverging = bisection_of(built, graph=copy).diverging
@@ -138,7 +145,7 @@ def test_a_forgotten_fp8_scale_is_named(tmp_path: Path) -> None:
     (tmp_path / "graph").mkdir()
     built = build(fp8_checkpoints.small(tmp_path / "fp8"), tmp_path / "graph", "fp8")
 
-    scale = Graph(built[2]).weights["backbone.layers.4.mixer.in_proj.weight_scale"]
+    scale = Graph(built.graph).weights["backbone.layers.4.mixer.in_proj.weight_scale"]
     scale *= 1.1
     scale.flush()
     (value,) = bisection_of(built).diverging
@@ -146,7 +153,7 @@ def test_a_forgotten_fp8_scale_is_named(tmp_path: Path) -> None:
 
 
 def test_a_value_that_is_not_finite_diverges(built: Built, tmp_path: Path) -> None:
-    copy = shutil.copytree(built[2].parent, tmp_path / "broken") / "model.onnx"
+    copy = shutil.copytree(built.graph.parent, tmp_path / "broken") / "model.onnx"
 
     def one_nan(graph: Graph) -> None:
         graph.weights["backbone.layers.3.mixer.up_proj.weight"][5, 7] = np.nan
@@ -168,8 +175,7 @@ class Disturbed(PartSession):
 
 
 def test_marking_that_changes_the_result_is_reported(built: Built) -> None:
-    model, config, graph = built
-    traces = trace_for_bisection(model, config)
+    model, config, graph, traces = built
     disturbed = bisect(
         model, config, OnnxGraph.read(graph), workload_of(model, config, 0), *traces, open_part=Disturbed
     )

@@ -71,6 +71,7 @@ def test_runtimes_that_build_here_have_their_own_stages(
     assert memory["compile"] > memory["lower"] + estimates.ENGINE_MEMORY
 
 
+@pytest.mark.slow
 def test_memory_of_a_build() -> None:
     """In a process of its own, which has loaded nothing else."""
     command = [sys.executable, SCRIPT, EXAMPLE, "--json"]

@@ -129,4 +129,6 @@ def _part(graph: OnnxGraph, name: str, nodes: Sequence[ir.Node]) -> GraphPart:
 
 def _extract(model: ir.Model, inputs: Sequence[ir.Value], outputs: Sequence[ir.Value]) -> ir.Model:
     graph = ir.convenience.extract(model.graph, inputs, outputs)
-    return ir.Model(graph, ir_version=model.ir_version, functions=list(model.functions.values()))
+    operators = {node.op_identifier() for node in graph}
+    functions = [model.functions[name] for name in model.functions if name in operators]
+    return ir.Model(graph, ir_version=model.ir_version, functions=functions)
