@@ -26,9 +26,6 @@ from nemotrt.model.config_fields import (
 from nemotrt.model.recipe import LATENT, PROJECTIONS, Recipe
 from nemotrt.plugins.contract import DType
 
-LAYER_KINDS = ("mamba", "attention", "mlp", "moe")
-"""The kinds of mixer that a layer can have."""
-
 DTYPES = (DType.FLOAT32, DType.FLOAT16, DType.BFLOAT16)
 """The dtypes that `dtype` in a config.json may name."""
 
@@ -50,7 +47,7 @@ class ModelConfig:
     hidden_size: int
     vocab_size: int
     layers: tuple[str, ...]
-    """The kind of each layer, one of LAYER_KINDS."""
+    """The kind of each layer: mamba, attention, mlp or moe."""
     chosen_layers: tuple[int, ...] = ()
     """Each layer's index in the checkpoint, for a partial model; empty if all layers are present."""
 

@@ -49,9 +49,9 @@ class EvaluationText(ExistingPath):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """The path of the file."""
         if value == "default":
-            from nemotrt.exporter.quantization.text import evaluation_text
+            from nemotrt.exporter.quantization.text import EVALUATION, built_in
 
-            return evaluation_text()
+            return built_in(EVALUATION)
         return super().convert(value, param, ctx)
 
 

@@ -31,11 +31,9 @@ QUANTIZED = "quantized"
 MAX_REPORTED_GATES = 10
 
 DISK_HINTS = {
-    errno.ENOSPC: "free some space, or choose another --output",
-    errno.EDQUOT: "free some space, or choose another --output",
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free some space, or choose another --output"),
+    **dict.fromkeys((errno.EACCES, errno.EPERM), "choose another --output, or change its permissions"),
     errno.EROFS: "choose another --output",
-    errno.EACCES: "choose another --output, or change its permissions",
-    errno.EPERM: "choose another --output, or change its permissions",
 }
 """The operating system's error → what the user can do about it."""
 

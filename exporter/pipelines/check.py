@@ -43,12 +43,8 @@ PACKAGES = {
 }
 """Package → the stages that need it, and how to install it."""
 
-HOW_ONNX_RUNS = {
-    "fp32": "ONNX Runtime runs it on the CPU as it is",
-    "fp16": "ONNX Runtime emulates it in FP32 on a CPU, rounding as the graph does",
-    "bf16": "ONNX Runtime emulates it in FP32 on a CPU, where it has no BF16 arithmetic",
-    "fp8": "ONNX Runtime emulates it in FP32 on a CPU, where it has no BF16 or FP8 arithmetic",
-}
+RUN_AS_IS = "ONNX Runtime runs it on the CPU as it is"
+EMULATED = "ONNX Runtime emulates it in FP32 on a CPU, rounding as the graph does"
 
 
 @dataclass(frozen=True)
@@ -206,7 +202,7 @@ def check(
         inert=config.inert,
         precision=precision,
         dtypes=_dtypes_by_kind(built, precision),
-        runtimes={"onnx": HOW_ONNX_RUNS[precision]}
+        runtimes={"onnx": RUN_AS_IS if precision == "fp32" else EMULATED}
         | {name: target.title for name, target in targets.items()},
         unavailable_runtimes=unavailable,
         tools=tools,

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 WEIGHT_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "fp8": 1}
 
 # Memory, in bytes
-LOAD_MEMORY, PROGRAM_MEMORY = 25_000_000, 300_000_000
-"""The program before and after it imports PyTorch and traces the graph."""
+LOAD_MEMORY, PROGRAM_MEMORY, BUNDLE_MEMORY = 25_000_000, 300_000_000, 400_000_000
+"""The program before and after it imports PyTorch and traces the graph, and after a validation in ONNX Runtime."""
 TENSOR_MEMORY = 800
 """Description of one stored tensor."""
 QUANTIZE_MEMORY, ENGINE_MEMORY, KERNEL_WORKER_MEMORY = 190_000_000, 200_000_000, 200_000_000
@@ -38,8 +38,8 @@ VALIDATION_MEMORY, WEIGHTS_IN_FP32 = 500_000_000, 1.3 * 4
 PART_BYTES = {"fp32": 8, "fp16": 12, "bf16": 12, "fp8": 12}
 """Bytes for each parameter of a part that is compared alone: PyTorch's in FP32, the rounding baseline's, the graph's
 and its FP32 emulation's. Experts are never widened as a whole: PyTorch's stack, and the graph's own bytes."""
-LOGITS_BYTES = 6 * 8
-"""Bytes for each logit that a validation holds: float64, four runners' and two copies for the gates."""
+LOGITS_BYTES = 4 * 4 + 3 * 8
+"""Bytes for each logit that a validation holds: four runners' in FP32, and two of them and their difference in FP64."""
 LOGITS_ROWS, PART_LOGITS_ROWS = 511, 159
 """Rows of logits that a validation, and the head alone, give."""
 CALIBRATION_TOKENS, STEP_TOKENS, ACTIVATIONS = 3000, 1024, 22
@@ -173,7 +173,7 @@ def stages(
     weight_bytes = _length(layout)
     # Quantization adds two scales to each tensor.
     graph_tensors = num_tensors + 2 * sum(len(placed.source.tensors) for placed in quantized)
-    program = PROGRAM_MEMORY + TENSOR_MEMORY * graph_tensors
+    program, bundle = (memory + TENSOR_MEMORY * graph_tensors for memory in (PROGRAM_MEMORY, BUNDLE_MEMORY))
     linked = {placed.linked for placed in layout if placed.linked is not None}
     hashed = external_data.data_bytes(layout) + sum(path.stat().st_size for path in linked if is_stored)
     estimates = [_estimate("load", LOAD_MEMORY + TENSOR_MEMORY * num_tensors, seconds=0.0)]
@@ -198,11 +198,11 @@ def stages(
             _validation_memory(validated, config.vocab_size),
             seconds=VALIDATION_SECONDS + num_parameters(sources.values()) / VALIDATED_A_SECOND,
         ),
-        _estimate("bundle", program, seconds=START_SECONDS + hashed / BYTES_A_SECOND),
+        _estimate("bundle", bundle, seconds=START_SECONDS + hashed / BYTES_A_SECOND),
     ]
     for runtime in engines:
         seconds = START_SECONDS + (hashed + weight_bytes) / BYTES_A_SECOND
-        estimates.append(_estimate("bundle", program, seconds=seconds, runtime=runtime))
+        estimates.append(_estimate("bundle", bundle, seconds=seconds, runtime=runtime))
     return tuple(estimates)
 
 

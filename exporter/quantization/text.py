@@ -57,17 +57,13 @@ def sequences(checkpoint: Path, text: Path | None, bos: int | None) -> Sequences
     return tuple(result)
 
 
-def _built_in(name: str) -> Path:
+def built_in(name: str) -> Path:
+    """One of the package's texts."""
     return Path(str(resources.files("nemotrt.exporter.quantization.texts").joinpath(name)))
 
 
-def evaluation_text() -> Path:
-    """The built-in text for evaluation."""
-    return _built_in(EVALUATION)
-
-
 def _documents(path: Path | None) -> Iterator[str]:
-    path = path or _built_in(BUILT_IN)
+    path = path or built_in(BUILT_IN)
     try:
         content = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:

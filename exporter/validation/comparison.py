@@ -33,7 +33,7 @@ from nemotrt.exporter.validation.gates import (
     scenario_gates,
     score_limits,
 )
-from nemotrt.exporter.validation.metrics import Array
+from nemotrt.exporter.validation.metrics import Array, Values
 from nemotrt.exporter.validation.plan import DECODE, Scenarios, Workload
 from nemotrt.exporter.validation.routing import RouterLogits, RouterPolicy, num_mismatches
 from nemotrt.exporter.validation.runners.base import CandidateRunner, Mode, Runner
@@ -172,7 +172,7 @@ def observe_greedy(
     tokens = np.zeros(workload.decode, dtype=np.int64)
     steps = workload.scenarios(tokens)[DECODE]
 
-    def continue_greedily(step: int, logits_RV: Array) -> None:
+    def continue_greedily(step: int, logits_RV: Values) -> None:
         if step < len(tokens):
             tokens[step] = logits_RV[-1].argmax()
             steps[step + 1].input_ids[:] = tokens[step]
@@ -190,7 +190,7 @@ def observe(
     *,
     forced: Sequence[RouterLogits] = (),
     advance: Advance = ignore,
-    after_step: Callable[[int, Array], None] = lambda step, logits_RV: None,
+    after_step: Callable[[int, Values], None] = lambda step, logits_RV: None,
 ) -> Observation:
     """What a runner produces over the steps; `forced` router logits of each step, if any, choose the experts."""
     runner.reset(noise)
@@ -212,7 +212,7 @@ def next_token(
     baseline: ScenarioErrors | None,
 ) -> NextToken | None:
     """How the distributions of a scenario differ; None if logits are not finite, which a gate reports."""
-    ours_RV, reference_RV = candidate.logits_RV, reference.logits_RV
+    ours_RV, reference_RV = metrics.in_fp64(candidate.logits_RV, reference.logits_RV)
     if not (np.isfinite(ours_RV).all() and np.isfinite(reference_RV).all()):
         return None
     kl = metrics.kl_divergence(ours_RV, reference_RV)

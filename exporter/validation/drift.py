@@ -27,6 +27,7 @@ from nemotrt.exporter.report.model import Drift, DriftCurve, Gate, Metric
 from nemotrt.exporter.runtime.step import StepInputs
 from nemotrt.exporter.validation import metrics
 from nemotrt.exporter.validation.gates import BASELINE_FACTOR, FP32_RELATIVE_L2
+from nemotrt.exporter.validation.metrics import Values
 from nemotrt.exporter.validation.plan import NUM_SLOTS, SEQUENCES, WINDOW, LongDecode, empty_pools
 from nemotrt.exporter.validation.routing import RouterLogits
 from nemotrt.exporter.validation.runners.base import CandidateRunner, Recurrence
@@ -118,7 +119,7 @@ class DriftComparison:
         curves.append(curve("logits", Metric.MEAN_KL, *errors(_mean_kl)))
         return Drift(self.decode.marks, SEQUENCES, tuple(curves))
 
-    def _states(self, pools: dict[str, NDArray[np.float64]]) -> dict[str, NDArray[np.float32]]:
+    def _states(self, pools: dict[str, Values]) -> dict[str, NDArray[np.float32]]:
         return {name: pools[name][1 : 1 + SEQUENCES].astype(np.float32) for name in self._recurrent}
 
 
@@ -156,12 +157,12 @@ def _gate(curve: DriftCurve, steps: Sequence[int]) -> Gate:
 
 
 def _state_error(pool: str, *snapshots: _Snapshot) -> float:
-    return metrics.relative_l2(*(snapshot.states[pool].astype(np.float64) for snapshot in snapshots))
+    return metrics.relative_l2(*metrics.in_fp64(*(snapshot.states[pool] for snapshot in snapshots)))
 
 
 def _mean_kl(*snapshots: _Snapshot) -> float:
     """The mean KL over the rows before a mark, in nats."""
-    logits = (snapshot.logits_BTV.astype(np.float64) for snapshot in snapshots)
+    logits = metrics.in_fp64(*(snapshot.logits_BTV for snapshot in snapshots))
     return float(metrics.kl_divergence(*logits).mean())
 
 

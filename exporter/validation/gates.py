@@ -20,7 +20,7 @@ from nemotrt.exporter.config import BuildConfig
 from nemotrt.exporter.errors import ValidationError
 from nemotrt.exporter.report.model import Gate, Metric
 from nemotrt.exporter.validation import metrics, routing
-from nemotrt.exporter.validation.metrics import Array
+from nemotrt.exporter.validation.metrics import Array, Values
 from nemotrt.exporter.validation.routing import RouterLogits
 from nemotrt.plugins.contract import NEXT, DType
 from nemotrt.plugins.spec import DOMAIN, ops
@@ -55,9 +55,9 @@ ExpectedDtypes = dict[str, dict[str, str]]
 class Observation:
     """What one runner produced in one scenario."""
 
-    logits_RV: Array
+    logits_RV: Values
     """The logits of all steps."""
-    pools: dict[str, Array]
+    pools: dict[str, Values]
     """After the last step."""
     routers: tuple[RouterLogits, ...] = ()
     """One per step, without padding; empty entries if the runner does not output router logits."""
@@ -95,13 +95,13 @@ class ScenarioErrors:
 
 def measure(candidate: Observation, reference: Observation, noise: Noise) -> ScenarioErrors:
     """The candidate's errors; pools count only where the reference wrote, so that noise dilutes no error."""
-    logits = candidate.logits_RV, reference.logits_RV
+    logits = metrics.in_fp64(candidate.logits_RV, reference.logits_RV)
     outputs = {"logits": _errors(logits)}
     for name, expected in reference.pools.items():
         pool, initial = candidate.pools[name][1:], noise[name][1:]
         written = written_mask(name, expected[1:], initial)
         out_of_bounds = int(np.count_nonzero(pool[~written] != initial[~written]))
-        outputs[name] = _errors((pool[written], expected[1:][written]), out_of_bounds)
+        outputs[name] = _errors(metrics.in_fp64(pool[written], expected[1:][written]), out_of_bounds)
     scores = _router_errors(candidate.routers, reference.routers)
     if outputs["logits"].not_finite or outputs["logits"].reference_not_finite:
         return ScenarioErrors(outputs, (), 0.0, 0.0, scores)
@@ -168,7 +168,7 @@ def same_bits(scenario: str, first: Observation, second: Observation) -> Gate:
     return Gate(scenario, output, Metric.MODES_DIFFER, float(len(differing)), 0.0)
 
 
-def written_mask(name: str, pool: Array, noise: NDArray[Any]) -> NDArray[np.bool_]:
+def written_mask(name: str, pool: Array | Values, noise: NDArray[Any]) -> NDArray[np.bool_]:
     """Which of a pool's values a step wrote: whole slots, and whole positions of pages.
 
     Values are not compared one by one: of a large model's hundred million, some equal their noise by chance.
@@ -186,7 +186,7 @@ def score_limits(baseline: ScenarioErrors | None, num_layers: int) -> list[float
 
 
 def _errors(pair: Pair, out_of_bounds: int = 0) -> OutputErrors:
-    broken, reference_broken = (int(np.count_nonzero(~np.isfinite(values))) for values in pair)
+    broken, reference_broken = (int(np.count_nonzero(~np.isfinite(side))) for side in pair)
     if broken or reference_broken:
         return OutputErrors(broken, reference_broken, out_of_bounds)
     distances = metrics.relative_l2(*pair), metrics.norm_ratio_error(*pair), 1 - metrics.cosine(*pair)

@@ -1,4 +1,4 @@
-"""Distances between a candidate and a reference; all functions take float64 arrays.
+"""Distances between a candidate and a reference, computed in FP64.
 
 Legend: R rows of logits, V vocabulary.
 """
@@ -8,8 +8,19 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
 
+Values = NDArray[np.float32]
+"""What a runner produced: every dtype of a pool or of logits fits FP32 exactly."""
+
+BLOCK_ROWS = 32
+"""Rows whose distributions are in memory at a time."""
+
 TIE = 1e-4
 """Logits that are closer than this, relative to the largest, count as equal in FP32."""
+
+
+def in_fp64(candidate: Values, reference: Values) -> tuple[Array, Array]:
+    """Both as FP64, in which every distance is computed."""
+    return candidate.astype(np.float64), reference.astype(np.float64)
 
 
 def relative_l2(candidate: Array, reference: Array) -> float:
@@ -37,7 +48,12 @@ def cosine(candidate: Array, reference: Array) -> float:
 
 
 def kl_divergence(candidate_RV: Array, reference_RV: Array) -> Array:
-    """KL(reference ‖ candidate) of the next-token distributions [R], in nats."""
+    """KL(reference ‖ candidate) of the next-token distributions [R], in nats; R may be several axes."""
+    blocks = (slice(first, first + BLOCK_ROWS) for first in range(0, max(1, len(reference_RV)), BLOCK_ROWS))
+    return np.concatenate([_kl_divergence(candidate_RV[rows], reference_RV[rows]) for rows in blocks])
+
+
+def _kl_divergence(candidate_RV: Array, reference_RV: Array) -> Array:
     log_p, log_q = log_softmax(reference_RV), log_softmax(candidate_RV)
     # Rounding can leave −1e-17 if both are equal.
     return np.maximum((np.exp(log_p) * (log_p - log_q)).sum(-1), 0.0)  # type: ignore[no-any-return]

@@ -22,7 +22,7 @@ from nemotrt.exporter.runtime.graph_file import OnnxGraph
 from nemotrt.exporter.runtime.step import StepInputs, pages_of
 from nemotrt.exporter.validation import metrics
 from nemotrt.exporter.validation.gates import BASELINE_FACTOR
-from nemotrt.exporter.validation.metrics import Array
+from nemotrt.exporter.validation.metrics import Array, Values
 from nemotrt.exporter.validation.plan import SequenceChunk, empty_pools, packed_step
 from nemotrt.exporter.validation.references.pytorch import router_policies
 from nemotrt.exporter.validation.routing import RouterPolicy, num_mismatches
@@ -123,12 +123,12 @@ def measure(
 
 def _logit_pairs(
     runners: dict[str, Runner], policies: Sequence[RouterPolicy], inputs: StepInputs
-) -> dict[str, tuple[Array, Array]]:
+) -> dict[str, tuple[Values, Values]]:
     """For each comparison the two models' logits of one fresh sequence."""
     logits = {name: runner.step(inputs) for name, runner in runners.items()}
     routers = runners["reference"].router_logits()
 
-    def aligned(name: str) -> tuple[Array, Array]:
+    def aligned(name: str) -> tuple[Values, Values]:
         """A model and the reference with the same expert routing, so that a near tie is not an error."""
         forced = runners[name].router_logits()
         if num_mismatches(policies, [routers], [forced]):
@@ -197,9 +197,10 @@ def _quantized_layers(model: LoadedModel) -> list[int]:
     return [i for i, kind in kinds.items() if i in quantized or (recipe.kv_cache and kind == "attention")]
 
 
-def _differences(candidate: Array, reference: Array, inputs: StepInputs) -> Array:
+def _differences(ours: Values, theirs: Values, inputs: StepInputs) -> Array:
     """KL, top-1 agreement and growth of the loss [3, T-1] of a sequence; its last token has no successor."""
-    candidate, reference, following = candidate[:-1], reference[:-1], inputs.input_ids[1:]
+    candidate, reference = metrics.in_fp64(ours[:-1], theirs[:-1])
+    following = inputs.input_ids[1:]
     kl = metrics.kl_divergence(candidate, reference)
     agrees = candidate.argmax(-1) == reference.argmax(-1)
     losses = (metrics.negative_log_likelihood(logits, following) for logits in (candidate, reference))

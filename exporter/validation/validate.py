@@ -5,6 +5,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 
 from nemotrt.exporter.checkpoint.layer_selection import partial_model
 from nemotrt.exporter.checkpoint.loaded_model import LoadedModel
@@ -22,7 +23,6 @@ from nemotrt.exporter.validation.parts.layerwise import compare_parts
 from nemotrt.exporter.validation.plan import Plan, plan_validation, workload_of
 from nemotrt.exporter.validation.references.pytorch import REFERENCE, LoadedReference, record
 from nemotrt.exporter.validation.runners.base import Mode
-from nemotrt.exporter.validation.runners.torch import TorchRunner
 from nemotrt.plugins.contract import DType
 
 NO_TEXT = NotCompared(Omitted.TEXT, "none was given (nemo-export validate --eval FILE, or default)")
@@ -52,21 +52,17 @@ def validate(
     drift = DriftComparison(model, config, plan.drift) if plan.drift else None
     if drift:
         drift.run_candidate(candidate.open(drift.decode.num_pages, Mode.WATCHED), advance)
-
-    def follow(runner: TorchRunner) -> None:
-        if drift:
-            drift.follow(runner, advance)
-
+    follow = partial(drift.follow, advance=advance) if drift else lambda _: None
     reference = LoadedReference(model, config)
     run = record(reference, plan.workload, _left_out(model, config), advance=advance, while_loaded=follow)
     recorded(run)
     reference.release()  # The candidate's weights take its place; a routing mismatch loads it again.
     report = compare(run, candidate, reference.align(run), advance)
-    reference.release()
     if drift:
         report = _with_drift(report, drift.result())
     elif "mamba" in model.config.layers:
         report = dataclasses.replace(report, not_compared=(*report.not_compared, NO_DRIFT))
+    del reference, run, drift, follow  # What was observed makes room for the parts.
     if candidate.graph and plan.parts:
         gates, layers, ops = compare_parts(model, config, candidate.graph, plan.workload, advance=advance)
         report = dataclasses.replace(report, gates=(*report.gates, *gates), layers=layers, ops=ops)

@@ -11,7 +11,7 @@ from faults import Graph, broken
 
 from nemotrt.exporter.checkpoint.loaded_model import LoadedModel
 from nemotrt.exporter.config import BuildConfig
-from nemotrt.exporter.quantization.text import BUILT_IN, EVALUATION, evaluation_text, sequences
+from nemotrt.exporter.quantization.text import BUILT_IN, EVALUATION, built_in, sequences
 from nemotrt.exporter.report.model import Metric, TextComparison, TextReport
 from nemotrt.exporter.runtime.graph_file import OnnxGraph
 from nemotrt.exporter.stages.load import load
@@ -79,7 +79,7 @@ def test_what_a_short_text_cannot_tell_is_no_alarm() -> None:
 
 
 def test_nothing_is_calibrated_on_what_is_judged_by_default() -> None:
-    held_out = evaluation_text()
+    held_out = built_in(EVALUATION)
     assert held_out.name == EVALUATION
     calibrated = held_out.with_name(BUILT_IN).read_text(encoding="utf-8")
     paragraphs = [line for line in held_out.read_text(encoding="utf-8").splitlines() if len(line) > 40]

@@ -35,7 +35,7 @@ from nemotrt.exporter.runtime.step import StepInputs
 from nemotrt.exporter.runtime.strict_json import check_schema, decode, encode, parse_object
 from nemotrt.exporter.validation.comparison import ReferenceRun
 from nemotrt.exporter.validation.gates import ExpectedDtypes, Noise, Observation, ScenarioErrors, written_mask
-from nemotrt.exporter.validation.metrics import Array
+from nemotrt.exporter.validation.metrics import Values
 from nemotrt.exporter.validation.plan import Workload
 from nemotrt.exporter.validation.routing import RouterPolicy
 from nemotrt.plugins.contract import STEP_INPUTS, DType
@@ -192,13 +192,13 @@ def _tensors(run: ReferenceRun) -> Iterator[tuple[str, NDArray[Any]]]:
         for number, inputs in enumerate(steps):
             for field, values in inputs.as_dict().items():
                 yield f"input/{name}/{number}/{field}", values
-        yield f"logits/{name}", observation.logits_RV.astype(np.float32)
+        yield f"logits/{name}", observation.logits_RV
         for layer in range(len(run.policies)):
             yield f"router/{layer}/{name}", np.concatenate([step[layer] for step in observation.routers])
         for pool, values in observation.pools.items():
             places = _written_places(pool, values, run.noise[pool])
             yield f"place/{pool}/{name}", places
-            yield f"pool/{pool}/{name}", _by_place(pool, values)[tuple(places.T)].astype(np.float32)
+            yield f"pool/{pool}/{name}", _by_place(pool, values)[tuple(places.T)]
 
 
 def _by_place(pool: str, values: NDArray[Any]) -> NDArray[Any]:
@@ -206,7 +206,7 @@ def _by_place(pool: str, values: NDArray[Any]) -> NDArray[Any]:
     return np.moveaxis(values, 3, 1) if pool.startswith("kv_cache.") else values
 
 
-def _written_places(pool: str, values: Array, noise: NDArray[np.float32]) -> NDArray[np.int32]:
+def _written_places(pool: str, values: Values, noise: NDArray[np.float32]) -> NDArray[np.int32]:
     """[N, 1] slots, or [N, 2] pages and positions; scratch excluded."""
     written = _by_place(pool, written_mask(pool, values[1:], noise[1:]))
     axes = 2 if pool.startswith("kv_cache.") else 1
@@ -315,7 +315,7 @@ def _observation(
     routers = tuple(tuple(layer[number] for layer in layers) for number in range(len(steps)))
     pools = {}
     for pool, initial in noise.items():
-        pools[pool] = initial.astype(np.float64)
+        pools[pool] = initial.copy()
         places = values[f"place/{pool}/{scenario}"]
         _by_place(pool, pools[pool])[tuple(places.T)] = values[f"pool/{pool}/{scenario}"]
-    return Observation(values[f"logits/{scenario}"].astype(np.float64), pools, routers)
+    return Observation(values[f"logits/{scenario}"], pools, routers)

@@ -16,7 +16,7 @@ from nemotrt.exporter.runtime.graph_file import CPU, ORT_DTYPES, PROVIDERS, Onnx
 from nemotrt.exporter.runtime.ort import Interruptible
 from nemotrt.exporter.runtime.session import Session
 from nemotrt.exporter.runtime.step import StepInputs
-from nemotrt.exporter.validation.metrics import Array
+from nemotrt.exporter.validation.metrics import Values
 from nemotrt.exporter.validation.routing import RouterLogits
 from nemotrt.plugins.contract import LOGITS, NEXT, LayerName
 from nemotrt.plugins.moe_dispatch import SPEC as MOE
@@ -50,13 +50,13 @@ class Runner(Protocol):
     def reset(self, pools: dict[str, NDArray[np.float32]]) -> None:
         """Fill every pool."""
 
-    def step(self, inputs: StepInputs, forced: RouterLogits = ()) -> Array:
+    def step(self, inputs: StepInputs, forced: RouterLogits = ()) -> Values:
         """The logits [R, V] of one step, which updates the pools.
 
         `forced` router logits of the step's first tokens choose their experts; only some runners take them.
         """
 
-    def pools(self) -> dict[str, Array]:
+    def pools(self) -> dict[str, Values]:
         """Every pool's values, scratch row included."""
 
     def router_logits(self) -> RouterLogits:
@@ -96,10 +96,10 @@ class SessionRunner:
         for name, values in pools.items():
             self._session.set_pool(name, values)
 
-    def step(self, inputs: StepInputs, forced: RouterLogits = ()) -> Array:
+    def step(self, inputs: StepInputs, forced: RouterLogits = ()) -> Values:
         """The logits [R, V] of one step; its routing cannot be forced."""
         assert not forced, "production sessions take no router logits"
-        return self._session.step(inputs).astype(np.float64)
+        return self._session.step(inputs).astype(np.float32)
 
     def router_logits(self) -> RouterLogits:
         """Nothing: production sessions do not output them."""
@@ -109,9 +109,9 @@ class SessionRunner:
         """Nothing: production sessions do not output them."""
         return {}
 
-    def pools(self) -> dict[str, Array]:
+    def pools(self) -> dict[str, Values]:
         """Every pool's values."""
-        return {name: self._session.pool(name).astype(np.float64) for name in self._session.pool_names}
+        return {name: self._session.pool(name).astype(np.float32) for name in self._session.pool_names}
 
 
 class GraphRunner(SessionRunner):
@@ -237,7 +237,7 @@ class ForcedRoutingRunner:
         """Fill every pool."""
         self._pools = dict(pools)
 
-    def step(self, inputs: StepInputs, forced: RouterLogits = ()) -> Array:
+    def step(self, inputs: StepInputs, forced: RouterLogits = ()) -> Values:
         """The logits [R, V] of one step with these router logits for its first tokens; NaN keeps the graph's own."""
         padded = {}
         for number, (name, num_experts) in enumerate(self._num_experts.items()):
@@ -246,11 +246,11 @@ class ForcedRoutingRunner:
                 padded[name][: len(forced[number])] = forced[number]
         self._outputs = self._session.run(inputs.as_dict() | padded | self._pools)
         self._pools = {name: self._outputs[NEXT + name] for name in self._pools}
-        return self._outputs[LOGITS].astype(np.float64)
+        return self._outputs[LOGITS].astype(np.float32)
 
-    def pools(self) -> dict[str, Array]:
+    def pools(self) -> dict[str, Values]:
         """Every pool's values."""
-        return {name: values.astype(np.float64) for name, values in self._pools.items()}
+        return {name: values.astype(np.float32) for name, values in self._pools.items()}
 
     def router_logits(self) -> RouterLogits:
         """The graph's own router logits of the last step, before any were replaced."""

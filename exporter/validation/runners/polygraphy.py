@@ -7,6 +7,7 @@ One inference is one step. The feed dict holds the step's inputs and every pool;
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -73,11 +74,9 @@ class StepRunner(BaseRunner):  # type: ignore[misc]
 
 def graph_runner(bundle: Path, *, num_pages: int, name: str = "ONNX Runtime") -> StepRunner:
     """A bundle's graph in ONNX Runtime, with NUM_SLOTS slots."""
-    manifest = manifests.read(bundle)
-    graph = OnnxGraph.read(bundle / manifest.of_role(Role.GRAPH)[0])
-    return StepRunner(
-        name, manifest.graph.pools, lambda: GraphRunner(graph, num_slots=NUM_SLOTS, num_pages=num_pages)
-    )
+    graph = OnnxGraph.read(bundle / manifests.read(bundle).of_role(Role.GRAPH)[0])
+    open_runner = partial(GraphRunner, graph, num_slots=NUM_SLOTS, num_pages=num_pages)
+    return StepRunner(name, graph.summary.pools, open_runner)
 
 
 def engine_runner(bundle: Path, *, num_pages: int, name: str = "TensorRT") -> StepRunner:

@@ -13,7 +13,7 @@ from torch import Tensor
 from nemotrt.exporter.checkpoint import weights
 from nemotrt.exporter.checkpoint.loaded_model import LoadedModel
 from nemotrt.exporter.runtime.step import StepInputs
-from nemotrt.exporter.validation.metrics import Array
+from nemotrt.exporter.validation.metrics import Values
 from nemotrt.exporter.validation.routing import RouterLogits
 from nemotrt.exporter.validation.runners.router_hook import RouterTap
 from nemotrt.model.fp8 import widen
@@ -104,17 +104,17 @@ class TorchRunner:
         self._pools = filled_pools(self._specs, pools, self._dtype)
 
     @torch.no_grad()
-    def step(self, inputs: StepInputs, forced: RouterLogits = ()) -> Array:
+    def step(self, inputs: StepInputs, forced: RouterLogits = ()) -> Values:
         """The logits [R, V] of one step; `forced` router logits, if any, choose the experts."""
         self.tap.begin(forced)
         ids, rows = torch.from_numpy(inputs.input_ids), torch.from_numpy(inputs.logits_row)
         with threads(self._num_threads):
             logits, self._pools = self._network(ids, torch_step(inputs), rows, self._pools)
-        return logits.double().numpy()  # type: ignore[no-any-return]
+        return logits.float().numpy()  # type: ignore[no-any-return]
 
-    def pools(self) -> dict[str, Array]:
+    def pools(self) -> dict[str, Values]:
         """Every pool's values."""
-        return {spec.name: pool.double().numpy() for spec, pool in zip(self._specs, self._pools, strict=True)}
+        return {spec.name: pool.float().numpy() for spec, pool in zip(self._specs, self._pools, strict=True)}
 
     def router_logits(self) -> RouterLogits:
         """The model's own router logits in the last step, before any were replaced."""
