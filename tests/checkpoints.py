@@ -20,6 +20,9 @@ from nemotrt.model.config import ModelConfig
 from nemotrt.model.hybrid import NemotronH
 from nemotrt.plugins.contract import DType
 
+SMALL_LIMITS = {"max_tokens": 136, "max_sequences": 5, "max_context": 272}
+"""A profile whose limits a validation reaches quickly."""
+
 CONFIG: dict[str, Any] = {
     "architectures": ["NemotronHForCausalLM"],
     "model_type": "nemotron_h",

@@ -223,6 +223,10 @@ def report(validation: ValidationReport) -> Items:
         rows.append((heading, gate.metric, str(num_gates), value, limit, gate.output, result))
         scenario = gate.scenario
     yield _table(["scenario", "metric", ">gates", ">worst", ">limit", "output", "result"], rows)
+    if validation.envelope:
+        limits = [(x.name, *(f"{n:,}" for n in (x.promised, x.whole, x.alone))) for x in validation.envelope]
+        columns = ["limit of the profile", ">promised", ">whole model", ">layers alone"]
+        yield from ("", _table(columns, limits))
     passed = len(validation.gates) - len(validation.failed)
     color = "red" if not validation.passed else "green" if validation.is_whole else "yellow"
     summary = f": {passed} of {len(validation.gates)} gates passed; {validation.candidate}"

@@ -70,6 +70,7 @@ def build(config: BuildConfig, progress: Progress = SILENT) -> BuildResult:
         if config.validate:
             copies = estimates.num_references(config.precision, model.config.layers)
             estimates.check_memory(model, hint=estimates.WITHOUT_WHOLE_STEPS, copies=copies)
+            estimates.check_envelope(model, config)
         with Workspace.open(config.output, force=config.force) as workspace:
             try:
                 return Build(config, target, model, workspace, build_log).run()
@@ -294,7 +295,8 @@ class Build:
             from nemotrt.exporter.validation.plan import plan_validation
             from nemotrt.exporter.validation.validate import validate
 
-            candidate, plan = graph_candidate(graph), plan_validation(model, config)
+            fits = estimates.envelope_fits(model, config)
+            candidate, plan = graph_candidate(graph), plan_validation(model, config, with_envelope=fits)
             with self.log.stage("validate", "ONNX Runtime against PyTorch", total=len(plan)) as advance:
                 report = validate(model, config, candidate, plan, advance=advance)
             self.log.note(f"{len(report.gates) - len(report.failed)} of {len(report.gates)} gates passed")

@@ -7,6 +7,7 @@ files do not count, because the system drops them when memory is short. Time is 
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -17,6 +18,8 @@ from nemotrt.exporter.checkpoint.loaded_model import LoadedModel, WeightSource
 from nemotrt.exporter.config import BuildConfig
 from nemotrt.exporter.environment import memory_bytes, num_cores
 from nemotrt.exporter.errors import CompileError, ExportError, UsageError
+from nemotrt.exporter.runtime.step import pages_of
+from nemotrt.exporter.validation.envelope import ROWS
 from nemotrt.model.config import ModelConfig
 from nemotrt.model.recipe import EXPERTS
 from nemotrt.plugins.contract import EMBEDDINGS, HEAD, DType, LayerName
@@ -40,8 +43,12 @@ PART_BYTES = {"fp32": 8, "fp16": 12, "bf16": 12, "fp8": 12}
 and its FP32 emulation's. Experts are never widened as a whole: PyTorch's stack, and the graph's own bytes."""
 LOGITS_BYTES = 4 * 4 + 3 * 8
 """Bytes for each logit that a validation holds: four runners' in FP32, and two of them and their difference in FP64."""
-LOGITS_ROWS, PART_LOGITS_ROWS = 511, 159
+LOGITS_ROWS, PART_LOGITS_ROWS = 511 + 3 * ROWS, 159 + ROWS
 """Rows of logits that a validation, and the head alone, give."""
+POOL_COPIES, SCORE_COPIES = 8, 3
+"""FP32 copies of the pools, and of the attention scores of a prompt, while steps run at the limits of the profile."""
+ALONE_POOL_COPIES = 12
+"""The same of the pools of a layer that runs there alone: the results of all steps stay until they are compared."""
 CALIBRATION_TOKENS, STEP_TOKENS, ACTIVATIONS = 3000, 1024, 22
 """Tokens of the built-in text, tokens a step, and rows of the hidden size in FP32 that a layer needs for a token."""
 
@@ -119,6 +126,48 @@ def check_part_memory(model: LoadedModel, precision: str) -> None:
     ((largest, num_bytes),) = parts.most_common(1)
     what = f"comparing {largest} alone with PyTorch"
     _check_available(VALIDATION_MEMORY + num_bytes, what, UsageError, "use a machine with more")
+
+
+def envelope_fits(model: LoadedModel, config: BuildConfig) -> bool:
+    """Whether the whole model can run at the limits of the profile in this machine's memory."""
+    copies = num_references(config.precision, model.config.layers)
+    parameters = copies * num_parameters(model.weights.values())
+    needed = _validation_memory(parameters, model.config.vocab_size) + _score_bytes(model.config, config)
+    return needed + POOL_COPIES * sum(_pool_bytes(model, config)) <= memory_bytes()
+
+
+def check_envelope(model: LoadedModel, config: BuildConfig) -> None:
+    """Raise UsageError if no single layer can run at the limits of the profile, with limits at which one can."""
+
+    def needed(max_context: int) -> int:
+        smaller = dataclasses.replace(config, max_context=max_context)
+        scores = _score_bytes(model.config, smaller)
+        return VALIDATION_MEMORY + scores + ALONE_POOL_COPIES * max(_pool_bytes(model, smaller), default=0)
+
+    available, context = memory_bytes(), config.max_context
+    if needed(context) <= available:
+        return
+    while context > config.page_size and needed(context) > available:
+        context = max(config.page_size, context // 2 // config.page_size * config.page_size)
+    hint = f"--max-context {context} can be validated here; --no-validate builds without validation"
+    raise UsageError(
+        f"validating sequences of {config.max_context} tokens needs about {needed(config.max_context) / 1e9:.3g} GB"
+        f" of memory for one layer alone, this machine has {available / 1e9:.3g} GB",
+        hint=hint if needed(context) <= available else "use a machine with more",
+    )
+
+
+def _pool_bytes(model: LoadedModel, config: BuildConfig) -> list[int]:
+    """Bytes of each pool in FP32, with as many sequences of the maximum length as the profile allows."""
+    pages = config.max_sequences * pages_of(config.max_context, config.page_size)
+    return [4 * math.prod(pool.shape(1 + config.max_sequences, 1 + pages)) for pool in model.pools(config)]
+
+
+def _score_bytes(model: ModelConfig, config: BuildConfig) -> int:
+    """Bytes of PyTorch's attention scores for the longest prompt of one step."""
+    prompt = min(config.max_tokens, config.max_context)
+    heads = model.num_attention_heads if "attention" in model.layers else 0
+    return SCORE_COPIES * 4 * heads * prompt**2
 
 
 def check_engine_memory(weight_bytes: int) -> None:

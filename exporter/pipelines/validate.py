@@ -14,6 +14,7 @@ from nemotrt.exporter.progress import SILENT, Advance, Progress
 from nemotrt.exporter.quantization.text import MAX_TOKENS, Sequences, sequences
 from nemotrt.exporter.report.model import NotCompared, Omitted, ValidationReport
 from nemotrt.exporter.runtime import manifest as manifests
+from nemotrt.exporter.runtime.manifest import Manifest
 from nemotrt.exporter.validation.candidates import candidate_of
 from nemotrt.exporter.validation.comparison import (
     Candidate,
@@ -22,6 +23,7 @@ from nemotrt.exporter.validation.comparison import (
     force_routing,
     observe_greedy,
 )
+from nemotrt.exporter.validation.envelope import Envelope, driven
 from nemotrt.exporter.validation.gates import ExpectedDtypes, expected_dtypes
 from nemotrt.exporter.validation.plan import NUM_MODES, Workload, parts_of, plan_validation, workload_of
 from nemotrt.exporter.validation.references import reference_file
@@ -67,7 +69,16 @@ def _by_reference_file(request: ValidationRequest, golden: Path, progress: Progr
         run = reference_file.read(golden, bundle, manifest)
     total = NUM_MODES * run.workload.num_steps
     with progress.stage("validate", f"{candidate.title} against {golden.name}", total=total) as advance:
-        return compare(run, candidate, force_routing(run, candidate), advance)
+        report = compare(run, candidate, force_routing(run, candidate), advance)
+    return _with_limits(report, run, manifest)
+
+
+def _with_limits(report: ValidationReport, run: ReferenceRun, manifest: Manifest) -> ValidationReport:
+    """The report with the limits of the bundle, and how far the recorded steps went in them."""
+    profile = manifest.profiles[0]
+    sizes = (profile.max_tokens, profile.max_sequences, profile.max_context, profile.page_size)
+    steps = [step for steps in run.scenarios.values() for step in steps]
+    return dataclasses.replace(report, envelope=driven(Envelope(*sizes), steps))
 
 
 def _by_pytorch(request: ValidationRequest, progress: Progress) -> ValidationReport:
@@ -96,6 +107,7 @@ def _of_steps(
     copies = estimates.num_references(config.precision, model.config.layers)
     hint = "--layers-alone compares with one layer in memory at a time"
     estimates.check_memory(model, hint=hint, copies=copies)
+    estimates.check_envelope(model, config)
     from nemotrt.exporter.validation.validate import validate
 
     def save(run: ReferenceRun) -> None:
@@ -106,7 +118,14 @@ def _of_steps(
 
     steps = DRIFT_STEPS if request.drift_steps is None else request.drift_steps
     with_parts = candidate.graph is not None
-    plan = plan_validation(model, config, seed=request.seed or 0, drift_steps=steps, with_parts=with_parts)
+    plan = plan_validation(
+        model,
+        config,
+        seed=request.seed or 0,
+        drift_steps=steps,
+        with_parts=with_parts,
+        with_envelope=estimates.envelope_fits(model, config),
+    )
     with progress.stage("validate", f"{candidate.title} against PyTorch", total=len(plan)) as advance:
         return validate(model, config, candidate, plan, advance=advance, recorded=save)
 
@@ -114,6 +133,7 @@ def _of_steps(
 def _of_layers(request: ValidationRequest, subject: OpenedBundle, progress: Progress) -> ValidationReport:
     model, config = subject.model, subject.config
     estimates.check_part_memory(model, config.precision)
+    estimates.check_envelope(model, config)
     from nemotrt.exporter.validation.validate import validate_parts
 
     total = len(parts_of(model))
@@ -229,7 +249,8 @@ def _by_other_bundle(request: ValidationRequest, other: Path, progress: Progress
         run = _observe_reference(reference, recorded, workload, dtypes, advance)
         if limiting.precision != "fp32":
             run = _with_baselines(run, finer, limiting, advance)
-        return compare(run, candidate, force_routing(run, candidate), advance)
+        report = compare(run, candidate, force_routing(run, candidate), advance)
+    return _with_limits(report, run, bundle.manifest)
 
 
 def _check_same_model(bundle: OpenedBundle, reference: OpenedBundle) -> None:
@@ -258,8 +279,8 @@ def _observe_reference(
     """The reference bundle's run on its own greedy continuation."""
     from nemotrt.exporter.validation.references.pytorch import router_policies
 
-    noise = workload.noise(reference.model.pools(reference.config))
-    runner = recorded.open(workload.num_pages, recorded.modes[1])
+    noise = workload.noises(reference.model.pools(reference.config))
+    runner = recorded.open(workload.sizes, recorded.modes[1])
     scenarios, observations = observe_greedy(runner, workload, noise, advance)
     return ReferenceRun(
         reference=f"{reference.folder.resolve().name}, {recorded.title} ({runner.runs_as})",

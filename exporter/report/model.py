@@ -28,6 +28,7 @@ class Metric(StrEnum):
     OUT_OF_BOUNDS = "out-of-bounds writes"
     MODES_DIFFER = "execution modes differ"
     DTYPE = "unexpected dtype"
+    NOT_REACHED = "below the promised limit"
 
 
 NOT_FINITE = (Metric.NOT_FINITE, Metric.REFERENCE_NOT_FINITE, Metric.BASELINE_NOT_FINITE)
@@ -235,6 +236,23 @@ class Bisection:
 
 
 @dataclass(frozen=True)
+class EnvelopeLimit:
+    """A limit that the bundle promises, and how far the validation went."""
+
+    name: str
+    promised: int
+    whole: int
+    """In steps of the whole model."""
+    alone: int
+    """In the first layer of each kind and numeric form, alone; 0 if no layer ran alone."""
+
+    @property
+    def driven(self) -> int:
+        """The further of the two."""
+        return max(self.whole, self.alone)
+
+
+@dataclass(frozen=True)
 class RouterAgreement:
     """How often one MoE layer routes tokens as the reference does, over all scenarios."""
 
@@ -299,6 +317,7 @@ class ValidationReport:
     routers: tuple[RouterAgreement, ...] = ()
     drift: Drift | None = None
     bisect: Bisection | None = None
+    envelope: tuple[EnvelopeLimit, ...] = ()
     is_whole: bool = True
     """Whether whole steps of the model were compared, and not each part alone."""
 

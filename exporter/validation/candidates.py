@@ -9,7 +9,7 @@ from nemotrt.exporter.runtime.engine_session import engine_profile
 from nemotrt.exporter.runtime.graph_file import PROVIDERS, OnnxGraph
 from nemotrt.exporter.runtime.manifest import Manifest
 from nemotrt.exporter.validation.comparison import Candidate
-from nemotrt.exporter.validation.plan import NUM_SLOTS
+from nemotrt.exporter.validation.envelope import PoolSizes
 from nemotrt.exporter.validation.request import ValidationRequest
 from nemotrt.exporter.validation.runners.base import EngineRunner, ForcedRoutingRunner, GraphRunner, Mode
 
@@ -25,8 +25,8 @@ def graph_candidate(graph: OnnxGraph, provider: str = "cpu") -> Candidate:
     """A graph in ONNX Runtime, with pools updated in place and with pools copied; `provider` is one of PROVIDERS."""
     providers = PROVIDERS[provider]
 
-    def open_runner(num_pages: int, mode: Mode) -> GraphRunner:
-        return GraphRunner(graph, num_slots=NUM_SLOTS, num_pages=num_pages, mode=mode, providers=providers)
+    def open_runner(sizes: PoolSizes, mode: Mode) -> GraphRunner:
+        return GraphRunner(graph, **sizes._asdict(), mode=mode, providers=providers)
 
     on_gpu = provider == "cuda"
     return Candidate(
@@ -52,8 +52,8 @@ def engine_candidate(bundle: Path, manifest: Manifest) -> Candidate:
             f"an engine runs on a GPU only: {error}", hint="without --engine the graph runs in ONNX Runtime"
         ) from error
 
-    def open_runner(num_pages: int, mode: Mode) -> EngineRunner:
-        return EngineRunner(bundle, num_slots=NUM_SLOTS, num_pages=num_pages, mode=mode)
+    def open_runner(sizes: PoolSizes, mode: Mode) -> EngineRunner:
+        return EngineRunner(bundle, **sizes._asdict(), mode=mode)
 
     has_routers = bool(manifest.model.layers.get("moe"))
     not_compared = (UNSEEN_ROUTERS, WHOLE) if has_routers else (WHOLE,)

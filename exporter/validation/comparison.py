@@ -8,6 +8,7 @@ reference file is compared on machines that do not have it.
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import product
 
 import numpy as np
 
@@ -23,6 +24,7 @@ from nemotrt.exporter.report.model import (
 from nemotrt.exporter.runtime.graph_file import OnnxGraph
 from nemotrt.exporter.runtime.step import StepInputs
 from nemotrt.exporter.validation import metrics, routing
+from nemotrt.exporter.validation.envelope import PoolSizes
 from nemotrt.exporter.validation.gates import (
     ExpectedDtypes,
     Noise,
@@ -52,7 +54,8 @@ class ReferenceRun:
     """The reference's name in reports."""
     workload: Workload
     scenarios: Scenarios
-    noise: Noise
+    noise: dict[PoolSizes, Noise]
+    """The initial contents of the pools, by their sizes."""
     observations: dict[str, Observation]
     policies: tuple[RouterPolicy, ...]
     dtypes: ExpectedDtypes
@@ -63,6 +66,10 @@ class ReferenceRun:
     """What the limits derive from; empty if they are absolute."""
     baselines: dict[str, ScenarioErrors] = field(default_factory=dict)
     """The rounding baseline of each scenario; empty if limits are absolute."""
+
+    def noise_of(self, scenario: str) -> Noise:
+        """The initial contents of a scenario's pools."""
+        return self.noise[self.workload.sizes_of(scenario)]
 
     def num_mismatches(self, scenario: str, routers: Sequence[RouterLogits]) -> int:
         """How often a token is routed to other experts than in the reference."""
@@ -76,8 +83,8 @@ class Candidate:
     title: str
     modes: tuple[Mode, Mode]
     """Their results must be bitwise equal; the second outputs router logits if the candidate can."""
-    open: Callable[[int, Mode], CandidateRunner]
-    """Opens a runner for a number of pages and a mode; its pools have NUM_SLOTS slots."""
+    open: Callable[[PoolSizes, Mode], CandidateRunner]
+    """Opens a runner with pools of these sizes, in a mode."""
     not_compared: tuple[NotCompared, ...]
     graph: OnnxGraph | None = None
     """The graph whose dtypes and parts are compared too; None for an engine."""
@@ -99,20 +106,22 @@ def compare(
 
     Raises ValidationError if the candidate lacks an output of the reference.
     """
-    observations, runs_as = [], ""
-    for mode in candidate.modes:
-        runner = candidate.open(run.workload.num_pages, mode)
-        observations.append(observe_all(runner, run.scenarios, run.noise, advance))
+    runs_as = ""
+    observations: dict[Mode, dict[str, Observation]] = {mode: {} for mode in candidate.modes}
+    for mode, (sizes, noise) in product(candidate.modes, run.noise.items()):
+        runner = candidate.open(sizes, mode)
+        group = {name: steps for name, steps in run.scenarios.items() if run.noise_of(name) is noise}
+        observations[mode] |= observe_all(runner, group, run.noise_of, advance)
         runs_as = runner.runs_as
-        del runner  # Else the next mode's weights would be in memory next to these.
-    first, second = observations
+        del runner  # Else the next runner's weights would be in memory next to these.
+    first, second = (observations[mode] for mode in candidate.modes)
 
     gates: list[Gate] = []
     next_tokens: list[NextToken | None] = []
     for name, steps in run.scenarios.items():
         baseline = run.baselines.get(name)
         aligned = align(name, replace(first[name], routers=second[name].routers))
-        gates += scenario_gates(name, *aligned, baseline, run.noise)
+        gates += scenario_gates(name, *aligned, baseline, run.noise_of(name))
         gates.append(same_bits(name, first[name], second[name]))
         next_tokens.append(next_token(name, steps, *aligned, baseline))
     if candidate.graph:
@@ -153,20 +162,22 @@ def force_routing(run: ReferenceRun, candidate: Candidate) -> AlignRouting:
             return observation, expected
         forced = [near_ties(scenario, step) for step in expected.routers]
         runner = candidate.open_forced()
-        return observe(runner, run.scenarios[scenario], run.noise, forced=forced), expected
+        return observe(runner, run.scenarios[scenario], run.noise_of(scenario), forced=forced), expected
 
     return align
 
 
 def observe_all(
-    runner: Runner, scenarios: Scenarios, noise: Noise, advance: Advance
+    runner: Runner, scenarios: Scenarios, noise_of: Callable[[str], Noise], advance: Advance
 ) -> dict[str, Observation]:
     """What a runner produces in every scenario."""
-    return {name: observe(runner, steps, noise, advance=advance) for name, steps in scenarios.items()}
+    return {
+        name: observe(runner, steps, noise_of(name), advance=advance) for name, steps in scenarios.items()
+    }
 
 
 def observe_greedy(
-    runner: Runner, workload: Workload, noise: Noise, advance: Advance
+    runner: Runner, workload: Workload, noises: Mapping[PoolSizes, Noise], advance: Advance
 ) -> tuple[Scenarios, dict[str, Observation]]:
     """The scenarios with the runner's own greedy continuation of the prompt, and what it produces in each."""
     tokens = np.zeros(workload.decode, dtype=np.int64)
@@ -177,10 +188,13 @@ def observe_greedy(
             tokens[step] = logits_RV[-1].argmax()
             steps[step + 1].input_ids[:] = tokens[step]
 
-    decoded = observe(runner, steps, noise, advance=advance, after_step=continue_greedily)
+    def noise_of(scenario: str) -> Noise:
+        return noises[workload.sizes_of(scenario)]
+
+    decoded = observe(runner, steps, noise_of(DECODE), advance=advance, after_step=continue_greedily)
     scenarios = workload.scenarios(tokens)
     others = {name: steps for name, steps in scenarios.items() if name != DECODE}
-    return scenarios, observe_all(runner, others, noise, advance) | {DECODE: decoded}
+    return scenarios, observe_all(runner, others, noise_of, advance) | {DECODE: decoded}
 
 
 def observe(

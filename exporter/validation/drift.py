@@ -28,7 +28,7 @@ from nemotrt.exporter.runtime.step import StepInputs
 from nemotrt.exporter.validation import metrics
 from nemotrt.exporter.validation.gates import BASELINE_FACTOR, FP32_RELATIVE_L2
 from nemotrt.exporter.validation.metrics import Values
-from nemotrt.exporter.validation.plan import NUM_SLOTS, SEQUENCES, WINDOW, LongDecode, empty_pools
+from nemotrt.exporter.validation.plan import SEQUENCES, WINDOW, LongDecode, empty_pools
 from nemotrt.exporter.validation.routing import RouterLogits
 from nemotrt.exporter.validation.runners.base import CandidateRunner, Recurrence
 from nemotrt.exporter.validation.runners.torch import TorchRunner, num_threads, threads, torch_step
@@ -57,7 +57,7 @@ class DriftComparison:
     def __init__(self, model: LoadedModel, config: BuildConfig, decode: LongDecode) -> None:
         self.decode = decode
         pools = model.pools(config)
-        self._zeros = empty_pools(pools, NUM_SLOTS, decode.num_pages)
+        self._zeros = empty_pools(pools, decode.sizes)
         self._recurrent = [spec.name for spec in pools if not spec.is_paged]
         self._replay = _Replay(model, pools)
         self._candidate: list[_Snapshot] = []

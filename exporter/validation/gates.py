@@ -38,6 +38,9 @@ COSINE, NORM_RATIO = 0.99, 0.25
 ALONE = "each layer alone"
 """The scenario in which every part runs alone, on inputs that are bitwise equal."""
 
+ALONE_AT_LIMITS = "envelope, layers alone"
+"""The scenario in which the first layer of each form runs alone at the limits of the profile."""
+
 DTYPES = "dtypes"
 """The scenario of the dtypes that a graph declares."""
 
@@ -146,12 +149,23 @@ def scenario_gates(
     return gates
 
 
-def layer_gates(place: str, values: dict[str, Pair], baseline: dict[str, Pair]) -> list[Gate]:
-    """The gates of one part that ran alone; `values` are its outputs by name, `baseline` PyTorch's (empty in FP32)."""
+def layer_gates(
+    scenario: str,
+    place: str,
+    values: dict[str, Pair],
+    baseline: dict[str, Pair],
+    out_of_bounds: Mapping[str, int],
+) -> list[Gate]:
+    """The gates of one part that ran alone; `values` are its outputs by name, `baseline` PyTorch's (empty in FP32).
+
+    `out_of_bounds` counts, for each pool, the values that changed although the reference did not write them.
+    """
     gates: list[Gate] = []
     for name, pair in values.items():
         base = _errors(baseline[name]) if baseline else None
-        gates += _output_gates(ALONE, f"{place} {name}".strip(), _errors(pair), base)
+        gates += _output_gates(scenario, f"{place} {name}".strip(), _errors(pair), base)
+    for name, count in out_of_bounds.items():
+        gates.append(Gate(scenario, f"{place} {name}", Metric.OUT_OF_BOUNDS, float(count), 0.0))
     return gates
 
 

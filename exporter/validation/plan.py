@@ -3,10 +3,11 @@
 Legend: B sequences.
 """
 
+import dataclasses
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,8 +15,10 @@ from numpy.typing import NDArray
 from nemotrt.exporter.checkpoint.loaded_model import LoadedModel
 from nemotrt.exporter.config import BUILD_DRIFT_STEPS, BuildConfig
 from nemotrt.exporter.runtime.step import StepInputs, pages_of
+from nemotrt.exporter.validation import envelope as envelopes
+from nemotrt.exporter.validation.envelope import EMPTY, Envelope, PoolSizes, SequenceChunk, packed_step
 from nemotrt.exporter.validation.gates import Noise
-from nemotrt.plugins.contract import EMBEDDINGS, HEAD, DType, PoolSpec
+from nemotrt.plugins.contract import EMBEDDINGS, HEAD, DType, LayerName, PoolSpec
 
 PREFILL, CHUNKED, DECODE, MIXED = "prefill", "chunked prefill", "decode", "mixed batch"
 """The names of the scenarios; a mixed batch has fresh, continued, decoding and empty sequences, and padding."""
@@ -24,7 +27,7 @@ CHUNKS = (1, 17, 64)
 """Uneven chunks of a prompt; the rest of it is the last chunk."""
 
 NUM_SLOTS = 5
-"""Slots that the scenarios use, scratch included."""
+"""Slots that the scenarios use, scratch included; only the envelope has more."""
 
 Scenarios = dict[str, tuple[StepInputs, ...]]
 """Named steps, run in order on pools that hold noise at first: a fresh sequence must not read them."""
@@ -43,35 +46,6 @@ SEQUENCES = 2
 
 WINDOW = 30
 """Steps before each mark of the long decode whose logits are compared."""
-
-
-class SequenceChunk(NamedTuple):
-    """The next tokens of one sequence in a step; no tokens for an empty place of a padded batch."""
-
-    tokens: NDArray[np.int64]
-    context_len: int
-    slot: int
-    pages: Sequence[int]
-
-
-EMPTY = SequenceChunk(np.zeros(0, dtype=np.int64), 0, 0, ())
-
-
-def packed_step(chunks: Sequence[SequenceChunk], *, padding: int = 0, first_logits: int = 0) -> StepInputs:
-    """One step with these chunks, packed; each chunk's tokens need logits from `first_logits` on."""
-    starts = np.cumsum([0, *(len(chunk.tokens) for chunk in chunks)])
-    pages = np.zeros((len(chunks), max(len(chunk.pages) for chunk in chunks)), dtype=np.int32)
-    for row, chunk in zip(pages, chunks, strict=True):
-        row[: len(chunk.pages)] = chunk.pages
-    rows = [np.arange(start + first_logits, end) for start, end in pairwise(starts)]
-    return StepInputs(
-        input_ids=np.concatenate([*(chunk.tokens for chunk in chunks), np.zeros(padding, dtype=np.int64)]),
-        query_start=starts.astype(np.int32),
-        context_len=np.asarray([chunk.context_len for chunk in chunks], dtype=np.int32),
-        slot=np.asarray([chunk.slot for chunk in chunks], dtype=np.int32),
-        page_table=pages,
-        logits_row=np.concatenate(rows).astype(np.int32),
-    )
 
 
 class _Sequence:
@@ -125,16 +99,28 @@ class Workload:
     seed: int
     vocab_size: int
     page_size: int
+    envelope: Envelope | None = None
+    """The limits that a scenario reaches; None if the whole model's pools do not fit the memory."""
 
     @property
-    def num_pages(self) -> int:
-        """Pages of the pools, scratch included."""
-        return 1 + (NUM_SLOTS - 1) * pages_of(self.prompt + self.decode, self.page_size)
+    def sizes(self) -> PoolSizes:
+        """The pools of every scenario but the envelope."""
+        pages = pages_of(self.prompt + self.decode, self.page_size)
+        return PoolSizes(NUM_SLOTS, 1 + (NUM_SLOTS - 1) * pages)
+
+    def sizes_of(self, scenario: str) -> PoolSizes:
+        """The pools of a scenario."""
+        return self.envelope.sizes if self.envelope and scenario == envelopes.SCENARIO else self.sizes
 
     @property
     def num_steps(self) -> int:
         """Steps of all scenarios."""
         return sum(map(len, self.scenarios(np.zeros(self.decode, dtype=np.int64)).values()))
+
+    def noises(self, pools: Sequence[PoolSpec]) -> dict[PoolSizes, Noise]:
+        """The initial contents of the pools of every scenario, by their sizes."""
+        all_sizes = dict.fromkeys((self.sizes, self.sizes_of(envelopes.SCENARIO)))
+        return {sizes: self.noise(pools, sizes) for sizes in all_sizes}
 
     def random_tokens(self, count: int) -> NDArray[np.int64]:
         """Tokens drawn uniformly from the vocabulary; the first ones are the prompt."""
@@ -142,18 +128,22 @@ class Workload:
 
     def scenarios(self, continuation: NDArray[np.int64]) -> Scenarios:
         """The scenarios, with these tokens decoded after the prompt."""
-        return scenarios(self.random_tokens(self.prompt), continuation, self.page_size)
+        short = scenarios(self.random_tokens(self.prompt), continuation, self.page_size)
+        if not self.envelope:
+            return short
+        return short | {envelopes.SCENARIO: self.envelope.steps(self.vocab_size, self.seed)}
 
-    def noise(self, pools: Iterable[PoolSpec]) -> Noise:
+    def noise(self, pools: Iterable[PoolSpec], sizes: PoolSizes | None = None) -> Noise:
         """The initial contents of pools, as another sequence may have left them; exposes reads of a stale slot.
 
         The values are exact in every dtype, so that all runners start from the same bits. They come from the bit
         generator itself, whose stream NumPy promises to keep: every machine derives the same values from the seed.
+        `sizes` are those of the scenarios, unless given.
         """
         bits = np.random.PCG64(self.seed)
         noise: Noise = {}
         for pool in pools:
-            shape = pool.shape(NUM_SLOTS, self.num_pages)
+            shape = pool.shape(*(sizes or self.sizes))
             count = int(np.prod(shape))
             levels = bits.random_raw(-(-count // 8)).astype("<u8").view(np.uint8)[:count] % NUM_LEVELS
             noise[pool.name] = ((levels.astype(np.float32) - NUM_LEVELS // 2) / np.float32(4)).reshape(shape)
@@ -168,9 +158,9 @@ class LongDecode:
     page_size: int
 
     @property
-    def num_pages(self) -> int:
-        """Pages of all sequences, scratch included."""
-        return 1 + SEQUENCES * pages_of(self.tokens_BT.shape[1], self.page_size)
+    def sizes(self) -> PoolSizes:
+        """Pools with the pages of all sequences."""
+        return PoolSizes(NUM_SLOTS, 1 + SEQUENCES * pages_of(self.tokens_BT.shape[1], self.page_size))
 
     @property
     def marks(self) -> tuple[int, ...]:
@@ -187,7 +177,7 @@ class LongDecode:
 
     def step(self, first: int, last: int, watched: int) -> StepInputs:
         """One step with the tokens `first` to `last` (exclusive) of each sequence; those from `watched` need logits."""
-        pages = np.arange(1, self.num_pages).reshape(SEQUENCES, -1)
+        pages = np.arange(1, self.sizes.num_pages).reshape(SEQUENCES, -1)
         chunks = [
             SequenceChunk(tokens[first:last], first, slot, pages[slot - 1])
             for slot, tokens in enumerate(self.tokens_BT, start=1)
@@ -195,9 +185,9 @@ class LongDecode:
         return packed_step(chunks, first_logits=max(watched - first, 0))
 
 
-def empty_pools(pools: Iterable[PoolSpec], num_slots: int, num_pages: int) -> Noise:
+def empty_pools(pools: Iterable[PoolSpec], sizes: PoolSizes) -> Noise:
     """Pools of zeros."""
-    return {pool.name: np.zeros(pool.shape(num_slots, num_pages), dtype=np.float32) for pool in pools}
+    return {pool.name: np.zeros(pool.shape(*sizes), dtype=np.float32) for pool in pools}
 
 
 @dataclass(frozen=True)
@@ -210,6 +200,8 @@ class Plan:
     drift: LongDecode | None
     parts: tuple[str, ...]
     """The parts of the graph that run alone, by name."""
+    envelope: Envelope
+    """The limits that the first layers of each form reach, each alone."""
 
     def __len__(self) -> int:
         runs = (len(self.dtypes) + NUM_MODES) * self.workload.num_steps
@@ -225,8 +217,12 @@ def plan_validation(
     seed: int = 0,
     drift_steps: int = BUILD_DRIFT_STEPS,
     with_parts: bool = True,
+    with_envelope: bool = True,
 ) -> Plan:
-    """What a validation of this model runs; `drift_steps` is limited by the longest sequence, and may be 0."""
+    """What a validation of this model runs; `drift_steps` is limited by the longest sequence, and may be 0.
+
+    Without `with_envelope`, only single layers reach the limits of the profile, and not the whole model.
+    """
     dtypes = tuple(dict.fromkeys((DType.FLOAT32, config.dtype)))
     drift = None
     num_steps = min(drift_steps, config.max_context)
@@ -235,12 +231,27 @@ def plan_validation(
         tokens_BT = generator.integers(0, model.config.vocab_size, (SEQUENCES, num_steps), dtype=np.int64)
         drift = LongDecode(tokens_BT, config.page_size)
     parts = parts_of(model) if with_parts else ()
-    return Plan(workload_of(model, config, seed), dtypes, drift, parts)
+    envelope = Envelope.of(config)
+    workload = dataclasses.replace(
+        workload_of(model, config, seed), envelope=envelope if with_envelope else None
+    )
+    return Plan(workload, dtypes, drift, parts, envelope)
 
 
 def workload_of(model: LoadedModel, config: BuildConfig, seed: int) -> Workload:
-    """The scenarios' tokens for this model."""
+    """The tokens of the scenarios for this model, without the envelope."""
     return Workload(NUM_PROMPT, NUM_DECODE, seed, model.config.vocab_size, config.page_size)
+
+
+def first_of_each_form(model: LoadedModel) -> tuple[str, ...]:
+    """The embeddings, the head, and the first layer of each kind and numeric form: the modules that are quantized."""
+    quantized: dict[int, set[str]] = defaultdict(set)
+    for name in model.config.recipe.modules:
+        if (parsed := LayerName.parse(name)) and parsed.layer is not None:
+            quantized[parsed.layer].add(parsed.inner)
+    kinds = model.config.numbered_layers.items()
+    forms = {(kind, frozenset(quantized[index])): index for index, kind in reversed(kinds)}
+    return (EMBEDDINGS, *(f"layers.{index}" for index in sorted(forms.values())), HEAD)
 
 
 def parts_of(model: LoadedModel) -> tuple[str, ...]:

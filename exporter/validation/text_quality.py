@@ -21,9 +21,10 @@ from nemotrt.exporter.report.model import Gate, Metric, TextComparison, TextRepo
 from nemotrt.exporter.runtime.graph_file import OnnxGraph
 from nemotrt.exporter.runtime.step import StepInputs, pages_of
 from nemotrt.exporter.validation import metrics
+from nemotrt.exporter.validation.envelope import PoolSizes, SequenceChunk, packed_step
 from nemotrt.exporter.validation.gates import BASELINE_FACTOR
 from nemotrt.exporter.validation.metrics import Array, Values
-from nemotrt.exporter.validation.plan import SequenceChunk, empty_pools, packed_step
+from nemotrt.exporter.validation.plan import empty_pools
 from nemotrt.exporter.validation.references.pytorch import router_policies
 from nemotrt.exporter.validation.routing import RouterPolicy, num_mismatches
 from nemotrt.exporter.validation.runners.base import GraphRunner, Mode, Runner
@@ -92,7 +93,7 @@ def measure(
         runners[BASELINE] = TorchRunner(model, pools, config.dtype.torch)
     if unquantized:
         runners["unquantized"] = unquantized
-    zeros = empty_pools(pools, NUM_SLOTS, num_pages)
+    zeros = empty_pools(pools, PoolSizes(NUM_SLOTS, num_pages))
     for runner in runners.values():
         runner.reset(zeros)
     policies = router_policies(model)

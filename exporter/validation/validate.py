@@ -12,12 +12,15 @@ from nemotrt.exporter.checkpoint.loaded_model import LoadedModel
 from nemotrt.exporter.checkpoint.quant_config import cache_notes
 from nemotrt.exporter.config import DRIFT_STEPS, BuildConfig
 from nemotrt.exporter.progress import Advance, ignore
-from nemotrt.exporter.report.model import Drift, Metric, NotCompared, Omitted, ValidationReport
+from nemotrt.exporter.report.model import Drift, EnvelopeLimit, Metric, NotCompared, Omitted, ValidationReport
 from nemotrt.exporter.runtime.graph_file import OnnxGraph
+from nemotrt.exporter.runtime.step import StepInputs
 from nemotrt.exporter.validation import drift as drifts
+from nemotrt.exporter.validation import envelope as envelopes
 from nemotrt.exporter.validation.candidates import ENGINE
 from nemotrt.exporter.validation.comparison import Candidate, ReferenceRun, compare
 from nemotrt.exporter.validation.drift import DriftComparison
+from nemotrt.exporter.validation.envelope import Envelope
 from nemotrt.exporter.validation.gates import dtype_gates, expected_dtypes
 from nemotrt.exporter.validation.parts.layerwise import compare_parts
 from nemotrt.exporter.validation.plan import Plan, plan_validation, workload_of
@@ -51,7 +54,7 @@ def validate(
     plan = plan or plan_validation(model, config)
     drift = DriftComparison(model, config, plan.drift) if plan.drift else None
     if drift:
-        drift.run_candidate(candidate.open(drift.decode.num_pages, Mode.WATCHED), advance)
+        drift.run_candidate(candidate.open(drift.decode.sizes, Mode.WATCHED), advance)
     follow = partial(drift.follow, advance=advance) if drift else lambda _: None
     reference = LoadedReference(model, config)
     run = record(reference, plan.workload, _left_out(model, config), advance=advance, while_loaded=follow)
@@ -62,11 +65,16 @@ def validate(
         report = _with_drift(report, drift.result())
     elif "mamba" in model.config.layers:
         report = dataclasses.replace(report, not_compared=(*report.not_compared, NO_DRIFT))
+    whole = [step for steps in run.scenarios.values() for step in steps]
     del reference, run, drift, follow  # What was observed makes room for the parts.
+    alone: tuple[StepInputs, ...] = ()
     if candidate.graph and plan.parts:
-        gates, layers, ops = compare_parts(model, config, candidate.graph, plan.workload, advance=advance)
+        gates, layers, ops = compare_parts(
+            model, config, candidate.graph, plan.workload, plan.envelope, advance=advance
+        )
         report = dataclasses.replace(report, gates=(*report.gates, *gates), layers=layers, ops=ops)
-    return report
+        alone = plan.envelope.steps(plan.workload.vocab_size, plan.workload.seed)
+    return _with_envelope(report, envelopes.driven(plan.envelope, whole, alone))
 
 
 def validate_parts(
@@ -79,8 +87,9 @@ def validate_parts(
 ) -> ValidationReport:
     """The report of each part and each op alone, and of the graph's dtypes; only one part is in memory at a time."""
     workload, dtype = workload_of(model, config, seed), config.dtype
-    gates, layers, ops = compare_parts(model, config, graph, workload, advance=advance)
-    return ValidationReport(
+    envelope = Envelope.of(config)
+    gates, layers, ops = compare_parts(model, config, graph, workload, envelope, advance=advance)
+    report = ValidationReport(
         candidate=f"ONNX Runtime, one part at a time ({graph.runs_as()})",
         reference=REFERENCE,
         baseline="" if dtype is DType.FLOAT32 else f"PyTorch ({dtype.label})",
@@ -92,6 +101,12 @@ def validate_parts(
         ops=ops,
         is_whole=False,
     )
+    alone = envelope.steps(workload.vocab_size, seed)
+    return _with_envelope(report, envelopes.driven(envelope, (), alone))
+
+
+def _with_envelope(report: ValidationReport, limits: tuple[EnvelopeLimit, ...]) -> ValidationReport:
+    return dataclasses.replace(report, gates=(*report.gates, *envelopes.gates(limits)), envelope=limits)
 
 
 def _left_out(model: LoadedModel, config: BuildConfig) -> tuple[NotCompared, ...]:

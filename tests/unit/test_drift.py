@@ -44,7 +44,7 @@ def measured(model: LoadedModel, config: BuildConfig, steps: int = STEPS, advanc
     assert plan.drift is not None
     candidate = graph_candidate(OnnxGraph.read(config.output / "model.onnx"))
     comparison = drift.DriftComparison(model, config, plan.drift)
-    comparison.run_candidate(candidate.open(plan.drift.num_pages, Mode.WATCHED), advance)
+    comparison.run_candidate(candidate.open(plan.drift.sizes, Mode.WATCHED), advance)
     for dtype in plan.dtypes:
         comparison.follow(TorchRunner(model, model.pools(config), dtype.torch), advance)
     return comparison.result()

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from checkpoints import SMALL_LIMITS
 from faults import FAULTS, Fault, broken
 
 from nemotrt.exporter.checkpoint.loaded_model import LoadedModel
@@ -46,7 +47,7 @@ def right(
 ) -> Right:
     """A right graph of every kind of layer, with pages so small that a sequence has several."""
     model, folder = load(checkpoint), tmp_path_factory.mktemp(request.param)
-    config = BuildConfig(model.folder, folder, precision=request.param, page_size=16)
+    config = BuildConfig(model.folder, folder, precision=request.param, page_size=16, **SMALL_LIMITS)
     lower(model, trace(model, config), folder / "model.onnx")
     return Right(model, config, folder / "model.onnx")
 

@@ -19,6 +19,7 @@ from nemotrt.exporter.pipelines import estimates
 from nemotrt.exporter.pipelines.opened_bundle import open_bundle
 from nemotrt.exporter.pipelines.validate import trace_for_bisection
 from nemotrt.exporter.stages.load import load
+from nemotrt.exporter.validation.envelope import Envelope
 from nemotrt.exporter.validation.parts.bisection import bisect
 from nemotrt.exporter.validation.parts.layerwise import compare_parts
 from nemotrt.exporter.validation.parts.torch_parts import PartModules
@@ -38,7 +39,8 @@ def half(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def bundle(half: Path) -> Path:
     output = half.parent / "bundle"
-    result = run("build", half, "--output", output, "--runtime", "onnx", "--no-validate")
+    limits = ("--max-tokens", "136", "--max-sequences", "2", "--max-context", "128")
+    result = run("build", half, "--output", output, "--runtime", "onnx", "--no-validate", *limits)
     assert result.exit_code == 0, result.output
     return output
 
@@ -46,7 +48,7 @@ def bundle(half: Path) -> Path:
 def test_a_model_that_does_not_fit_is_compared_layer_by_layer(
     bundle: Path, half: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(estimates, "memory_bytes", lambda: 502_000_000)
+    monkeypatch.setattr(estimates, "memory_bytes", lambda: 502_500_000)
     refused = run("validate", bundle, "--checkpoint", half)
     assert refused.exit_code == 2
     assert "--layers-alone" in refused.stderr
@@ -143,5 +145,5 @@ def test_no_more_than_one_part_is_alive(bundle: Path, monkeypatch: pytest.Monkey
         traces = trace_for_bisection(model, config)
         bisect(model, config, subject.graph, workload_of(model, config, 0), *traces)
     else:
-        compare_parts(model, config, subject.graph, workload_of(model, config, 0))
+        compare_parts(model, config, subject.graph, workload_of(model, config, 0), Envelope.of(config))
     assert len(alive) == 2 * 8

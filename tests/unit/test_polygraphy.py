@@ -52,7 +52,7 @@ def example(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
         manifest=manifests.read(config.output),
         pytorch=StepRunner("PyTorch", pools, open_torch),
         feeds=list(feed_dicts(open_torch(), mixed, noise)),
-        num_pages=workload.num_pages,
+        num_pages=workload.sizes.num_pages,
     )
 
 

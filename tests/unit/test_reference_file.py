@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from checkpoints import write_checkpoint
+from checkpoints import SMALL_LIMITS, write_checkpoint
 from faults import Graph, broken
 
 from nemotrt.exporter.config import BuildConfig
@@ -25,7 +25,7 @@ from nemotrt.exporter.validation import gates, routing
 from nemotrt.exporter.validation import plan as plans
 from nemotrt.exporter.validation.candidates import graph_candidate
 from nemotrt.exporter.validation.comparison import ReferenceRun, compare, force_routing
-from nemotrt.exporter.validation.plan import MIXED, NUM_SLOTS, PREFILL, plan_validation
+from nemotrt.exporter.validation.plan import MIXED, PREFILL, plan_validation
 from nemotrt.exporter.validation.references import reference_file
 from nemotrt.exporter.validation.request import ValidationRequest
 from nemotrt.exporter.validation.routing import RouterPolicy
@@ -38,7 +38,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     """A BF16 bundle, what PyTorch showed of it, and the report beside PyTorch."""
     folder = tmp_path_factory.mktemp("golden")
     checkpoint = write_checkpoint(folder / "checkpoint")
-    config = BuildConfig(checkpoint, folder / "bundle", "bf16", runtime="onnx", validate=False)
+    config = BuildConfig(
+        checkpoint, folder / "bundle", "bf16", runtime="onnx", validate=False, **SMALL_LIMITS
+    )
     build.build(config)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plans, "NUM_DECODE", 6)
@@ -184,10 +186,10 @@ def test_what_is_no_near_tie_is_not_excused(made: SimpleNamespace, tmp_path: Pat
 
 def test_a_graph_that_is_told_nothing_is_the_graph(made: SimpleNamespace) -> None:
     run: ReferenceRun = made.run
-    plain = GraphRunner(made.graph, num_slots=NUM_SLOTS, num_pages=run.workload.num_pages, mode=Mode.UNBOUND)
+    plain = GraphRunner(made.graph, **run.workload.sizes._asdict(), mode=Mode.UNBOUND)
     led = ForcedRoutingRunner(made.graph)
-    plain.reset(run.noise)
-    led.reset(run.noise)
+    plain.reset(run.noise_of(PREFILL))
+    led.reset(run.noise_of(PREFILL))
     for inputs in run.scenarios[MIXED]:
         assert np.array_equal(plain.step(inputs), led.step(inputs))
         for one, other in zip(plain.router_logits(), led.router_logits(), strict=True):
@@ -199,12 +201,12 @@ def test_a_graph_that_is_told_an_expert_takes_it(made: SimpleNamespace) -> None:
     run: ReferenceRun = made.run
     inputs = run.scenarios[PREFILL][0]
     runner = ForcedRoutingRunner(made.graph)
-    runner.reset(run.noise)
+    runner.reset(run.noise_of(PREFILL))
     own = runner.step(inputs)
     shown = runner.router_logits()
     told = [np.full_like(logits_TE, np.nan) for logits_TE in shown]
     told[-1][40] = -shown[-1][40]
-    runner.reset(run.noise)
+    runner.reset(run.noise_of(PREFILL))
     led = runner.step(inputs, tuple(told))
     assert np.array_equal(led[:40], own[:40])
     assert not np.array_equal(led[40], own[40])
@@ -253,7 +255,7 @@ def test_two_bundles_of_a_model_agree_at_another_precision(
 ) -> None:
     monkeypatch.setattr(plans, "NUM_DECODE", 6)
     other = tmp_path / "fp32"
-    build.build(BuildConfig(made.checkpoint, other, "fp32", runtime="onnx", validate=False))
+    build.build(BuildConfig(made.checkpoint, other, "fp32", runtime="onnx", validate=False, **SMALL_LIMITS))
     for one, reference in ((made.bundle, other), (other, made.bundle), (other, other)):
         report = revalidate(ValidationRequest(one, against=reference))
         assert report.passed, [gate for gate in report.gates if not gate.passed]
@@ -270,7 +272,7 @@ def test_another_bundle_s_wrong_weight_is_found(
     """Which of the two is wrong, no comparison of two says."""
     monkeypatch.setattr(plans, "NUM_DECODE", 6)
     other = tmp_path / "other"
-    build.build(BuildConfig(made.checkpoint, other, "bf16", runtime="onnx", validate=False))
+    build.build(BuildConfig(made.checkpoint, other, "bf16", runtime="onnx", validate=False, **SMALL_LIMITS))
     graph = other / "model.onnx"
     broken(graph, lambda found: found.weight("mixer.down_proj.weight").__imul__(1.5))
     roles = {file.path: file.role for file in made.manifest.files}

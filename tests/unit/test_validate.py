@@ -11,6 +11,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
+from checkpoints import SMALL_LIMITS
 from faults import broken
 
 from nemotrt.exporter.checkpoint.loaded_model import LoadedModel
@@ -43,7 +44,7 @@ def loaded(checkpoint: Path) -> LoadedModel:
 
 def build(model: LoadedModel, folder: Path, precision: str) -> BuildConfig:
     folder.mkdir(parents=True)
-    config = BuildConfig(checkpoint=model.folder, output=folder, precision=precision)
+    config = BuildConfig(checkpoint=model.folder, output=folder, precision=precision, **SMALL_LIMITS)
     lower(model, trace(model, config), folder / "model.onnx")
     return config
 
@@ -58,7 +59,7 @@ def test_a_right_graph_passes(loaded: LoadedModel, tmp_path: Path, precision: st
     assert report.passed, [gate for gate in report.gates if not gate.passed]
     compared = [gate for gate in report.gates if gate.metric == Metric.RELATIVE_L2]
     pools = {pool.name for pool in loaded.pools(config)}
-    alone_scenarios = (gates.ALONE, layerwise.OPS_ALONE)
+    alone_scenarios = (gates.ALONE, gates.ALONE_AT_LIMITS, layerwise.OPS_ALONE)
     assert {gate.output for gate in compared if gate.scenario not in alone_scenarios} == {"logits", *pools}
     layers = {f"layers.{index}" for index in loaded.config.numbered_layers}
     adding = {f"{place} adds" for place in layers}
@@ -230,10 +231,10 @@ def test_only_a_near_tie_excuses_another_expert(
     loaded: LoadedModel, tmp_path: Path, nudge: float, failing: set[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(plans, "NUM_DECODE", 4)
-    config = BuildConfig(checkpoint=loaded.folder, output=tmp_path, precision="fp32")
+    config = BuildConfig(checkpoint=loaded.folder, output=tmp_path, precision="fp32", **SMALL_LIMITS)
     pools = loaded.pools(config)
     modes = Mode.BOUND, Mode.UNBOUND
-    candidate = Candidate("PyTorch", modes, lambda num_pages, mode: Nudged(loaded, pools, nudge), ())
+    candidate = Candidate("PyTorch", modes, lambda sizes, mode: Nudged(loaded, pools, nudge), ())
     report = validate(loaded, config, candidate)
     assert all(report.routing_mismatches.values())
     assert failing <= {gate.metric for gate in report.gates if not gate.passed}

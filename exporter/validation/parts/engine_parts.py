@@ -29,7 +29,7 @@ from nemotrt.exporter.runtime.engine_session import (
 from nemotrt.exporter.runtime.graph_file import OnnxGraph
 from nemotrt.exporter.runtime.manifest import GraphSummary, Manifest
 from nemotrt.exporter.runtime.step import StepInputs
-from nemotrt.exporter.validation.plan import NUM_SLOTS, Workload
+from nemotrt.exporter.validation.plan import Workload
 from nemotrt.plugins.contract import NEXT
 from nemotrt.plugins.spec import DOMAIN
 
@@ -127,8 +127,8 @@ def part_profile(steps: Sequence[StepInputs], workload: Workload) -> EngineProfi
         "B+1": [len(step.query_start) for step in steps],
         "M": [step.page_table.shape[1] for step in steps],
         "R": [len(step.logits_row) for step in steps],
-        "S": [NUM_SLOTS],
-        "K": [workload.num_pages],
+        "S": [workload.sizes.num_slots],
+        "K": [workload.sizes.num_pages],
     }
     return EngineProfile(
         "part", {axis: (min(values), max(values), max(values)) for axis, values in sizes.items()}

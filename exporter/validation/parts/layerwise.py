@@ -18,8 +18,17 @@ from nemotrt.exporter.progress import Advance, ignore
 from nemotrt.exporter.report.model import Gate, Metric, PartError
 from nemotrt.exporter.runtime.graph_file import OnnxGraph
 from nemotrt.exporter.validation import metrics
-from nemotrt.exporter.validation.gates import BASELINE_FACTOR, FP32_RELATIVE_L2, Pair, layer_gates
+from nemotrt.exporter.validation.envelope import Envelope
+from nemotrt.exporter.validation.gates import (
+    ALONE,
+    ALONE_AT_LIMITS,
+    BASELINE_FACTOR,
+    FP32_RELATIVE_L2,
+    Pair,
+    layer_gates,
+)
 from nemotrt.exporter.validation.parts.part_run import (
+    PartComparison,
     PartRunners,
     StepCalls,
     ValueComparison,
@@ -42,12 +51,13 @@ def compare_parts(
     config: BuildConfig,
     graph: OnnxGraph,
     workload: Workload,
+    envelope: Envelope,
     *,
     advance: Advance = ignore,
 ) -> tuple[tuple[Gate, ...], tuple[PartError, ...], tuple[PartError, ...]]:
     """The gates, the errors of layers and the errors of ops, each part and each op alone over a mixed batch.
 
-    Calls `advance` after each part.
+    The first part of each form also runs at the limits of the envelope. Calls `advance` after each part.
     """
     dtype = config.dtype.torch
     modules, pools = PartModules(model), model.pools(config)
@@ -61,13 +71,13 @@ def compare_parts(
     gates: list[Gate] = []
     layers: list[PartError] = []
     ops: list[PartError] = []
-    for part, comparison in run_parts(model, config, graph, workload, open_runners):
-        candidate, baseline = (
-            _labeled(part, values) for values in (comparison.candidate, comparison.baseline)
-        )
-        gates += layer_gates(part.name, candidate, baseline)
+    for part, comparison in run_parts(model, config, graph, workload, open_runners, envelope):
+        if comparison.at_limits:
+            gates += _part_gates(ALONE_AT_LIMITS, part, comparison.at_limits)
+            comparison.at_limits = None
+        gates += _part_gates(ALONE, part, comparison)
         if part.addend:
-            layers.append(_layer_error(part.name, kinds[part.name], candidate, baseline))
+            layers.append(_layer_error(part, kinds[part.name], comparison))
         for position, node in enumerate(part.ops):
             errors = list(_op_errors(part, node, position, comparison.calls))
             gates += map(_op_gate, errors)
@@ -77,18 +87,24 @@ def compare_parts(
     return tuple(gates), tuple(layers), tuple(ops)
 
 
+def _part_gates(scenario: str, part: GraphPart, comparison: PartComparison) -> list[Gate]:
+    candidate, baseline = (_labeled(part, values) for values in (comparison.candidate, comparison.baseline))
+    return layer_gates(scenario, part.name, candidate, baseline, comparison.out_of_bounds)
+
+
 def _labeled(part: GraphPart, values: dict[str, ValueComparison]) -> dict[str, Pair]:
     """The values under the names that gates give them."""
     labels = {part.flow_out: "", part.addend: "adds"}
     return {labels.get(name, name.removeprefix(NEXT)): value.pair for name, value in values.items()}
 
 
-def _layer_error(name: str, kind: str, candidate: dict[str, Pair], baseline: dict[str, Pair]) -> PartError:
-    pair = candidate["adds"]
+def _layer_error(part: GraphPart, kind: str, comparison: PartComparison) -> PartError:
+    """The error of what a layer adds to its input."""
+    pair = comparison.candidate[part.addend].pair
     error, not_finite = metrics.relative_l2(*pair), int(np.count_nonzero(~np.isfinite(pair[0])))
-    base = metrics.relative_l2(*baseline["adds"]) if baseline else None
+    base = metrics.relative_l2(*comparison.baseline[part.addend].pair) if comparison.baseline else None
     limit = FP32_RELATIVE_L2 if base is None else BASELINE_FACTOR * base
-    return PartError(name, kind, "", error if np.isfinite(error) else None, not_finite, base, limit)
+    return PartError(part.name, kind, "", error if np.isfinite(error) else None, not_finite, base, limit)
 
 
 def _op_gate(error: PartError) -> Gate:

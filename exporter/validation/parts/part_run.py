@@ -20,11 +20,11 @@ from nemotrt.exporter.config import BuildConfig
 from nemotrt.exporter.runtime.graph_file import OnnxGraph
 from nemotrt.exporter.runtime.step import StepInputs
 from nemotrt.exporter.validation import gates, metrics
+from nemotrt.exporter.validation.envelope import Envelope
 from nemotrt.exporter.validation.gates import BASELINE_FACTOR, FP32_RELATIVE_L2, Noise, Pair
-from nemotrt.exporter.validation.metrics import Array
 from nemotrt.exporter.validation.parts.subgraphs import GraphPart, split
 from nemotrt.exporter.validation.parts.torch_parts import OpCall, TorchPart
-from nemotrt.exporter.validation.plan import MIXED, Workload, scenarios
+from nemotrt.exporter.validation.plan import MIXED, Workload, first_of_each_form, scenarios
 from nemotrt.plugins.contract import NEXT
 
 
@@ -42,7 +42,7 @@ class PartRunner(Protocol):
 class ValueComparison:
     """One value of a part over the steps: a runner's, the reference's, and which elements are compared."""
 
-    steps: list[tuple[Array, Array, Any]] = field(default_factory=list)
+    steps: list[tuple[NDArray[Any], NDArray[Any], Any]] = field(default_factory=list)
     shapes: tuple[tuple[int, ...], tuple[int, ...]] | None = None
     """The runner's shape and the reference's if they differ; the runner's elements are then NaN."""
 
@@ -62,7 +62,7 @@ class ValueComparison:
     def pair(self) -> Pair:
         """The compared elements of all steps, the runner's and the reference's."""
         ours, reference = zip(*((a[rows], b[rows]) for a, b, rows in self.steps), strict=True)
-        return np.concatenate(ours), np.concatenate(reference)
+        return np.concatenate(ours, dtype=np.float64), np.concatenate(reference, dtype=np.float64)
 
     @property
     def error(self) -> float:
@@ -97,6 +97,10 @@ class PartComparison:
     baseline: dict[str, ValueComparison] = field(default_factory=dict)
     """PyTorch at the graph's precision; empty if that is FP32."""
     calls: list[StepCalls] = field(default_factory=list)
+    out_of_bounds: dict[str, int] = field(default_factory=dict)
+    """By pool: values that the runner changed although the reference did not write them."""
+    at_limits: PartComparison | None = None
+    """The same at the limits of the profile, for the parts that run there; without calls."""
 
 
 PartRunners = tuple[PartRunner, TorchPart, TorchPart | None, Sequence[str]]
@@ -109,8 +113,13 @@ def run_parts(
     graph: OnnxGraph,
     workload: Workload,
     open_runners: Callable[[GraphPart], PartRunners],
+    envelope: Envelope | None = None,
 ) -> Iterator[tuple[GraphPart, PartComparison]]:
-    """Every part and its comparison; a part's input is the reference's output of the previous part."""
+    """Every part and its comparison; a part's input is the reference's output of the previous part.
+
+    With an `envelope`, the first part of each form runs at its limits too, on inputs drawn from those of its steps.
+    """
+    firsts = first_of_each_form(model) if envelope else ()
     steps = mixed_steps(workload)
     dtype, pools = config.dtype.torch, model.pools(config)
     flows: list[Tensor] = [torch.from_numpy(inputs.input_ids) for inputs in steps]
@@ -118,10 +127,36 @@ def run_parts(
         noise = workload.noise(pool for pool in pools if pool.name in part.pools)
         # The input is rounded so that all three runners start from the same bits.
         rounded = [flow if flow.dtype == torch.int64 else flow.to(dtype) for flow in flows]
-        # No name here may hold a runner: its weights would stay in memory next to those of the following part.
-        flows, comparison = run_part(part, noise, list(zip(rounded, steps, strict=True)), *open_runners(part))
+        runners = open_runners(part)
+        flows, comparison = run_part(part, noise, list(zip(rounded, steps, strict=True)), *runners)
+        if envelope and part.name in firsts:
+            deep_steps = at_limits(part, rounded, envelope, workload)
+            noise = workload.noise((pool for pool in pools if pool.name in part.pools), envelope.sizes)
+            comparison.at_limits = run_part(part, noise, deep_steps, *runners)[1]
+            comparison.at_limits.calls.clear()
+        del runners  # Its weights would stay in memory next to those of the following part.
         yield part, comparison
         del comparison
+
+
+def at_limits(
+    part: GraphPart, flows: Sequence[Tensor], envelope: Envelope, workload: Workload
+) -> list[tuple[Tensor, StepInputs]]:
+    """Steps at the limits, each with rows of the part's usual inputs, in random order and scaled by 0.5 to 1.5.
+
+    A part without pools takes no notice of sequences: it runs the first step only.
+    """
+    steps = envelope.steps(workload.vocab_size, workload.seed)[: None if part.pools else 1]
+    if flows[0].dtype == torch.int64:
+        return [(torch.from_numpy(inputs.input_ids), inputs) for inputs in steps]
+    generator = torch.Generator().manual_seed(workload.seed)
+    rows = torch.cat(list(flows))
+
+    def drawn(count: int) -> Tensor:
+        scales = 0.5 + torch.rand(count, 1, generator=generator)
+        return (rows[torch.randint(len(rows), (count,), generator=generator)] * scales).to(rows.dtype)
+
+    return [(drawn(len(inputs.input_ids)), inputs) for inputs in steps]
 
 
 def mixed_steps(workload: Workload) -> tuple[StepInputs, ...]:
@@ -166,6 +201,10 @@ def run_part(
                 reference.step(flow, inputs, routing)
             _add(comparison.baseline, baseline.values, reference.values, rows)
         comparison.calls.append((calls, baseline.calls if baseline else calls, count))
+    for name, values in state.items():
+        if NEXT + name in rows:
+            changed = (values != noise[name]) & ~rows[NEXT + name]
+            comparison.out_of_bounds[name] = int(np.count_nonzero(changed[1:]))
     return flows_out, comparison
 
 
@@ -199,9 +238,11 @@ def written_rows(pool: str, after: Any, before: Any) -> NDArray[np.bool_]:
     return written
 
 
-def as_array(values: Any) -> Array:
-    """A tensor or an array in FP64."""
-    return values.double().numpy() if isinstance(values, Tensor) else values.astype(np.float64)
+def as_array(values: Any) -> NDArray[Any]:
+    """A tensor or an array, in FP32 if it is narrower; nothing else is copied."""
+    if not isinstance(values, Tensor):
+        return np.asarray(values)
+    return values.to(torch.promote_types(values.dtype, torch.float32)).numpy()
 
 
 def error_limit(baseline: float | None, *, is_fp32: bool) -> float:

@@ -53,7 +53,7 @@ class LoadedReference:
             if not run.num_mismatches(scenario, candidate.routers):
                 return candidate, run.observations[scenario]
             steps, forced = run.scenarios[scenario], candidate.routers
-            return candidate, observe(self.runner, steps, run.noise, forced=forced)
+            return candidate, observe(self.runner, steps, run.noise_of(scenario), forced=forced)
 
         return align
 
@@ -67,7 +67,7 @@ def record(
     while_loaded: WhileLoaded = lambda runner: None,
 ) -> ReferenceRun:
     """PyTorch's run in FP32 on its own greedy continuation, with the rounding baseline of a lower precision."""
-    noise = workload.noise(reference.pools)
+    noise = workload.noises(reference.pools)
     scenarios, observations = observe_greedy(reference.runner, workload, noise, advance)
     while_loaded(reference.runner)
     run = ReferenceRun(
@@ -85,7 +85,7 @@ def record(
 
 def with_baselines_of(run: ReferenceRun, reference: LoadedReference, advance: Advance) -> ReferenceRun:
     """Another reference's run with the rounding baseline of PyTorch on its scenarios."""
-    observations = observe_all(reference.runner, run.scenarios, run.noise, advance)
+    observations = observe_all(reference.runner, run.scenarios, run.noise_of, advance)
     pytorch = replace(run, observations=observations, policies=router_policies(reference.model))
     pytorch = _with_baselines(pytorch, reference, advance, lambda runner: None)
     return replace(pytorch, observations=run.observations)
@@ -100,12 +100,13 @@ def _with_baselines(
     if not run.policies:
         reference.release()  # Only a routing mismatch needs it again.
     runner = TorchRunner(reference.model, reference.pools, dtype.torch)
-    observations = observe_all(runner, run.scenarios, run.noise, advance)
+    observations = observe_all(runner, run.scenarios, run.noise_of, advance)
     while_loaded(runner)
     del runner
     align = reference.align(run)
     baselines = {
-        name: measure(*align(name, observation), run.noise) for name, observation in observations.items()
+        name: measure(*align(name, observation), run.noise_of(name))
+        for name, observation in observations.items()
     }
     return replace(run, baseline=f"PyTorch ({dtype.label})", baselines=baselines)
 

@@ -34,6 +34,7 @@ from nemotrt.exporter.runtime.manifest import Manifest
 from nemotrt.exporter.runtime.step import StepInputs
 from nemotrt.exporter.runtime.strict_json import check_schema, decode, encode, parse_object
 from nemotrt.exporter.validation.comparison import ReferenceRun
+from nemotrt.exporter.validation.envelope import PoolSizes
 from nemotrt.exporter.validation.gates import ExpectedDtypes, Noise, Observation, ScenarioErrors, written_mask
 from nemotrt.exporter.validation.metrics import Values
 from nemotrt.exporter.validation.plan import Workload
@@ -90,6 +91,8 @@ class Header:
     """The versions of the tools that wrote the file."""
     noise_sha256: str
 
+
+Noises = dict[PoolSizes, Noise]
 
 COPIED = ("workload", "baseline", "baselines", "dtypes")
 """The fields that a header has in common with a ReferenceRun."""
@@ -161,7 +164,7 @@ def save(path: Path, run: ReferenceRun, identity: Identity) -> None:
         ),
         not_compared=run.not_compared,
         tools=environment.tool_versions(),
-        noise_sha256=_digest("", run.noise),
+        noise_sha256=_noise_digest(run.noise),
         **{name: getattr(run, name) for name in COPIED},
     )
     tensors = dict(_tensors(run))
@@ -196,7 +199,7 @@ def _tensors(run: ReferenceRun) -> Iterator[tuple[str, NDArray[Any]]]:
         for layer in range(len(run.policies)):
             yield f"router/{layer}/{name}", np.concatenate([step[layer] for step in observation.routers])
         for pool, values in observation.pools.items():
-            places = _written_places(pool, values, run.noise[pool])
+            places = _written_places(pool, values, run.noise_of(name)[pool])
             yield f"place/{pool}/{name}", places
             yield f"pool/{pool}/{name}", _by_place(pool, values)[tuple(places.T)]
 
@@ -226,8 +229,8 @@ def read(path: Path, bundle: Path, manifest: Manifest) -> ReferenceRun:
     values = {name: _values(tensor) for name, tensor in tensors.items()}
     if _digest(text, values) != digest:
         raise BundleError(f"{path} was changed after it was written", hint=f"copy it again, or {AGAIN}")
-    noise = header.workload.noise(manifest.graph.pools)
-    if _digest("", noise) != header.noise_sha256:
+    noise = header.workload.noises(manifest.graph.pools)
+    if _noise_digest(noise) != header.noise_sha256:
         raise BundleError(
             f"{path}: its seed gives other pools here than on the machine that wrote it", hint=AGAIN
         )
@@ -246,6 +249,12 @@ def _open(path: Path) -> tuple[Header, str, str, dict[str, Any]]:
     fields = parse_object(text, f"{path}'s header")
     check_schema(fields, SCHEMA_VERSION, str(path), hint=AGAIN)
     return decode(Header, fields, path.name), text, digest, tensors
+
+
+def _noise_digest(noises: Noises) -> str:
+    return _digest(
+        "", {f"{sizes}/{name}": values for sizes, noise in noises.items() for name, values in noise.items()}
+    )
 
 
 def _values(tensor: Any) -> NDArray[Any]:
@@ -270,7 +279,9 @@ def _text(value: object) -> str:
     return str(value) or "none"
 
 
-def _reference_run(path: Path, header: Header, values: dict[str, NDArray[Any]], noise: Noise) -> ReferenceRun:
+def _reference_run(
+    path: Path, header: Header, values: dict[str, NDArray[Any]], noise: Noises
+) -> ReferenceRun:
     try:
         scenarios = {
             name: tuple(
@@ -280,7 +291,9 @@ def _reference_run(path: Path, header: Header, values: dict[str, NDArray[Any]], 
             for name, num_steps in header.num_steps.items()
         }
         observations = {
-            name: _observation(name, steps, len(header.routers), values, noise)
+            name: _observation(
+                name, steps, len(header.routers), values, noise[header.workload.sizes_of(name)]
+            )
             for name, steps in scenarios.items()
         }
         policies = tuple(

@@ -1,0 +1,183 @@
+"""The envelope reaches every limit of a profile with valid steps, and what stays below a limit fails a gate."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from checkpoints import SMALL_LIMITS
+from faults import Graph, broken
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nemotrt.exporter.checkpoint.loaded_model import LoadedModel
+from nemotrt.exporter.config import BuildConfig
+from nemotrt.exporter.errors import UsageError
+from nemotrt.exporter.pipelines import estimates
+from nemotrt.exporter.runtime.graph_file import OnnxGraph
+from nemotrt.exporter.runtime.step import check_step
+from nemotrt.exporter.stages.load import load
+from nemotrt.exporter.stages.lower import lower
+from nemotrt.exporter.stages.trace import trace
+from nemotrt.exporter.validation import envelope as envelopes
+from nemotrt.exporter.validation import gates
+from nemotrt.exporter.validation.candidates import graph_candidate
+from nemotrt.exporter.validation.envelope import ROWS, Envelope, Limit, driven, reached
+from nemotrt.exporter.validation.plan import plan_validation
+from nemotrt.exporter.validation.validate import validate
+from nemotrt.plugins.moe_dispatch import SPEC as MOE
+from nemotrt.plugins.paged_attention import SPEC as ATTENTION
+from nemotrt.plugins.selective_scan import SPEC as SCAN
+
+DEFAULT = Envelope(2048, 16, 8192, 128)
+
+
+@st.composite
+def profiles(draw: st.DrawFn) -> Envelope:
+    sequences = draw(st.integers(1, 20))
+    context = draw(st.integers(1, 3000))
+    tokens = draw(st.integers(sequences, sequences * context)) % 3000
+    return Envelope(max(sequences, tokens), sequences, context, draw(st.sampled_from([1, 8, 16, 128])))
+
+
+@settings(max_examples=60, deadline=None)
+@given(profiles(), st.integers(0, 3))
+def test_every_limit_is_reached_by_valid_steps(envelope: Envelope, seed: int) -> None:
+    steps = envelope.steps(vocab_size=50, seed=seed)
+    slots, pages = envelope.sizes
+    for inputs in steps:
+        check_step(inputs, vocab_size=50, num_slots=slots, num_pages=pages, page_size=envelope.page_size)
+        assert len(inputs.input_ids) <= envelope.max_tokens
+        assert 0 < len(inputs.logits_row) <= max(ROWS, envelope.max_sequences)
+        assert inputs.query_start[-1] - 1 in inputs.logits_row
+    assert reached(steps, envelope.page_size) == envelope.promised
+
+
+def test_the_default_profile_has_deep_and_long_and_empty_sequences() -> None:
+    mixture, decode, prompt = DEFAULT.steps(vocab_size=1000, seed=0)
+    lengths = np.diff(mixture.query_start)
+    assert {0, 1, 63, 64, 65, 127, 128, 129} <= set(lengths.tolist())
+    assert lengths.sum() == 2048
+    ends = mixture.context_len + lengths
+    assert ends.max() == 8192
+    assert {127, 128, 129, 511, 512, 513, 2047, 2048, 2049} <= set(mixture.context_len.tolist())
+    assert (decode.context_len.max(), len(decode.slot)) == (8191, 16)
+    assert (len(prompt.slot), prompt.query_start[-1]) == (1, 2048)
+    assert (np.diff(decode.slot) != 1).any()
+
+
+@pytest.mark.parametrize("limit", list(Limit))
+def test_what_stays_below_a_limit_fails(limit: Limit) -> None:
+    lower = {
+        Limit.TOKENS: Envelope(2047, 16, 8192, 128),
+        Limit.SEQUENCES: Envelope(2048, 15, 8192, 128),
+        Limit.CONTEXT: Envelope(2048, 16, 8191, 128),
+        Limit.SLOT: Envelope(2048, 15, 8192, 128),
+        Limit.PAGE: Envelope(2048, 16, 8064, 128),
+    }[limit]
+    below = envelopes.gates(driven(DEFAULT, lower.steps(50, 0)))
+    assert limit in {gate.output for gate in below if not gate.passed}
+    assert all(gate.passed for gate in envelopes.gates(driven(DEFAULT, (), DEFAULT.steps(50, 0))))
+
+
+class Right:
+    """A right graph of every kind of layer with small pages, and its validation on a few decode steps."""
+
+    def __init__(self, checkpoint: Path, folder: Path) -> None:
+        self.model: LoadedModel = load(checkpoint)
+        self.config = BuildConfig(checkpoint, folder, "fp32", page_size=16, **SMALL_LIMITS)
+        self.graph = folder / "model.onnx"
+        lower(self.model, trace(self.model, self.config), self.graph)
+
+    def failed(self, whole: bool) -> set[str]:
+        plan = plan_validation(self.model, self.config, drift_steps=0, with_envelope=whole)
+        report = validate(self.model, self.config, graph_candidate(OnnxGraph.read(self.graph)), plan)
+        return {gate.scenario for gate in report.gates if not gate.passed}
+
+
+def step_input(graph: Graph, name: str) -> ir.Value:
+    return next(value for value in graph.nodes.inputs if value.name == name)
+
+
+def modulo(name: str, op_type: str, number: int) -> Callable[[Graph], None]:
+    """Every op of a type takes this step input modulo a number."""
+
+    def inject(graph: Graph) -> None:
+        for node in [node for node in graph.nodes if node.op_type == op_type]:
+            number_of = np.array(number, dtype=np.int32)
+            graph.feed(node, name, graph.before(node, "Mod", step_input(graph, name), number_of))
+
+    return inject
+
+
+def capped_context(graph: Graph) -> None:
+    node = graph.op(ATTENTION.name)
+    limit = np.array(200, dtype=np.int32)
+    graph.feed(node, "context_len", graph.before(node, "Min", step_input(graph, "context_len"), limit))
+
+
+def lost_tokens(graph: Graph) -> None:
+    """Tokens from the 129th on are zero after the first layer."""
+    node = graph.op(MOE.name)
+    x = node.inputs[0]
+    count = graph.before(node, "Shape", x, start=0, end=1)
+    ones = graph.before(node, "Expand", np.array(1, dtype=np.int64), count)
+    position = graph.before(node, "CumSum", ones, np.array(0, dtype=np.int64))
+    early = graph.before(node, "LessOrEqual", position, np.array(128, dtype=np.int64))
+    column = graph.before(node, "Unsqueeze", early, np.array([1], dtype=np.int64))
+    zero = graph.before(node, "CastLike", np.array(0, dtype=np.float32), x)
+    graph.feed(node, x.name, graph.before(node, "Where", column, x, zero))
+
+
+def fresh_late_sequences(graph: Graph) -> None:
+    """Sequences from the 5th on of a batch forget their context."""
+    node = graph.op(SCAN.name)
+    context = step_input(graph, "context_len")
+    ones = graph.before(node, "Expand", np.array(1, dtype=np.int64), graph.before(node, "Shape", context))
+    position = graph.before(node, "CumSum", ones, np.array(0, dtype=np.int64))
+    early = graph.before(node, "LessOrEqual", position, np.array(4, dtype=np.int64))
+    graph.feed(node, "context_len", graph.before(node, "Where", early, context, np.array(0, dtype=np.int32)))
+
+
+BEYOND_SHORT_STEPS: dict[str, Callable[[Graph], None]] = {
+    "slot modulo 5": modulo("slot", SCAN.name, 5),
+    "page modulo 64": modulo("page_table", ATTENTION.name, 64),
+    "context capped": capped_context,
+    "tokens from the 129th on": lost_tokens,
+    "sequences from the 5th on": fresh_late_sequences,
+}
+"""Faults that no short scenario sees."""
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["the whole model", "layers alone"])
+@pytest.mark.parametrize("name", BEYOND_SHORT_STEPS)
+def test_a_fault_near_a_limit_is_caught(checkpoint: Path, tmp_path: Path, name: str, whole: bool) -> None:
+    right = Right(checkpoint, tmp_path)
+    broken(right.graph, BEYOND_SHORT_STEPS[name])
+    failed = right.failed(whole)
+    assert gates.ALONE_AT_LIMITS in failed
+    assert (envelopes.SCENARIO in failed) == whole
+    assert failed <= {gates.ALONE_AT_LIMITS, envelopes.SCENARIO}
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["the whole model", "layers alone"])
+def test_a_right_graph_reaches_its_limits(checkpoint: Path, tmp_path: Path, whole: bool) -> None:
+    assert Right(checkpoint, tmp_path).failed(whole) == set()
+
+
+def test_a_profile_too_large_for_the_memory_is_refused_with_one_that_fits(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load(checkpoint)
+    config = BuildConfig(checkpoint, Path("out"), "fp32", max_tokens=16, max_context=1 << 20)
+    monkeypatch.setattr(estimates, "memory_bytes", lambda: 1_000_000_000)
+    with pytest.raises(UsageError, match="validating sequences of 1048576 tokens needs about") as caught:
+        estimates.check_envelope(model, config)
+    fitting = int(caught.value.hint.split()[1])
+    estimates.check_envelope(
+        model, BuildConfig(checkpoint, Path("out"), "fp32", max_tokens=16, max_context=fitting)
+    )
+    assert fitting >= 4096
