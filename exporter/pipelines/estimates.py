@@ -22,6 +22,7 @@ from nemotrt.exporter.runtime.step import pages_of
 from nemotrt.exporter.validation.envelope import ROWS
 from nemotrt.model.config import ModelConfig
 from nemotrt.model.recipe import EXPERTS
+from nemotrt.model.step import pool_specs
 from nemotrt.plugins.contract import EMBEDDINGS, HEAD, DType, LayerName
 
 if TYPE_CHECKING:
@@ -45,10 +46,8 @@ LOGITS_BYTES = 4 * 4 + 3 * 8
 """Bytes for each logit that a validation holds: four runners' in FP32, and two of them and their difference in FP64."""
 LOGITS_ROWS, PART_LOGITS_ROWS = 511 + 3 * ROWS, 159 + ROWS
 """Rows of logits that a validation, and the head alone, give."""
-POOL_COPIES, SCORE_COPIES = 8, 3
+POOL_COPIES, SCORE_COPIES = 5, 3
 """FP32 copies of the pools, and of the attention scores of a prompt, while steps run at the limits of the profile."""
-ALONE_POOL_COPIES = 12
-"""The same of the pools of a layer that runs there alone: the results of all steps stay until they are compared."""
 CALIBRATION_TOKENS, STEP_TOKENS, ACTIVATIONS = 3000, 1024, 22
 """Tokens of the built-in text, tokens a step, and rows of the hidden size in FP32 that a layer needs for a token."""
 
@@ -65,7 +64,7 @@ VALIDATED_A_SECOND = 5e6
 """Parameters that are validated, or that calibration runs all its tokens through."""
 KERNELS_SECONDS, ENGINE_BYTES_A_SECOND = 15.0, 2e8
 """Compiling and linking the kernels of one GPU generation and dtype; weights that become an engine."""
-START_SECONDS, VALIDATION_SECONDS = 2.0, 10.0
+START_SECONDS, VALIDATION_SECONDS = 2.0, 20.0
 """Imports and fixed work of each stage after the first; a validation's steps, whatever the model's size."""
 
 WITHOUT_WHOLE_STEPS = (
@@ -132,8 +131,21 @@ def envelope_fits(model: LoadedModel, config: BuildConfig) -> bool:
     """Whether the whole model can run at the limits of the profile in this machine's memory."""
     copies = num_references(config.precision, model.config.layers)
     parameters = copies * num_parameters(model.weights.values())
-    needed = _validation_memory(parameters, model.config.vocab_size) + _score_bytes(model.config, config)
-    return needed + POOL_COPIES * sum(_pool_bytes(model, config)) <= memory_bytes()
+    return _whole_memory(parameters, model.config, config) <= memory_bytes()
+
+
+def _whole_memory(parameters: float, model: ModelConfig, config: BuildConfig) -> int:
+    """Bytes for running the whole model at the limits of the profile."""
+    limits = POOL_COPIES * sum(_pool_bytes(model, config)) + _score_bytes(model, config)
+    return _validation_memory(parameters, model.vocab_size) + limits
+
+
+def _validated_memory(parameters: float, model: ModelConfig, config: BuildConfig) -> int:
+    """Bytes for a validation, in which layers alone reach the limits if the whole model does not fit there."""
+    if (whole := _whole_memory(parameters, model, config)) <= memory_bytes():
+        return whole
+    alone = POOL_COPIES * max(_pool_bytes(model, config), default=0) + _score_bytes(model, config)
+    return max(_validation_memory(parameters, model.vocab_size), VALIDATION_MEMORY + alone)
 
 
 def check_envelope(model: LoadedModel, config: BuildConfig) -> None:
@@ -141,8 +153,8 @@ def check_envelope(model: LoadedModel, config: BuildConfig) -> None:
 
     def needed(max_context: int) -> int:
         smaller = dataclasses.replace(config, max_context=max_context)
-        scores = _score_bytes(model.config, smaller)
-        return VALIDATION_MEMORY + scores + ALONE_POOL_COPIES * max(_pool_bytes(model, smaller), default=0)
+        pools = POOL_COPIES * max(_pool_bytes(model.config, smaller), default=0)
+        return VALIDATION_MEMORY + pools + _score_bytes(model.config, smaller)
 
     available, context = memory_bytes(), config.max_context
     if needed(context) <= available:
@@ -157,10 +169,11 @@ def check_envelope(model: LoadedModel, config: BuildConfig) -> None:
     )
 
 
-def _pool_bytes(model: LoadedModel, config: BuildConfig) -> list[int]:
+def _pool_bytes(model: ModelConfig, config: BuildConfig) -> list[int]:
     """Bytes of each pool in FP32, with as many sequences of the maximum length as the profile allows."""
     pages = config.max_sequences * pages_of(config.max_context, config.page_size)
-    return [4 * math.prod(pool.shape(1 + config.max_sequences, 1 + pages)) for pool in model.pools(config)]
+    pools = pool_specs(model, page_size=config.page_size, dtype=config.dtype)
+    return [4 * math.prod(pool.shape(1 + config.max_sequences, 1 + pages)) for pool in pools]
 
 
 def _score_bytes(model: ModelConfig, config: BuildConfig) -> int:
@@ -244,7 +257,7 @@ def stages(
     estimates += [
         _estimate(
             "validate",
-            _validation_memory(validated, config.vocab_size),
+            _validated_memory(validated, config, build),
             seconds=VALIDATION_SECONDS + num_parameters(sources.values()) / VALIDATED_A_SECOND,
         ),
         _estimate("bundle", bundle, seconds=START_SECONDS + hashed / BYTES_A_SECOND),

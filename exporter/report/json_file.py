@@ -9,7 +9,7 @@ from nemotrt.exporter.report.model import ValidationReport
 from nemotrt.exporter.runtime.strict_json import check_schema, decode
 
 NAME, PAGE = "report.json", "report.html"
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 
 
 def as_json(report: ValidationReport) -> dict[str, Any]:

@@ -27,8 +27,6 @@ from nemotrt.exporter.validation import metrics, routing
 from nemotrt.exporter.validation.envelope import PoolSizes
 from nemotrt.exporter.validation.gates import (
     ExpectedDtypes,
-    Noise,
-    Observation,
     ScenarioErrors,
     dtype_gates,
     same_bits,
@@ -36,6 +34,7 @@ from nemotrt.exporter.validation.gates import (
     score_limits,
 )
 from nemotrt.exporter.validation.metrics import Array, Values
+from nemotrt.exporter.validation.observation import Noise, Observation, observed
 from nemotrt.exporter.validation.plan import DECODE, Scenarios, Workload
 from nemotrt.exporter.validation.routing import RouterLogits, RouterPolicy, num_mismatches
 from nemotrt.exporter.validation.runners.base import CandidateRunner, Mode, Runner
@@ -121,7 +120,7 @@ def compare(
     for name, steps in run.scenarios.items():
         baseline = run.baselines.get(name)
         aligned = align(name, replace(first[name], routers=second[name].routers))
-        gates += scenario_gates(name, *aligned, baseline, run.noise_of(name))
+        gates += scenario_gates(name, *aligned, baseline)
         gates.append(same_bits(name, first[name], second[name]))
         next_tokens.append(next_token(name, steps, *aligned, baseline))
     if candidate.graph:
@@ -215,7 +214,7 @@ def observe(
         routers.append(tuple(logits_TE[:num_tokens] for logits_TE in runner.router_logits()))
         after_step(number, logits[-1])
         advance(1)
-    return Observation(np.concatenate(logits), runner.pools(), tuple(routers))
+    return observed(logits, runner.pools(), noise, steps, routers)
 
 
 def next_token(

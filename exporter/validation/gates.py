@@ -21,6 +21,7 @@ from nemotrt.exporter.errors import ValidationError
 from nemotrt.exporter.report.model import Gate, Metric
 from nemotrt.exporter.validation import metrics, routing
 from nemotrt.exporter.validation.metrics import Array, Values
+from nemotrt.exporter.validation.observation import Observation
 from nemotrt.exporter.validation.routing import RouterLogits
 from nemotrt.plugins.contract import NEXT, DType
 from nemotrt.plugins.spec import DOMAIN, ops
@@ -47,23 +48,8 @@ DTYPES = "dtypes"
 Pair = tuple[Array, Array]
 """The candidate's values, and the reference's."""
 
-Noise = dict[str, NDArray[np.float32]]
-"""The initial contents of every pool."""
-
 ExpectedDtypes = dict[str, dict[str, str]]
 """`weights` and `pools`: name → dtype."""
-
-
-@dataclass(frozen=True)
-class Observation:
-    """What one runner produced in one scenario."""
-
-    logits_RV: Values
-    """The logits of all steps."""
-    pools: dict[str, Values]
-    """After the last step."""
-    routers: tuple[RouterLogits, ...] = ()
-    """One per step, without padding; empty entries if the runner does not output router logits."""
 
 
 @dataclass(frozen=True)
@@ -96,15 +82,13 @@ class ScenarioErrors:
     """The largest error of a router's score, per MoE layer; empty if the runner does not output router logits."""
 
 
-def measure(candidate: Observation, reference: Observation, noise: Noise) -> ScenarioErrors:
-    """The candidate's errors; pools count only where the reference wrote, so that noise dilutes no error."""
+def measure(candidate: Observation, reference: Observation) -> ScenarioErrors:
+    """The candidate's errors; pools count only where the steps write, so that nothing else dilutes an error."""
     logits = metrics.in_fp64(candidate.logits_RV, reference.logits_RV)
     outputs = {"logits": _errors(logits)}
     for name, expected in reference.pools.items():
-        pool, initial = candidate.pools[name][1:], noise[name][1:]
-        written = written_mask(name, expected[1:], initial)
-        out_of_bounds = int(np.count_nonzero(pool[~written] != initial[~written]))
-        outputs[name] = _errors(metrics.in_fp64(pool[written], expected[1:][written]), out_of_bounds)
+        pair = metrics.in_fp64(candidate.pools[name], expected)
+        outputs[name] = _errors(pair, candidate.out_of_bounds.get(name, 0))
     scores = _router_errors(candidate.routers, reference.routers)
     if outputs["logits"].not_finite or outputs["logits"].reference_not_finite:
         return ScenarioErrors(outputs, (), 0.0, 0.0, scores)
@@ -122,7 +106,6 @@ def scenario_gates(
     candidate: Observation,
     reference: Observation,
     baseline: ScenarioErrors | None,
-    noise: Noise,
 ) -> list[Gate]:
     """Every gate of one scenario: finiteness, logits, next token, routers, and every pool without its scratch row.
 
@@ -134,10 +117,10 @@ def scenario_gates(
         raise ValidationError(
             f"{scenario}: {missing[0] if missing else 'logits'} was not produced by the graph"
         )
-    errors = measure(candidate, reference, noise)
+    errors = measure(candidate, reference)
     gates: list[Gate] = []
     for name, output in errors.outputs.items():
-        if name in noise:
+        if name in reference.pools:
             gates.append(Gate(scenario, name, Metric.OUT_OF_BOUNDS, float(output.out_of_bounds), 0.0))
         gates += _output_gates(scenario, name, output, baseline.outputs[name] if baseline else None)
     gates += _router_gates(scenario, errors, baseline)
@@ -174,7 +157,7 @@ def same_bits(scenario: str, first: Observation, second: Observation) -> Gate:
     differing = [
         name
         for name in first.pools
-        if not np.array_equal(first.pools[name][1:], second.pools[name][1:], equal_nan=True)
+        if not np.array_equal(first.pools[name], second.pools[name], equal_nan=True)
     ]
     if not np.array_equal(first.logits_RV, second.logits_RV, equal_nan=True):
         differing.append("logits")

@@ -58,7 +58,13 @@ def test_a_model_that_does_not_fit_is_compared_layer_by_layer(
     report = json.loads(result.stdout)
     assert (report["verdict"], report["is_whole"]) == ("passed, each layer alone", False)
     assert any("--layers-alone" in entry["detail"] for entry in report["not_compared"])
-    assert {gate["scenario"] for gate in report["gates"]} == {"dtypes", "each layer alone", "each op alone"}
+    assert {gate["scenario"] for gate in report["gates"]} == {
+        "dtypes",
+        "each layer alone",
+        "each op alone",
+        "envelope, layers alone",
+        "limits of the profile",
+    }
     text = page.read_text()
     assert "Passed, each layer alone" in text
     assert "Next-token" not in text

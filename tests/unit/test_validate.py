@@ -25,7 +25,8 @@ from nemotrt.exporter.validation import gates, metrics
 from nemotrt.exporter.validation import plan as plans
 from nemotrt.exporter.validation.candidates import graph_candidate
 from nemotrt.exporter.validation.comparison import Candidate
-from nemotrt.exporter.validation.gates import Observation
+from nemotrt.exporter.validation.envelope import SequenceChunk, packed_step
+from nemotrt.exporter.validation.observation import Observation, observed
 from nemotrt.exporter.validation.parts import layerwise
 from nemotrt.exporter.validation.references import pytorch
 from nemotrt.exporter.validation.routing import RouterPolicy
@@ -168,18 +169,23 @@ def test_a_wrong_attribute_is_caught(loaded: LoadedModel, tmp_path: Path) -> Non
     assert not validate(loaded, config, graph_candidate(OnnxGraph.read(path))).passed
 
 
+STEP = packed_step([SequenceChunk(np.zeros(1, dtype=np.int64), 0, 1, ())])
+"""A step that writes slot 1."""
+
+
 def judged(
     candidate: np.ndarray, reference: np.ndarray, noise: np.ndarray, **baseline: np.ndarray
 ) -> list[Gate]:
     """The gates of one recurrent pool [slots, 4] that fail, its logits being right."""
 
-    def observed(pool: np.ndarray) -> Observation:
-        return Observation(np.ones((1, 3)), {"ssm_state.0": pool})
+    def seen(pool: np.ndarray) -> Observation:
+        pools = {"ssm_state.0": pool.astype(np.float32)}
+        return observed(
+            [np.ones((1, 3), np.float32)], pools, {"ssm_state.0": noise.astype(np.float32)}, [STEP]
+        )
 
-    pools = {"ssm_state.0": noise.astype(np.float32)}
-    expected = observed(reference)
-    base = gates.measure(observed(baseline["baseline"]), expected, pools) if baseline else None
-    found = gates.scenario_gates("s", observed(candidate), expected, base, pools)
+    base = gates.measure(seen(baseline["baseline"]), seen(reference)) if baseline else None
+    found = gates.scenario_gates("s", seen(candidate), seen(reference), base)
     return [gate for gate in found if not gate.passed]
 
 

@@ -21,7 +21,8 @@ from nemotrt.exporter.runtime.graph_file import OnnxGraph
 from nemotrt.exporter.runtime.step import StepInputs
 from nemotrt.exporter.validation import gates, metrics
 from nemotrt.exporter.validation.envelope import Envelope
-from nemotrt.exporter.validation.gates import BASELINE_FACTOR, FP32_RELATIVE_L2, Noise, Pair
+from nemotrt.exporter.validation.gates import BASELINE_FACTOR, FP32_RELATIVE_L2, Pair
+from nemotrt.exporter.validation.observation import Noise
 from nemotrt.exporter.validation.parts.subgraphs import GraphPart, split
 from nemotrt.exporter.validation.parts.torch_parts import OpCall, TorchPart
 from nemotrt.exporter.validation.plan import MIXED, Workload, first_of_each_form, scenarios
@@ -53,6 +54,11 @@ class ValueComparison:
             self.shapes = (ours.shape, reference.shape)
             ours = np.full(reference.shape, np.nan)
         self.steps.append((ours, reference, rows))
+
+    def forget_places(self) -> None:
+        """Store only the compared elements of the last step, without their places."""
+        ours, reference, rows = self.steps[-1]
+        self.steps[-1] = ours[rows], reference[rows], slice(None)
 
     def first(self, count: int) -> ValueComparison:
         """The comparison of the first `count` steps."""
@@ -132,7 +138,7 @@ def run_parts(
         if envelope and part.name in firsts:
             deep_steps = at_limits(part, rounded, envelope, workload)
             noise = workload.noise((pool for pool in pools if pool.name in part.pools), envelope.sizes)
-            comparison.at_limits = run_part(part, noise, deep_steps, *runners)[1]
+            comparison.at_limits = run_part(part, noise, deep_steps, *runners, with_places=False)[1]
             comparison.at_limits.calls.clear()
         del runners  # Its weights would stay in memory next to those of the following part.
         yield part, comparison
@@ -173,11 +179,14 @@ def run_part(
     reference: TorchPart,
     baseline: TorchPart | None,
     names: Sequence[str],
+    *,
+    with_places: bool = True,
 ) -> tuple[list[Tensor], PartComparison]:
     """The reference's output in each step, and the comparison of the values in `names`.
 
     `steps` holds each step's value from the previous part, and its step inputs. Every pool starts as in `noise`. In
-    each comparison, the reference takes the experts that the other side chose.
+    each comparison, the reference takes the experts that the other side chose. Without `with_places`, only the compared
+    rows of pools stay in memory.
     """
     comparison = PartComparison()
     state: dict[str, NDArray[Any]] = {name: noise[name] for name in part.pools}
@@ -193,13 +202,13 @@ def run_part(
         flows_out.append(reference.step(flow, inputs, routing))
         calls = reference.calls
         rows = {name: _compared_rows(part, name, reference.values[name], noise, count) for name in names}
-        _add(comparison.candidate, results, reference.values, rows)
+        _add(comparison.candidate, results, reference.values, rows, with_places)
         if baseline:
             baseline.step(flow, inputs)
             if routing := tuple(logits_TE[:count] for logits_TE in baseline.router_logits()):
                 # Running the reference again is safe: a layer that has experts has no pools.
                 reference.step(flow, inputs, routing)
-            _add(comparison.baseline, baseline.values, reference.values, rows)
+            _add(comparison.baseline, baseline.values, reference.values, rows, with_places)
         comparison.calls.append((calls, baseline.calls if baseline else calls, count))
     for name, values in state.items():
         if NEXT + name in rows:
@@ -226,9 +235,13 @@ def _add(
     values: Mapping[str, Any],
     reference: Mapping[str, Any],
     rows: Mapping[str, Any],
+    with_places: bool,
 ) -> None:
     for name, compared in rows.items():
-        comparisons.setdefault(name, ValueComparison()).add(values[name], reference[name], compared)
+        comparison = comparisons.setdefault(name, ValueComparison())
+        comparison.add(values[name], reference[name], compared)
+        if name.startswith(NEXT) and not with_places:
+            comparison.forget_places()
 
 
 def written_rows(pool: str, after: Any, before: Any) -> NDArray[np.bool_]:

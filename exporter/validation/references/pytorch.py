@@ -18,7 +18,8 @@ from nemotrt.exporter.validation.comparison import (
     observe_all,
     observe_greedy,
 )
-from nemotrt.exporter.validation.gates import Observation, expected_dtypes, measure
+from nemotrt.exporter.validation.gates import expected_dtypes, measure
+from nemotrt.exporter.validation.observation import Observation
 from nemotrt.exporter.validation.plan import Workload
 from nemotrt.exporter.validation.routing import RouterPolicy
 from nemotrt.exporter.validation.runners.torch import TorchRunner
@@ -104,10 +105,7 @@ def _with_baselines(
     while_loaded(runner)
     del runner
     align = reference.align(run)
-    baselines = {
-        name: measure(*align(name, observation), run.noise_of(name))
-        for name, observation in observations.items()
-    }
+    baselines = {name: measure(*align(name, observation)) for name, observation in observations.items()}
     return replace(run, baseline=f"PyTorch ({dtype.label})", baselines=baselines)
 
 

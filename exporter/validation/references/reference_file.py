@@ -35,13 +35,13 @@ from nemotrt.exporter.runtime.step import StepInputs
 from nemotrt.exporter.runtime.strict_json import check_schema, decode, encode, parse_object
 from nemotrt.exporter.validation.comparison import ReferenceRun
 from nemotrt.exporter.validation.envelope import PoolSizes
-from nemotrt.exporter.validation.gates import ExpectedDtypes, Noise, Observation, ScenarioErrors, written_mask
-from nemotrt.exporter.validation.metrics import Values
+from nemotrt.exporter.validation.gates import ExpectedDtypes, ScenarioErrors
+from nemotrt.exporter.validation.observation import Noise, Observation
 from nemotrt.exporter.validation.plan import Workload
 from nemotrt.exporter.validation.routing import RouterPolicy
 from nemotrt.plugins.contract import STEP_INPUTS, DType
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 HEADER, DIGEST = "header", "sha256"
 """Keys of the safetensors metadata."""
 OLD_HEADER = "golden"
@@ -199,23 +199,7 @@ def _tensors(run: ReferenceRun) -> Iterator[tuple[str, NDArray[Any]]]:
         for layer in range(len(run.policies)):
             yield f"router/{layer}/{name}", np.concatenate([step[layer] for step in observation.routers])
         for pool, values in observation.pools.items():
-            places = _written_places(pool, values, run.noise_of(name)[pool])
-            yield f"place/{pool}/{name}", places
-            yield f"pool/{pool}/{name}", _by_place(pool, values)[tuple(places.T)]
-
-
-def _by_place(pool: str, values: NDArray[Any]) -> NDArray[Any]:
-    """A view whose first axes index the units that steps write: slots, or pages and positions in them."""
-    return np.moveaxis(values, 3, 1) if pool.startswith("kv_cache.") else values
-
-
-def _written_places(pool: str, values: Values, noise: NDArray[np.float32]) -> NDArray[np.int32]:
-    """[N, 1] slots, or [N, 2] pages and positions; scratch excluded."""
-    written = _by_place(pool, written_mask(pool, values[1:], noise[1:]))
-    axes = 2 if pool.startswith("kv_cache.") else 1
-    places = np.argwhere(written.reshape(*written.shape[:axes], -1).any(-1))
-    places[:, 0] += 1
-    return places.astype(np.int32)
+            yield f"pool/{pool}/{name}", values
 
 
 def read(path: Path, bundle: Path, manifest: Manifest) -> ReferenceRun:
@@ -326,9 +310,5 @@ def _observation(
     ends = np.cumsum([inputs.query_start[-1] for inputs in steps])[:-1]
     layers = [np.split(values[f"router/{layer}/{scenario}"], ends) for layer in range(num_routers)]
     routers = tuple(tuple(layer[number] for layer in layers) for number in range(len(steps)))
-    pools = {}
-    for pool, initial in noise.items():
-        pools[pool] = initial.copy()
-        places = values[f"place/{pool}/{scenario}"]
-        _by_place(pool, pools[pool])[tuple(places.T)] = values[f"pool/{pool}/{scenario}"]
-    return Observation(values[f"logits/{scenario}"], pools, routers)
+    pools = {pool: values[f"pool/{pool}/{scenario}"] for pool in noise}
+    return Observation(values[f"logits/{scenario}"], pools, routers=routers)

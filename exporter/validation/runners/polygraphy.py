@@ -23,7 +23,8 @@ from nemotrt.exporter.runtime.graph_file import OnnxGraph
 from nemotrt.exporter.runtime.manifest import Role
 from nemotrt.exporter.runtime.step import StepInputs
 from nemotrt.exporter.validation import metrics
-from nemotrt.exporter.validation.gates import FP32_RELATIVE_L2, Noise
+from nemotrt.exporter.validation.gates import FP32_RELATIVE_L2
+from nemotrt.exporter.validation.observation import Noise
 from nemotrt.exporter.validation.plan import NUM_SLOTS
 from nemotrt.exporter.validation.runners.base import EngineRunner, GraphRunner, Runner
 from nemotrt.plugins.contract import LOGITS, NEXT, STEP_INPUTS, PoolSpec
