@@ -293,12 +293,18 @@ class Build:
         def run() -> ValidationReport:
             from nemotrt.exporter.validation.candidates import graph_candidate
             from nemotrt.exporter.validation.plan import plan_validation
+            from nemotrt.exporter.validation.stored_weights import expected_weights, with_weights
             from nemotrt.exporter.validation.validate import validate
 
             fits = estimates.envelope_fits(model, config)
             candidate, plan = graph_candidate(graph), plan_validation(model, config, with_envelope=fits)
             with self.log.stage("validate", "ONNX Runtime against PyTorch", total=len(plan)) as advance:
                 report = validate(model, config, candidate, plan, advance=advance)
+            expected = expected_weights(model, config)
+            total = sum(weight.length for weight in expected.values())
+            what = "the graph's against the checkpoint's"
+            with self.log.stage("weights", what, total=total, is_bytes=True) as advance:
+                report = with_weights(report, graph, expected, advance=advance)
             self.log.note(f"{len(report.gates) - len(report.failed)} of {len(report.gates)} gates passed")
             return report
 

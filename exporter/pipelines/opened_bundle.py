@@ -39,9 +39,14 @@ class OpenedBundle:
         return self.config.output
 
     @property
+    def has_own_weights(self) -> bool:
+        """Whether the model's weights are read from the bundle, and not from a checkpoint."""
+        return self.model.folder == self.folder
+
+    @property
     def not_compared(self) -> tuple[NotCompared, ...]:
         """The checkpoint, if the model's weights are read from the bundle instead."""
-        return (OWN_WEIGHTS,) if self.model.folder == self.folder else ()
+        return (OWN_WEIGHTS,) if self.has_own_weights else ()
 
 
 def open_bundle(bundle: Path, checkpoint: Path | None = None, base: Path | None = None) -> OpenedBundle:

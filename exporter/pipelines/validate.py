@@ -97,6 +97,8 @@ def _by_pytorch(request: ValidationRequest, progress: Progress) -> ValidationRep
     if request.bisect:
         report = _bisected(report, request, subject, progress)
     report = dataclasses.replace(report, not_compared=(*report.not_compared, *subject.not_compared))
+    if checkpoint:
+        report = _with_weights(report, subject, progress)
     return _with_text(report, subject, tokens, text.name, progress) if text else report
 
 
@@ -171,6 +173,19 @@ def trace_for_bisection(model: LoadedModel, config: BuildConfig) -> tuple[Traced
     if config.precision == "fp32":
         return traced, traced
     return traced, trace(model, dataclasses.replace(config, precision="fp32", state_dtype="fp32"))
+
+
+def _with_weights(report: ValidationReport, subject: OpenedBundle, progress: Progress) -> ValidationReport:
+    """The report with the bundle's weights compared with those of the checkpoint, bit for bit."""
+    from nemotrt.exporter.validation.stored_weights import expected_weights, with_weights
+
+    base = subject.base if subject.has_own_weights else None
+    expected = expected_weights(subject.model, subject.config, base)
+    total = sum(weight.length for weight in expected.values())
+    with progress.stage(
+        "weights", "the graph's against the checkpoint's", total=total, is_bytes=True
+    ) as advance:
+        return with_weights(report, subject.graph, expected, advance=advance)
 
 
 def _check_base(subject: OpenedBundle, text: Path | None, base: Path | None) -> None:

@@ -29,6 +29,9 @@ class Metric(StrEnum):
     MODES_DIFFER = "execution modes differ"
     DTYPE = "unexpected dtype"
     NOT_REACHED = "below the promised limit"
+    PROGRAM = "program differs"
+    WEIGHT = "differs from checkpoint"
+    NOT_STORED = "not in checkpoint"
 
 
 NOT_FINITE = (Metric.NOT_FINITE, Metric.REFERENCE_NOT_FINITE, Metric.BASELINE_NOT_FINITE)

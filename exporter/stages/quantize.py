@@ -5,6 +5,7 @@ import json
 import shutil
 from collections import defaultdict
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -28,6 +29,40 @@ from nemotrt.model.checkpoint import Transform
 from nemotrt.model.recipe import EXPERTS, Recipe
 from nemotrt.plugins.contract import DType
 from nemotrt.plugins.e4m3 import FP8_MAX, to_e4m3
+
+
+@dataclass(frozen=True)
+class WeightToQuantize:
+    """One module's weight before quantization."""
+
+    module: str
+    """The module's published name, with the expert's number."""
+    stored: StoredTensor
+    per_output: bool
+    """Whether each output gets a scale, not each weight."""
+
+    def entries(self) -> tuple[Entry, Entry]:
+        """The weight in FP8, and its scale (or one scale for each output); both follow from the weight alone.
+
+        Raises CheckpointError on a value that is not finite.
+        """
+        # A magnitude for each row [O, 1], or for each flat piece [1].
+        largest = torch.cat([piece.abs().amax(-1, keepdim=True) for piece in self._pieces()]).float()
+        largest = largest if self.per_output else largest.max()
+        scale = torch.where(largest > 0, largest / FP8_MAX, 1.0)
+
+        def data() -> Iterator[bytes]:
+            for piece in self._pieces():
+                yield to_e4m3(piece, scale).view(torch.uint8).numpy().tobytes()
+
+        return (
+            Entry(f"{self.module}.weight", DType.FLOAT8_E4M3, self.stored.shape, data),
+            _scale_entry(f"{self.module}.weight_scale", scale.squeeze(-1)),
+        )
+
+    def _pieces(self) -> Iterator[Tensor]:
+        flat = weights.convert(self.stored, Transform.COPY, self.stored.dtype)
+        return iter([torch.cat(list(flat)).reshape(self.stored.shape)]) if self.per_output else flat
 
 
 def quantize(
@@ -59,27 +94,27 @@ def quantize(
 
 def _entries(model: LoadedModel, recipe: Recipe, ranges: Ranges) -> Iterator[Entry]:
     """Every tensor of the new checkpoint; what is not quantized keeps its bytes."""
-    to_quantize = _weights_to_quantize(model, recipe)
+    to_quantize = weights_to_quantize(model, recipe)
     exported = {tensor.name for source in model.weights.values() for tensor in source.tensors}
     for name, tensor in open_checkpoint(model.folder).items():
         if name in to_quantize:
-            for module, weight, per_output in to_quantize[name]:
-                yield from _quantized_weight(module, weight, ranges.inputs[module], per_output=per_output)
+            for weight in to_quantize[name]:
+                yield from weight.entries()
+                largest = ranges.inputs[weight.module]
+                yield _scale_entry(f"{weight.module}.input_scale", torch.tensor(largest / FP8_MAX))
         elif name in exported or name in model.not_exported:
             yield Entry(name, tensor.dtype, tensor.shape, partial(read_pieces, tensor, weights.PIECE_BYTES))
     for name, largest in ranges.caches.items():
         yield _scale_entry(name, torch.tensor(largest / FP8_MAX))
 
 
-def _weights_to_quantize(
-    model: LoadedModel, recipe: Recipe
-) -> dict[str, list[tuple[str, StoredTensor, bool]]]:
-    """A stored tensor → the modules whose weights it has, those weights, and whether each output gets a scale."""
+def weights_to_quantize(model: LoadedModel, recipe: Recipe) -> dict[str, list[WeightToQuantize]]:
+    """A stored tensor → the modules' weights that it has, to be quantized."""
     result = defaultdict(list)
     for module in sorted(recipe.modules):
         if not module.endswith(f".{EXPERTS}"):
             (tensor,) = model.weights[f"{module}.weight"].tensors
-            result[tensor.name].append((module, tensor, False))
+            result[tensor.name].append(WeightToQuantize(module, tensor, per_output=False))
             continue
         for stack, projection in (("up", "up_proj"), ("down", "down_proj")):
             tensors = model.weights[f"{module}.{stack}"].tensors
@@ -87,8 +122,8 @@ def _weights_to_quantize(
             for expert in range(model.config.n_routed_experts):
                 tensor = tensors[0 if is_stacked else expert]
                 weight = _expert_tensor(tensor, expert) if is_stacked else tensor
-                name = f"{module}.{expert}.{projection}"
-                result[tensor.name].append((name, weight, module in recipe.per_channel))
+                name, per_output = f"{module}.{expert}.{projection}", module in recipe.per_channel
+                result[tensor.name].append(WeightToQuantize(name, weight, per_output))
     return result
 
 
@@ -102,32 +137,6 @@ def _expert_tensor(stacked: StoredTensor, expert: int) -> StoredTensor:
         offset=stacked.offset + expert * length,
         length=length,
     )
-
-
-def _quantized_weight(
-    module: str, weight: StoredTensor, input_max: float, *, per_output: bool
-) -> Iterator[Entry]:
-    """The module's weight in FP8, its scale (or one scale for each output), and the scale of its input.
-
-    Raises CheckpointError on a value that is not finite.
-    """
-
-    def pieces() -> Iterator[Tensor]:
-        flat = weights.convert(weight, Transform.COPY, weight.dtype)
-        return iter([torch.cat(list(flat)).reshape(weight.shape)]) if per_output else flat
-
-    # A magnitude for each row [O, 1], or for each flat piece [1].
-    largest = torch.cat([piece.abs().amax(-1, keepdim=True) for piece in pieces()]).float()
-    largest = largest if per_output else largest.max()
-    scale = torch.where(largest > 0, largest / FP8_MAX, 1.0)
-
-    def data() -> Iterator[bytes]:
-        for piece in pieces():
-            yield to_e4m3(piece, scale).view(torch.uint8).numpy().tobytes()
-
-    yield Entry(f"{module}.weight", DType.FLOAT8_E4M3, weight.shape, data)
-    yield _scale_entry(f"{module}.weight_scale", scale.squeeze(-1))
-    yield _scale_entry(f"{module}.input_scale", torch.tensor(input_max / FP8_MAX))
 
 
 def _scale_entry(name: str, value: Tensor) -> Entry:

@@ -26,6 +26,7 @@ from nemotrt.exporter.validation.parts.layerwise import compare_parts
 from nemotrt.exporter.validation.plan import Plan, plan_validation, workload_of
 from nemotrt.exporter.validation.references.pytorch import REFERENCE, LoadedReference, record
 from nemotrt.exporter.validation.runners.base import Mode
+from nemotrt.exporter.validation.same_program import same_program_gate
 from nemotrt.plugins.contract import DType
 
 NO_TEXT = NotCompared(Omitted.TEXT, "none was given (nemo-export validate --eval FILE, or default)")
@@ -68,6 +69,9 @@ def validate(
     whole = [step for steps in run.scenarios.values() for step in steps]
     del reference, run, drift, follow  # What was observed makes room for the parts.
     alone: tuple[StepInputs, ...] = ()
+    if candidate.graph:
+        gate = same_program_gate(model.config, candidate.graph)
+        report = dataclasses.replace(report, gates=(*report.gates, gate))
     if candidate.graph and plan.parts:
         gates, layers, ops = compare_parts(
             model, config, candidate.graph, plan.workload, plan.envelope, advance=advance
@@ -89,12 +93,13 @@ def validate_parts(
     workload, dtype = workload_of(model, config, seed), config.dtype
     envelope = Envelope.of(config)
     gates, layers, ops = compare_parts(model, config, graph, workload, envelope, advance=advance)
+    dtypes = dtype_gates(graph.model, expected_dtypes(model, config))
     report = ValidationReport(
         candidate=f"ONNX Runtime, one part at a time ({graph.runs_as()})",
         reference=REFERENCE,
         baseline="" if dtype is DType.FLOAT32 else f"PyTorch ({dtype.label})",
         tokens={"prompt": workload.prompt, "decode": workload.decode, "seed": seed},
-        gates=(*dtype_gates(graph.model, expected_dtypes(model, config)), *gates),
+        gates=(*dtypes, same_program_gate(model.config, graph), *gates),
         routing_mismatches={},
         not_compared=(PARTS_ALONE, ENGINE, *_left_out(model, config)),
         layers=layers,
