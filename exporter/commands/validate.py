@@ -24,7 +24,8 @@ OUTPUT_FILE = click.Path(dir_okay=False, writable=True, path_type=Path)
 @click.option(
     "--checkpoint",
     type=FOLDER,
-    help="Checkpoint that the bundle was built from. Without it, PyTorch runs with the bundle's weights.",
+    help="Checkpoint that the bundle was built from; its weights are compared too, bit for bit. Without it, PyTorch"
+    " runs with the bundle's weights.",
 )
 @click.option(
     "--golden",

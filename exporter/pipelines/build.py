@@ -302,7 +302,7 @@ class Build:
                 report = validate(model, config, candidate, plan, advance=advance)
             expected = expected_weights(model, config)
             total = sum(weight.length for weight in expected.values())
-            what = "the graph's against the checkpoint's"
+            what = "graph against checkpoint, bit for bit"
             with self.log.stage("weights", what, total=total, is_bytes=True) as advance:
                 report = with_weights(report, graph, expected, advance=advance)
             self.log.note(f"{len(report.gates) - len(report.failed)} of {len(report.gates)} gates passed")

@@ -183,7 +183,7 @@ def _with_weights(report: ValidationReport, subject: OpenedBundle, progress: Pro
     expected = expected_weights(subject.model, subject.config, base)
     total = sum(weight.length for weight in expected.values())
     with progress.stage(
-        "weights", "the graph's against the checkpoint's", total=total, is_bytes=True
+        "weights", "graph against checkpoint, bit for bit", total=total, is_bytes=True
     ) as advance:
         return with_weights(report, subject.graph, expected, advance=advance)
 

@@ -115,7 +115,8 @@ def _is_equal(tensor: ir.TensorProtocol | None, expected: ExpectedWeight) -> boo
         return False
     if expected.pieces is None:
         return True
-    begin = position = tensor.offset or 0
+    position = tensor.offset or 0
+    end = position + expected.length
     with Path(tensor.path).open("rb", buffering=0) as file:
         for piece in expected.pieces():
             stored = np.empty_like(piece)
@@ -123,7 +124,7 @@ def _is_equal(tensor: ir.TensorProtocol | None, expected: ExpectedWeight) -> boo
             if count != len(piece) or not np.array_equal(stored, piece):
                 return False
             position += count
-    return position - begin == expected.length
+    return position == end and tensor.length == expected.length
 
 
 def expected_weights(

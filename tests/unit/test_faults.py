@@ -23,6 +23,7 @@ from nemotrt.exporter.validation import plan as plans
 from nemotrt.exporter.validation.candidates import graph_candidate
 from nemotrt.exporter.validation.parts import layerwise
 from nemotrt.exporter.validation.plan import plan_validation
+from nemotrt.exporter.validation.same_program import SAME_PROGRAM
 from nemotrt.exporter.validation.validate import validate
 
 STATE_IN_FP16, PAGE_MIX_UP = "recurrent state in FP16", "a page mix-up"
@@ -68,7 +69,9 @@ def test_a_fault_is_caught_and_blamed_on_its_own_layer(
     if fault.name == STATE_IN_FP16:
         # It hides in the baseline: its rounding is that of the activations which the state is made of.
         state = f"ssm_state.{place.removeprefix('layers.')}"
-        assert outputs == {gates.DTYPES: {state}, drift.SCENARIO: {state}}
+        later = [index for index, kind in right.model.config.numbered_layers.items() if kind == fault.kind][1]
+        differing = {f"layers.{later}"}
+        assert outputs == {gates.DTYPES: {state}, drift.SCENARIO: {state}, SAME_PROGRAM: differing}
     else:
         assert outputs[gates.ALONE] == {place}
         assert all(node.startswith(f"{place}.") for node in outputs[layerwise.OPS_ALONE])
