@@ -64,6 +64,8 @@ def test_a_model_that_does_not_fit_is_compared_layer_by_layer(
         "each op alone",
         "envelope, layers alone",
         "limits of the profile",
+        "same program",
+        "weights",
     }
     text = page.read_text()
     assert "Passed, each layer alone" in text
