@@ -109,7 +109,7 @@ def _is_derived(tensor: ir.TensorProtocol | None) -> bool:
 
 def _is_equal(tensor: ir.TensorProtocol | None, expected: ExpectedWeight) -> bool:
     """Whether a tensor of the graph has the expected dtype, shape and bytes; its bytes must be in a file of weights."""
-    if not isinstance(tensor, ir.ExternalTensor):
+    if not isinstance(tensor, ir.ExternalTensor) or not Path(tensor.path).is_file():
         return False
     if tensor.dtype != expected.dtype.onnx or tuple(tensor.shape.numpy()) != expected.shape:
         return False

@@ -162,7 +162,13 @@ def inside(tensors: dict[str, onnx.TensorProto], _: onnx.GraphProto) -> None:
     tensors[HEAD].CopyFrom(onnx.numpy_helper.from_array(values, HEAD))
 
 
+def elsewhere(tensors: dict[str, onnx.TensorProto], _: onnx.GraphProto) -> None:
+    entry = next(entry for entry in tensors[HEAD].external_data if entry.key == "location")
+    entry.value = "missing.data"
+
+
 EDITS = {
+    elsewhere: (1, HEAD),
     swapped: (2, EMBEDDINGS),
     longer: (1, HEAD),
     reshaped: (1, HEAD),
