@@ -4,7 +4,6 @@ Legend: B sequences.
 """
 
 import dataclasses
-from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -17,8 +16,9 @@ from nemotrt.exporter.config import BUILD_DRIFT_STEPS, BuildConfig
 from nemotrt.exporter.runtime.step import StepInputs, pages_of
 from nemotrt.exporter.validation import envelope as envelopes
 from nemotrt.exporter.validation.envelope import EMPTY, Envelope, PoolSizes, SequenceChunk, packed_step
+from nemotrt.exporter.validation.layer_forms import first_of_each_form
 from nemotrt.exporter.validation.observation import Noise
-from nemotrt.plugins.contract import EMBEDDINGS, HEAD, DType, LayerName, PoolSpec
+from nemotrt.plugins.contract import EMBEDDINGS, HEAD, DType, PoolSpec
 
 PREFILL, CHUNKED, DECODE, MIXED = "prefill", "chunked prefill", "decode", "mixed batch"
 """The names of the scenarios; a mixed batch has fresh, continued, decoding and empty sequences, and padding."""
@@ -244,15 +244,9 @@ def workload_of(model: LoadedModel, config: BuildConfig, seed: int) -> Workload:
     return Workload(NUM_PROMPT, NUM_DECODE, seed, model.config.vocab_size, config.page_size)
 
 
-def first_of_each_form(model: LoadedModel) -> tuple[str, ...]:
-    """The embeddings, the head, and the first layer of each kind and numeric form: the modules that are quantized."""
-    quantized: dict[int, set[str]] = defaultdict(set)
-    for name in model.config.recipe.modules:
-        if (parsed := LayerName.parse(name)) and parsed.layer is not None:
-            quantized[parsed.layer].add(parsed.inner)
-    kinds = model.config.numbered_layers.items()
-    forms = {(kind, frozenset(quantized[index])): index for index, kind in reversed(kinds)}
-    return (EMBEDDINGS, *(f"layers.{index}" for index in sorted(forms.values())), HEAD)
+def envelope_parts(model: LoadedModel) -> tuple[str, ...]:
+    """The parts that run at the limits of the profile: the embeddings, the first layer of each form, the head."""
+    return (EMBEDDINGS, *(f"layers.{index}" for index in first_of_each_form(model.config).values()), HEAD)
 
 
 def parts_of(model: LoadedModel) -> tuple[str, ...]:

@@ -5,15 +5,15 @@ its own.
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import count, zip_longest
-from typing import NamedTuple
 
 import onnx_ir as ir
 
 from nemotrt.exporter.report.model import Gate, Metric
 from nemotrt.exporter.runtime.graph_file import OnnxGraph
+from nemotrt.exporter.validation.layer_forms import first_of_each_form, layer_forms
 from nemotrt.model.config import ModelConfig
 from nemotrt.plugins.contract import EMBEDDINGS, NEXT, LayerName
 
@@ -22,16 +22,6 @@ SAME_PROGRAM = "same program"
 
 MAX_SHOWN = 8
 """Values of a constant that a message shows."""
-
-
-class LayerForm(NamedTuple):
-    """What decides a layer's program; its sizes are those of every layer of its kind."""
-
-    kind: str
-    fp8: frozenset[str]
-    """The layer's modules with FP8 weights: `mixer.in_proj`."""
-    per_channel: frozenset[str]
-    """Those of them that have one scale per output."""
 
 
 @dataclass(frozen=True)
@@ -45,29 +35,6 @@ class _Part:
 
 _Node = dict[str, _Part]
 """`operator`, `input 0`, `epsilon`, `output 0` … → the part."""
-
-
-def layer_forms(config: ModelConfig) -> dict[int, LayerForm]:
-    """The form of each layer, by the layer's index in the checkpoint."""
-    return {
-        index: LayerForm(
-            kind, _modules(config.recipe.modules, index), _modules(config.recipe.per_channel, index)
-        )
-        for index, kind in config.numbered_layers.items()
-    }
-
-
-def first_of_each_form(config: ModelConfig) -> dict[LayerForm, int]:
-    """The first layer of each form; the others of the form are the same program with other weights."""
-    first: dict[LayerForm, int] = {}
-    for index, form in layer_forms(config).items():
-        first.setdefault(form, index)
-    return first
-
-
-def _modules(names: Iterable[str], index: int) -> frozenset[str]:
-    layers = (LayerName.parse(name) for name in names)
-    return frozenset(layer.inner for layer in layers if layer and layer.layer == index)
 
 
 def same_program_gate(config: ModelConfig, graph: OnnxGraph) -> Gate:

@@ -18,7 +18,8 @@ from nemotrt.exporter.runtime.graph_file import OnnxGraph
 from nemotrt.exporter.stages.load import load
 from nemotrt.exporter.stages.lower import lower
 from nemotrt.exporter.stages.trace import trace
-from nemotrt.exporter.validation.same_program import first_of_each_form, layer_forms, same_program_gate
+from nemotrt.exporter.validation.layer_forms import first_of_each_form, layer_forms
+from nemotrt.exporter.validation.same_program import same_program_gate
 from nemotrt.model.config import ModelConfig
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "tiny"

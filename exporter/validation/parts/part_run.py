@@ -25,7 +25,7 @@ from nemotrt.exporter.validation.gates import BASELINE_FACTOR, FP32_RELATIVE_L2,
 from nemotrt.exporter.validation.observation import Noise
 from nemotrt.exporter.validation.parts.subgraphs import GraphPart, split
 from nemotrt.exporter.validation.parts.torch_parts import OpCall, TorchPart
-from nemotrt.exporter.validation.plan import MIXED, Workload, first_of_each_form, scenarios
+from nemotrt.exporter.validation.plan import MIXED, Workload, envelope_parts, scenarios
 from nemotrt.plugins.contract import NEXT
 
 
@@ -125,7 +125,7 @@ def run_parts(
 
     With an `envelope`, the first part of each form runs at its limits too, on inputs drawn from those of its steps.
     """
-    firsts = first_of_each_form(model) if envelope else ()
+    firsts = envelope_parts(model) if envelope else ()
     steps = mixed_steps(workload)
     dtype, pools = config.dtype.torch, model.pools(config)
     flows: list[Tensor] = [torch.from_numpy(inputs.input_ids) for inputs in steps]
