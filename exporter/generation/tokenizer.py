@@ -38,6 +38,9 @@ class Tokenizer:
             self.fast: tokenizers.Tokenizer = FastTokenizer.from_str(text)
         except Exception as error:  # tokenizers raises no other type, whatever is wrong
             raise BundleError(f"{path} is not a tokenizer: {error}") from error
+        # Settings of the training run that wrote the file: transformers disables both at each call, too.
+        self.fast.no_truncation()
+        self.fast.no_padding()
         self._folder = folder
         self._config = _optional(folder / TOKENIZER_CONFIG)
         self.eos_ids = self._eos_ids()

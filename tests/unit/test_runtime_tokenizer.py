@@ -153,6 +153,20 @@ def test_a_tokenizer_alone_is_enough(folder: Path) -> None:
     assert tokenizer.decode(tokenizer.encode("the cat")) == "the cat"
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_training_runs_truncation_and_padding_have_no_effect(folder: Path, side: str) -> None:
+    """tokenizer.json keeps what the last training call had set, on either side."""
+    text = "the cat sat on the mat"
+    whole, chat = Tokenizer(folder).encode(text), Tokenizer(folder).chat(MESSAGES)
+    fast = FastTokenizer.from_file(str(folder / "tokenizer.json"))
+    fast.enable_truncation(3, stride=1, direction=side)
+    fast.enable_padding(direction=side, length=64, pad_id=0, pad_token="<s>")
+    fast.save(str(folder / "tokenizer.json"))
+    assert len(fast.encode(text).ids) == 64
+    tokenizer = Tokenizer(folder)
+    assert (tokenizer.encode(text), tokenizer.chat(MESSAGES)) == (whole, chat)
+
+
 def test_an_absent_or_broken_tokenizer_is_refused(folder: Path) -> None:
     path = folder / "tokenizer.json"
     for text in ("{", "{}", '{"version": "1.0", "model": {"type": "Unheard"}}'):
