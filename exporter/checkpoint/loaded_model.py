@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from nemotrt.exporter.checkpoint.safetensors_reader import StoredTensor
 from nemotrt.exporter.config import BuildConfig
-from nemotrt.model.checkpoint import Transform
+from nemotrt.model.checkpoint import Transform, tensor_sources
 from nemotrt.model.config import ModelConfig
 from nemotrt.model.step import pool_specs
 from nemotrt.plugins.contract import PoolSpec
@@ -33,13 +33,24 @@ class LoadedModel:
     origin: LoadedModel | None = None
     """The checkpoint that the build quantized these weights from, if it did."""
 
+    def with_cache(self, kv_dtype: str) -> LoadedModel:
+        """The model with the KV cache of `--kv-dtype`; a BF16 cache has no scales, even if the checkpoint stores some.
+
+        Everything that reads a scale of the cache (graph, kernels, PyTorch) then reads 1.
+        """
+        if kv_dtype != "bf16" or not self.config.recipe.kv_cache:
+            return self
+        recipe = replace(self.config.recipe, kv_cache=False, kv_scales=False)
+        config = self.config.with_recipe(recipe)
+        constants = {
+            name: WeightSource((), source.transform)
+            for name, source in tensor_sources(config).items()
+            if source.transform is Transform.ONES
+        }
+        return replace(self, config=config, weights=self.weights | constants)
+
     def pools(self, config: BuildConfig) -> tuple[PoolSpec, ...]:
         """The pools of the graph that `config` asks for, in layer order."""
-        dtype = config.dtype
         return pool_specs(
-            self.config,
-            page_size=config.page_size,
-            dtype=dtype,
-            state_dtype=config.state,
-            kv_dtype=dtype if config.kv_dtype == "bf16" else None,
+            self.config, page_size=config.page_size, dtype=config.dtype, state_dtype=config.state
         )

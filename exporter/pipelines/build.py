@@ -64,9 +64,8 @@ def build(config: BuildConfig, progress: Progress = SILENT) -> BuildResult:
     with _disk_errors_explained(config):
         check_output(config.output, force=config.force)
         build_log = BuildLog(progress)
-        model = _load(config, build_log)
+        config, model = _load(config, build_log)
         config, target = _resolve(config, model, build_log)
-        _check_quantization(config, model)
         if config.validate:
             copies = estimates.num_references(config.precision, model.config.layers)
             estimates.check_memory(model, hint=estimates.WITHOUT_WHOLE_STEPS, copies=copies)
@@ -94,7 +93,8 @@ def _disk_errors_explained(config: BuildConfig) -> Iterator[None]:
         raise UsageError(f"{where}: {error.strerror}", hint=DISK_HINTS.get(error.errno, "")) from error
 
 
-def _load(config: BuildConfig, build_log: BuildLog) -> LoadedModel:
+def _load(config: BuildConfig, build_log: BuildLog) -> tuple[BuildConfig, LoadedModel]:
+    """The model, and the configuration with the precision that the model has by default."""
     from nemotrt.exporter.stages.load import load
 
     with build_log.stage("load", config.checkpoint.resolve().name):
@@ -107,13 +107,14 @@ def _load(config: BuildConfig, build_log: BuildLog) -> LoadedModel:
         build_log.note(f"{len(model.not_exported)} tensors (mtp.*) are not exported")
     for note in cache_notes(model.config, config.kv_dtype):
         build_log.note(note)
-    return model
+    default = Precision.FP8 if model.config.recipe else Precision.of(model.config.dtype)
+    config = dataclasses.replace(config, precision=config.precision or default)
+    _check_quantization(config, model)
+    return config, model.with_cache(config.kv_dtype)
 
 
 def _resolve(config: BuildConfig, model: LoadedModel, build_log: BuildLog) -> tuple[BuildConfig, Target]:
-    """Fill in every default that depends on the checkpoint or on this machine."""
-    default = Precision.FP8 if model.config.recipe else Precision.of(model.config.dtype)
-    config = dataclasses.replace(config, precision=config.precision or default)
+    """Fill in every default that depends on this machine."""
     target = settle(config.runtime, config.sms, config.precision)
     if target.runtime != ONNX:
         target = _supported(target, model, config)

@@ -63,7 +63,7 @@ def open_bundle(bundle: Path, checkpoint: Path | None = None, base: Path | None 
         raise UsageError(f"{base} is quantized itself", hint="--base is what the bundle was quantized from")
     if before and before.config.unquantized() != model.config.unquantized():
         raise UsageError(f"{before.folder} is not the bundle's model", hint="their config.json differ")
-    return OpenedBundle(manifest, config, graph, model, before)
+    return OpenedBundle(manifest, config, graph, model.with_cache(config.kv_dtype), before)
 
 
 def _config(bundle: Path, manifest: Manifest, checkpoint: Path) -> BuildConfig:
