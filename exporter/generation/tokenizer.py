@@ -1,18 +1,18 @@
 """Text to tokens and back, and messages to a prompt, from the tokenizer files of a checkpoint."""
 
-import datetime
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from nemotrt.exporter.errors import BundleError, UsageError
+from nemotrt.exporter.generation.chat_template import render
 from nemotrt.exporter.runtime.strict_json import read_object
 
 if TYPE_CHECKING:
     import tokenizers
 
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
+SPECIAL_TOKENS = "special_tokens_map.json"
 GENERATION_CONFIG, CONFIG = "generation_config.json", "config.json"
 CHAT_TEMPLATE = "chat_template.jinja"
 
@@ -43,6 +43,8 @@ class Tokenizer:
         self.fast.no_padding()
         self._folder = folder
         self._config = _optional(folder / TOKENIZER_CONFIG)
+        self.named_tokens = dict(_named_tokens(self._config, _optional(folder / SPECIAL_TOKENS)))
+        """The special tokens that have a name, such as bos_token."""
         self.eos_ids = self._eos_ids()
 
     @property
@@ -64,22 +66,10 @@ class Tokenizer:
 
     def render(self, messages: Sequence[Mapping[str, str]]) -> str:
         """The conversation as the template formats it; raises the same errors as `chat`."""
-        from jinja2 import TemplateError
-        from jinja2.exceptions import SecurityError
-
         template = self._template()
         if not template:
             raise UsageError("there is no chat template", hint="leave out --chat")
-        try:
-            compiled = _environment().from_string(template)
-            named = self._named_tokens()
-            return str(compiled.render(messages=list(messages), add_generation_prompt=True, **named))
-        except _RefusedError as error:
-            raise UsageError(f"the chat template refuses the messages: {error}") from error
-        except SecurityError as error:
-            raise BundleError(f"the chat template uses something that a template may not: {error}") from error
-        except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
-            raise BundleError(f"the chat template is broken: {error}") from error
+        return render(template, messages, self.named_tokens)
 
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of the tokens, special ones left out."""
@@ -95,19 +85,9 @@ class Tokenizer:
             if not all(type(token) is int for token in ids):
                 raise BundleError(f"{self._folder / name}: eos_token_id is {value}, not token ids")
             return frozenset(ids)
-        token = self._named_tokens().get("eos_token")
+        token = self.named_tokens.get("eos_token")
         eos = self.fast.token_to_id(token) if token else None
         return frozenset(() if eos is None else (eos,))
-
-    def _named_tokens(self) -> dict[str, str]:
-        """The special tokens that templates refer to by name, such as bos_token."""
-        named = {}
-        for name in ("bos_token", "eos_token", "unk_token", "pad_token"):
-            token = self._config.get(name)
-            token = token.get("content") if isinstance(token, dict) else token
-            if isinstance(token, str):
-                named[name] = token
-        return named
 
     def _template(self) -> str:
         """The chat template's text, empty if there is none; of several named templates, `default`."""
@@ -148,28 +128,20 @@ class TextStream:
         return self._tokenizer.decode(self._tokens)[self._num_characters :]
 
 
-class _RefusedError(Exception):
-    """A template called raise_exception."""
-
-
-def _environment() -> Any:
-    """Jinja as transformers configures it for chat templates, sandboxed because a template is untrusted code."""
-    from jinja2.ext import loopcontrols
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    def raise_exception(message: str) -> NoReturn:
-        raise _RefusedError(message)
-
-    now = datetime.datetime.now().astimezone()
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
-    )
-    environment.filters["tojson"] = lambda value, indent=None: json.dumps(
-        value, ensure_ascii=False, indent=indent
-    )
-    environment.globals |= {"raise_exception": raise_exception, "strftime_now": now.strftime}
-    return environment
-
-
 def _optional(path: Path) -> dict[str, Any]:
     return read_object(path) if path.is_file() else {}
+
+
+def _named_tokens(config: Mapping[str, Any], special_tokens: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """The name and text of each named special token, as transformers reads them; a later one replaces an earlier one.
+
+    special_tokens_map.json has no effect if tokenizer_config.json lists the added tokens itself.
+    """
+    for file in (config, {} if "added_tokens_decoder" in config else special_tokens):
+        named = {name: token for name, token in file.items() if name.endswith("_token")}
+        for group in ("model_specific_special_tokens", "extra_special_tokens"):
+            named |= entries if isinstance(entries := file.get(group), dict) else {}
+        for name, token in named.items():
+            text = token.get("content") if isinstance(token, dict) else token
+            if isinstance(text, str):
+                yield name, text

@@ -116,6 +116,10 @@ REFUSED = {
     "escape": ("{{ ''.__class__.__mro__ }}", BundleError, "may not"),
     "mutation": ("{{ messages.append(1) }}", BundleError, "may not"),
     "range": ("{% for i in range(1000000000) %}{% endfor %}", BundleError, "template is broken"),
+    "recursion": ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", BundleError, "template is broken"),
+    "nesting": ("{% if 1 %}" * 2000, BundleError, "template is broken"),
+    "surrogate": (r"{{ '\ud800' }}", BundleError, "template is broken"),
+    "open block": ("{% generation %}", BundleError, "template is broken"),
     "no text": (5, BundleError, "chat_template is not text"),
     "none": ("", UsageError, "no chat template"),
 }
