@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from nemotrt.exporter.checkpoint.safetensors_reader import StoredTensor
@@ -32,6 +33,8 @@ class LoadedModel:
     side_files: tuple[str, ...]
     origin: LoadedModel | None = None
     """The checkpoint that the build quantized these weights from, if it did."""
+    end_tokens: Mapping[str, frozenset[int]] = field(default_factory=dict)
+    """The end-of-text tokens by the file that names them."""
 
     def with_cache(self, kv_dtype: str) -> LoadedModel:
         """The model with the KV cache of `--kv-dtype`; a BF16 cache has no scales, even if the checkpoint stores some.

@@ -1,12 +1,13 @@
 """Read and check a checkpoint's files other than its weights: configuration, tokenizer, license."""
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 from nemotrt.exporter.checkpoint.quant_config import HF_QUANT_CONFIG
 from nemotrt.exporter.checkpoint.safetensors_reader import file_inside, read_json
 from nemotrt.exporter.errors import BundleError, CheckpointError
-from nemotrt.exporter.generation.tokenizer import CHAT_TEMPLATE, TOKENIZER, Tokenizer
+from nemotrt.exporter.generation.tokenizer import CHAT_TEMPLATE, TOKENIZER, Tokenizer, stored_end_tokens
 from nemotrt.model.config import ConfigError, ModelConfig
 
 SIDE_FILES = (
@@ -54,8 +55,8 @@ def parse_config(path: Path) -> ModelConfig:
     return config
 
 
-def check_side_files(checkpoint: Path, config: ModelConfig) -> None:
-    """Raise CheckpointError when the tokenizer or another side file is broken.
+def check_side_files(checkpoint: Path, config: ModelConfig) -> dict[str, frozenset[int]]:
+    """The end-of-text tokens by the file that names them; raises CheckpointError when a side file is broken.
 
     A checkpoint may have no tokenizer: its bundle then takes token ids only.
     """
@@ -64,9 +65,9 @@ def check_side_files(checkpoint: Path, config: ModelConfig) -> None:
         path = file_inside(checkpoint, name)
         if path.suffix == ".json":
             read_json(path)
-    if TOKENIZER not in names:
-        return
     try:
+        if TOKENIZER not in names:
+            return stored_end_tokens(checkpoint)
         tokenizer = Tokenizer(checkpoint)
     except BundleError as error:
         raise CheckpointError(str(error), hint="copy the file from the model's repository again") from error
@@ -75,3 +76,15 @@ def check_side_files(checkpoint: Path, config: ModelConfig) -> None:
             f"{checkpoint / TOKENIZER} has {tokenizer.vocab_size} tokens, config.json {config.vocab_size}",
             hint="the tokenizer belongs to another model",
         )
+    return tokenizer.end_tokens
+
+
+def end_token_notes(end_tokens: Mapping[str, frozenset[int]]) -> tuple[str, ...]:
+    """A note for the user when the files name different end-of-text tokens."""
+    if len(set(end_tokens.values())) < 2:
+        return ()
+    listed = "; ".join(
+        f"{name}: {', '.join(map(str, sorted(ids))) or 'a token that ' + TOKENIZER + ' does not have'}"
+        for name, ids in end_tokens.items()
+    )
+    return (f"the files name different end-of-text tokens ({listed}): generate stops at each of them",)

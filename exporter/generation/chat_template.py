@@ -45,7 +45,7 @@ def _environment() -> Any:
     class Generation(Extension):
         """`{% generation %}` marks what a model writes, for training; here it only is a scope of its own."""
 
-        tags = frozenset({"generation"})
+        tags = {"generation"}  # noqa: RUF012  the base class declares it as an instance variable
 
         def parse(self, parser: Parser) -> nodes.Node:
             line = next(parser.stream).lineno

@@ -45,7 +45,8 @@ class Tokenizer:
         self._config = _optional(folder / TOKENIZER_CONFIG)
         self.named_tokens = dict(_named_tokens(self._config, _optional(folder / SPECIAL_TOKENS)))
         """The special tokens that have a name, such as bos_token."""
-        self.eos_ids = self._eos_ids()
+        self.end_tokens = stored_end_tokens(folder) | self._own_end_token()
+        """The end-of-text tokens by the file that names them."""
 
     @property
     def vocab_size(self) -> int:
@@ -75,19 +76,17 @@ class Tokenizer:
         """The text of the tokens, special ones left out."""
         return str(self.fast.decode(list(tokens), skip_special_tokens=True))
 
-    def _eos_ids(self) -> frozenset[int]:
-        """The end-of-text tokens of the generation config, or else config.json, or else the tokenizer's config."""
-        for name in (GENERATION_CONFIG, CONFIG):
-            value = _optional(self._folder / name).get("eos_token_id")
-            if value is None:
-                continue
-            ids = value if isinstance(value, list) else [value]
-            if not all(type(token) is int for token in ids):
-                raise BundleError(f"{self._folder / name}: eos_token_id is {value}, not token ids")
-            return frozenset(ids)
-        token = self.named_tokens.get("eos_token")
-        eos = self.fast.token_to_id(token) if token else None
-        return frozenset(() if eos is None else (eos,))
+    @property
+    def eos_ids(self) -> frozenset[int]:
+        """Every end-of-text token that a file of the folder names: a text ends at any of them."""
+        return frozenset().union(*self.end_tokens.values())
+
+    def _own_end_token(self) -> dict[str, frozenset[int]]:
+        """The named `eos_token`; an empty set if the vocabulary does not have it."""
+        if not (token := self.named_tokens.get("eos_token")):
+            return {}
+        eos = self.fast.token_to_id(token)
+        return {TOKENIZER_CONFIG: frozenset(() if eos is None else (eos,))}
 
     def _template(self) -> str:
         """The chat template's text, empty if there is none; of several named templates, `default`."""
@@ -126,6 +125,20 @@ class TextStream:
     def end(self) -> str:
         """The rest of the text: replacement characters for a character that was never completed."""
         return self._tokenizer.decode(self._tokens)[self._num_characters :]
+
+
+def stored_end_tokens(folder: Path) -> dict[str, frozenset[int]]:
+    """The end-of-text tokens in the model's configuration files, by file; raises BundleError if they are not ids."""
+    end_tokens = {}
+    for name in (GENERATION_CONFIG, CONFIG):
+        value = _optional(folder / name).get("eos_token_id")
+        if value is None:
+            continue
+        ids = value if isinstance(value, list) else [value]
+        if not all(type(token) is int for token in ids):
+            raise BundleError(f"{folder / name}: eos_token_id is {value}, not token ids")
+        end_tokens[name] = frozenset(ids)
+    return end_tokens
 
 
 def _optional(path: Path) -> dict[str, Any]:

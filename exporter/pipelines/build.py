@@ -16,6 +16,7 @@ from nemotrt.exporter.artifacts import CompiledEngine, LoweredGraph, QuantizedCh
 from nemotrt.exporter.checkpoint.layer_selection import partial_model
 from nemotrt.exporter.checkpoint.loaded_model import LoadedModel
 from nemotrt.exporter.checkpoint.quant_config import cache_notes
+from nemotrt.exporter.checkpoint.side_files import end_token_notes
 from nemotrt.exporter.config import PRESETS, BuildConfig, Precision
 from nemotrt.exporter.engines.targets import AUTO, ONNX, Target, settle
 from nemotrt.exporter.errors import CompileError, ExportError, UsageError, ValidationError
@@ -105,7 +106,7 @@ def _load(config: BuildConfig, build_log: BuildLog) -> tuple[BuildConfig, Loaded
         build_log.note(f"{partial_model(layers)} (the manifest says so)")
     if model.not_exported:
         build_log.note(f"{len(model.not_exported)} tensors (mtp.*) are not exported")
-    for note in cache_notes(model.config, config.kv_dtype):
+    for note in (*cache_notes(model.config, config.kv_dtype), *end_token_notes(model.end_tokens)):
         build_log.note(note)
     default = Precision.FP8 if model.config.recipe else Precision.of(model.config.dtype)
     config = dataclasses.replace(config, precision=config.precision or default)

@@ -6,6 +6,7 @@ import re
 import shutil
 from collections import defaultdict
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from nemotrt.exporter.checkpoint.layer_selection import only_layers, partial_mod
 from nemotrt.exporter.checkpoint.loaded_model import WeightSource
 from nemotrt.exporter.checkpoint.quant_config import cache_notes, stored_recipe
 from nemotrt.exporter.checkpoint.safetensors_reader import StoredTensor, read_json
-from nemotrt.exporter.checkpoint.side_files import check_side_files, parse_config
+from nemotrt.exporter.checkpoint.side_files import check_side_files, end_token_notes, parse_config
 from nemotrt.exporter.checkpoint.tensor_matching import MatchedTensors, match
 from nemotrt.exporter.config import PRESETS, WEIGHTS, BuildConfig, Precision
 from nemotrt.exporter.engines.kernel_coverage import check_supported
@@ -331,7 +332,10 @@ def _notes(headers: Headers, tensors: MatchedTensors) -> list[str]:
         )
     if headers.folder is None:
         notes.append("no weights were read: there is only a table of tensors")
-    elif not (headers.folder / TOKENIZER).is_file():
+        return notes
+    with suppress(CheckpointError):  # it is among the problems
+        notes += end_token_notes(check_side_files(headers.folder, headers.config))
+    if not (headers.folder / TOKENIZER).is_file():
         notes.append(f"there is no {TOKENIZER}: the bundle will take token ids only, no text")
     return notes
 

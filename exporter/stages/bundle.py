@@ -116,7 +116,7 @@ def _manifest(
             layers=dict(Counter(model.config.layers)),
             precision=config.precision,
             vocab_size=model.config.vocab_size,
-            eos_token_ids=model.config.eos_token_id,
+            eos_token_ids=tuple(sorted(frozenset().union(*model.end_tokens.values()))),
             chosen_layers=model.config.chosen_layers,
         ),
         source=manifest.Source(

@@ -30,5 +30,11 @@ def load(checkpoint: Path, layers: str = "") -> LoadedModel:
         first, num_more = matched.problems[0], len(matched.problems) - 1
         more = f" (nemo-export check lists {num_more} more problem{'s' * (num_more > 1)})" if num_more else ""
         raise CheckpointError(f"{first}{more}", hint=first.hint)
-    check_side_files(checkpoint, config)
-    return LoadedModel(checkpoint, config, matched.weights, matched.not_exported, side_files(checkpoint))
+    return LoadedModel(
+        checkpoint,
+        config,
+        matched.weights,
+        matched.not_exported,
+        side_files(checkpoint),
+        end_tokens=check_side_files(checkpoint, config),
+    )

@@ -15,7 +15,11 @@ from safetensors.torch import save_file
 from nemotrt.exporter.checkpoint.safetensors_reader import SINGLE, StoredTensor, open_checkpoint
 from nemotrt.exporter.checkpoint.side_files import read_config
 from nemotrt.exporter.checkpoint.tensor_matching import match
+from nemotrt.exporter.config import BuildConfig
 from nemotrt.exporter.errors import CheckpointError
+from nemotrt.exporter.pipelines.build import build
+from nemotrt.exporter.pipelines.check import check, read_headers
+from nemotrt.exporter.runtime import manifest
 from nemotrt.exporter.stages.load import load
 from nemotrt.model.checkpoint import tensor_sources
 from nemotrt.model.config import ModelConfig
@@ -181,6 +185,34 @@ def test_a_tokenizer_with_more_tokens_than_the_model(with_tokenizer: Path) -> No
     (with_tokenizer / "config.json").write_text(json.dumps(config | {"vocab_size": 100}))
     with pytest.raises(CheckpointError, match=r"tokenizer.json has \d+ tokens, config.json 100"):
         load(with_tokenizer)
+
+
+def test_end_tokens_that_files_disagree_about_are_listed(with_tokenizer: Path) -> None:
+    """`check` and the build say so, and the manifest has all of them; a serving system stops at each."""
+    (note,) = (note for note in check(read_headers(with_tokenizer)).notes if "end-of-text" in note)
+    assert "(generation_config.json: 1; config.json: 2; tokenizer_config.json: 1)" in note
+    out = with_tokenizer.parent / "bundle"
+    build(BuildConfig(with_tokenizer, out, runtime="onnx", layers="3", validate=False))
+    assert note in (out / "logs/build.log").read_text()
+    assert manifest.read(out).model.eos_token_ids == (1, 2)
+
+
+def test_end_tokens_without_a_tokenizer(checkpoint: Path, with_tokenizer: Path) -> None:
+    assert load(checkpoint).end_tokens == {"config.json": {2}}
+    (with_tokenizer / "tokenizer.json").unlink()
+    assert load(with_tokenizer).end_tokens == {"generation_config.json": {1}, "config.json": {2}}
+
+
+def test_an_end_token_that_the_vocabulary_does_not_have(with_tokenizer: Path) -> None:
+    (with_tokenizer / "tokenizer_config.json").write_text('{"eos_token": "<|end|>"}')
+    notes = check(read_headers(with_tokenizer)).notes
+    assert any("tokenizer_config.json: a token that tokenizer.json does not have" in note for note in notes)
+
+
+def test_end_tokens_that_files_agree_about_are_no_news(with_tokenizer: Path) -> None:
+    write_tokenizer(with_tokenizer, eos=2)
+    (with_tokenizer / "tokenizer_config.json").write_text("{}")
+    assert not any("end-of-text" in note for note in check(read_headers(with_tokenizer)).notes)
 
 
 def test_a_side_file_that_leads_out_of_the_checkpoint(with_tokenizer: Path) -> None:

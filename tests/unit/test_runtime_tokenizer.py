@@ -133,14 +133,22 @@ def test_a_template_that_cannot_be_used_is_an_error(
         write_template(folder, template).render(MESSAGES)
 
 
-def test_the_end_is_what_the_generation_config_says(folder: Path) -> None:
+def test_a_text_ends_at_every_end_token_that_a_file_names(folder: Path) -> None:
     assert Tokenizer(folder).eos_ids == {1}
     write_tokenizer(folder, eos=[1, 7])
     assert Tokenizer(folder).eos_ids == {1, 7}
-    write_tokenizer(folder, eos=None)
-    assert Tokenizer(folder).eos_ids == {1}  # </s>, by tokenizer_config.json
+    write_tokenizer(folder, eos=7)
+    assert Tokenizer(folder).eos_ids == {1, 7}  # </s> is tokenizer_config.json's
     (folder / "config.json").write_text('{"eos_token_id": 9}')
-    assert Tokenizer(folder).eos_ids == {9}
+    assert Tokenizer(folder).end_tokens == {
+        "generation_config.json": {7},
+        "config.json": {9},
+        "tokenizer_config.json": {1},
+    }
+    write_tokenizer(folder, eos=None)
+    assert Tokenizer(folder).eos_ids == {1, 9}
+    (folder / "special_tokens_map.json").write_text('{"eos_token": {"content": "<s>"}}')
+    assert Tokenizer(folder).eos_ids == {0, 9}
     for broken in ("</s>", [1, True], 1.5):
         write_tokenizer(folder, eos=broken)
         with pytest.raises(BundleError, match="not token ids"):
