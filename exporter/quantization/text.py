@@ -21,11 +21,14 @@ MIN_TOKENS = 256
 MAX_TOKENS = 16_384
 """Maximum tokens in all; the rest of the text is not used, and the user is told."""
 
+JSON_LINES = (".jsonl", ".ndjson", ".json")
+"""Suffixes of files with `{"text": …}` on each line, in upper or lower case; all other files are plain text."""
+
 Sequences = tuple[NDArray[np.int64], ...]
 
 
 def sequences(checkpoint: Path, text: Path | None, bos: int | None) -> Sequences:
-    """The tokens of a .txt or .jsonl file (lines of `{"text": …}`), or of the built-in text, in sequences.
+    """The tokens of a text file or a JSON_LINES file, or of the built-in text, in sequences.
 
     Each sequence begins with `bos`, if given. Raises UsageError on a file without text or with too little.
     """
@@ -65,13 +68,14 @@ def built_in(name: str) -> Path:
 def _documents(path: Path | None) -> Iterator[str]:
     path = path or built_in(BUILT_IN)
     try:
-        content = path.read_text(encoding="utf-8")
+        content = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise UsageError(f"{path} is not UTF-8 text: {error.reason}") from error
-    if path.suffix != ".jsonl":
+    if path.suffix.lower() not in JSON_LINES:
         yield content
         return
-    for number, line in enumerate(content.splitlines(), start=1):
+    # Not splitlines(), which also ends a line at characters that a JSON string may hold, such as U+2028.
+    for number, line in enumerate(content.split("\n"), start=1):
         if line.strip():
             document = parse_object(line, f"{path}, line {number},", UsageError).get("text")
             if not isinstance(document, str):

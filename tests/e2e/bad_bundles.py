@@ -95,6 +95,8 @@ EVALS: dict[str, tuple[str, bytes, str]] = {
     "eval-no-utf8": ("latin.txt", "für ".encode("latin-1") * 300, "latin.txt is not UTF-8 text"),
     "eval-broken-line": ("x.jsonl", b'{"text": "for"}\n{"text": ', "x.jsonl, line 2, is not valid JSON"),
     "eval-line-without-text": ("x.jsonl", b'{"prompt": "for"}\n', "x.jsonl, line 1, has no text"),
+    "eval-json-array": ("x.json", b'[{"text": "for"}]', "x.json, line 1, is not a JSON object"),
+    "eval-json-lines-in-capitals": ("x.JSONL", b'{"prompt": "for"}\n', "x.JSONL, line 1, has no text"),
     "eval-text-is-no-string": ("x.jsonl", b'{"text": 7}\n', "x.jsonl, line 1, has no text"),
 }
 """A text that cannot be used: its name, its bytes, and the error message."""

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from nemotrt.exporter.checkpoint.loaded_model import LoadedModel
 from nemotrt.exporter.config import PRESETS, BuildConfig
 from nemotrt.exporter.errors import UsageError
+from nemotrt.exporter.generation.tokenizer import Tokenizer
 from nemotrt.exporter.pipelines import build
 from nemotrt.exporter.pipelines.check import check, read_headers
 from nemotrt.exporter.pipelines.validate import revalidate
@@ -212,6 +213,34 @@ def test_a_text_in_lines_is_one_sequence_a_line(tmp_path: Path) -> None:
     assert [sequence[0] for sequence in found] == [1] * len(found)
     assert len(found) >= 3
     assert max(map(len, found)) <= 512
+
+
+@pytest.mark.parametrize("name", ["x.jsonl", "x.JSONL", "x.Ndjson", "x.json"])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_a_file_of_json_lines_is_known_by_its_suffix_and_ends_lines_at_newlines(
+    tmp_path: Path, name: str, end: str
+) -> None:
+    """A JSON string may hold what Python's splitlines() takes for the end of a line."""
+    texts = [f"line {i} \N{LINE SEPARATOR}\x85\N{PARAGRAPH SEPARATOR}" * 100 for i in range(3)]
+    lines = [json.dumps({"text": text}, ensure_ascii=False) for text in texts]
+    (tmp_path / name).write_bytes(end.join(["\N{BYTE ORDER MARK}" + lines[0], *lines[1:], ""]).encode())
+    tokenizer = Tokenizer(TINY)
+    found = np.concatenate(sequences(TINY, tmp_path / name, None))
+    assert found.tolist() == [token for text in texts for token in tokenizer.encode(text)]
+
+
+def test_a_training_runs_truncation_cuts_no_text(tmp_path: Path) -> None:
+    whole = sequences(TINY, None, 1)
+    tokenizer = json.loads((TINY / "tokenizer.json").read_text())
+    tokenizer["truncation"] = {
+        "direction": "Right",
+        "max_length": 300,
+        "strategy": "LongestFirst",
+        "stride": 0,
+    }
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer))
+    assert sum(map(len, whole)) > 3000
+    assert all(map(np.array_equal, sequences(tmp_path, None, 1), whole))
 
 
 def test_check_says_what_a_build_would_quantize(tmp_path: Path) -> None:
