@@ -14,6 +14,9 @@ PREFIXES = ("backbone.", "model.")
 EMBEDDINGS = ("embeddings.weight", "embedding.weight")
 """Names of the embedding table."""
 
+HEAD = "lm_head.weight"
+"""The name of the head; also a name of the embedding table, if the two are tied."""
+
 
 class Transform(Enum):
     """How stored values become the parameter's values; in the end they are cast to the parameter's dtype."""
@@ -58,8 +61,9 @@ def is_mtp(name: str) -> bool:
 
 def tensor_sources(config: ModelConfig) -> dict[str, Source]:
     """The source of every parameter of NemotronH, in the order of its state dict."""
-    table = Source((_aliases(*EMBEDDINGS),), (config.vocab_size, config.hidden_size))
-    head = Source((("lm_head.weight",),), table.shape)
+    names = _aliases(*EMBEDDINGS) + ((HEAD,) if config.tie_word_embeddings else ())
+    table = Source((names,), (config.vocab_size, config.hidden_size))
+    head = Source(((HEAD,),), table.shape)
     norm = (config.hidden_size,)
     sources = {"backbone.embeddings.weight": table}
     for i, kind in config.numbered_layers.items():
@@ -68,7 +72,7 @@ def tensor_sources(config: ModelConfig) -> dict[str, Source]:
         for name, source in _MIXERS[kind](config, f"{layer}.mixer."):
             sources[f"backbone.{layer}.mixer.{name}"] = source
     sources["backbone.norm_f.weight"] = Source((_aliases("norm_f.weight"),), norm)
-    sources["lm_head.weight"] = table if config.tie_word_embeddings else head
+    sources[HEAD] = table if config.tie_word_embeddings else head
     return sources
 
 

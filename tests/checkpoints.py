@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from nemotrt.exporter.checkpoint import weights
 from nemotrt.exporter.checkpoint.safetensors_reader import read_header
-from nemotrt.exporter.checkpoint.tensor_matching import match
+from nemotrt.exporter.checkpoint.tensor_matching import check_tied_head, match
 from nemotrt.model.checkpoint import tensor_sources
 from nemotrt.model.config import ModelConfig
 from nemotrt.model.hybrid import NemotronH
@@ -75,6 +75,7 @@ def load_into(model: NemotronH, tensors: Mapping[str, torch.Tensor]) -> None:
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         path = Path(folder) / "model.safetensors"
         save_file({name: tensor.contiguous().clone() for name, tensor in tensors.items()}, path)
+        check_tied_head(model.config, read_header(path))
         survey = match(model.config, read_header(path))
         for problem in survey.problems:
             raise problem

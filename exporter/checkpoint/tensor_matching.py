@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 from nemotrt.exporter.checkpoint.loaded_model import WeightSource
 from nemotrt.exporter.checkpoint.quant_config import HF_QUANT_CONFIG, SUPPORTED
-from nemotrt.exporter.checkpoint.safetensors_reader import StoredTensor
+from nemotrt.exporter.checkpoint.safetensors_reader import StoredTensor, read_pieces
 from nemotrt.exporter.errors import CheckpointError
-from nemotrt.model.checkpoint import Source, TensorError, is_mtp, stored_names, tensor_sources
+from nemotrt.model.checkpoint import HEAD, Source, TensorError, is_mtp, stored_names, tensor_sources
 from nemotrt.model.config import ModelConfig
 from nemotrt.plugins.contract import DType
 
@@ -33,6 +33,9 @@ SCHEME_OF_SUFFIX = {
 SCALES = ("weight_scale", "input_scale", "k_scale", "v_scale")
 """Ends of the names of the tensors that quantization adds."""
 
+PIECE_BYTES = 4 << 20
+"""Bytes of two tensors that are compared at a time."""
+
 OTHER_CHECKPOINT = "the description of the quantization and the weights are of different checkpoints"
 
 
@@ -50,6 +53,8 @@ def match(config: ModelConfig, stored: Mapping[str, StoredTensor]) -> MatchedTen
     """Match each parameter; a tensor that is missing, extra, or has an unexpected shape or dtype is a problem."""
     if problem := _scheme_problem(config, stored):
         return MatchedTensors({}, (), (problem,))
+    if tied := _tied_tensors(config, stored):
+        stored = {name: tensor for name, tensor in stored.items() if tensor is not tied[1]}
     shapes = {name: tensor.shape for name, tensor in stored.items()}
     problems: list[CheckpointError] = []
     weights: dict[str, WeightSource] = {}
@@ -65,6 +70,30 @@ def match(config: ModelConfig, stored: Mapping[str, StoredTensor]) -> MatchedTen
     unused = [name for name in sorted(stored) if stored[name].name not in used]
     problems += [_extra(name) for name in unused if not is_mtp(name)]
     return MatchedTensors(weights, tuple(filter(is_mtp, unused)), tuple(problems))
+
+
+def check_tied_head(config: ModelConfig, stored: Mapping[str, StoredTensor]) -> None:
+    """Raise CheckpointError if the head of a model with tied embeddings is stored too, with other values."""
+    if not (tied := _tied_tensors(config, stored)):
+        return
+    table, head = tied
+    if any(a != b for a, b in zip(*(read_pieces(tensor, PIECE_BYTES) for tensor in tied), strict=True)):
+        raise CheckpointError(
+            f"{head.name} differs from {table.name}, but config.json has tie_word_embeddings true",
+            hint=f"set tie_word_embeddings to false to use {head.name}, or remove it to use the embeddings",
+        )
+
+
+def _tied_tensors(
+    config: ModelConfig, stored: Mapping[str, StoredTensor]
+) -> tuple[StoredTensor, StoredTensor] | None:
+    """The embedding table and the head of a model that ties them, if both are stored in one dtype and shape."""
+    (names,) = tensor_sources(config)["backbone.embeddings.weight"].names
+    table = next((stored[name] for name in names if name in stored), None)
+    head = stored.get(HEAD)
+    if not config.tie_word_embeddings or not table or not head or table is head:
+        return None
+    return (table, head) if (table.dtype, table.shape) == (head.dtype, head.shape) else None
 
 
 def _scheme_problem(config: ModelConfig, stored: Mapping[str, StoredTensor]) -> CheckpointError | None:

@@ -17,7 +17,7 @@ from nemotrt.exporter.checkpoint.loaded_model import WeightSource
 from nemotrt.exporter.checkpoint.quant_config import cache_notes, stored_recipe
 from nemotrt.exporter.checkpoint.safetensors_reader import StoredTensor, read_json
 from nemotrt.exporter.checkpoint.side_files import check_side_files, end_token_notes, parse_config
-from nemotrt.exporter.checkpoint.tensor_matching import MatchedTensors, match
+from nemotrt.exporter.checkpoint.tensor_matching import MatchedTensors, check_tied_head, match
 from nemotrt.exporter.config import PRESETS, WEIGHTS, BuildConfig, Precision
 from nemotrt.exporter.engines.kernel_coverage import check_supported
 from nemotrt.exporter.engines.plugin_library import is_at_hand
@@ -230,6 +230,7 @@ def _other_problems(headers: Headers, built: ModelConfig, build: BuildConfig) ->
     problems: list[ExportError] = []
     if (folder := headers.folder) is not None:
         problems += _raised(lambda: check_side_files(folder, headers.config))
+        problems += _raised(lambda: check_tied_head(headers.config, headers.stored))
     if build.sms or build.runtime not in (AUTO, ONNX):
         problems += _raised(lambda: engine_target(built, build))
     return problems

@@ -8,7 +8,7 @@ from nemotrt.exporter.checkpoint.loaded_model import LoadedModel
 from nemotrt.exporter.checkpoint.quant_config import with_recipe
 from nemotrt.exporter.checkpoint.safetensors_reader import StoredTensor, open_checkpoint
 from nemotrt.exporter.checkpoint.side_files import check_side_files, read_config, side_files
-from nemotrt.exporter.checkpoint.tensor_matching import match
+from nemotrt.exporter.checkpoint.tensor_matching import check_tied_head, match
 from nemotrt.exporter.errors import CheckpointError
 from nemotrt.model.config import ModelConfig
 
@@ -20,7 +20,7 @@ def read_headers(checkpoint: Path, layers: str = "") -> tuple[ModelConfig, Mappi
 
 
 def load(checkpoint: Path, layers: str = "") -> LoadedModel:
-    """The model of a checkpoint folder, or of the layers that `layers` selects; no tensor is read.
+    """The model of a checkpoint folder, or of the layers that `layers` selects; no tensor is read but a second head.
 
     Raises CheckpointError on the first problem of the checkpoint, UsageError as `chosen_layers` does.
     """
@@ -30,6 +30,7 @@ def load(checkpoint: Path, layers: str = "") -> LoadedModel:
         first, num_more = matched.problems[0], len(matched.problems) - 1
         more = f" (nemo-export check lists {num_more} more problem{'s' * (num_more > 1)})" if num_more else ""
         raise CheckpointError(f"{first}{more}", hint=first.hint)
+    check_tied_head(config, stored)
     return LoadedModel(
         checkpoint,
         config,

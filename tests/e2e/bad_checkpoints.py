@@ -65,6 +65,13 @@ def added(name: str) -> Callable[[Path], None]:
     return damage
 
 
+def added_head(folder: Path) -> None:
+    """Add a head that is not the embeddings that the configuration ties it to."""
+    tensors = stored(folder)
+    head = tensors["backbone.embeddings.weight"] + 1
+    save_file(tensors | {"lm_head.weight": head}, folder / SINGLE)
+
+
 def one_value(value: float) -> Callable[[torch.Tensor], torch.Tensor]:
     """The tensor with its last value replaced."""
 
@@ -385,6 +392,11 @@ CONFIGS = {
     "config-not-finite": Case("norm_eps is Infinity", config={"norm_eps": float("inf")}),
     "config-other-weights": Case(
         r"embeddings\.weight has shape \[96, 32\].* lists \d+ more problems", config={"hidden_size": 64}
+    ),
+    "tied-head-differs": Case(
+        "lm_head.weight differs from backbone.embeddings.weight",
+        added_head,
+        config={"tie_word_embeddings": True},
     ),
     "config-end-token": Case("eos_token_id 96 is outside the vocabulary", config={"eos_token_id": 96}),
     "tokenizer-broken": Case(

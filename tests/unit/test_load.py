@@ -21,7 +21,7 @@ from nemotrt.exporter.pipelines.build import build
 from nemotrt.exporter.pipelines.check import check, read_headers
 from nemotrt.exporter.runtime import manifest
 from nemotrt.exporter.stages.load import load
-from nemotrt.model.checkpoint import tensor_sources
+from nemotrt.model.checkpoint import HEAD, tensor_sources
 from nemotrt.model.config import ModelConfig
 from nemotrt.plugins.contract import DType
 
@@ -54,6 +54,44 @@ def test_every_parameter_has_its_tensors(checkpoint: Path) -> None:
 def test_tied_embeddings_are_used_twice(tmp_path: Path) -> None:
     model = load(write_checkpoint(tmp_path / "tied", tie_word_embeddings=True))
     assert model.weights["lm_head.weight"].tensors == model.weights["backbone.embeddings.weight"].tensors
+
+
+def write_tied(folder: Path, head: torch.Tensor | None, *, has_table: bool = True) -> Path:
+    """A checkpoint with tied embeddings that stores `head` too, or with None the table under the head's name."""
+    config = CONFIG | {"tie_word_embeddings": True}
+    tensors = random_tensors(config)
+    table = tensors["backbone.embeddings.weight"]
+    if not has_table:
+        del tensors["backbone.embeddings.weight"]
+    write_checkpoint(folder, tie_word_embeddings=True)
+    save_file(tensors | {HEAD: table.clone() if head is None else head}, folder / SINGLE)
+    return folder
+
+
+@pytest.mark.parametrize("has_table", [True, False])
+def test_tied_embeddings_that_are_stored_as_the_head(tmp_path: Path, has_table: bool) -> None:
+    """Some tools store both, with the same bytes; others store the one tensor under the head's name."""
+    folder = write_tied(tmp_path / "tied", None, has_table=has_table)
+    model = load(folder)
+    assert model.weights[HEAD].tensors == model.weights["backbone.embeddings.weight"].tensors
+    assert model.not_exported == ()
+    assert check(read_headers(folder)).is_buildable
+
+
+@pytest.mark.parametrize(
+    ("head", "message"),
+    [
+        (torch.ones(96, 32), f"{HEAD} differs from backbone.embeddings.weight, but config.json has tie_word"),
+        (torch.ones(96, 32).half(), f"backbone.embeddings.weight and {HEAD} are two names of one tensor"),
+        (torch.ones(90, 32), f"backbone.embeddings.weight and {HEAD} are two names of one tensor"),
+    ],
+    ids=["values", "dtype", "shape"],
+)
+def test_tied_embeddings_with_another_head(tmp_path: Path, head: torch.Tensor, message: str) -> None:
+    folder = write_tied(tmp_path / "tied", head)
+    with pytest.raises(CheckpointError, match=message):
+        load(folder)
+    assert [str(problem) for problem in check(read_headers(folder)).problems if HEAD in str(problem)]
 
 
 def test_every_problem_is_found(config: ModelConfig) -> None:
