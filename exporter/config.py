@@ -70,6 +70,8 @@ class BuildConfig:
     """GPU generations that a tensorrt-rtx engine supports; empty selects all that the precision runs on."""
     layers: str = ""
     """The layers to export, in the syntax of `checkpoint/layer_selection.py`; empty selects all."""
+    ignore_fields: tuple[str, ...] = ()
+    """Unknown fields of config.json that are no error, because the model computes the same without them."""
     weights: str = "copy"
     """One of WEIGHTS: how tensors that need no conversion get into the bundle."""
     state_dtype: str = "fp32"

@@ -10,7 +10,7 @@ import dataclasses
 import difflib
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, get_type_hints
 
@@ -35,6 +35,14 @@ LARGEST = 3.4028234663852886e38
 
 class ConfigError(ValueError):
     """A config.json is contradictory or incomplete, or asks for something the model does not compute."""
+
+
+class UnknownFieldsError(ConfigError):
+    """A config.json has fields that are neither read nor known to have no effect; `names` lists them."""
+
+    def __init__(self, message: str, names: tuple[str, ...]) -> None:
+        super().__init__(message)
+        self.names = names
 
 
 @dataclass(frozen=True)
@@ -105,6 +113,8 @@ class ModelConfig:
     """Which modules have FP8 weights; the loader sets it."""
     inert: dict[str, str] = field(default_factory=dict, compare=False)
     """Fields of the file that change no output, each with the reason."""
+    ignored_fields: tuple[str, ...] = field(default=(), compare=False)
+    """Unknown fields of the file that the user asked to ignore."""
 
     @property
     def numbered_layers(self) -> dict[int, str]:
@@ -150,10 +160,14 @@ class ModelConfig:
         return dataclasses.replace(self, recipe=Recipe(), quantization=None)
 
     @classmethod
-    def from_dict(cls, raw: dict[str, Any]) -> ModelConfig:
-        """The config for a parsed config.json; raises ConfigError that names the field."""
+    def from_dict(cls, raw: dict[str, Any], ignore_fields: Collection[str] = ()) -> ModelConfig:
+        """The config for a parsed config.json; raises ConfigError that names the field.
+
+        An unknown field in `ignore_fields` is no error.
+        """
         raw = {name: _parse_infinity(value) for name, value in raw.items()}
-        _check_known(raw)
+        unknown = [name for name in raw if name not in KNOWN]
+        _check_known([name for name in unknown if name not in ignore_fields])
         _check_fixed(raw)
         layers = _layers(raw)
         inert = {name: INERT[name] for name in raw if name in INERT}
@@ -169,7 +183,7 @@ class ModelConfig:
                 raise ConfigError(f"{ALIASES.get(spec.name, (spec.name,))[0]} is missing")
         if "attention" in layers:
             values.setdefault("num_key_value_heads", values["num_attention_heads"])
-        config = cls(layers=layers, inert=inert, **values)
+        config = cls(layers=layers, inert=inert, ignored_fields=tuple(unknown), **values)
         if contradiction := next(_contradictions(config), ""):
             raise ConfigError(contradiction)
         return config
@@ -178,9 +192,17 @@ class ModelConfig:
 TYPES = get_type_hints(ModelConfig)
 
 JSON_FIELDS = [
-    spec for spec in fields(ModelConfig) if spec.name not in ("layers", "chosen_layers", "recipe", "inert")
+    spec
+    for spec in fields(ModelConfig)
+    if spec.name not in ("layers", "chosen_layers", "recipe", "inert", "ignored_fields")
 ]
 """The fields that are read from a config.json, possibly under another name."""
+
+KNOWN = {
+    *(name for spec in JSON_FIELDS for name in ALIASES.get(spec.name, (spec.name,))),
+    *(*INERT, *FIXED, *LAYER_FIELDS, "num_hidden_layers"),
+}
+"""Every name that a config.json may have."""
 
 
 def _parse_infinity(value: Any) -> Any:
@@ -192,14 +214,15 @@ def _parse_infinity(value: Any) -> Any:
     return value
 
 
-def _check_known(raw: dict[str, Any]) -> None:
-    known = {name for spec in JSON_FIELDS for name in ALIASES.get(spec.name, (spec.name,))}
-    known |= {*INERT, *FIXED, *LAYER_FIELDS, "num_hidden_layers"}
-    for name in raw:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0.8)
-            hint = f"; did you mean {near[0]}?" if near else ", so what it asks for is not supported"
-            raise ConfigError(f"{name} is not a field of this model family{hint}")
+def _check_known(unknown: Sequence[str]) -> None:
+    if not unknown:
+        return
+    *others, last = unknown
+    what = f"{', '.join(others)} and {last} are not fields" if others else f"{last} is not a field"
+    near = difflib.get_close_matches(unknown[0], KNOWN, n=1, cutoff=0.8)
+    asked = "what they ask for" if others else "what it asks for"
+    hint = f"; did you mean {near[0]}?" if near else f", so {asked} is not supported"
+    raise UnknownFieldsError(f"{what} of this model family{hint}", tuple(unknown))
 
 
 def _check_fixed(raw: dict[str, Any]) -> None:

@@ -74,6 +74,13 @@ FIXED: dict[str, tuple[tuple[Any, ...], str]] = {
     "output_hidden_states": ((False,), "hidden states are not an output"),
     "pruned_heads": (({},), "pruned heads are not supported"),
     "tie_encoder_decoder": ((False,), "the model has no encoder"),
+    **dict.fromkeys(
+        (
+            *("bad_words_ids", "suppress_tokens", "begin_suppress_tokens", "forced_bos_token_id"),
+            *("forced_eos_token_id", "exponential_decay_length_penalty"),
+        ),
+        ((), "no token is forced or forbidden when text is generated"),
+    ),
 }
 """The supported values of a field, and the reason given for refusing any other; null is always allowed."""
 
@@ -93,15 +100,32 @@ _INERT = {
     "use_bias decides whether the Mamba projections have a bias": ("mamba_proj_bias",),
     "dt is projected at full rank in Mamba-2": ("time_step_rank",),
     "there is no dropout in inference": ("attention_dropout", "hidden_dropout"),
+    "it only affects training": (
+        *("gradient_checkpointing", "router_aux_loss_coef", "router_z_loss_coef", "router_jitter_noise"),
+        "aux_loss_alpha",
+    ),
+    "the caller chooses how to sample": (
+        *("do_sample", "temperature", "top_k", "top_p", "typical_p", "num_beams", "num_beam_groups"),
+        *("max_length", "min_length", "early_stopping", "num_return_sequences", "repetition_penalty"),
+        *("length_penalty", "diversity_penalty", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size"),
+        *("output_scores", "return_dict_in_generate", "remove_invalid_values"),
+    ),
+    "the tokenizer's files name the special tokens": (
+        *("unk_token_id", "sep_token_id", "cls_token_id", "mask_token_id", "decoder_start_token_id"),
+    ),
     "it only schedules the shared expert": ("moe_shared_expert_overlap",),
     "multi-token prediction is not exported": ("mtp_hybrid_override_pattern", "mtp_layers_block_type"),
     "the caller chooses the rows that get logits": ("num_logits_to_keep",),
     "the caller manages the caches": ("use_cache",),
     "it only concerns the framework that wrote the file": (
         *("use_mamba_kernels", "auto_map", "transformers_version", "_name_or_path", "name_or_path"),
-        *("_attn_implementation_autoset", "attn_implementation", "return_dict", "torchscript"),
+        *("_attn_implementation", "_attn_implementation_internal", "_attn_implementation_autoset"),
+        *("attn_implementation", "_experts_implementation", "_flash_attn_2_enabled", "_commit_hash"),
+        *("return_dict", "use_return_dict", "torchscript", "use_bfloat16", "tf_legacy_loss"),
+        *("tokenizer_class", "processor_class", "prefix", "task_specific_params"),
+        *("unsloth_version", "unsloth_fixed"),
     ),
-    "it only splits the computation": ("chunk_size_feed_forward",),
+    "it only splits the computation": ("chunk_size_feed_forward", "pretraining_tp"),
     "the model is not a classifier": ("id2label", "label2id", "problem_type", "finetuning_task"),
 }
 

@@ -1,14 +1,14 @@
 """Read and check a checkpoint's files other than its weights: configuration, tokenizer, license."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from nemotrt.exporter.checkpoint.quant_config import HF_QUANT_CONFIG
 from nemotrt.exporter.checkpoint.safetensors_reader import file_inside, read_json
-from nemotrt.exporter.errors import BundleError, CheckpointError
+from nemotrt.exporter.errors import BundleError, CheckpointError, UsageError
 from nemotrt.exporter.generation.tokenizer import CHAT_TEMPLATE, TOKENIZER, Tokenizer, stored_end_tokens
-from nemotrt.model.config import ConfigError, ModelConfig
+from nemotrt.model.config import ConfigError, ModelConfig, UnknownFieldsError
 
 SIDE_FILES = (
     "config.json",
@@ -30,7 +30,7 @@ def side_files(checkpoint: Path) -> tuple[str, ...]:
     return tuple(name for name, path in paths.items() if path.is_file() or path.is_symlink())
 
 
-def read_config(checkpoint: Path) -> ModelConfig:
+def read_config(checkpoint: Path, ignore_fields: Collection[str] = ()) -> ModelConfig:
     """The configuration of a checkpoint folder; raises CheckpointError that names the field."""
     if not checkpoint.is_dir():
         raise CheckpointError(f"{checkpoint} is not a folder", hint="pass the folder that has config.json")
@@ -38,13 +38,18 @@ def read_config(checkpoint: Path) -> ModelConfig:
         raise CheckpointError(
             f"{checkpoint} has no config.json", hint="pass a checkpoint folder in the Hugging Face layout"
         )
-    return parse_config(file_inside(checkpoint, "config.json"))
+    return parse_config(file_inside(checkpoint, "config.json"), ignore_fields)
 
 
-def parse_config(path: Path) -> ModelConfig:
+def parse_config(path: Path, ignore_fields: Collection[str] = ()) -> ModelConfig:
     """The configuration in a file; raises CheckpointError that names the field."""
     try:
-        config = ModelConfig.from_dict(read_json(path))
+        config = ModelConfig.from_dict(read_json(path), ignore_fields)
+    except UnknownFieldsError as error:
+        flags = " ".join(f"--ignore-field {name}" for name in error.names)
+        raise CheckpointError(
+            f"{path}: {error}", hint=f"if the model computes the same without it, use {flags}"
+        ) from error
     except ConfigError as error:
         raise CheckpointError(f"{path}: {error}") from error
     outside = [token for token in config.eos_token_id if token >= config.vocab_size]
@@ -53,6 +58,16 @@ def parse_config(path: Path) -> ModelConfig:
             f"{path}: eos_token_id {outside[0]} is outside the vocabulary of {config.vocab_size} tokens"
         )
     return config
+
+
+def check_ignored(config: ModelConfig, ignore_fields: Collection[str]) -> None:
+    """Raise UsageError if one of the fields that the user asked to ignore is not an unknown field of config.json."""
+    for name in ignore_fields:
+        if name not in config.ignored_fields:
+            raise UsageError(
+                f"--ignore-field {name} has no effect",
+                hint="it is for a field of config.json that is unknown",
+            )
 
 
 def check_side_files(checkpoint: Path, config: ModelConfig) -> dict[str, frozenset[int]]:

@@ -135,6 +135,13 @@ LAYERS = click.option(
     metavar="SELECTION",
     help="Use these layers only: a range (0:4), a list (0,3,7), or first-of-each, one layer of each kind.",
 )
+IGNORE_FIELD = click.option(
+    "--ignore-field",
+    "ignore_fields",
+    multiple=True,
+    metavar="NAME",
+    help="Accept this unknown field of config.json, if the model computes the same without it. May be repeated.",
+)
 PRECISION = click.option(
     "--precision",
     type=click.Choice(PRECISIONS),

@@ -21,6 +21,7 @@ from nemotrt.exporter.config import BuildConfig
 @click.option("--page-size", default=128, help="Tokens per page of the KV cache.")
 @arguments.STATE_DTYPE
 @arguments.LAYERS
+@arguments.IGNORE_FIELD
 @arguments.CALIBRATION
 @arguments.PRESET
 @arguments.EXCLUDE

@@ -26,6 +26,7 @@ from nemotrt.exporter.errors import CheckpointError, UsageError
     help="With --config: a JSON table {name: [dtype, shape]}; expert 0 may represent all experts.",
 )
 @arguments.LAYERS
+@arguments.IGNORE_FIELD
 @arguments.WEIGHTS_PLACEMENT
 @arguments.JSON
 @click.pass_obj
@@ -36,6 +37,7 @@ def check(
     config_file: Path | None,
     tensors_file: Path | None,
     layers: str,
+    ignore_fields: tuple[str, ...],
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -47,12 +49,12 @@ def check(
 
     if checkpoint is not None and config_file is None and tensors_file is None:
         with console.stage("read", f"{checkpoint.resolve().name}, headers"):
-            headers = checks.read_headers(checkpoint, layers)
+            headers = checks.read_headers(checkpoint, layers, ignore_fields)
     elif checkpoint is None and config_file and tensors_file:
         if options["deep"]:
             raise UsageError("--deep reads weights, and a table has none", hint="name a checkpoint folder")
         with console.stage("read", f"{config_file.name}, {tensors_file.name}"):
-            headers = checks.read_table(config_file, tensors_file, layers)
+            headers = checks.read_table(config_file, tensors_file, layers, ignore_fields)
     else:
         raise UsageError(
             "check needs a checkpoint, or --config and --tensors", hint="see nemo-export check --help"

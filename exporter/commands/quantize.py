@@ -16,6 +16,7 @@ from nemotrt.exporter.commands.console import Console
 @arguments.PRESET
 @arguments.EXCLUDE
 @arguments.KV_DTYPE
+@arguments.IGNORE_FIELD
 @arguments.JSON
 @click.pass_obj
 def quantize(console: Console, /, output: Path, as_json: bool, **options: Any) -> None:

@@ -16,11 +16,12 @@ from nemotrt.exporter.artifacts import CompiledEngine, LoweredGraph, QuantizedCh
 from nemotrt.exporter.checkpoint.layer_selection import partial_model
 from nemotrt.exporter.checkpoint.loaded_model import LoadedModel
 from nemotrt.exporter.checkpoint.quant_config import cache_notes
-from nemotrt.exporter.checkpoint.side_files import end_token_notes
+from nemotrt.exporter.checkpoint.side_files import check_ignored, end_token_notes
 from nemotrt.exporter.config import PRESETS, BuildConfig, Precision
 from nemotrt.exporter.engines.targets import AUTO, ONNX, Target, settle
 from nemotrt.exporter.errors import CompileError, ExportError, UsageError, ValidationError
 from nemotrt.exporter.pipelines import estimates
+from nemotrt.exporter.pipelines.opened_bundle import ignored_fields
 from nemotrt.exporter.progress import SILENT, BuildLog, Progress
 from nemotrt.exporter.report.model import Gate, ValidationReport
 from nemotrt.exporter.runtime.graph_file import OnnxGraph
@@ -99,7 +100,10 @@ def _load(config: BuildConfig, build_log: BuildLog) -> tuple[BuildConfig, Loaded
     from nemotrt.exporter.stages.load import load
 
     with build_log.stage("load", config.checkpoint.resolve().name):
-        model = load(config.checkpoint, config.layers)
+        model = load(config.checkpoint, config.layers, config.ignore_fields)
+    check_ignored(model.config, config.ignore_fields)
+    for name in model.config.ignored_fields:
+        build_log.note(f"{name} of config.json is ignored, as requested (the manifest says so)")
     for name, reason in model.config.inert.items():
         build_log.note(f"{name} has no effect: {reason}", logging.DEBUG)
     if layers := model.config.chosen_layers:
@@ -218,7 +222,8 @@ class Build:
             return calibrate_and_quantize(self.model, config, folder, self.log, per_output=True)
 
         self._once("quantize", self.key, QuantizedCheckpoint, run)
-        self.model = dataclasses.replace(load(folder, config.layers), origin=self.model)
+        model = load(folder, config.layers, config.ignore_fields)
+        self.model = dataclasses.replace(model, origin=self.model)
 
     def lower(self) -> LoweredGraph:
         """Write the graph and its weights to the workspace."""
@@ -307,6 +312,8 @@ class Build:
             what = "graph against checkpoint, bit for bit"
             with self.log.stage("weights", what, total=total, is_bytes=True) as advance:
                 report = with_weights(report, graph, expected, advance=advance)
+            not_compared = (*report.not_compared, *ignored_fields(model.config))
+            report = dataclasses.replace(report, not_compared=not_compared)
             self.log.note(f"{len(report.gates) - len(report.failed)} of {len(report.gates)} gates passed")
             return report
 

@@ -5,7 +5,7 @@ import math
 import re
 import shutil
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,12 @@ from nemotrt.exporter.checkpoint.layer_selection import only_layers, partial_mod
 from nemotrt.exporter.checkpoint.loaded_model import WeightSource
 from nemotrt.exporter.checkpoint.quant_config import cache_notes, stored_recipe
 from nemotrt.exporter.checkpoint.safetensors_reader import StoredTensor, read_json
-from nemotrt.exporter.checkpoint.side_files import check_side_files, end_token_notes, parse_config
+from nemotrt.exporter.checkpoint.side_files import (
+    check_ignored,
+    check_side_files,
+    end_token_notes,
+    parse_config,
+)
 from nemotrt.exporter.checkpoint.tensor_matching import MatchedTensors, check_tied_head, match
 from nemotrt.exporter.config import PRESETS, WEIGHTS, BuildConfig, Precision
 from nemotrt.exporter.engines.kernel_coverage import check_supported
@@ -115,18 +120,22 @@ class Check:
         )
 
 
-def read_headers(checkpoint: Path, layers: str = "") -> Headers:
+def read_headers(checkpoint: Path, layers: str = "", ignore_fields: Collection[str] = ()) -> Headers:
     """The headers of a checkpoint folder, or only those of `layers`; raises CheckpointError on unreadable files."""
-    config, stored = load.read_headers(checkpoint, layers)
+    config, stored = load.read_headers(checkpoint, layers, ignore_fields)
+    check_ignored(config, ignore_fields)
     return Headers(str(checkpoint), config, stored, checkpoint)
 
 
-def read_table(config_file: Path, tensors_file: Path, layers: str = "") -> Headers:
+def read_table(
+    config_file: Path, tensors_file: Path, layers: str = "", ignore_fields: Collection[str] = ()
+) -> Headers:
     """Headers from a configuration and a table {name: [dtype, shape]}, where expert 0 may represent all experts.
 
     Raises CheckpointError on an entry that is not a safetensors dtype and a shape.
     """
-    config = parse_config(config_file)
+    config = parse_config(config_file, ignore_fields)
+    check_ignored(config, ignore_fields)
     table = read_json(tensors_file)
     stored: dict[str, StoredTensor] = {}
     notes: tuple[str, ...] = ()
@@ -326,6 +335,10 @@ def _notes(headers: Headers, tensors: MatchedTensors) -> list[str]:
     """Notes for the user on what a build accepts."""
     layers = headers.config.chosen_layers
     notes = [f"{partial_model(layers)} (the bundle would say so)"] if layers else []
+    notes += [
+        f"{name} of config.json is ignored, as requested (the bundle would say so)"
+        for name in headers.config.ignored_fields
+    ]
     notes += cache_notes(headers.config)
     if tensors.not_exported:
         notes.append(

@@ -17,6 +17,7 @@ from nemotrt.exporter.runtime.manifest import Manifest
 from nemotrt.exporter.stages.load import load
 from nemotrt.exporter.validation.candidates import graph_of
 from nemotrt.model.checkpoint import Transform, tensor_sources
+from nemotrt.model.config import ModelConfig
 from nemotrt.plugins.contract import DType
 
 OWN_WEIGHTS = NotCompared(Omitted.CHECKPOINT, "PyTorch ran with the bundle's own weights")
@@ -45,8 +46,16 @@ class OpenedBundle:
 
     @property
     def not_compared(self) -> tuple[NotCompared, ...]:
-        """The checkpoint, if the model's weights are read from the bundle instead."""
-        return (OWN_WEIGHTS,) if self.has_own_weights else ()
+        """The checkpoint, if the model's weights are read from the bundle instead, and ignored fields."""
+        weights = (OWN_WEIGHTS,) if self.has_own_weights else ()
+        return *weights, *ignored_fields(self.model.config)
+
+
+def ignored_fields(config: ModelConfig) -> tuple[NotCompared, ...]:
+    """The fields of config.json that the build was asked to ignore."""
+    return tuple(
+        NotCompared(Omitted.FIELD, f"{name}, ignored as requested") for name in config.ignored_fields
+    )
 
 
 def open_bundle(bundle: Path, checkpoint: Path | None = None, base: Path | None = None) -> OpenedBundle:
@@ -58,7 +67,7 @@ def open_bundle(bundle: Path, checkpoint: Path | None = None, base: Path | None 
     # If the build quantized the model, only the bundle has the FP8 weights.
     was_quantized = config.precision == "fp8" and source is not None and not source.config.recipe
     model = _from_bundle(bundle, manifest, graph) if source is None or was_quantized else source
-    before = load(base, _layers(manifest)) if base else source if was_quantized else None
+    before = _load(base, manifest) if base else source if was_quantized else None
     if before and before.config.recipe:
         raise UsageError(f"{base} is quantized itself", hint="--base is what the bundle was quantized from")
     if before and before.config.unquantized() != model.config.unquantized():
@@ -86,7 +95,7 @@ def _config(bundle: Path, manifest: Manifest, checkpoint: Path) -> BuildConfig:
 
 
 def _from_checkpoint(checkpoint: Path, manifest: Manifest) -> LoadedModel:
-    model = load(checkpoint, _layers(manifest))
+    model = _load(checkpoint, manifest)
     stored = {tensor.path for weight in model.weights.values() for tensor in weight.tensors}
     sizes = {path.name: path.stat().st_size for path in stored}
     expected = manifest.source.files
@@ -101,9 +110,10 @@ def _from_checkpoint(checkpoint: Path, manifest: Manifest) -> LoadedModel:
     return model
 
 
-def _layers(manifest: Manifest) -> str:
-    """The layers of a partial bundle, as a value of --layers."""
-    return ",".join(map(str, manifest.model.chosen_layers))
+def _load(checkpoint: Path, manifest: Manifest) -> LoadedModel:
+    """A checkpoint, with the layers and the ignored fields of the bundle."""
+    layers = ",".join(map(str, manifest.model.chosen_layers))
+    return load(checkpoint, layers, manifest.model.ignored_fields)
 
 
 def _from_bundle(bundle: Path, manifest: Manifest, graph: OnnxGraph) -> LoadedModel:
@@ -119,7 +129,8 @@ def _from_bundle(bundle: Path, manifest: Manifest, graph: OnnxGraph) -> LoadedMo
             offset, length = int(place["offset"]), int(place["length"])
             stored[tensor.name] = StoredTensor(tensor.name, dtype, shape, path, offset, length)
     weights = {name: WeightSource((tensor,), Transform.COPY) for name, tensor in stored.items()}
-    config = with_recipe(parse_config(bundle / "config.json"), stored, bundle)
+    config = parse_config(bundle / "config.json", manifest.model.ignored_fields)
+    config = with_recipe(config, stored, bundle)
     if manifest.partial:
         config = config.only(manifest.model.chosen_layers)
     if config.tie_word_embeddings:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from nemotrt.exporter.artifacts import QuantizedCheckpoint
 from nemotrt.exporter.checkpoint.loaded_model import LoadedModel
+from nemotrt.exporter.checkpoint.side_files import check_ignored
 from nemotrt.exporter.config import PRESETS, BuildConfig
 from nemotrt.exporter.errors import UsageError
 from nemotrt.exporter.progress import SILENT, BuildLog, Progress
@@ -56,6 +57,7 @@ def quantize_checkpoint(
     preset: str = PRESETS[0],
     exclude: Sequence[str] = (),
     kv_dtype: str = "auto",
+    ignore_fields: Sequence[str] = (),
     progress: Progress = SILENT,
 ) -> QuantizedCheckpoint:
     """Write the checkpoint in FP8 to `output`, whole or not at all; raises UsageError if `output` exists.
@@ -70,13 +72,15 @@ def quantize_checkpoint(
         preset=preset,
         exclude=tuple(exclude),
         kv_dtype=kv_dtype,
+        ignore_fields=tuple(ignore_fields),
     )
     if output.exists() or output.is_symlink():
         raise UsageError(f"{output} exists", hint="choose another --output")
     if not output.parent.is_dir():
         raise UsageError(f"{output.parent} is not a folder", hint="create the parent folder of --output")
     with progress.stage("load", checkpoint.resolve().name):
-        model = load(checkpoint)
+        model = load(checkpoint, ignore_fields=ignore_fields)
+    check_ignored(model.config, ignore_fields)
     if model.config.recipe:
         raise UsageError(f"{checkpoint} is FP8 already", hint="nemo-export build accepts it as it is")
     partial = output.with_name(f".{output.name}.quantizing")
@@ -89,7 +93,7 @@ def quantize_checkpoint(
         ) from error
     try:
         quantized = calibrate_and_quantize(model, config, partial, BuildLog(progress), per_output=False)
-        load(partial)  # never publish a checkpoint that cannot be read back
+        load(partial, ignore_fields=ignore_fields)  # never publish a checkpoint that cannot be read back
         sync(partial)
         partial.rename(output)
     finally:

@@ -74,6 +74,7 @@ class Omitted(StrEnum):
     ENGINE = "TensorRT engine"
     PYTORCH = "PyTorch"
     CHECKPOINT = "the checkpoint"
+    FIELD = "a field of config.json"
     MODEL = "the whole model"
     TENSORS = "not exported"
     PARTS = "each layer and each op alone"

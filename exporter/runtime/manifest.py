@@ -18,7 +18,7 @@ from nemotrt.exporter.runtime.files import sha256
 from nemotrt.exporter.runtime.strict_json import check_schema, decode, encode, read_object
 from nemotrt.plugins.contract import PoolSpec
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 NAME = "manifest.json"
 
 
@@ -70,6 +70,8 @@ class ModelSummary:
     eos_token_ids: tuple[int, ...]
     chosen_layers: tuple[int, ...] = ()
     """Indexes of the exported layers in the checkpoint; empty if all were exported."""
+    ignored_fields: tuple[str, ...] = ()
+    """Unknown fields of config.json that the build was asked to ignore."""
 
 
 @dataclass(frozen=True)

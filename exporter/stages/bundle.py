@@ -118,6 +118,7 @@ def _manifest(
             vocab_size=model.config.vocab_size,
             eos_token_ids=tuple(sorted(frozenset().union(*model.end_tokens.values()))),
             chosen_layers=model.config.chosen_layers,
+            ignored_fields=model.config.ignored_fields,
         ),
         source=manifest.Source(
             name=origin.folder.resolve().name,

@@ -1,6 +1,6 @@
 """Load: read a checkpoint's configuration and headers, and check that it is complete."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from nemotrt.exporter.checkpoint.layer_selection import only_layers
@@ -13,18 +13,21 @@ from nemotrt.exporter.errors import CheckpointError
 from nemotrt.model.config import ModelConfig
 
 
-def read_headers(checkpoint: Path, layers: str = "") -> tuple[ModelConfig, Mapping[str, StoredTensor]]:
+def read_headers(
+    checkpoint: Path, layers: str = "", ignore_fields: Collection[str] = ()
+) -> tuple[ModelConfig, Mapping[str, StoredTensor]]:
     """The configuration of a checkpoint folder and its stored tensors, or only those of `layers`."""
-    config, stored = read_config(checkpoint), open_checkpoint(checkpoint)
+    config, stored = read_config(checkpoint, ignore_fields), open_checkpoint(checkpoint)
     return only_layers(with_recipe(config, stored, checkpoint), stored, layers)
 
 
-def load(checkpoint: Path, layers: str = "") -> LoadedModel:
+def load(checkpoint: Path, layers: str = "", ignore_fields: Collection[str] = ()) -> LoadedModel:
     """The model of a checkpoint folder, or of the layers that `layers` selects; no tensor is read but a second head.
 
+    Unknown fields of config.json are an error unless they are in `ignore_fields`.
     Raises CheckpointError on the first problem of the checkpoint, UsageError as `chosen_layers` does.
     """
-    config, stored = read_headers(checkpoint, layers)
+    config, stored = read_headers(checkpoint, layers, ignore_fields)
     matched = match(config, stored)
     if matched.problems:
         first, num_more = matched.problems[0], len(matched.problems) - 1

@@ -138,8 +138,8 @@ def first_file(name: str, value: object) -> Callable[[dict], None]:
 
 
 FORGERIES = {
-    "newer schema": (lambda fields: fields.update(schema_version=3), "has schema 3, .* reads 2"),
-    "older schema": (lambda fields: fields.update(schema_version=1), "was written by an older nemo-export"),
+    "newer schema": (lambda fields: fields.update(schema_version=4), "has schema 4, .* reads 3"),
+    "older schema": (lambda fields: fields.update(schema_version=2), "was written by an older nemo-export"),
     "no schema": (lambda fields: fields.pop("schema_version"), "schema_version is not a number"),
     "schema true": (lambda fields: fields.update(schema_version=True), "schema_version is not a number"),
     "unknown field": (lambda fields: fields.update(colour="red"), "colour is not known"),
