@@ -95,6 +95,8 @@ class ModelConfig:
     routed_scaling_factor: float = 1.0
 
     norm_eps: float = 1e-5
+    residual_in_fp32: bool = False
+    """Whether the residual is FP32 in a model of another dtype; this model's has the model's dtype."""
     tie_word_embeddings: bool = False
     dtype: DType = DType.FLOAT32
     """The weights' dtype according to the checkpoint; FP32 if it does not say, since that can hold any other."""
@@ -114,7 +116,7 @@ class ModelConfig:
     inert: dict[str, str] = field(default_factory=dict, compare=False)
     """Fields of the file that change no output, each with the reason."""
     ignored_fields: tuple[str, ...] = field(default=(), compare=False)
-    """Unknown fields of the file that the user asked to ignore."""
+    """Fields of the file that the user asked to ignore."""
 
     @property
     def numbered_layers(self) -> dict[int, str]:
@@ -163,11 +165,11 @@ class ModelConfig:
     def from_dict(cls, raw: dict[str, Any], ignore_fields: Collection[str] = ()) -> ModelConfig:
         """The config for a parsed config.json; raises ConfigError that names the field.
 
-        An unknown field in `ignore_fields` is no error.
+        Fields in `ignore_fields` are as absent, if they are unknown or in IGNORABLE.
         """
-        raw = {name: _parse_infinity(value) for name, value in raw.items()}
-        unknown = [name for name in raw if name not in KNOWN]
-        _check_known([name for name in unknown if name not in ignore_fields])
+        ignored = [name for name in raw if name in ignore_fields and (name not in KNOWN or name in IGNORABLE)]
+        raw = {name: _parse_infinity(value) for name, value in raw.items() if name not in ignored}
+        _check_known([name for name in raw if name not in KNOWN])
         _check_fixed(raw)
         layers = _layers(raw)
         inert = {name: INERT[name] for name in raw if name in INERT}
@@ -183,7 +185,7 @@ class ModelConfig:
                 raise ConfigError(f"{ALIASES.get(spec.name, (spec.name,))[0]} is missing")
         if "attention" in layers:
             values.setdefault("num_key_value_heads", values["num_attention_heads"])
-        config = cls(layers=layers, inert=inert, ignored_fields=tuple(unknown), **values)
+        config = cls(layers=layers, inert=inert, ignored_fields=tuple(ignored), **values)
         if contradiction := next(_contradictions(config), ""):
             raise ConfigError(contradiction)
         return config
@@ -203,6 +205,9 @@ KNOWN = {
     *(*INERT, *FIXED, *LAYER_FIELDS, "num_hidden_layers"),
 }
 """Every name that a config.json may have."""
+
+IGNORABLE = ("residual_in_fp32",)
+"""Known fields that can be ignored on request, because transformers does not read them either."""
 
 
 def _parse_infinity(value: Any) -> Any:

@@ -64,7 +64,6 @@ FIXED: dict[str, tuple[tuple[Any, ...], str]] = {
     "mamba_hidden_act": (("silu",), "the convolution computes SiLU (silu) only"),
     "hidden_act": (("relu2", "silu"), "the family's activations are relu2 and silu"),
     "sliding_window": ((), "attention covers the whole context; a sliding window is not supported"),
-    "residual_in_fp32": ((False,), "the residual has the model's dtype"),
     "is_encoder_decoder": ((False,), "the model has no encoder"),
     "is_decoder": ((False, True), "it must be true or false"),
     "add_cross_attention": ((False,), "the model has no cross attention"),

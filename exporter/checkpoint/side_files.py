@@ -6,6 +6,7 @@ from pathlib import Path
 
 from nemotrt.exporter.checkpoint.quant_config import HF_QUANT_CONFIG
 from nemotrt.exporter.checkpoint.safetensors_reader import file_inside, read_json
+from nemotrt.exporter.config import Precision
 from nemotrt.exporter.errors import BundleError, CheckpointError, UsageError
 from nemotrt.exporter.generation.tokenizer import CHAT_TEMPLATE, TOKENIZER, Tokenizer, stored_end_tokens
 from nemotrt.model.config import ConfigError, ModelConfig, UnknownFieldsError
@@ -61,13 +62,23 @@ def parse_config(path: Path, ignore_fields: Collection[str] = ()) -> ModelConfig
 
 
 def check_ignored(config: ModelConfig, ignore_fields: Collection[str]) -> None:
-    """Raise UsageError if one of the fields that the user asked to ignore is not an unknown field of config.json."""
+    """Raise UsageError if config.json does not have a field that the user asked to ignore, or if it cannot be."""
     for name in ignore_fields:
         if name not in config.ignored_fields:
             raise UsageError(
                 f"--ignore-field {name} has no effect",
                 hint="it is for a field of config.json that is unknown",
             )
+
+
+def check_residual(config: ModelConfig, precision: str) -> None:
+    """Raise CheckpointError if config.json asks for an FP32 residual in a model of another precision."""
+    if config.residual_in_fp32 and precision != Precision.FP32:
+        raise CheckpointError(
+            f"residual_in_fp32 is true, but the residual of a model in {Precision(precision).name} is"
+            f" {Precision(precision).dtype.label}",
+            hint="use --precision fp32, or --ignore-field residual_in_fp32 to compute as transformers 5 does",
+        )
 
 
 def check_side_files(checkpoint: Path, config: ModelConfig) -> dict[str, frozenset[int]]:

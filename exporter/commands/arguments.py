@@ -140,7 +140,8 @@ IGNORE_FIELD = click.option(
     "ignore_fields",
     multiple=True,
     metavar="NAME",
-    help="Accept this unknown field of config.json, if the model computes the same without it. May be repeated.",
+    help="Ignore this field of config.json, which would be refused, because the model computes the same without it."
+    " May be repeated.",
 )
 PRECISION = click.option(
     "--precision",

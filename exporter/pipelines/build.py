@@ -16,7 +16,7 @@ from nemotrt.exporter.artifacts import CompiledEngine, LoweredGraph, QuantizedCh
 from nemotrt.exporter.checkpoint.layer_selection import partial_model
 from nemotrt.exporter.checkpoint.loaded_model import LoadedModel
 from nemotrt.exporter.checkpoint.quant_config import cache_notes
-from nemotrt.exporter.checkpoint.side_files import check_ignored, end_token_notes
+from nemotrt.exporter.checkpoint.side_files import check_ignored, check_residual, end_token_notes
 from nemotrt.exporter.config import PRESETS, BuildConfig, Precision
 from nemotrt.exporter.engines.targets import AUTO, ONNX, Target, settle
 from nemotrt.exporter.errors import CompileError, ExportError, UsageError, ValidationError
@@ -115,6 +115,7 @@ def _load(config: BuildConfig, build_log: BuildLog) -> tuple[BuildConfig, Loaded
     default = Precision.FP8 if model.config.recipe else Precision.of(model.config.dtype)
     config = dataclasses.replace(config, precision=config.precision or default)
     _check_quantization(config, model)
+    check_residual(model.config, config.precision)
     return config, model.with_cache(config.kv_dtype)
 
 

@@ -18,6 +18,7 @@ from nemotrt.exporter.checkpoint.quant_config import cache_notes, stored_recipe
 from nemotrt.exporter.checkpoint.safetensors_reader import StoredTensor, read_json
 from nemotrt.exporter.checkpoint.side_files import (
     check_ignored,
+    check_residual,
     check_side_files,
     end_token_notes,
     parse_config,
@@ -236,7 +237,7 @@ def _as_built(config: ModelConfig, precision: str) -> tuple[ModelConfig, list[Ex
 
 def _other_problems(headers: Headers, built: ModelConfig, build: BuildConfig) -> list[ExportError]:
     """Problems of the checkpoint's other files, and of an engine that was requested."""
-    problems: list[ExportError] = []
+    problems = _raised(lambda: check_residual(headers.config, build.precision))
     if (folder := headers.folder) is not None:
         problems += _raised(lambda: check_side_files(folder, headers.config))
         problems += _raised(lambda: check_tied_head(headers.config, headers.stored))

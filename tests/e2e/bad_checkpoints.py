@@ -368,6 +368,14 @@ CONFIGS = {
     "config-misspelt": Case(
         "hiden_size is not a field of this model family; did you mean hidden_size", config={"hiden_size": 32}
     ),
+    "config-fp32-residual": Case(
+        "residual_in_fp32 is true, but the residual of a model in BF16 is BF16",
+        config={"residual_in_fp32": True},
+        options=("--precision", "bf16"),
+    ),
+    "config-field-not-ignorable": Case(
+        "--ignore-field hidden_size has no effect", options=("--ignore-field", "hidden_size"), code=2
+    ),
     "config-unknown": Case("hyper_connections is not a field", config={"hyper_connections": 4}),
     "config-other-model": Case('model_type is "llama"', config={"model_type": "llama"}),
     "config-field-missing": Case("ssm_state_size is missing", config={"ssm_state_size": None}),

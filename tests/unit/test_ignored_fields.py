@@ -127,3 +127,27 @@ def test_a_field_that_is_not_unknown_cannot_be_ignored(checkpoint: Path, tmp_pat
     ):
         with pytest.raises(UsageError, match=f"--ignore-field {name} has no effect"):
             call()
+
+
+def test_an_fp32_residual_is_refused_only_where_it_changes_values(tmp_path: Path) -> None:
+    checkpoint = write_checkpoint(tmp_path / "checkpoint", residual_in_fp32=True, torch_dtype="bfloat16")
+    for precision, dtype in (("", "BF16"), ("fp16", "FP16"), ("fp8", "BF16")):
+        config = BuildConfig(
+            checkpoint, tmp_path / "b", precision, runtime="onnx", layers="3", validate=False
+        )
+        message = f"residual_in_fp32 is true, but the residual of a model in .* is {dtype}"
+        with pytest.raises(CheckpointError, match=message) as refused:
+            build(config)
+        assert "--ignore-field residual_in_fp32" in refused.value.hint
+        (problem,) = check(read_headers(checkpoint), precision).problems
+        assert str(problem) == str(refused.value)
+    assert check(read_headers(checkpoint), "fp32").is_buildable
+    result = build(BuildConfig(checkpoint, tmp_path / "fp32", "fp32", runtime="onnx", layers="3"))
+    assert result.validation.verdict == "passed"
+    names = ("residual_in_fp32",)
+    build(
+        BuildConfig(
+            checkpoint, tmp_path / "b", runtime="onnx", layers="3", ignore_fields=names, validate=False
+        )
+    )
+    assert manifest.read(tmp_path / "b").model.ignored_fields == names

@@ -248,7 +248,6 @@ def test_every_field_of_transformers_is_known() -> None:
         ({"mlp_hidden_act": "silu"}, 'mlp_hidden_act is "silu": the MLPs and experts compute squared ReLU'),
         ({"mamba_hidden_act": "gelu"}, 'mamba_hidden_act is "gelu"'),
         ({"sliding_window": 4096}, "sliding_window is 4096: attention covers the whole context"),
-        ({"residual_in_fp32": True}, "residual_in_fp32 is true: the residual has the model's dtype"),
         ({"model_type": "llama"}, 'model_type is "llama"'),
         ({"architectures": ["NemotronHForSequenceClassification"]}, "only the causal language model"),
         ({"num_hidden_layers": 87}, "num_hidden_layers is 87, but hybrid_override_pattern has 88 layers"),
