@@ -49,15 +49,19 @@ def with_recipe(config: ModelConfig, stored: Mapping[str, StoredTensor], folder:
         descriptions["quantization_config of config.json"] = config.quantization
     if (folder / HF_QUANT_CONFIG).exists():
         descriptions[HF_QUANT_CONFIG] = read_json(file_inside(folder, HF_QUANT_CONFIG)).get("quantization")
-    recipes = {
-        _recipe(config, stored, *parse_description(raw, where), where) for where, raw in descriptions.items()
-    }
-    if len(recipes) > 1:
+    parsed = {where: parse_description(raw, where) for where, raw in descriptions.items()}
+    # A description without a word about the KV cache does not contradict one that quantizes it.
+    has_kv_cache = any(kv_cache for _, kv_cache in parsed.values())
+    recipes = [
+        _recipe(config, stored, is_quantized, has_kv_cache, where)
+        for where, (is_quantized, _) in parsed.items()
+    ]
+    if len(recipes) == 2 and (different := recipes[0].modules ^ recipes[1].modules):
         raise CheckpointError(
-            " and ".join(descriptions) + " disagree about what is quantized",
+            f"{' and '.join(descriptions)} disagree about {min(different)}",
             hint="remove the one that does not match the weights",
         )
-    return config.with_recipe(recipes.pop() if recipes else config.recipe)
+    return config.with_recipe(recipes[0] if recipes else config.recipe)
 
 
 def stored_recipe(config: ModelConfig, stored: Mapping[str, StoredTensor]) -> Recipe:
@@ -111,7 +115,9 @@ def parse_description(raw: Any, where: str) -> tuple[IsQuantized, bool]:
     if (method := raw.get("quant_method", "modelopt")) != "modelopt":
         scheme = "block-scaled FP8" if raw.get("weight_block_size") else method
         raise CheckpointError(f"{where}: the checkpoint is quantized as {scheme}", hint=SUPPORTED)
-    algorithm = raw.get("quant_algo")
+    algorithm, has_kv_cache = raw.get("quant_algo"), _has_kv_cache(raw, where)
+    if algorithm is None and has_kv_cache:
+        return lambda name: False, True
     if algorithm not in (FP8, MIXED):
         scheme = algorithm or "a scheme without a name"
         raise CheckpointError(f"{where}: the checkpoint is quantized as {scheme}", hint=SUPPORTED)
@@ -121,9 +127,9 @@ def parse_description(raw: Any, where: str) -> tuple[IsQuantized, bool]:
         for part in ("weights", "input_activations"):
             _check_static_float8(group.get(part), f"{where}: {part} of config_groups")
     if algorithm == MIXED:
-        return _listed(raw, where).__contains__, _has_kv_cache(raw, where)
+        return _listed(raw, where).__contains__, has_kv_cache
     is_excluded = pattern_matcher(raw.get("ignore") or raw.get("exclude_modules") or ())
-    return lambda name: not is_excluded(name), _has_kv_cache(raw, where)
+    return lambda name: not is_excluded(name), has_kv_cache
 
 
 def _check_static_float8(scheme: Any, what: str) -> None:
@@ -132,11 +138,16 @@ def _check_static_float8(scheme: Any, what: str) -> None:
 
 
 def _has_kv_cache(raw: Mapping[str, Any], where: str) -> bool:
-    if (algorithm := raw.get("kv_cache_quant_algo")) not in (None, FP8):
-        raise CheckpointError(f"{where}: the KV cache is quantized as {algorithm}", hint=SUPPORTED)
-    if (scheme := raw.get("kv_cache_scheme")) is not None:
-        _check_static_float8(scheme, f"{where}: the values of kv_cache_scheme")
-    return algorithm is not None or scheme is not None
+    """Whether one of the fields about the KV cache, as a word or an object, says FP8; null says nothing."""
+    named = [
+        value for name in ("kv_cache_quant_algo", "kv_cache_scheme") if (value := raw.get(name)) is not None
+    ]
+    for value in named:
+        if isinstance(value, dict):
+            _check_static_float8(value, f"{where}: the values of kv_cache_scheme")
+        elif value != FP8:
+            raise CheckpointError(f"{where}: the KV cache is quantized as {value}", hint=SUPPORTED)
+    return bool(named)
 
 
 def _listed(raw: Mapping[str, Any], where: str) -> frozenset[str]:

@@ -75,8 +75,7 @@ def check_residual(config: ModelConfig, precision: str) -> None:
     """Raise CheckpointError if config.json asks for an FP32 residual in a model of another precision."""
     if config.residual_in_fp32 and precision != Precision.FP32:
         raise CheckpointError(
-            f"residual_in_fp32 is true, but the residual of a model in {Precision(precision).name} is"
-            f" {Precision(precision).dtype.label}",
+            f"residual_in_fp32 is true, but the residual of this build is {Precision(precision).dtype.label}",
             hint="use --precision fp32, or --ignore-field residual_in_fp32 to compute as transformers 5 does",
         )
 

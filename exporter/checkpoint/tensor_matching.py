@@ -112,7 +112,7 @@ def _scheme_problem(config: ModelConfig, stored: Mapping[str, StoredTensor]) -> 
             f"{fp8} is FP8, but neither config.json nor {HF_QUANT_CONFIG} describes a quantization",
             hint=f"copy {HF_QUANT_CONFIG} from the model's repository into the folder",
         )
-    if config.recipe and not fp8:
+    if config.recipe.modules and not fp8:
         return CheckpointError(
             "the configuration describes a quantization, but no stored tensor is quantized",
             hint="the configuration and the weights are of different checkpoints",

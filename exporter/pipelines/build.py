@@ -112,11 +112,12 @@ def _load(config: BuildConfig, build_log: BuildLog) -> tuple[BuildConfig, Loaded
         build_log.note(f"{len(model.not_exported)} tensors (mtp.*) are not exported")
     for note in (*cache_notes(model.config, config.kv_dtype), *end_token_notes(model.end_tokens)):
         build_log.note(note)
+    has_fp8_cache, model = model.config.recipe.kv_cache, model.with_cache(config.kv_dtype)
     default = Precision.FP8 if model.config.recipe else Precision.of(model.config.dtype)
     config = dataclasses.replace(config, precision=config.precision or default)
-    _check_quantization(config, model)
+    _check_quantization(config, model, has_fp8_cache=has_fp8_cache)
     check_residual(model.config, config.precision)
-    return config, model.with_cache(config.kv_dtype)
+    return config, model
 
 
 def _resolve(config: BuildConfig, model: LoadedModel, build_log: BuildLog) -> tuple[BuildConfig, Target]:
@@ -145,7 +146,7 @@ def _supported(target: Target, model: LoadedModel, config: BuildConfig) -> Targe
     return target
 
 
-def _check_quantization(config: BuildConfig, model: LoadedModel) -> None:
+def _check_quantization(config: BuildConfig, model: LoadedModel, *, has_fp8_cache: bool) -> None:
     """Raise UsageError on a precision that would undo the checkpoint's FP8, and on options without effect."""
     recipe = model.config.recipe
     if recipe and config.precision != Precision.FP8:
@@ -159,7 +160,7 @@ def _check_quantization(config: BuildConfig, model: LoadedModel) -> None:
         "--calibration": config.calibration is not None,
         "--preset": config.preset != PRESETS[0],
         "--exclude": bool(config.exclude),
-        "--kv-dtype": config.kv_dtype != "auto" and not (config.kv_dtype == "bf16" and recipe.kv_cache),
+        "--kv-dtype": config.kv_dtype != "auto" and not (config.kv_dtype == "bf16" and has_fp8_cache),
     }
     for name in filter(is_given.__getitem__, is_given):
         why = "the checkpoint is FP8 already" if recipe else "nothing is quantized"

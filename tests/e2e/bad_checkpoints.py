@@ -369,7 +369,7 @@ CONFIGS = {
         "hiden_size is not a field of this model family; did you mean hidden_size", config={"hiden_size": 32}
     ),
     "config-fp32-residual": Case(
-        "residual_in_fp32 is true, but the residual of a model in BF16 is BF16",
+        "residual_in_fp32 is true, but the residual of this build is BF16",
         config={"residual_in_fp32": True},
         options=("--precision", "bf16"),
     ),

@@ -135,7 +135,7 @@ def test_an_fp32_residual_is_refused_only_where_it_changes_values(tmp_path: Path
         config = BuildConfig(
             checkpoint, tmp_path / "b", precision, runtime="onnx", layers="3", validate=False
         )
-        message = f"residual_in_fp32 is true, but the residual of a model in .* is {dtype}"
+        message = f"residual_in_fp32 is true, but the residual of this build is {dtype}"
         with pytest.raises(CheckpointError, match=message) as refused:
             build(config)
         assert "--ignore-field residual_in_fp32" in refused.value.hint
