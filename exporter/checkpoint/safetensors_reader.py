@@ -7,7 +7,8 @@ gaps or overlaps (https://huggingface.co/docs/safetensors). No file is mapped, s
 import gc
 import math
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -23,6 +24,10 @@ MAX_HEADER_BYTES = 100_000_000
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+SUFFIX = ".safetensors"
+SHARD = re.compile(r"(?P<stem>.+)-\d+-of-(?P<total>\d+)" + re.escape(SUFFIX))
+"""A shard's name tells how many there are."""
+
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 LFS_POINTER = b"version https://git-lfs.github.com/"
@@ -55,20 +60,18 @@ def _garbage_collection_off() -> Iterator[None]:
 
 @_garbage_collection_off()
 def open_checkpoint(folder: Path) -> dict[str, StoredTensor]:
-    """Every tensor of a checkpoint folder by name, from its index or its single file; no data is read.
+    """Every tensor of a checkpoint folder by name, from its single file or its shards; no data is read.
 
     Raises CheckpointError on a missing, truncated or malformed file, a name that two shards contain, an index that
     points outside the folder or disagrees with its shards, and a checkpoint that only has pickles.
     """
     has_index, has_single = (os.path.lexists(folder / name) for name in (INDEX, SINGLE))
-    if has_index and has_single:
-        raise CheckpointError(
-            f"{folder} has both {SINGLE} and {INDEX}", hint="remove the one that is not the model's"
-        )
     if has_index:
-        return _open_index(folder)
+        return _open_index(folder, has_single=has_single)
     if has_single:
         return read_header(file_inside(folder, SINGLE))
+    if shards := _shards_without_index(folder):
+        return _open_shards(folder, shards)
     pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
     if pickles:
         raise CheckpointError(
@@ -81,44 +84,76 @@ def open_checkpoint(folder: Path) -> dict[str, StoredTensor]:
     )
 
 
-def _open_index(folder: Path) -> dict[str, StoredTensor]:
+def _open_index(folder: Path, *, has_single: bool) -> dict[str, StoredTensor]:
     weight_map = read_json(file_inside(folder, INDEX)).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
         raise CheckpointError(f"{INDEX}: weight_map does not map tensors to files")
-    tensors: dict[str, StoredTensor] = {}
-    for shard in sorted(set(weight_map.values())):
-        for name, tensor in read_header(file_inside(folder, shard)).items():
-            if name in tensors:
-                raise CheckpointError(f"{name} is in two shards: {tensors[name].path.name} and {shard}")
-            if (listed := weight_map.get(name, "nothing")) != shard:
-                raise CheckpointError(f"{name} is in {shard}, but {INDEX} lists it in {listed}")
-            tensors[name] = tensor
+    if has_single and SINGLE not in weight_map.values():
+        raise CheckpointError(
+            f"{folder} has both {SINGLE} and {INDEX}, which does not list it",
+            hint="remove the one that is not the model's",
+        )
+    tensors = _open_shards(folder, set(weight_map.values()))
+    for name, tensor in tensors.items():
+        if (listed := weight_map.get(name, "nothing")) != tensor.path.name:
+            raise CheckpointError(f"{name} is in {tensor.path.name}, but {INDEX} lists it in {listed}")
     for name, shard in weight_map.items():
         if name not in tensors:
             raise CheckpointError(f"{INDEX} lists {name} in {shard}, which does not contain it")
     return tensors
 
 
+def _open_shards(folder: Path, shards: Collection[str]) -> dict[str, StoredTensor]:
+    tensors: dict[str, StoredTensor] = {}
+    for shard in sorted(shards):
+        for name, tensor in read_header(file_inside(folder, shard)).items():
+            if name in tensors:
+                raise CheckpointError(f"{name} is in two shards: {tensors[name].path.name} and {shard}")
+            tensors[name] = tensor
+    return tensors
+
+
+def _shards_without_index(folder: Path) -> list[str]:
+    """The shards of a folder whose index is missing; raises CheckpointError if a shard is missing too."""
+    found = {path.name: match for path in folder.iterdir() if (match := SHARD.fullmatch(path.name))}
+    if not found:
+        return []
+    match = next(iter(found.values()))
+    stem, total = match["stem"], match["total"]
+    names = (f"{stem}-{n:0{len(total)}}-of-{total}{SUFFIX}" for n in range(1, int(total) + 1))
+    missing = next((name for name in names if name not in found), "")
+    if missing or len(found) > int(total):
+        problem = (
+            f"{missing} is missing" if missing else f"it has more shards than the {int(total)} of one model"
+        )
+        raise CheckpointError(f"{folder} has no {INDEX}, and {problem}", hint="download the checkpoint again")
+    return sorted(found)
+
+
 def file_inside(folder: Path, name: str) -> Path:
     """The path of the file `name` in the folder.
 
-    Raises CheckpointError on a path, a missing file, and a link out of the folder, whose target a build would copy;
-    only links to the blobs of a Hugging Face cache are followed.
+    Raises CheckpointError on a path, a missing file, and a link to anywhere else, because a build would copy its
+    target. Links are followed to the blobs of a Hugging Face cache, and to the folder that config.json is a link into.
     """
     if Path(name).name != name:
         raise CheckpointError(f"{INDEX} lists {name}, which is not a file of {folder}")
     path = folder / name
     if not path.is_file():
         raise CheckpointError(f"{path} is missing", hint="download the checkpoint again")
-    if path.is_symlink():
-        target = path.resolve()
-        blobs = (folder.resolve().parent.parent / "blobs").resolve()
-        if target.parent not in (folder.resolve(), blobs):
-            raise CheckpointError(
-                f"{path} is a link to {target}, outside the checkpoint",
-                hint="copy the file into the folder; only links to a Hugging Face cache's blobs are followed",
-            )
+    if path.is_symlink() and (target := path.resolve()).parent not in _trusted_folders(folder.resolve()):
+        raise CheckpointError(
+            f"{path} is a link to {target}, outside the checkpoint",
+            hint="copy the file into the folder, or link config.json to the same folder too",
+        )
     return path
+
+
+def _trusted_folders(folder: Path) -> set[Path]:
+    """The folders in which links of a checkpoint folder may end."""
+    snapshots = (parent for parent in folder.parents if parent.name == "snapshots")
+    blobs = {(parent.parent / "blobs").resolve() for parent in snapshots}
+    return {folder, (folder / "config.json").resolve().parent} | blobs
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -21,6 +21,12 @@ from nemotrt.plugins.contract import PoolSpec
 SCHEMA_VERSION = 3
 NAME = "manifest.json"
 
+LINK = "a link"
+COPY_FILES = (
+    "copy the files that the links lead to: cp -rL BUNDLE COPY (hf download --local-dir makes no links)"
+)
+"""What to do about a bundle of links, as a download through the Hugging Face cache makes it."""
+
 
 class Role(StrEnum):
     """The purpose of a file in a bundle; every file that the tokenizer reads is `tokenizer`."""
@@ -236,7 +242,9 @@ def read(bundle: Path) -> Manifest:
     if not bundle.is_dir():
         raise BundleError(f"{bundle} is not a folder", hint="name the bundle that build has written")
     path = bundle / NAME
-    if path.is_symlink() or not path.is_file():
+    if path.is_symlink():
+        raise BundleError(f"{path} is a link, and a bundle has no links", hint=COPY_FILES)
+    if not path.is_file():
         raise BundleError(
             f"{bundle} is not a bundle: it has no file {NAME}",
             hint="nemo-export build makes a bundle of a checkpoint",
@@ -286,9 +294,11 @@ def verify(bundle: Path, *, deep: bool) -> Manifest:
     Raises BundleError that names the first difference and counts the others.
     """
     manifest = read(bundle)
-    if lines := examine(bundle, manifest, deep=deep).lines():
+    findings = examine(bundle, manifest, deep=deep)
+    if lines := findings.lines():
         more = f", and {len(lines) - 1} more differences" if len(lines) > 1 else ""
-        raise BundleError(f"{bundle}: {lines[0]}{more}", hint="copy or build the bundle again")
+        hint = COPY_FILES if LINK in findings.irregular.values() else "copy or build the bundle again"
+        raise BundleError(f"{bundle}: {lines[0]}{more}", hint=hint)
     return manifest
 
 
@@ -303,7 +313,7 @@ def _walk(bundle: Path) -> tuple[dict[str, int], dict[str, str]]:
                 if stat.S_ISREG(status.st_mode):
                     sizes[relative] = status.st_size
                 elif stat.S_ISLNK(status.st_mode):
-                    irregular[relative] = "a link"
+                    irregular[relative] = LINK
                 elif not stat.S_ISDIR(status.st_mode):
                     irregular[relative] = "not a regular file"
                 elif not any(path.iterdir()):

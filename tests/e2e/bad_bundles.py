@@ -29,6 +29,15 @@ def manifest(change: Callable[[dict[str, Any]], None]) -> Callable[[Path], None]
     return damage
 
 
+def all_linked(bundle: Path) -> None:
+    """Every file moved out, and linked to, as in a Hugging Face cache."""
+    for path in [path for path in bundle.rglob("*") if path.is_file()]:
+        blob = bundle.parent / "blobs" / path.relative_to(bundle).as_posix().replace("/", "-")
+        blob.parent.mkdir(exist_ok=True)
+        path.rename(blob)
+        path.symlink_to(blob)
+
+
 def linked(bundle: Path) -> None:
     """The weights moved out, and linked to."""
     (bundle / DATA).rename(bundle.parent / "weights")
@@ -49,6 +58,7 @@ ALL: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "bundle-extra-folder": (lambda bundle: (bundle / "empty").mkdir(), "empty is an empty folder"),
     "bundle-link": (linked, "model.onnx.data is a link"),
+    "bundle-of-links": (all_linked, "manifest.json is a link, and a bundle has no links"),
     "bundle-without-manifest": (lambda bundle: (bundle / MANIFEST).unlink(), "is not a bundle"),
     "bundle-manifest-broken": (lambda bundle: os.truncate(bundle / MANIFEST, 99), "is not valid JSON"),
     "bundle-newer-schema": (

@@ -331,6 +331,10 @@ FILES = {
     "index-missing-shard": Case(
         "shard-2.safetensors is missing", sharded(lambda folder, _: (folder / "shard-2.safetensors").unlink())
     ),
+    "index-and-shard-missing": Case(
+        r"has no model\.safetensors\.index\.json, and model-00001-of-00002\.safetensors is missing",
+        lambda folder: (folder / SINGLE).rename(folder / "model-00002-of-00002.safetensors"),
+    ),
     "index-outside": Case(
         r"lists \.\./x\.safetensors, which is not a file of", sharded(mapped("../x.safetensors"))
     ),

@@ -221,9 +221,23 @@ def test_what_is_no_bundle_is_refused(bundle: Path, tmp_path: Path) -> None:
     (bundle / "manifest.json").rename(tmp_path / "manifest.json")
     with pytest.raises(BundleError, match="is not a bundle"):
         manifests.verify(bundle, deep=False)
-    (bundle / "manifest.json").symlink_to(tmp_path / "manifest.json")
-    with pytest.raises(BundleError, match="is not a bundle"):
-        manifests.verify(bundle, deep=False)
+
+
+def test_a_bundle_of_links_says_how_to_copy_it(bundle: Path, tmp_path: Path) -> None:
+    """A download through the Hugging Face cache makes one."""
+    (tmp_path / "links").mkdir()
+    for path in bundle.iterdir():
+        (tmp_path / "links" / path.name).symlink_to(path)
+    with pytest.raises(BundleError, match=r"manifest\.json is a link, and a bundle has no links") as refused:
+        manifests.verify(tmp_path / "links", deep=False)
+    assert "cp -rL" in refused.value.hint
+    (tmp_path / "links" / "manifest.json").unlink()
+    (tmp_path / "links" / "manifest.json").write_bytes((bundle / "manifest.json").read_bytes())
+    with pytest.raises(
+        BundleError, match=r"generation_config\.json is a link, and \d more differences"
+    ) as refused:
+        manifests.verify(tmp_path / "links", deep=False)
+    assert "cp -rL" in refused.value.hint
 
 
 def test_describing_files_wants_a_role_for_each_and_plain_files(bundle: Path) -> None:

@@ -201,6 +201,75 @@ def test_links_into_a_hugging_face_cache_are_followed(tmp_path: Path) -> None:
     assert set(open_checkpoint(folder)) == set(TENSORS)
 
 
+@pytest.mark.parametrize("below", ["", "bf16", "a/b"])
+def test_links_of_a_subfolder_of_a_hugging_face_cache_are_followed(tmp_path: Path, below: str) -> None:
+    folder, blobs = tmp_path / "snapshots" / "abc" / below, tmp_path / "blobs"
+    folder.mkdir(parents=True)
+    blobs.mkdir()
+    save_file(TENSORS, blobs / "0123")
+    (folder / SINGLE).symlink_to(blobs / "0123")
+    assert set(open_checkpoint(folder)) == set(TENSORS)
+    elsewhere = tmp_path / "other" / "blobs"
+    elsewhere.mkdir(parents=True)
+    (blobs / "0123").rename(elsewhere / "0123")
+    (folder / SINGLE).unlink()
+    (folder / SINGLE).symlink_to(elsewhere / "0123")
+    with pytest.raises(CheckpointError, match="outside the checkpoint"):
+        open_checkpoint(folder)
+
+
+def test_a_folder_of_links_to_a_checkpoint_is_one(tmp_path: Path) -> None:
+    """config.json says where the checkpoint is; the other links must end there too, over any number of links."""
+    there, links, again = (tmp_path / name for name in ("there", "links", "again"))
+    for folder in (there, links, again):
+        folder.mkdir()
+    shards(there)
+    (there / "config.json").write_text("{}")
+    for source, folder in ((there, links), (links, again)):
+        for path in source.iterdir():
+            (folder / path.name).symlink_to(path)
+        assert set(open_checkpoint(folder)) == set(TENSORS)
+    (links / "config.json").unlink()
+    (links / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="outside the checkpoint"):
+        open_checkpoint(links)
+
+
+def test_an_index_may_list_the_single_file(tmp_path: Path) -> None:
+    """A save that would shard a larger model; a second file is a shard like any other."""
+    save_file(TENSORS, tmp_path / SINGLE)
+    write_index(tmp_path, dict.fromkeys(TENSORS, SINGLE))
+    assert set(open_checkpoint(tmp_path)) == set(TENSORS)
+    save_file({"mtp.x": torch.zeros(1)}, tmp_path / "mtp.safetensors")
+    write_index(tmp_path, dict.fromkeys(TENSORS, SINGLE) | {"mtp.x": "mtp.safetensors"})
+    assert set(open_checkpoint(tmp_path)) == {*TENSORS, "mtp.x"}
+    write_index(tmp_path, {"mtp.x": "mtp.safetensors"})
+    with pytest.raises(CheckpointError, match=r"has both .* which does not list it"):
+        open_checkpoint(tmp_path)
+
+
+def numbered_shards(folder: Path, total: int) -> None:
+    names = sorted(TENSORS)
+    for n in range(total):
+        part = {name: TENSORS[name] for name in names[n::total]}
+        save_file(part, folder / f"model-{n + 1:05}-of-{total:05}.safetensors")
+
+
+def test_shards_tell_how_many_they_are(tmp_path: Path) -> None:
+    numbered_shards(tmp_path, 3)
+    assert set(open_checkpoint(tmp_path)) == set(TENSORS)
+    extra = tmp_path / "model-00004-of-00003.safetensors"
+    save_file({"x": torch.zeros(1)}, extra)
+    with pytest.raises(CheckpointError, match="it has more shards than the 3 of one model"):
+        open_checkpoint(tmp_path)
+    extra.unlink()
+    (tmp_path / "model-00002-of-00003.safetensors").unlink()
+    with pytest.raises(
+        CheckpointError, match=r"has no .*index.json, and model-00002-of-00003.safetensors is missing"
+    ):
+        open_checkpoint(tmp_path)
+
+
 def drop_shard(folder: Path, weight_map: dict[str, str]) -> None:
     (folder / "model-1.safetensors").unlink()
 
