@@ -1,6 +1,8 @@
 """Read and check a checkpoint's files other than its weights: configuration, tokenizer, license."""
 
+import json
 import os
+import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
@@ -10,6 +12,11 @@ from nemotrt.exporter.config import Precision
 from nemotrt.exporter.errors import BundleError, CheckpointError, UsageError
 from nemotrt.exporter.generation.tokenizer import CHAT_TEMPLATE, TOKENIZER, Tokenizer, stored_end_tokens
 from nemotrt.model.config import ConfigError, ModelConfig, UnknownFieldsError
+
+AUTO_MAPS = ("config.json", "tokenizer_config.json")
+"""Files that may have an `auto_map`."""
+
+RELATIVE_IMPORT = re.compile(r"^\s*from\s+\.(\w+)\s+import\b", re.MULTILINE)
 
 SIDE_FILES = (
     "config.json",
@@ -29,6 +36,26 @@ def side_files(checkpoint: Path) -> tuple[str, ...]:
     """The names of the side files in the folder, broken links included: `check_side_files` refuses those."""
     paths = {name: checkpoint / name for name in SIDE_FILES}
     return tuple(name for name, path in paths.items() if path.is_file() or path.is_symlink())
+
+
+def code_files(checkpoint: Path) -> tuple[str, ...]:
+    """The Python files that transformers runs with `trust_remote_code`, and those that they import; never run here.
+
+    `auto_map` names them as MODULE.CLASS. REPOSITORY--MODULE.CLASS is not a file of the checkpoint.
+    """
+    maps = (
+        read_json(checkpoint / name).get("auto_map") for name in AUTO_MAPS if (checkpoint / name).is_file()
+    )
+    classes = re.findall(r'"([\w.]+)\.\w+"', json.dumps([*maps]))
+    waiting, found = [f"{module}.py" for module in classes], set[str]()
+    while waiting:
+        name = waiting.pop()
+        if name in found or not (checkpoint / name).exists():
+            continue
+        found.add(name)
+        code = file_inside(checkpoint, name).read_text(encoding="utf-8", errors="replace")
+        waiting += [f"{module}.py" for module in RELATIVE_IMPORT.findall(code)]
+    return tuple(sorted(found))
 
 
 def read_config(checkpoint: Path, ignore_fields: Collection[str] = ()) -> ModelConfig:

@@ -22,6 +22,7 @@ from nemotrt.exporter.checkpoint.safetensors_reader import (
     read_pieces,
 )
 from nemotrt.exporter.checkpoint.safetensors_writer import Entry, write_shards
+from nemotrt.exporter.checkpoint.side_files import code_files
 from nemotrt.exporter.progress import Advance, ignore
 from nemotrt.exporter.quantization.calibration import Ranges, calibrate
 from nemotrt.exporter.quantization.text import Sequences
@@ -74,7 +75,7 @@ def quantize(
     """
     ranges = calibrate(model, recipe, text, advance)
     write_shards(folder, list(_entries(model, recipe, ranges)))
-    for name in model.side_files:
+    for name in (*model.side_files, *code_files(model.folder)):
         shutil.copyfile(model.folder / name, folder / name)
     quantization, hf_quant_config = quant_config.describe(
         recipe, model.config, has_mtp=bool(model.not_exported)

@@ -13,7 +13,7 @@ from runtime_bundle import write_tokenizer
 from safetensors.torch import save_file
 
 from nemotrt.exporter.checkpoint.safetensors_reader import SINGLE, StoredTensor, open_checkpoint
-from nemotrt.exporter.checkpoint.side_files import read_config
+from nemotrt.exporter.checkpoint.side_files import code_files, read_config
 from nemotrt.exporter.checkpoint.tensor_matching import match
 from nemotrt.exporter.config import BuildConfig
 from nemotrt.exporter.errors import CheckpointError
@@ -266,3 +266,24 @@ def test_no_tensor_is_read(tmp_path: Path) -> None:
     tensors = {name: torch.full_like(tensor, torch.nan) for name, tensor in random_tensors(CONFIG).items()}
     save_file(tensors, folder / SINGLE)
     assert load(folder).weights
+
+
+def test_code_that_transformers_would_run_is_found_with_its_imports(with_tokenizer: Path) -> None:
+    config = json.loads((with_tokenizer / "config.json").read_text())
+    classes = {"AutoConfig": "configuration_x.XConfig", "AutoModel": "other/repository--modeling_y.Y"}
+    (with_tokenizer / "config.json").write_text(json.dumps(config | {"auto_map": classes}))
+    tokenizer = {"auto_map": {"AutoTokenizer": ["tokenization_x.XTokenizer", None]}}
+    (with_tokenizer / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    for name, code in {
+        "configuration_x.py": "from .shapes import Shape\nimport torch\n",
+        "shapes.py": "if True:\n    from .configuration_x import XConfig\n",
+        "tokenization_x.py": "",
+        "modeling_y.py": "",
+        "unrelated.py": "",
+    }.items():
+        (with_tokenizer / name).write_text(code)
+    assert code_files(with_tokenizer) == ("configuration_x.py", "shapes.py", "tokenization_x.py")
+    (with_tokenizer / "shapes.py").unlink()
+    (with_tokenizer / "shapes.py").symlink_to("/etc/hostname")
+    with pytest.raises(CheckpointError, match="outside the checkpoint"):
+        code_files(with_tokenizer)

@@ -229,6 +229,16 @@ def test_a_file_of_json_lines_is_known_by_its_suffix_and_ends_lines_at_newlines(
     assert found.tolist() == [token for text in texts for token in tokenizer.encode(text)]
 
 
+def test_code_that_auto_map_names_goes_along(tmp_path: Path) -> None:
+    """What transformers loads with trust_remote_code, it loads from the new folder too."""
+    folder = write_checkpoint(tmp_path / "plain", auto_map={"AutoConfig": "configuration_x.XConfig"})
+    (folder / "configuration_x.py").write_text("class XConfig: ...")
+    model = load(folder)
+    (tmp_path / "fp8").mkdir()
+    quantize(model, recipe_of(model.config, PRESETS[0], (), kv_cache=True), TEXT, tmp_path / "fp8")
+    assert (tmp_path / "fp8" / "configuration_x.py").read_text() == "class XConfig: ..."
+
+
 def test_a_training_runs_truncation_cuts_no_text(tmp_path: Path) -> None:
     whole = sequences(TINY, None, 1)
     tokenizer = json.loads((TINY / "tokenizer.json").read_text())
