@@ -37,7 +37,7 @@ RUNTIMES = ("auto", "onnx", "tensorrt-rtx", "tensorrt")
 """What runs the bundle; `auto` is the best runtime that this machine can build for."""
 
 WEIGHTS = ("copy", "link")
-"""Copy weights to the bundle's data file, or hard-link the checkpoint's files into the bundle."""
+"""Copy weights to the bundle's data file, or clone or hard-link the checkpoint's files into the bundle."""
 
 PRESETS = ("conservative", "published")
 """Which modules stay unquantized when this tool quantizes: `quantization/presets.py` lists them."""

@@ -166,8 +166,8 @@ SMS = click.option(
 WEIGHTS_PLACEMENT = _choice(
     "--weights",
     WEIGHTS,
-    "Copy weights into the bundle, or hard-link checkpoint files that need no conversion; changing such a file"
-    " then changes the bundle.",
+    "Copy weights into the bundle, or link checkpoint files that need no conversion: as a clone (XFS, Btrfs), or else"
+    " as a hard link. Changing a hard-linked file changes the bundle, and the onnx package refuses to load it.",
 )
 STATE_DTYPE = _choice("--state-dtype", STATE_DTYPES, "Data type of the recurrent (SSM) state.")
 CALIBRATION = click.option(

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from checkpoints import write_checkpoint
@@ -217,6 +219,16 @@ def built(checkpoint: Path, output: Path, **options: str) -> Path:
     config = BuildConfig(checkpoint=checkpoint, output=output, runtime="onnx", validate=False, **options)  # type: ignore[arg-type]
     build.build(config)
     return output
+
+
+def test_the_onnx_package_refuses_hard_links_and_takes_a_copy(checkpoint: Path, tmp_path: Path) -> None:
+    """As docs/comparing.md says; a file system that clones makes no hard links."""
+    linked = built(checkpoint, tmp_path / "linked", weights="link")
+    if (linked / "model.safetensors").stat().st_nlink > 1:
+        with pytest.raises(onnx.checker.ValidationError, match="multiple hard links"):
+            onnx.load(linked / "model.onnx")
+    shutil.copytree(linked, tmp_path / "copy")
+    assert onnx.load(tmp_path / "copy" / "model.onnx").graph.initializer
 
 
 def test_a_linked_bundle_is_complete_and_computes_the_same(checkpoint: Path, tmp_path: Path) -> None:
