@@ -23,6 +23,7 @@ from nemotrt.model.config_fields import (
     PATTERN,
     REQUIRED,
 )
+from nemotrt.model.family import FIELDS, other_model
 from nemotrt.model.recipe import LATENT, PROJECTIONS, Recipe
 from nemotrt.plugins.contract import DType
 
@@ -34,7 +35,14 @@ LARGEST = 3.4028234663852886e38
 
 
 class ConfigError(ValueError):
-    """A config.json is contradictory or incomplete, or asks for something the model does not compute."""
+    """A config.json is contradictory or incomplete, or asks for something the model does not compute.
+
+    `hint` says what to do, where that is known.
+    """
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.hint = hint
 
 
 class UnknownFieldsError(ConfigError):
@@ -167,6 +175,8 @@ class ModelConfig:
 
         Fields in `ignore_fields` are as absent, if they are unknown or in IGNORABLE.
         """
+        if other := other_model(raw):
+            raise ConfigError(*other)
         ignored = [name for name in raw if name in ignore_fields and (name not in KNOWN or name in IGNORABLE)]
         raw = {name: _parse_infinity(value) for name, value in raw.items() if name not in ignored}
         _check_known([name for name in raw if name not in KNOWN])

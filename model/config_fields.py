@@ -58,8 +58,6 @@ REQUIRED = {
 """Fields that must be present and positive if the model has a layer of their kind."""
 
 FIXED: dict[str, tuple[tuple[Any, ...], str]] = {
-    "model_type": (("nemotron_h",), "only nemotron_h is supported"),
-    "architectures": ((["NemotronHForCausalLM"],), "only the causal language model is supported"),
     "mlp_hidden_act": (("relu2",), "the MLPs and experts compute squared ReLU (relu2) only"),
     "mamba_hidden_act": (("silu",), "the convolution computes SiLU (silu) only"),
     "hidden_act": (("relu2", "silu"), "the family's activations are relu2 and silu"),

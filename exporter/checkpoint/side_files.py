@@ -79,7 +79,7 @@ def parse_config(path: Path, ignore_fields: Collection[str] = ()) -> ModelConfig
             f"{path}: {error}", hint=f"if the model computes the same without it, use {flags}"
         ) from error
     except ConfigError as error:
-        raise CheckpointError(f"{path}: {error}") from error
+        raise CheckpointError(f"{path}: {error}", hint=error.hint) from error
     outside = [token for token in config.eos_token_id if token >= config.vocab_size]
     if outside:
         raise CheckpointError(

@@ -382,6 +382,18 @@ CONFIGS = {
     ),
     "config-unknown": Case("hyper_connections is not a field", config={"hyper_connections": 4}),
     "config-other-model": Case('model_type is "llama"', config={"model_type": "llama"}),
+    "config-llama-nemotron": Case(
+        'model_type is "nemotron-nas": it is Llama-Nemotron',
+        config={"model_type": "nemotron-nas", "architectures": ["DeciLMForCausalLM"], "block_configs": []},
+    ),
+    "config-puzzle": Case(
+        "it is Nemotron Puzzle, whose layers differ in size",
+        config={"architectures": ["NemotronHPuzzleForCausalLM"], "block_configs": []},
+    ),
+    "config-multimodal": Case(
+        'model_type is "NemotronH_Nano_VL_V2": it is a multimodal model',
+        config={"model_type": "NemotronH_Nano_VL_V2", "llm_config": CONFIG, "downsample_ratio": 0.5},
+    ),
     "config-field-missing": Case("ssm_state_size is missing", config={"ssm_state_size": None}),
     "config-contradictory": Case(
         "num_hidden_layers is 7, but hybrid_override_pattern has 6", config={"num_hidden_layers": 7}

@@ -13,6 +13,7 @@ from transformers import NemotronHConfig
 
 from nemotrt.model.config import LARGEST, ConfigError, ModelConfig
 from nemotrt.model.config_fields import ALIASES, FIXED, INERT
+from nemotrt.model.family import FIELDS
 from nemotrt.model.hybrid import NemotronH
 
 AUTO_MAP = {
@@ -234,7 +235,8 @@ def test_what_transformers_makes_of_a_config_means_the_same(raw: dict[str, Any],
 
 
 def test_every_field_of_transformers_is_known() -> None:
-    known = {name for names in ALIASES.values() for name in names} | {*INERT, *FIXED, "quantization_config"}
+    known = {name for names in ALIASES.values() for name in names} | {*INERT, *FIXED, *FIELDS}
+    known.add("quantization_config")
     known |= {"layers_block_type", *vars(ModelConfig.from_dict(SUPER))}
     written = set(json.loads(NemotronHConfig().to_json_string(use_diff=False)))
     assert written - known == set()
@@ -248,8 +250,6 @@ def test_every_field_of_transformers_is_known() -> None:
         ({"mlp_hidden_act": "silu"}, 'mlp_hidden_act is "silu": the MLPs and experts compute squared ReLU'),
         ({"mamba_hidden_act": "gelu"}, 'mamba_hidden_act is "gelu"'),
         ({"sliding_window": 4096}, "sliding_window is 4096: attention covers the whole context"),
-        ({"model_type": "llama"}, 'model_type is "llama"'),
-        ({"architectures": ["NemotronHForSequenceClassification"]}, "only the causal language model"),
         ({"num_hidden_layers": 87}, "num_hidden_layers is 87, but hybrid_override_pattern has 88 layers"),
         (
             {"hybrid_override_pattern": "MX"},
@@ -299,6 +299,70 @@ def test_every_field_of_transformers_is_known() -> None:
 )
 def test_what_cannot_be_meant_is_refused_by_name(change: dict[str, Any], message: str) -> None:
     assert message in refused(SUPER | change)
+
+
+LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+MULTIMODAL: dict[str, Any] = {
+    "model_type": "NemotronH_Nano_VL_V2",
+    "architectures": ["NemotronH_Nano_VL_V2"],
+    "downsample_ratio": 0.5,
+    "llm_config": NANO,
+}
+
+
+@pytest.mark.parametrize(
+    ("raw", "message", "hint"),
+    [
+        (
+            LLAMA | {"rope_scaling": {}},
+            'model_type is "llama": only nemotron_h',
+            "Nemotron-H, Nemotron Nano 2",
+        ),
+        (
+            {"model_type": "nemotron-nas", "architectures": ["DeciLMForCausalLM"], "block_configs": []},
+            'model_type is "nemotron-nas": it is Llama-Nemotron',
+            "have model_type nemotron_h",
+        ),
+        ({"architectures": ["DeciLMForCausalLM"], "block_configs": []}, "it is Llama-Nemotron", "Nano 2"),
+        ({"model_type": "nemotron_h_puzzle", "block_configs": []}, "it is Nemotron Puzzle", "Nano 2"),
+        (SUPER | {"architectures": ["NemotronHPuzzleForCausalLM"]}, "it is Nemotron Puzzle", "Nano 2"),
+        ({"model_type": "nemotron", "partial_rotary_factor": 0.5}, "it is Nemotron-4 or Minitron", "Nano 2"),
+        (MULTIMODAL, 'model_type is "NemotronH_Nano_VL_V2": it is a multimodal', "llm_config as config.json"),
+        (
+            MULTIMODAL | {"model_type": "NemotronH_Nano_Omni_Reasoning_V3", "sound_config": {}},
+            'model_type is "NemotronH_Nano_Omni_Reasoning_V3": it is a multimodal model',
+            "llm_config as config.json",
+        ),
+        (
+            {"model_type": "llava", "text_config": LLAMA, "vision_config": {}},
+            'model_type is "llava": it is a multimodal model',
+            'its language model (text_config) is "llama", which is not supported either',
+        ),
+        (
+            SUPER | {"architectures": ["NemotronHForSequenceClassification"]},
+            "only the causal language model",
+            "its architecture is NemotronHForCausalLM",
+        ),
+        (
+            {"model_type": ["nemotron_h"], "unknown": 1},
+            'model_type is ["nemotron_h"]',
+            "model_type nemotron_h",
+        ),
+        (SUPER | {"architectures": [{}], "unknown": 1}, "architectures is [{}]", "NemotronHForCausalLM"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else str(value.get("model_type", "no type")),
+)
+def test_another_model_is_named_before_any_of_its_fields(
+    raw: dict[str, Any], message: str, hint: str
+) -> None:
+    with pytest.raises(ConfigError) as error:
+        ModelConfig.from_dict(raw)
+    assert message in str(error.value)
+    assert hint in error.value.hint
+
+
+def test_the_language_model_of_a_multimodal_model_is_a_model_of_this_family() -> None:
+    assert ModelConfig.from_dict(MULTIMODAL["llm_config"]) == ModelConfig.from_dict(NANO)
 
 
 def test_a_field_for_a_layer_kind_that_is_absent_is_inert() -> None:
