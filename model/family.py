@@ -18,6 +18,21 @@ RELATIVES = {name: model for names, model in _RELATIVES.items() for name in name
 
 SUPPORTED = f"Nemotron-H, Nemotron Nano 2 and Nemotron 3 have model_type {MODEL_TYPE}"
 
+_REPAIR = (
+    f'if the weights are those of the whole model, write "architectures": ["{ARCHITECTURE}"] in config.json'
+)
+
+WRAPPERS = {
+    f"FSDP{ARCHITECTURE}": "FSDP",
+    "FullyShardedDataParallel": "FSDP",
+    "DistributedDataParallel": "DistributedDataParallel",
+    "DeepSpeedEngine": "DeepSpeed",
+    "OptimizedModule": "torch.compile",
+    "PeftModel": "PEFT",
+    "PeftModelForCausalLM": "PEFT",
+}
+"""Architecture that a training tool writes instead of the model's → the tool."""
+
 LANGUAGE_PARTS = ("llm_config", "text_config", "language_config")
 """Fields in which a multimodal model's config.json holds the configuration of its language model."""
 
@@ -37,6 +52,8 @@ def other_model(raw: dict[str, Any]) -> tuple[str, str] | None:
                 field, part
             )
     for name in _names(raw):
+        if name in WRAPPERS:
+            return f"{named}: {WRAPPERS[name]} has left its own name", _REPAIR
         if name in RELATIVES:
             return f"{named}: it is {RELATIVES[name]}, which is not supported", SUPPORTED
     if model_type == MODEL_TYPE:

@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from nemotrt.exporter.checkpoint.other_formats import other_format
 from nemotrt.exporter.errors import CheckpointError
 from nemotrt.exporter.runtime.strict_json import parse_object, read_object
 from nemotrt.plugins.contract import DType
@@ -27,8 +28,6 @@ SINGLE = "model.safetensors"
 SUFFIX = ".safetensors"
 SHARD = re.compile(r"(?P<stem>.+)-\d+-of-(?P<total>\d+)" + re.escape(SUFFIX))
 """A shard's name tells how many there are."""
-
-PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 LFS_POINTER = b"version https://git-lfs.github.com/"
 """The first bytes of a file whose content Git LFS has not downloaded yet."""
@@ -63,7 +62,7 @@ def open_checkpoint(folder: Path) -> dict[str, StoredTensor]:
     """Every tensor of a checkpoint folder by name, from its single file or its shards; no data is read.
 
     Raises CheckpointError on a missing, truncated or malformed file, a name that two shards contain, an index that
-    points outside the folder or disagrees with its shards, and a checkpoint that only has pickles.
+    points outside the folder or disagrees with its shards, and a checkpoint in another format.
     """
     has_index, has_single = (os.path.lexists(folder / name) for name in (INDEX, SINGLE))
     if has_index:
@@ -72,12 +71,8 @@ def open_checkpoint(folder: Path) -> dict[str, StoredTensor]:
         return read_header(file_inside(folder, SINGLE))
     if shards := _shards_without_index(folder):
         return _open_shards(folder, shards)
-    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
-    if pickles:
-        raise CheckpointError(
-            f"{folder} has only pickled weights ({pickles[0]}), which can run code when loaded",
-            hint="convert them with transformers: model.save_pretrained(folder) writes safetensors",
-        )
+    if other := other_format(folder):
+        raise other
     raise CheckpointError(
         f"{folder} has neither {SINGLE} nor {INDEX}",
         hint="pass a checkpoint folder in the Hugging Face layout",

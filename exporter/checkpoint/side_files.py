@@ -6,6 +6,7 @@ import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
+from nemotrt.exporter.checkpoint.other_formats import other_format
 from nemotrt.exporter.checkpoint.quant_config import HF_QUANT_CONFIG
 from nemotrt.exporter.checkpoint.safetensors_reader import file_inside, read_json
 from nemotrt.exporter.config import Precision
@@ -63,7 +64,7 @@ def read_config(checkpoint: Path, ignore_fields: Collection[str] = ()) -> ModelC
     if not checkpoint.is_dir():
         raise CheckpointError(f"{checkpoint} is not a folder", hint="pass the folder that has config.json")
     if not os.path.lexists(checkpoint / "config.json"):
-        raise CheckpointError(
+        raise other_format(checkpoint) or CheckpointError(
             f"{checkpoint} has no config.json", hint="pass a checkpoint folder in the Hugging Face layout"
         )
     return parse_config(file_inside(checkpoint, "config.json"), ignore_fields)

@@ -39,7 +39,10 @@ class ExistingPath(click.Path):
                 advice = "; nemo-export downloads no models: name a local folder"
             self.fail(f"{path} does not exist{advice}", param, ctx)
         if not self.file_okay and not path.is_dir():
-            self.fail(f"{path} is not a folder", param, ctx)
+            from nemotrt.exporter.checkpoint.other_formats import other_format
+
+            other = other_format(path)
+            self.fail(f"{other}; {other.hint}" if other else f"{path} is not a folder", param, ctx)
         return super().convert(value, param, ctx)
 
 

@@ -14,6 +14,7 @@ from typing import Any
 from nemotrt.exporter import environment
 from nemotrt.exporter.checkpoint.layer_selection import only_layers, partial_model
 from nemotrt.exporter.checkpoint.loaded_model import WeightSource
+from nemotrt.exporter.checkpoint.other_formats import check_names
 from nemotrt.exporter.checkpoint.quant_config import cache_notes, stored_recipe
 from nemotrt.exporter.checkpoint.safetensors_reader import StoredTensor, read_json
 from nemotrt.exporter.checkpoint.side_files import (
@@ -138,6 +139,7 @@ def read_table(
     config = parse_config(config_file, ignore_fields)
     check_ignored(config, ignore_fields)
     table = read_json(tensors_file)
+    check_names(table)
     stored: dict[str, StoredTensor] = {}
     notes: tuple[str, ...] = ()
     for name, entry in table.items():

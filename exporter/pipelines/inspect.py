@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nemotrt.exporter.checkpoint.other_formats import other_format
 from nemotrt.exporter.checkpoint.safetensors_reader import StoredTensor, open_checkpoint
 from nemotrt.exporter.checkpoint.side_files import read_config
 from nemotrt.exporter.errors import BundleError, UsageError
@@ -88,7 +89,7 @@ def inspect(path: Path, layer: int | None = None) -> Inspection:
     Raises UsageError if the path is neither a checkpoint nor an ONNX file nor a bundle, and CheckpointError or
     BundleError if it is damaged.
     """
-    if path.is_file():
+    if path.is_file() and not other_format(path):
         return _inspect_graph(path, path, layer)
     if (path / manifests.NAME).exists():
         manifest = manifests.verify(path, deep=False)
@@ -98,7 +99,7 @@ def inspect(path: Path, layer: int | None = None) -> Inspection:
         return _inspect_graph(path, path / graphs[0], layer, manifest)
     if (path / "config.json").exists():
         return _inspect_checkpoint(path, layer)
-    raise UsageError(
+    raise other_format(path) or UsageError(
         f"{path} is not a checkpoint, an ONNX file or a bundle",
         hint="a checkpoint has config.json, a bundle has manifest.json",
     )

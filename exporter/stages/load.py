@@ -5,6 +5,7 @@ from pathlib import Path
 
 from nemotrt.exporter.checkpoint.layer_selection import only_layers
 from nemotrt.exporter.checkpoint.loaded_model import LoadedModel
+from nemotrt.exporter.checkpoint.other_formats import check_names
 from nemotrt.exporter.checkpoint.quant_config import with_recipe
 from nemotrt.exporter.checkpoint.safetensors_reader import StoredTensor, open_checkpoint
 from nemotrt.exporter.checkpoint.side_files import check_side_files, read_config, side_files
@@ -18,6 +19,7 @@ def read_headers(
 ) -> tuple[ModelConfig, Mapping[str, StoredTensor]]:
     """The configuration of a checkpoint folder and its stored tensors, or only those of `layers`."""
     config, stored = read_config(checkpoint, ignore_fields), open_checkpoint(checkpoint)
+    check_names(stored)
     return only_layers(with_recipe(config, stored, checkpoint), stored, layers)
 
 

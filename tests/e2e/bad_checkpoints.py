@@ -209,6 +209,29 @@ def only_pickles(content: bytes) -> Callable[[Path], None]:
     return damage
 
 
+def of_another_format(*names: str, keep: str = "") -> Callable[[Path], None]:
+    """Files of another format in place of everything but `keep`."""
+
+    def damage(folder: Path) -> None:
+        for path in folder.iterdir():
+            if path.name != keep:
+                path.unlink()
+        for name in names:
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_bytes(b"")
+
+    return damage
+
+
+def renamed(rename: Callable[[str], str]) -> Callable[[Path], None]:
+    """The tensors under other names."""
+
+    def damage(folder: Path) -> None:
+        save_file({rename(name): tensor for name, tensor in stored(folder).items()}, folder / SINGLE)
+
+    return damage
+
+
 def tokenizer(then: Callable[[Path], None]) -> Callable[[Path], None]:
     """A good tokenizer, and then the damage."""
 
@@ -277,6 +300,71 @@ TENSORS = {
     ),
 }
 
+WRAPPED = {
+    "names-of-torch-compile": Case(
+        r"\d+ of \d+ tensor names contain _orig_mod\., which torch\.compile adds",
+        renamed(lambda name: f"_orig_mod.{name}"),
+    ),
+    "names-of-torch-compile-in-layers": Case(
+        r"contain _orig_mod\., which torch\.compile adds \(backbone\.layers\.0\._orig_mod\.",
+        renamed(lambda name: name.replace("layers.0.", "layers.0._orig_mod.")),
+        options=("--layers", "0:1"),
+    ),
+    "names-of-fsdp": Case(
+        r"_fsdp_wrapped_module\., which FSDP adds", renamed(lambda name: f"_fsdp_wrapped_module.{name}")
+    ),
+    "names-of-ddp": Case(
+        r"module\., which DistributedDataParallel or DeepSpeed adds", renamed(lambda name: f"module.{name}")
+    ),
+    "names-of-peft": Case(
+        r"base_model\.model\., which PEFT adds", renamed(lambda name: f"base_model.model.{name}")
+    ),
+    "names-of-lora": Case(
+        r"lora_A\., which an unmerged LoRA adapter adds",
+        lambda folder: added("base_model.model.backbone.layers.0.mixer.in_proj.lora_A.weight")(folder),
+    ),
+    "names-of-a-multimodal-model": Case(
+        r"language_model\., which a multimodal model adds", renamed(lambda name: f"language_model.{name}")
+    ),
+}
+
+FORMATS = {
+    "lora-adapter": Case(
+        r"is a LoRA adapter, not a whole model \(adapter_config\.json\)",
+        of_another_format("adapter_config.json", "adapter_model.safetensors"),
+    ),
+    "lora-adapter-with-a-config": Case(
+        r"is a LoRA adapter, not a whole model",
+        of_another_format("adapter_config.json", "adapter_model.bin", keep="config.json"),
+    ),
+    "gguf": Case(r"is a model in GGUF, the format of llama\.cpp \(m\.gguf\)", of_another_format("m.gguf")),
+    "nemo-archive": Case(r"is a checkpoint of NeMo \(m\.nemo\)", of_another_format("m.nemo")),
+    "nemo-folder": Case(
+        r"is a checkpoint of NeMo \(context/model\.yaml\)",
+        of_another_format("context/model.yaml", "weights/.metadata", "weights/__0_0.distcp"),
+    ),
+    "megatron": Case(
+        "is a checkpoint of Megatron", of_another_format("latest_checkpointed_iteration.txt", "iter_1/x")
+    ),
+    "megatron-iteration": Case(
+        "is a checkpoint of Megatron", of_another_format("common.pt", ".metadata", "__0_0.distcp")
+    ),
+    "megatron-ranks": Case(
+        "is a checkpoint of Megatron", of_another_format("mp_rank_00/model_optim_rng.pt", keep="config.json")
+    ),
+    "deepspeed": Case(
+        "is a checkpoint of DeepSpeed", of_another_format("zero_to_fp32.py", "latest", keep="config.json")
+    ),
+    "dcp": Case(
+        r"is a distributed checkpoint of PyTorch \(DCP\)", of_another_format(".metadata", "__0_0.distcp")
+    ),
+    "dcp-of-the-trainer": Case(
+        r"is a distributed checkpoint of PyTorch \(DCP\)",
+        of_another_format("pytorch_model_fsdp_0/__0_0.distcp", "optimizer.bin", keep="config.json"),
+    ),
+    "pickle-without-a-config": Case("has only pickled weights", of_another_format("pytorch_model.bin")),
+}
+
 FILES = {
     "truncated-file": Case(
         r"is truncated: it has \d+ bytes, its header promises \d+", truncated(SINGLE, lambda size: size - 1)
@@ -292,7 +380,7 @@ FILES = {
         "is a Git LFS pointer, not the weights",
         text(SINGLE, "version https://git-lfs.github.com/spec/v1\noid"),
     ),
-    "empty-pickle": Case(r"only pickled weights \(pytorch_model\.bin\)", only_pickles(b"")),
+    "empty-pickle": Case(r"only pickled weights, .* \(pytorch_model\.bin\)", only_pickles(b"")),
     "pickle-with-code": Case(r"only pickled weights", only_pickles(b"cos\nsystem\n(S'touch was-here'\ntR.")),
     "no-weights": Case(f"has neither {SINGLE} nor {INDEX}", lambda folder: (folder / SINGLE).unlink()),
     "header-duplicate-key": Case(
@@ -394,6 +482,18 @@ CONFIGS = {
         'model_type is "NemotronH_Nano_VL_V2": it is a multimodal model',
         config={"model_type": "NemotronH_Nano_VL_V2", "llm_config": CONFIG, "downsample_ratio": 0.5},
     ),
+    "config-of-fsdp": Case(
+        r'architectures is \["FSDPNemotronHForCausalLM"\]: FSDP has left its own name',
+        config={"architectures": ["FSDPNemotronHForCausalLM"]},
+    ),
+    "config-of-peft": Case(
+        r'architectures is \["PeftModelForCausalLM"\]: PEFT has left its own name',
+        config={"architectures": ["PeftModelForCausalLM"]},
+    ),
+    "config-of-torch-compile": Case(
+        r'architectures is \["OptimizedModule"\]: torch.compile has left its own name',
+        config={"architectures": ["OptimizedModule"]},
+    ),
     "config-field-missing": Case("ssm_state_size is missing", config={"ssm_state_size": None}),
     "config-contradictory": Case(
         "num_hidden_layers is 7, but hybrid_override_pattern has 6", config={"num_hidden_layers": 7}
@@ -442,7 +542,7 @@ CONFIGS = {
     "license-through-link": Case("LICENSE is a link to .* outside the checkpoint", linked_license),
 }
 
-ALL = TENSORS | FILES | CONFIGS
+ALL = TENSORS | WRAPPED | FORMATS | FILES | CONFIGS
 
 GOOD = Case("", model=MLP_ONLY)
 GOOD_WITH_TOKENIZER = Case("", tokenizer(lambda _: None), model=MLP_ONLY | {"vocab_size": 1024})

@@ -21,6 +21,15 @@ FLAGS: dict[str, tuple[tuple[str, ...], str]] = {
         "nvidia/Nemotron-Nano does not exist; nemo-export downloads no models: name a local folder",
     ),
     "path-is-a-file": (("verify", "checkpoint/config.json"), "config.json is not a folder"),
+    "path-is-gguf": (
+        ("build", "other/m.gguf", "--output", "out"),
+        "is a model in GGUF.*; use the checkpoint",
+    ),
+    "path-is-a-nemo-archive": (("check", "other/m.nemo"), "is a checkpoint of NeMo.*; convert it with"),
+    "path-is-a-pickle": (
+        ("quantize", "other/m.bin", "--output", "out"),
+        "only pickled weights.*; convert them",
+    ),
     "path-is-neither": (("inspect", "."), "is not a checkpoint, an ONNX file or a bundle"),
     "option-unknown": ((*BUILD, "--presicion", "fp16"), "No such option.*--presicion"),
     "command-unknown": (("biuld", "checkpoint"), "No such command .*biuld"),

@@ -115,6 +115,9 @@ def test_invalid_flags(tmp_path: Path, name: str) -> None:
     """Refused before anything is read."""
     arguments, says = FLAGS[name]
     small_checkpoint()
+    (tmp_path / "other").mkdir()
+    for name in ("m.gguf", "m.nemo", "m.bin"):
+        (tmp_path / "other" / name).touch()
     before = contents(tmp_path)
     refused(run(*arguments), says, 2)
     assert contents(tmp_path) == before
