@@ -23,7 +23,7 @@ from nemotrt.model.config_fields import (
     PATTERN,
     REQUIRED,
 )
-from nemotrt.model.family import FIELDS, other_model
+from nemotrt.model.family import other_model
 from nemotrt.model.recipe import LATENT, PROJECTIONS, Recipe
 from nemotrt.plugins.contract import DType
 

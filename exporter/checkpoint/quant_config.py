@@ -39,15 +39,18 @@ IsQuantized = Callable[[str], bool]
 """Whether a module of the checkpoint, given by its name, is quantized."""
 
 
-def with_recipe(config: ModelConfig, stored: Mapping[str, StoredTensor], folder: Path) -> ModelConfig:
+def with_recipe(config: ModelConfig, stored: Mapping[str, StoredTensor], folder: Path | None) -> ModelConfig:
     """The configuration with the quantization that the checkpoint describes, or unchanged without a description.
 
+    Without a folder, and without a description in config.json, the tensors' dtypes show the quantization.
     Raises CheckpointError on any scheme but FP8, and on a description that is malformed or contradicts another.
     """
     descriptions: dict[str, Any] = {}
     if config.quantization is not None:
         descriptions["quantization_config of config.json"] = config.quantization
-    if (folder / HF_QUANT_CONFIG).exists():
+    elif folder is None:
+        return config.with_recipe(_stored_recipe(config, stored))
+    if folder is not None and (folder / HF_QUANT_CONFIG).exists():
         descriptions[HF_QUANT_CONFIG] = read_json(file_inside(folder, HF_QUANT_CONFIG)).get("quantization")
     parsed = {where: parse_description(raw, where) for where, raw in descriptions.items()}
     # A description without a word about the KV cache does not contradict one that quantizes it.
@@ -64,7 +67,7 @@ def with_recipe(config: ModelConfig, stored: Mapping[str, StoredTensor], folder:
     return config.with_recipe(recipes[0] if recipes else config.recipe)
 
 
-def stored_recipe(config: ModelConfig, stored: Mapping[str, StoredTensor]) -> Recipe:
+def _stored_recipe(config: ModelConfig, stored: Mapping[str, StoredTensor]) -> Recipe:
     """The quantization that the tensors' dtypes and names show, for a table of tensors without a description."""
 
     def is_quantized(name: str) -> bool:

@@ -47,18 +47,21 @@ def check(
     """
     from nemotrt.exporter.pipelines import check as checks
 
-    if checkpoint is not None and config_file is None and tensors_file is None:
+    if (checkpoint is None) == (config_file is None) or (tensors_file and not config_file):
+        raise UsageError(
+            "check needs either a checkpoint, or --config with or without --tensors",
+            hint="see nemo-export check --help",
+        )
+    if checkpoint is not None:
         with console.stage("read", f"{checkpoint.resolve().name}, headers"):
             headers = checks.read_headers(checkpoint, layers, ignore_fields)
-    elif checkpoint is None and config_file and tensors_file:
-        if options["deep"]:
-            raise UsageError("--deep reads weights, and a table has none", hint="name a checkpoint folder")
-        with console.stage("read", f"{config_file.name}, {tensors_file.name}"):
-            headers = checks.read_table(config_file, tensors_file, layers, ignore_fields)
     else:
-        raise UsageError(
-            "check needs a checkpoint, or --config and --tensors", hint="see nemo-export check --help"
-        )
+        assert config_file
+        if options["deep"]:
+            raise UsageError("--deep reads weights, and --config names none", hint="name a checkpoint folder")
+        files = [file.name for file in (config_file, tensors_file) if file]
+        with console.stage("read", ", ".join(files)):
+            headers = checks.read_config(config_file, tensors_file, layers, ignore_fields)
     result = checks.check(headers, progress=console, **options)
     if as_json:
         arguments.print_json(result.as_dict())

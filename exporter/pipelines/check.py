@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import re
 import shutil
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping
@@ -15,8 +14,8 @@ from nemotrt.exporter import environment
 from nemotrt.exporter.checkpoint.layer_selection import only_layers, partial_model
 from nemotrt.exporter.checkpoint.loaded_model import WeightSource
 from nemotrt.exporter.checkpoint.other_formats import check_names
-from nemotrt.exporter.checkpoint.quant_config import cache_notes, stored_recipe
-from nemotrt.exporter.checkpoint.safetensors_reader import StoredTensor, read_json
+from nemotrt.exporter.checkpoint.quant_config import cache_notes, with_recipe
+from nemotrt.exporter.checkpoint.safetensors_reader import StoredTensor
 from nemotrt.exporter.checkpoint.side_files import (
     check_ignored,
     check_residual,
@@ -25,6 +24,7 @@ from nemotrt.exporter.checkpoint.side_files import (
     parse_config,
 )
 from nemotrt.exporter.checkpoint.tensor_matching import MatchedTensors, check_tied_head, match
+from nemotrt.exporter.checkpoint.tensor_table import described_tensors, read_table
 from nemotrt.exporter.config import PRESETS, WEIGHTS, BuildConfig, Precision
 from nemotrt.exporter.engines.kernel_coverage import check_supported
 from nemotrt.exporter.engines.plugin_library import is_at_hand
@@ -40,8 +40,6 @@ from nemotrt.exporter.stages import load
 from nemotrt.model.config import ModelConfig
 from nemotrt.model.step import pool_specs
 from nemotrt.plugins.contract import DType, LayerName
-
-FIRST_EXPERT = re.compile(r"(.*\.experts\.)0(\..*)")
 
 PACKAGES = {
     "torch": ("every stage", "pip install 'torch>=2.11'"),
@@ -76,6 +74,7 @@ class Check:
     notes: tuple[str, ...]
     num_tensors: int
     num_parameters: int
+    """Parameters of the model that the configuration describes."""
     num_active_parameters: int
     """Parameters that one token passes: of the routed experts only those that it is routed to."""
     layers: dict[int, str]
@@ -129,44 +128,27 @@ def read_headers(checkpoint: Path, layers: str = "", ignore_fields: Collection[s
     return Headers(str(checkpoint), config, stored, checkpoint)
 
 
-def read_table(
-    config_file: Path, tensors_file: Path, layers: str = "", ignore_fields: Collection[str] = ()
+def read_config(
+    config_file: Path,
+    tensors_file: Path | None = None,
+    layers: str = "",
+    ignore_fields: Collection[str] = (),
 ) -> Headers:
-    """Headers from a configuration and a table {name: [dtype, shape]}, where expert 0 may represent all experts.
+    """Headers from a configuration, and from a table {name: [dtype, shape]} if there is one.
 
-    Raises CheckpointError on an entry that is not a safetensors dtype and a shape.
+    Raises CheckpointError as the readers of both do.
     """
     config = parse_config(config_file, ignore_fields)
     check_ignored(config, ignore_fields)
-    table = read_json(tensors_file)
-    check_names(table)
-    stored: dict[str, StoredTensor] = {}
-    notes: tuple[str, ...] = ()
-    for name, entry in table.items():
-        names = [name]
-        first = FIRST_EXPERT.fullmatch(name)
-        if first and f"{first[1]}1{first[2]}" not in table:
-            names = [f"{first[1]}{expert}{first[2]}" for expert in range(config.n_routed_experts)]
-            notes = (f"expert 0 of the table represents all {config.n_routed_experts}",)
-        dtype, shape = _table_entry(tensors_file, name, entry)
-        length = math.prod(shape) * dtype.itemsize
-        stored |= {each: StoredTensor(each, dtype, shape, tensors_file, 0, length) for each in names}
-    config, selected = only_layers(config.with_recipe(stored_recipe(config, stored)), stored, layers)
-    return Headers(tensors_file.name, config, selected, None, notes)
-
-
-def _table_entry(file: Path, name: str, entry: Any) -> tuple[DType, tuple[int, ...]]:
-    try:
-        dtype, shape = entry
-        sizes = tuple(shape)
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{file}: {name} is not [dtype, shape]") from error
-    known = {dtype.safetensors: dtype for dtype in DType}
-    if not isinstance(dtype, str) or dtype not in known:
-        raise CheckpointError(f"{file}: {name} has dtype {dtype}", hint="known: " + " ".join(known))
-    if not all(type(size) is int and size >= 0 for size in sizes):
-        raise CheckpointError(f"{file}: {name} has shape {shape}, which is not a list of counts")
-    return known[dtype], sizes
+    if tensors_file is None:
+        config = with_recipe(config, {}, None)
+        stored, notes = described_tensors(config_file, config)
+    else:
+        stored, notes = read_table(tensors_file, config)
+        check_names(stored)
+        config = with_recipe(config, stored, None)
+    config, selected = only_layers(config, stored, layers)
+    return Headers((tensors_file or config_file).name, config, selected, None, notes)
 
 
 def check(
@@ -208,8 +190,8 @@ def check(
         problems=tuple(problems),
         notes=(*headers.notes, *_notes(headers, tensors), *_shortages(stages, free), *_missing(tools)),
         num_tensors=len(headers.stored),
-        num_parameters=estimates.num_parameters(tensors.weights.values()),
-        num_active_parameters=estimates.num_active_parameters(config, tensors.weights.values()),
+        num_parameters=estimates.num_model_parameters(config),
+        num_active_parameters=estimates.num_active_parameters(config),
         layers=config.numbered_layers,
         parts=parts_of(config.numbered_layers, stored, pool_specs(config, page_size=1, dtype=config.dtype)),
         inert=config.inert,
@@ -348,7 +330,6 @@ def _notes(headers: Headers, tensors: MatchedTensors) -> list[str]:
             f"{len(tensors.not_exported)} tensors of multi-token prediction (mtp.*) are not exported"
         )
     if headers.folder is None:
-        notes.append("no weights were read: there is only a table of tensors")
         return notes
     with suppress(CheckpointError):  # it is among the problems
         notes += end_token_notes(check_side_files(headers.folder, headers.config))

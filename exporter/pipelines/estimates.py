@@ -20,6 +20,7 @@ from nemotrt.exporter.environment import memory_bytes, num_cores
 from nemotrt.exporter.errors import CompileError, ExportError, UsageError
 from nemotrt.exporter.runtime.step import pages_of
 from nemotrt.exporter.validation.envelope import ROWS
+from nemotrt.model.checkpoint import tensor_sources
 from nemotrt.model.config import ModelConfig
 from nemotrt.model.recipe import EXPERTS
 from nemotrt.model.step import pool_specs
@@ -89,11 +90,17 @@ def num_parameters(sources: Iterable[WeightSource]) -> int:
     return sum(math.prod(tensor.shape) for source in sources for tensor in source.tensors)
 
 
-def num_active_parameters(config: ModelConfig, sources: Iterable[WeightSource]) -> int:
+def num_model_parameters(config: ModelConfig) -> int:
+    """Parameters of the model that a configuration describes; the scales of FP8 are none."""
+    sources = set(tensor_sources(config.unquantized()).values())  # tied embeddings are one
+    return sum(len(source.names) * math.prod(source.shape) for source in sources)
+
+
+def num_active_parameters(config: ModelConfig) -> int:
     """Parameters that one token passes: of the routed experts only those that it is routed to."""
     idle = config.n_routed_experts - config.num_experts_per_tok
     expert = 2 * config.moe_intermediate_size * config.expert_size
-    return num_parameters(sources) - config.layers.count("moe") * idle * expert
+    return num_model_parameters(config) - config.layers.count("moe") * idle * expert
 
 
 def graph_bytes(model: LoadedModel, precision: str) -> int:
@@ -292,7 +299,7 @@ def _quantize_stage(
         "quantize",
         QUANTIZE_MEMORY + largest + CALIBRATION_TOKENS * row_bytes,
         sum(map(_stored, sources.values())) - saved,
-        seconds=START_SECONDS + num_active_parameters(config, sources.values()) / VALIDATED_A_SECOND,
+        seconds=START_SECONDS + num_active_parameters(config) / VALIDATED_A_SECOND,
     )
 
 

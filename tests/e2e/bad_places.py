@@ -82,10 +82,18 @@ FLAGS: dict[str, tuple[tuple[str, ...], str]] = {
         "gates.xml is inside the bundle",
     ),
     "layer-outside": (("inspect", "checkpoint", "--layer", "7"), "--layer 7 is not a layer of this model"),
-    "check-of-nothing": (("check",), "check needs a checkpoint, or --config and --tensors"),
-    "check-of-a-config-alone": (
-        ("check", "--config", "checkpoint/config.json"),
-        "check needs a checkpoint, or --config and --tensors",
+    "check-of-nothing": (("check",), "check needs either a checkpoint, or --config"),
+    "check-of-a-table-alone": (
+        ("check", "--tensors", "checkpoint/config.json"),
+        "check needs either a checkpoint, or --config",
+    ),
+    "check-of-a-checkpoint-and-a-config": (
+        ("check", "checkpoint", "--config", "checkpoint/config.json"),
+        "check needs either a checkpoint, or --config",
+    ),
+    "deep-check-of-a-config": (
+        ("check", "--config", "checkpoint/config.json", "--deep"),
+        "--deep reads weights, and --config names none",
     ),
 }
 

@@ -8,13 +8,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import fp8_checkpoints
 import pytest
-from checkpoints import CONFIG, write_checkpoint
+from checkpoints import CONFIG, random_tensors, write_checkpoint
 
 from nemotrt.exporter.checkpoint.safetensors_reader import SINGLE
 from nemotrt.exporter.config import BuildConfig
 from nemotrt.exporter.engines import plugin_library
 from nemotrt.exporter.engines.targets import Target
+from nemotrt.exporter.errors import CheckpointError
 from nemotrt.exporter.lowering.external_data import data_path
 from nemotrt.exporter.pipelines import build, check, estimates
 from nemotrt.exporter.pipelines.estimates import StageEstimate
@@ -55,8 +57,50 @@ def test_a_table_gives_the_estimates_of_its_checkpoint(checkpoint: Path, tmp_pat
     names = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
     table = {name: [names[tensor.dtype], tensor.shape] for name, tensor in headers.stored.items()}
     (tmp_path / "table.json").write_text(json.dumps(table))
-    from_table = check.read_table(checkpoint / "config.json", tmp_path / "table.json")
+    from_table = check.read_config(checkpoint / "config.json", tmp_path / "table.json")
     assert check.check(from_table).estimates == check.check(headers).estimates
+
+
+@pytest.mark.parametrize("kind", ["plain", "fp8", "tied"])
+def test_a_configuration_alone_gives_the_estimates_of_its_checkpoint(tmp_path: Path, kind: str) -> None:
+    folder = tmp_path / "checkpoint"
+    if kind == "fp8":
+        fp8_checkpoints.nano(folder)
+    else:
+        write_checkpoint(folder, tie_word_embeddings=kind == "tied")
+    whole = check.check(check.read_headers(folder))
+    alone = check.check(check.read_config(folder / "config.json"))
+    assert not alone.problems
+    for name in ("precision", "dtypes", "num_parameters", "num_active_parameters", "num_tensors", "layers"):
+        assert getattr(alone, name) == getattr(whole, name), name
+    assert [stage.disk_bytes for stage in alone.estimates] == [stage.disk_bytes for stage in whole.estimates]
+
+
+@pytest.mark.parametrize("table", [None, {}])
+def test_a_quantization_is_read_from_a_configuration_without_weights(
+    tmp_path: Path, table: dict[str, Any] | None
+) -> None:
+    quantization = {"quant_method": "modelopt", "quant_algo": "NVFP4"}
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG | {"quantization_config": quantization}))
+    (tmp_path / "table.json").write_text(json.dumps(table))
+    with pytest.raises(CheckpointError, match="quantized as NVFP4"):
+        check.read_config(tmp_path / "config.json", None if table is None else tmp_path / "table.json")
+
+
+@pytest.mark.parametrize(
+    "table", [{}, {"backbone.layers.1.mixer.experts.0.up_proj.weight_scale_2": ["F32", []]}]
+)
+def test_counts_are_of_the_model_whatever_the_tensors_are(tmp_path: Path, table: dict[str, Any]) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    (tmp_path / "table.json").write_text(json.dumps(table))
+    result = check.check(check.read_config(tmp_path / "config.json", tmp_path / "table.json"))
+    assert result.problems
+    assert result.num_parameters == sum(tensor.numel() for tensor in random_tensors(CONFIG).values())
+    # Of four experts a token uses two; each has an up and a down projection between 16 and 24 values.
+    assert result.num_parameters - result.num_active_parameters == 2 * 2 * 2 * 16 * 24
+    assert all(
+        min(stage.memory_bytes, stage.disk_bytes, stage.cpu_seconds) >= 0 for stage in result.estimates
+    )
 
 
 def test_runtimes_that_build_here_have_their_own_stages(
