@@ -1,6 +1,5 @@
 """The entry point of the command line: its commands, and how errors are printed."""
 
-import errno
 import os
 import sys
 from types import TracebackType
@@ -16,6 +15,7 @@ from nemotrt.exporter.commands.console import Console
 from nemotrt.exporter.commands.generate import generate
 from nemotrt.exporter.commands.inspect import inspect
 from nemotrt.exporter.commands.quantize import quantize
+from nemotrt.exporter.commands.terminal import printable, use_robust_streams
 from nemotrt.exporter.commands.validate import validate
 from nemotrt.exporter.commands.verify import verify
 from nemotrt.exporter.errors import ExportError, UsageError
@@ -48,11 +48,11 @@ class Program(click.Group):
             message = f"{ctx.command_path} {ctx.invoked_subcommand} needs {package}, which is not installed"
             _end(ctx, error, message, "pip install 'nemo-export[build]'", UsageError.exit_code)
         except KeyboardInterrupt as error:
-            _end(ctx, error, "interrupted", "", interrupts.EXIT_CODE)
+            _end(ctx, error, "interrupted", "", interrupts.exit_code(error))
         except MemoryError as error:
             _end(ctx, error, "out of memory", "nemo-export check estimates what a build needs", 1)
         except OSError as error:
-            if error.errno in (None, errno.EPIPE):  # raised by a library; a closed pipe is handled by click
+            if error.errno is None:  # raised by a library
                 raise
             where = f"{error.filename}: " if error.filename else ""
             _end(ctx, error, f"{where}{error.strerror}", "", UsageError.exit_code)
@@ -63,8 +63,8 @@ def _end(ctx: click.Context, error: BaseException, message: str, hint: str, code
     if ctx.ensure_object(Console).debug and not is_mistyped:
         raise error
     line = " ".join(message.splitlines())  # a tensor's name may hold line breaks
-    prefix = "" if code == interrupts.EXIT_CODE else "error: "
-    click.echo(prefix + line + (f"\n  {hint}" if hint else ""), err=True)
+    prefix = "" if code in interrupts.EXIT_CODES else "error: "
+    click.echo(printable(prefix + line + (f"\n  {hint}" if hint else "")), err=True)
     raise click.exceptions.Exit(code) from error
 
 
@@ -81,21 +81,22 @@ def program() -> None:
 
 
 def main() -> None:
-    """Run the program as a process, which prints internal errors in one line and ends at once on Ctrl-C."""
+    """Run the program as a process, which prints internal errors in one line and ends at once on a signal."""
+    use_robust_streams()
     if "--debug" not in sys.argv:
         sys.excepthook = _report_internal_error
     try:
         program()
     except SystemExit as end:
-        if end.code == interrupts.EXIT_CODE:
+        if isinstance(end.code, int) and end.code in interrupts.EXIT_CODES:
             # PyTorch's libraries take up to a second to unload.
             sys.stdout.flush()
             sys.stderr.flush()
-            os._exit(interrupts.EXIT_CODE)
+            os._exit(end.code)
         raise
 
 
 def _report_internal_error(kind: type[BaseException], error: BaseException, _: TracebackType | None) -> None:
     first = next(iter(str(error).splitlines()), "")
-    click.echo(f"error: internal error of nemo-export: {kind.__name__}: {first}", err=True)
+    click.echo(printable(f"error: internal error of nemo-export: {kind.__name__}: {first}"), err=True)
     click.echo("  please report it with the output of --debug", err=True)

@@ -23,7 +23,7 @@ from nemotrt.model.config_fields import (
     PATTERN,
     REQUIRED,
 )
-from nemotrt.model.family import other_model
+from nemotrt.model.family import FIELDS, other_model
 from nemotrt.model.recipe import LATENT, PROJECTIONS, Recipe
 from nemotrt.plugins.contract import DType
 
@@ -212,7 +212,7 @@ JSON_FIELDS = [
 
 KNOWN = {
     *(name for spec in JSON_FIELDS for name in ALIASES.get(spec.name, (spec.name,))),
-    *(*INERT, *FIXED, *LAYER_FIELDS, "num_hidden_layers"),
+    *(*INERT, *FIXED, *LAYER_FIELDS, *FIELDS, "num_hidden_layers"),
 }
 """Every name that a config.json may have."""
 

@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 import click
 
-from nemotrt.exporter import errors, interrupts
+from nemotrt.exporter import errors
 from nemotrt.exporter.cli import program
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "cli.md"
@@ -20,8 +21,8 @@ HEAD = """\
 
 Results go to stdout and messages to stderr, so the output of `--json` can be piped. Progress bars are shown on
 a terminal only. `--quiet`, `--verbose` and `--debug` are accepted before and after the command. An error is one line
-that names the problem and one line that says what to do. `--debug` shows its traceback. Ctrl-C ends every command
-within a second.
+that names the problem and one line that says what to do. `--debug` shows its traceback. Ctrl-C, SIGTERM
+and SIGHUP end every command within a second. Control characters in names are shown as escapes.
 """
 
 COMPLETION = """\
@@ -39,7 +40,10 @@ _NEMO_EXPORT_COMPLETE=fish_source nemo-export | source     # in ~/.config/fish/c
 OTHER_CODES = {
     0: "success",
     1: "a bug in nemo-export, or out of memory",
-    interrupts.EXIT_CODE: "interrupted by Ctrl-C; `build` reports if the same command can resume",
+    128 + signal.SIGHUP: "ended by SIGHUP, like Ctrl-C",
+    128 + signal.SIGINT: "interrupted by Ctrl-C; `build` reports if the same command can resume",
+    128 + signal.SIGPIPE: "the reader of stdout closed it",
+    128 + signal.SIGTERM: "ended by SIGTERM, like Ctrl-C",
 }
 
 

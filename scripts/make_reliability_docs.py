@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Writes docs/reliability.md from the cases of the tests of bad input and interrupts."""
+"""Writes docs/reliability.md from the cases of the tests of bad input, interrupts and streams."""
 
 from __future__ import annotations
 
@@ -23,13 +23,14 @@ import bad_places  # noqa: E402
 import bad_reference_files  # noqa: E402
 import test_bad_input  # noqa: E402
 import test_interrupts  # noqa: E402
+import test_streams  # noqa: E402
 
 HEAD = """\
 <!-- Written by scripts/make_reliability_docs.py from the tests' own tables: change a case, then `make snapshots`. -->
 
 # Reliability
 
-{total} cases, each of them a test (`pytest tests/e2e/test_bad_input.py tests/e2e/test_interrupts.py`).
+{total} cases, each of them a test (`pytest tests/e2e`).
 *Refused* means: one line that begins with `error:`, at most one line of advice, the exit code shown, and no traceback.
 All of the user's files are unchanged afterwards, and no other file exists. In an error message, `…` stands for any text
 and `N` for any number.
@@ -72,7 +73,7 @@ REFUSALS: Mapping[Callable[..., None], Mapping[str, Refusal]] = {
 def page() -> str:
     """The text of docs/reliability.md."""
     sections, singles, total = [], [], 0
-    for test in itertools.chain(_tests(test_bad_input), _tests(test_interrupts)):
+    for test in itertools.chain(*map(_tests, (test_bad_input, test_interrupts, test_streams))):
         ids = list(_ids(test))
         total += max(1, len(ids))
         if ids:

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+from nemotrt.exporter.commands.terminal import rich_console
 from nemotrt.exporter.progress import Advance
 
 if TYPE_CHECKING:
@@ -49,10 +50,7 @@ class Console(logging.Handler):
 
     @cached_property
     def _rich(self) -> RichConsole:
-        # Importing Rich takes a third of the time budget of --help.
-        from rich.console import Console as RichConsole
-
-        return RichConsole(stderr=True, highlight=False, soft_wrap=True, quiet=self.quiet)
+        return rich_console(stderr=True, highlight=False, soft_wrap=True, quiet=self.quiet)
 
     def emit(self, record: logging.LogRecord) -> None:
         """Print the record on a line of its own, below its stage."""
@@ -85,7 +83,10 @@ class Console(logging.Handler):
     def _bar(self, total: int | None, *, is_bytes: bool) -> RichProgress:
         from rich import progress
 
-        columns: list[progress.ProgressColumn | str] = [progress.SpinnerColumn(), "{task.description}"]
+        columns: list[progress.ProgressColumn | str] = [
+            progress.SpinnerColumn(),
+            progress.TextColumn("{task.description}", markup=False),  # a name may hold brackets
+        ]
         if total is not None:
             columns += [progress.BarColumn(), progress.TaskProgressColumn()]
             columns += [progress.DownloadColumn()] if is_bytes else []

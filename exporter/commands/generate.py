@@ -68,7 +68,7 @@ def generate(
     events = generation.generate(bundle, prompts, config)
     if as_json:
         for event in events:
-            click.echo(json.dumps(dataclasses.asdict(event), ensure_ascii=False))
+            click.echo(json.dumps(dataclasses.asdict(event)))
     elif len(prompts) == 1:
         _print_stream(events, "" if chat else prompts[0])
     else:

@@ -4,11 +4,12 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from rich import box
-from rich.console import Console, RenderableType
+from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from nemotrt.exporter.checkpoint.layer_selection import partial_model
+from nemotrt.exporter.commands.terminal import rich_console
 from nemotrt.exporter.pipelines.check import PACKAGES, Check
 from nemotrt.exporter.pipelines.inspect import Inspection, Part
 from nemotrt.exporter.report.model import (
@@ -39,7 +40,7 @@ Items = Iterator[RenderableType]
 def show(items: Iterable[RenderableType]) -> None:
     """Print the items one below the other."""
     # With markup, rich would read the extra in nemo-export[cpu] as a style.
-    console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else WIDTH)
+    console = rich_console(highlight=False, markup=False, width=None if sys.stdout.isatty() else WIDTH)
     for item in items:
         console.print(item)
 

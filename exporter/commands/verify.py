@@ -6,6 +6,7 @@ import click
 
 from nemotrt.exporter.commands.arguments import BUNDLE, JSON, command, print_json
 from nemotrt.exporter.commands.console import Console
+from nemotrt.exporter.commands.terminal import printable
 from nemotrt.exporter.errors import BundleError
 
 
@@ -27,7 +28,8 @@ def verify(console: Console, bundle: Path, fast: bool, as_json: bool) -> None:
         fields = {"whole": not lines, "hashed": not fast, "bundle_id": manifest.bundle_id}
         print_json(fields | vars(findings))
     else:
-        click.echo("\n".join(lines) if lines else f"{bundle} is whole: {manifest.bundle_id}")
+        text = "\n".join(lines) if lines else f"{bundle} is whole: {manifest.bundle_id}"
+        click.echo(printable(text))
     if lines:
         raise BundleError(
             f"{bundle} differs from its manifest: {len(lines)} difference{'s' * (len(lines) > 1)}",

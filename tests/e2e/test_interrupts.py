@@ -202,16 +202,18 @@ sys.exit(main())
 """
 
 
-def test_an_interrupted_process(subject: Path, tmp_path: Path) -> None:
-    """Exit 130, `interrupted`, no traceback, no files left."""
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_an_interrupted_process(subject: Path, tmp_path: Path, name: str) -> None:
+    """Exit 130, 143 or 129, `interrupted`, no traceback, no files left."""
+    number = signal.Signals[name]
     options = ["-v", "build", subject, "--output", tmp_path / "out", "--runtime", "onnx"]
     command = [sys.executable, "-c", PROGRAM, *options]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     assert process.stderr
     lines = [process.stderr.readline(), process.stderr.readline()]  # load begins, load ends
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     rest = process.communicate(timeout=PATIENCE)[1]
-    assert process.returncode == 130, lines
+    assert process.returncode == 128 + number, lines
     assert rest.splitlines()[-1] == "interrupted"
     assert "Traceback" not in rest
     assert os.listdir(tmp_path) == []
@@ -226,7 +228,8 @@ with interrupts.handled():
 """
 
 
-def test_ctrl_c_during_a_native_call_that_does_not_return() -> None:
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_a_native_call_that_does_not_return(name: str) -> None:
     """The process ends within a second."""
     process = subprocess.Popen(
         [sys.executable, "-c", NATIVE], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -234,6 +237,22 @@ def test_ctrl_c_during_a_native_call_that_does_not_return() -> None:
     assert process.stdout
     assert process.stdout.readline() == "begins\n"
     time.sleep(0.5)  # from the print to the call: a signal between the two is Python's own to answer
-    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.Signals[name])
     assert process.communicate(timeout=PATIENCE)[1] == "interrupted\n"
-    assert process.returncode == 130
+    assert process.returncode == 128 + signal.Signals[name]
+
+
+HANGUP = """
+import os, signal
+from nemotrt.exporter import interrupts
+with interrupts.handled():
+    os.kill(os.getpid(), signal.SIGHUP)
+"""
+
+
+def test_a_hangup_that_nohup_ignores() -> None:
+    """The command goes on."""
+    assert (
+        subprocess.run(["nohup", sys.executable, "-c", HANGUP], capture_output=True, check=False).returncode
+        == 0
+    )
