@@ -31,7 +31,7 @@ def of_schema(version: bytes) -> Damage:
 
     def damage(path: Path, _: Path) -> None:
         content = path.read_bytes()
-        changed = content.replace(rb"\"schema_version\": 2,", rb"\"schema_version\":" + version + b",")
+        changed = content.replace(rb"\"schema_version\": 3,", rb"\"schema_version\":" + version + b",")
         assert changed != content
         path.write_bytes(changed)
 

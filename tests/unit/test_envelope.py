@@ -27,6 +27,7 @@ from nemotrt.exporter.validation import gates
 from nemotrt.exporter.validation.candidates import graph_candidate
 from nemotrt.exporter.validation.envelope import ROWS, Envelope, Limit, driven, reached
 from nemotrt.exporter.validation.plan import plan_validation
+from nemotrt.exporter.validation.same_program import SAME_PROGRAM
 from nemotrt.exporter.validation.validate import validate
 from nemotrt.plugins.moe_dispatch import SPEC as MOE
 from nemotrt.plugins.paged_attention import SPEC as ATTENTION
@@ -160,7 +161,7 @@ def test_a_fault_near_a_limit_is_caught(checkpoint: Path, tmp_path: Path, name: 
     failed = right.failed(whole)
     assert gates.ALONE_AT_LIMITS in failed
     assert (envelopes.SCENARIO in failed) == whole
-    assert failed <= {gates.ALONE_AT_LIMITS, envelopes.SCENARIO}
+    assert failed <= {gates.ALONE_AT_LIMITS, envelopes.SCENARIO, SAME_PROGRAM}
 
 
 @pytest.mark.parametrize("whole", [True, False], ids=["the whole model", "layers alone"])

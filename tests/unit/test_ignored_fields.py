@@ -15,7 +15,7 @@ from nemotrt.exporter.cli import program
 from nemotrt.exporter.config import BuildConfig
 from nemotrt.exporter.errors import CheckpointError, UsageError
 from nemotrt.exporter.pipelines.build import build
-from nemotrt.exporter.pipelines.check import check, read_headers, read_table
+from nemotrt.exporter.pipelines.check import check, read_config, read_headers
 from nemotrt.exporter.pipelines.quantize import quantize_checkpoint
 from nemotrt.exporter.pipelines.validate import revalidate
 from nemotrt.exporter.runtime import manifest
@@ -92,7 +92,7 @@ def test_check_and_quantize_take_them_too(checkpoint: Path, tmp_path: Path) -> N
     assert any("zeta of config.json is ignored" in note for note in found.notes)
     table = {name: ["F32", list(t.shape)] for name, t in read_headers(checkpoint, "", UNKNOWN).stored.items()}
     (tmp_path / "table.json").write_text(json.dumps(table))
-    assert read_table(checkpoint / "config.json", tmp_path / "table.json", "", UNKNOWN).config.ignored_fields
+    assert read_config(checkpoint / "config.json", tmp_path / "table.json", "", UNKNOWN).config.ignored_fields
 
 
 def test_a_quantized_checkpoint_keeps_them(tmp_path: Path) -> None:

@@ -255,7 +255,8 @@ def as_array(values: Any) -> NDArray[Any]:
     """A tensor or an array, in FP32 if it is narrower; nothing else is copied."""
     if not isinstance(values, Tensor):
         return np.asarray(values)
-    return values.to(torch.promote_types(values.dtype, torch.float32)).numpy()
+    is_narrow = values.is_floating_point() and values.dtype.itemsize < 4
+    return (values.float() if is_narrow else values).numpy()
 
 
 def error_limit(baseline: float | None, *, is_fp32: bool) -> float:
