@@ -21,7 +21,6 @@ from nemotrt.exporter.config import PRESETS, BuildConfig, Precision
 from nemotrt.exporter.engines.targets import AUTO, ONNX, Target, settle
 from nemotrt.exporter.errors import CompileError, ExportError, UsageError, ValidationError
 from nemotrt.exporter.pipelines import estimates
-from nemotrt.exporter.pipelines.opened_bundle import ignored_fields
 from nemotrt.exporter.progress import SILENT, BuildLog, Progress
 from nemotrt.exporter.report.model import Gate, ValidationReport
 from nemotrt.exporter.runtime.graph_file import OnnxGraph
@@ -300,6 +299,7 @@ class Build:
             return None
 
         def run() -> ValidationReport:
+            from nemotrt.exporter.pipelines.opened_bundle import ignored_fields
             from nemotrt.exporter.validation.candidates import graph_candidate
             from nemotrt.exporter.validation.plan import plan_validation
             from nemotrt.exporter.validation.stored_weights import expected_weights, with_weights

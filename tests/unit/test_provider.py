@@ -47,5 +47,5 @@ def test_the_report_says_what_ran_on_cuda(bundle: Path, monkeypatch: pytest.Monk
     assert report.passed
     assert PARTS_ON_CPU in report.not_compared
     # Two ways and the drift on CUDA, and each part on the CPU.
-    assert opened.count(graph_file.PROVIDERS["cuda"]) == 3
+    assert opened.count(graph_file.PROVIDERS["cuda"]) == 5  # two modes at two pool sizes, and the long decode
     assert set(opened) == set(graph_file.PROVIDERS.values())

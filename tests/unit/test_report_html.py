@@ -65,7 +65,7 @@ def test_a_report_is_read_back_from_its_json() -> None:
 @pytest.mark.parametrize(
     ("change", "message", "hint"),
     [
-        ({"schema_version": 99}, "has schema 99, this nemo-export reads 3", "upgrade nemo-export"),
+        ({"schema_version": 99}, "has schema 99, this nemo-export reads 4", "upgrade nemo-export"),
         ({"schema_version": 2}, "was written by an older nemo-export", "validate the bundle again"),
         ({"schema_version": None}, "schema_version is not a number", ""),
         ({"extra": 1}, "extra is not known", ""),

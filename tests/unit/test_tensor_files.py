@@ -343,7 +343,7 @@ def test_an_index_that_is_not_true(
 
 def test_pickles_are_never_opened(tmp_path: Path) -> None:
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
-    with pytest.raises(CheckpointError, match=r"only pickled weights \(pytorch_model.bin\)"):
+    with pytest.raises(CheckpointError, match=r"only pickled weights, .* \(pytorch_model.bin\)"):
         open_checkpoint(tmp_path)
 
 
