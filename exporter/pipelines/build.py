@@ -309,11 +309,7 @@ class Build:
             candidate, plan = graph_candidate(graph), plan_validation(model, config, with_envelope=fits)
             with self.log.stage("validate", "ONNX Runtime against PyTorch", total=len(plan)) as advance:
                 report = validate(model, config, candidate, plan, advance=advance)
-            expected = expected_weights(model, config)
-            total = sum(weight.length for weight in expected.values())
-            what = "graph against checkpoint, bit for bit"
-            with self.log.stage("weights", what, total=total, is_bytes=True) as advance:
-                report = with_weights(report, graph, expected, advance=advance)
+            report = with_weights(report, graph, expected_weights(model, config), self.log)
             not_compared = (*report.not_compared, *ignored_fields(model.config))
             report = dataclasses.replace(report, not_compared=not_compared)
             self.log.note(f"{len(report.gates) - len(report.failed)} of {len(report.gates)} gates passed")

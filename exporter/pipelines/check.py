@@ -5,7 +5,6 @@ import math
 import shutil
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -172,7 +171,8 @@ def check(
     build = BuildConfig(Path(), output_folder, precision, runtime=runtime, sms=sms, weights=weights)
     tensors = match(config, headers.stored)
     built, recipe_problems = _as_built(config, precision)
-    problems = [*tensors.problems, *recipe_problems, *_other_problems(headers, built, build)]
+    end_tokens, problems = _side_files(headers)
+    problems += [*tensors.problems, *recipe_problems, *_other_problems(headers, built, build)]
     problems += _scan(config, tensors.weights, precision, progress) if deep else []
     targets, unavailable = _engine_targets(built, build)
     stages = estimates.stages(
@@ -188,7 +188,7 @@ def check(
     return Check(
         name=headers.name,
         problems=tuple(problems),
-        notes=(*headers.notes, *_notes(headers, tensors), *_shortages(stages, free), *_missing(tools)),
+        notes=(*_notes(headers, tensors, end_tokens), *_shortages(stages, free), *_missing(tools)),
         num_tensors=len(headers.stored),
         num_parameters=estimates.num_model_parameters(config),
         num_active_parameters=estimates.num_active_parameters(config),
@@ -220,14 +220,23 @@ def _as_built(config: ModelConfig, precision: str) -> tuple[ModelConfig, list[Ex
 
 
 def _other_problems(headers: Headers, built: ModelConfig, build: BuildConfig) -> list[ExportError]:
-    """Problems of the checkpoint's other files, and of an engine that was requested."""
+    """Problems of the residual, of a second head, and of an engine that was requested."""
     problems = _raised(lambda: check_residual(headers.config, build.precision))
-    if (folder := headers.folder) is not None:
-        problems += _raised(lambda: check_side_files(folder, headers.config))
+    if headers.folder is not None:
         problems += _raised(lambda: check_tied_head(headers.config, headers.stored))
     if build.sms or build.runtime not in (AUTO, ONNX):
         problems += _raised(lambda: engine_target(built, build))
     return problems
+
+
+def _side_files(headers: Headers) -> tuple[tuple[str, ...], list[ExportError]]:
+    """The notes on end-of-text tokens, and the problem of a broken tokenizer, template or other such file."""
+    if headers.folder is None:
+        return (), []
+    try:
+        return end_token_notes(check_side_files(headers.folder, headers.config)), []
+    except CheckpointError as error:
+        return (), [error]
 
 
 def _raised(call: Callable[[], object]) -> list[ExportError]:
@@ -316,10 +325,11 @@ def engine_target(config: ModelConfig, build: BuildConfig) -> Target:
     return target
 
 
-def _notes(headers: Headers, tensors: MatchedTensors) -> list[str]:
+def _notes(headers: Headers, tensors: MatchedTensors, end_tokens: tuple[str, ...]) -> list[str]:
     """Notes for the user on what a build accepts."""
     layers = headers.config.chosen_layers
-    notes = [f"{partial_model(layers)} (the bundle would say so)"] if layers else []
+    notes = [*headers.notes]
+    notes += [f"{partial_model(layers)} (the bundle would say so)"] if layers else []
     notes += [
         f"{name} of config.json is ignored, as requested (the bundle would say so)"
         for name in headers.config.ignored_fields
@@ -331,8 +341,7 @@ def _notes(headers: Headers, tensors: MatchedTensors) -> list[str]:
         )
     if headers.folder is None:
         return notes
-    with suppress(CheckpointError):  # it is among the problems
-        notes += end_token_notes(check_side_files(headers.folder, headers.config))
+    notes += end_tokens
     if not (headers.folder / TOKENIZER).is_file():
         notes.append(f"there is no {TOKENIZER}: the bundle will take token ids only, no text")
     return notes

@@ -16,8 +16,10 @@ from typing import TYPE_CHECKING
 
 from nemotrt.exporter.checkpoint.loaded_model import LoadedModel, WeightSource
 from nemotrt.exporter.config import BuildConfig
+from nemotrt.exporter.engines.shape_profiles import COMPARED_ROWS
 from nemotrt.exporter.environment import memory_bytes, num_cores
 from nemotrt.exporter.errors import CompileError, ExportError, UsageError
+from nemotrt.exporter.runtime.step import pages_of
 from nemotrt.model.checkpoint import tensor_sources
 from nemotrt.model.config import ModelConfig
 from nemotrt.model.recipe import EXPERTS
@@ -43,8 +45,8 @@ PART_BYTES = {"fp32": 8, "fp16": 12, "bf16": 12, "fp8": 12}
 and its FP32 emulation's. Experts are never widened as a whole: PyTorch's stack, and the graph's own bytes."""
 LOGITS_BYTES = 4 * 4 + 3 * 8
 """Bytes for each logit that a validation holds: four runners' in FP32, and two of them and their difference in FP64."""
-LOGITS_ROWS, PART_LOGITS_ROWS = 511 + 2 * 128, 159 + 128
-"""Rows of logits that a validation, and the head alone, give: 128 in each step of the envelope."""
+LOGITS_ROWS, PART_LOGITS_ROWS = 511 + 2 * COMPARED_ROWS, 159 + COMPARED_ROWS
+"""Rows of logits that a validation, and the head alone, give, the envelope's included."""
 POOL_COPIES, SCORE_COPIES = 5, 3
 """FP32 copies of the pools, and of the attention scores of a prompt, while steps run at the limits of the profile."""
 CALIBRATION_TOKENS, STEP_TOKENS, ACTIVATIONS = 3000, 1024, 22
@@ -176,7 +178,7 @@ def check_envelope(model: LoadedModel, config: BuildConfig) -> None:
 
 def _pool_bytes(model: ModelConfig, config: BuildConfig) -> list[int]:
     """Bytes of each pool in FP32, with as many sequences of the maximum length as the profile allows."""
-    pages = config.max_sequences * -(-config.max_context // config.page_size)
+    pages = config.max_sequences * pages_of(config.max_context, config.page_size)
     pools = pool_specs(model, page_size=config.page_size, dtype=config.dtype)
     return [4 * math.prod(pool.shape(1 + config.max_sequences, 1 + pages)) for pool in pools]
 

@@ -75,10 +75,8 @@ def _by_reference_file(request: ValidationRequest, golden: Path, progress: Progr
 
 def _with_limits(report: ValidationReport, run: ReferenceRun, manifest: Manifest) -> ValidationReport:
     """The report with the limits of the bundle, and how far the recorded steps went in them."""
-    profile = manifest.profiles[0]
-    sizes = (profile.max_tokens, profile.max_sequences, profile.max_context, profile.page_size)
     steps = [step for steps in run.scenarios.values() for step in steps]
-    return dataclasses.replace(report, envelope=driven(Envelope(*sizes), steps))
+    return dataclasses.replace(report, envelope=driven(Envelope.of(manifest.profiles[0]), steps))
 
 
 def _by_pytorch(request: ValidationRequest, progress: Progress) -> ValidationReport:
@@ -180,12 +178,9 @@ def _with_weights(report: ValidationReport, subject: OpenedBundle, progress: Pro
     from nemotrt.exporter.validation.stored_weights import expected_weights, with_weights
 
     base = subject.base if subject.has_own_weights else None
-    expected = expected_weights(subject.model, subject.config, base)
-    total = sum(weight.length for weight in expected.values())
-    with progress.stage(
-        "weights", "graph against checkpoint, bit for bit", total=total, is_bytes=True
-    ) as advance:
-        return with_weights(report, subject.graph, expected, advance=advance)
+    return with_weights(
+        report, subject.graph, expected_weights(subject.model, subject.config, base), progress
+    )
 
 
 def _check_base(subject: OpenedBundle, text: Path | None, base: Path | None) -> None:

@@ -17,14 +17,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nemotrt.exporter.config import BuildConfig
+from nemotrt.exporter.engines.shape_profiles import COMPARED_ROWS
 from nemotrt.exporter.report.model import EnvelopeLimit, Gate, Metric
+from nemotrt.exporter.runtime.manifest import Profile
 from nemotrt.exporter.runtime.step import StepInputs, pages_of
 
 SCENARIO, LIMITS = "envelope", "limits of the profile"
 """The scenario's name, and that under which the report states how far it went."""
-
-ROWS = 128
-"""Rows of logits of a step, unless it has more sequences; an engine's profile allows as many."""
 
 LENGTHS = (1, 63, 64, 65, 0, 127, 128, 129, 2)
 """Tokens of the sequences of a mixture: next to the sizes of the ops' chunks, and an empty sequence."""
@@ -89,9 +88,9 @@ class Envelope:
     page_size: int
 
     @classmethod
-    def of(cls, config: BuildConfig) -> Envelope:
-        """The envelope of a bundle that is built with this configuration."""
-        return cls(config.max_tokens, config.max_sequences, config.max_context, config.page_size)
+    def of(cls, limits: BuildConfig | Profile) -> Envelope:
+        """The envelope of a bundle that is built with this configuration, or that has this profile."""
+        return cls(limits.max_tokens, limits.max_sequences, limits.max_context, limits.page_size)
 
     @property
     def pages_per_sequence(self) -> int:
@@ -165,11 +164,11 @@ class Envelope:
 
 
 def _spread_rows(inputs: StepInputs) -> NDArray[np.int32]:
-    """The last token of each sequence, and tokens spread over the step, ROWS in all or one for each sequence."""
+    """The last token of each sequence, and tokens spread over the step: as many as an engine returns."""
     start_B, end_B = inputs.query_start[:-1], inputs.query_start[1:]
     last_N = end_B[end_B > start_B] - 1
     num_tokens = int(inputs.query_start[-1])
-    spread = np.linspace(0, num_tokens - 1, max(0, min(ROWS, num_tokens) - len(last_N)))
+    spread = np.linspace(0, num_tokens - 1, max(0, min(COMPARED_ROWS, num_tokens) - len(last_N)))
     return np.unique(np.concatenate([spread.astype(np.int32), last_N])).astype(np.int32)
 
 

@@ -88,7 +88,9 @@ def measure(candidate: Observation, reference: Observation) -> ScenarioErrors:
     outputs = {"logits": _errors(logits)}
     for name, expected in reference.pools.items():
         pair = metrics.in_fp64(candidate.pools[name], expected)
-        outputs[name] = _errors(pair, candidate.out_of_bounds.get(name, 0))
+        # A reference can be another bundle, which may write out of bounds too.
+        stray = max(side.out_of_bounds.get(name, 0) for side in (candidate, reference))
+        outputs[name] = _errors(pair, stray)
     scores = _router_errors(candidate.routers, reference.routers)
     if outputs["logits"].not_finite or outputs["logits"].reference_not_finite:
         return ScenarioErrors(outputs, (), 0.0, 0.0, scores)
@@ -158,6 +160,7 @@ def same_bits(scenario: str, first: Observation, second: Observation) -> Gate:
         name
         for name in first.pools
         if not np.array_equal(first.pools[name], second.pools[name], equal_nan=True)
+        or first.out_of_bounds.get(name) != second.out_of_bounds.get(name)
     ]
     if not np.array_equal(first.logits_RV, second.logits_RV, equal_nan=True):
         differing.append("logits")

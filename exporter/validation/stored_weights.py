@@ -21,7 +21,7 @@ from nemotrt.exporter.checkpoint import weights
 from nemotrt.exporter.checkpoint.loaded_model import LoadedModel
 from nemotrt.exporter.config import BuildConfig
 from nemotrt.exporter.environment import num_cores
-from nemotrt.exporter.progress import Advance, ignore
+from nemotrt.exporter.progress import Advance, Progress, ignore
 from nemotrt.exporter.report.model import Gate, Metric, NotCompared, Omitted, ValidationReport
 from nemotrt.exporter.runtime import files
 from nemotrt.exporter.runtime.graph_file import OnnxGraph
@@ -58,11 +58,13 @@ def with_weights(
     report: ValidationReport,
     graph: OnnxGraph,
     expected: Mapping[str, ExpectedWeight],
-    *,
-    advance: Advance = ignore,
+    progress: Progress,
 ) -> ValidationReport:
     """The report with the gates of `compare_weights`, and the weights that the checkpoint does not determine."""
-    gates = (*report.gates, *compare_weights(graph, expected, advance=advance))
+    total = sum(weight.length for weight in expected.values())
+    what = "graph against checkpoint, bit for bit"
+    with progress.stage(WEIGHTS, what, total=total, is_bytes=True) as advance:
+        gates = (*report.gates, *compare_weights(graph, expected, advance=advance))
     calibrated = [name for name, weight in expected.items() if weight.pieces is None]
     if not calibrated:
         return replace(report, gates=gates)

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from nemotrt.exporter.checkpoint.loaded_model import LoadedModel
 from nemotrt.exporter.config import BuildConfig
+from nemotrt.exporter.engines.shape_profiles import COMPARED_ROWS
 from nemotrt.exporter.errors import UsageError
 from nemotrt.exporter.pipelines import estimates
 from nemotrt.exporter.runtime.graph_file import OnnxGraph
@@ -25,7 +26,7 @@ from nemotrt.exporter.stages.trace import trace
 from nemotrt.exporter.validation import envelope as envelopes
 from nemotrt.exporter.validation import gates
 from nemotrt.exporter.validation.candidates import graph_candidate
-from nemotrt.exporter.validation.envelope import ROWS, Envelope, Limit, driven, reached
+from nemotrt.exporter.validation.envelope import Envelope, Limit, driven, reached
 from nemotrt.exporter.validation.plan import plan_validation
 from nemotrt.exporter.validation.same_program import SAME_PROGRAM
 from nemotrt.exporter.validation.validate import validate
@@ -52,7 +53,7 @@ def test_every_limit_is_reached_by_valid_steps(envelope: Envelope, seed: int) ->
     for inputs in steps:
         check_step(inputs, vocab_size=50, num_slots=slots, num_pages=pages, page_size=envelope.page_size)
         assert len(inputs.input_ids) <= envelope.max_tokens
-        assert 0 < len(inputs.logits_row) <= max(ROWS, envelope.max_sequences)
+        assert 0 < len(inputs.logits_row) <= max(COMPARED_ROWS, envelope.max_sequences)
         assert inputs.query_start[-1] - 1 in inputs.logits_row
     assert reached(steps, envelope.page_size) == envelope.promised
 

@@ -21,6 +21,7 @@ from nemotrt.exporter.lowering import external_data
 from nemotrt.exporter.pipelines import build as builds
 from nemotrt.exporter.pipelines.opened_bundle import OWN_WEIGHTS, OpenedBundle, open_bundle
 from nemotrt.exporter.pipelines.validate import revalidate
+from nemotrt.exporter.progress import SILENT
 from nemotrt.exporter.report import json_file
 from nemotrt.exporter.report.model import Metric, Omitted, ValidationReport
 from nemotrt.exporter.runtime import strict_json
@@ -270,7 +271,7 @@ def test_what_calibration_determined_is_not_compared_and_the_report_says_so(
     kept = {name for name, weight in expected.items() if weight.pieces is None}
     assert {name.rpartition(".")[2] for name in kept} == {"input_scale", "hidden_scale", "k_scale", "v_scale"}
     empty = ValidationReport("a", "b", "", {}, (), {}, ())
-    (entry,) = with_weights(empty, opened.graph, expected).not_compared
+    (entry,) = with_weights(empty, opened.graph, expected, SILENT).not_compared
     assert entry.what is Omitted.CHECKPOINT
     assert entry.detail.startswith(f"{len(kept)} scales that the build's calibration determined")
 

@@ -257,6 +257,20 @@ def test_a_written_value_that_equals_its_noise_is_no_stray_write() -> None:
     assert [gate.metric for gate in judged(candidate, reference, noise)] == [Metric.OUT_OF_BOUNDS]
 
 
+def test_a_stray_write_in_one_mode_or_in_the_reference_is_found() -> None:
+    pool = np.zeros((3, 4), np.float32)
+    stray = pool.copy()
+    stray[2, 3] = 1
+    noise = {"ssm_state.0": pool.copy()}
+    right, wrong = (
+        observed([np.ones((1, 3), np.float32)], {"ssm_state.0": x}, noise, [STEP]) for x in (pool, stray)
+    )
+    assert gates.same_bits("s", right, right).passed
+    assert not gates.same_bits("s", right, wrong).passed
+    failed = [gate.metric for gate in gates.scenario_gates("s", right, wrong, None) if not gate.passed]
+    assert failed == [Metric.OUT_OF_BOUNDS]
+
+
 def test_an_infinite_floor_is_no_limit() -> None:
     noise = np.zeros((2, 4))
     reference = noise + np.array([[0.0], [1.0]])
