@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from checkpoints import CONFIG, random_tensors
+from checkpoints import CONFIG, SMALL_LIMITS, random_tensors
 from safetensors.torch import save_file
 
 from nemotrt.exporter.config import BuildConfig
@@ -123,7 +123,9 @@ def super_(folder: Path, **changes: Any) -> Path:
 
 def lowered(checkpoint: Path, folder: Path) -> tuple[Path, BuildConfig]:
     """The graph of an FP8 checkpoint in a folder, and the configuration that it was lowered by."""
-    config = BuildConfig(checkpoint=checkpoint, output=folder / "bundle", precision="fp8", runtime="onnx")
+    config = BuildConfig(
+        checkpoint=checkpoint, output=folder / "bundle", precision="fp8", runtime="onnx", **SMALL_LIMITS
+    )
     model = load(checkpoint)
     lower(model, trace(model, config), folder / "model.onnx")
     return folder / "model.onnx", config
