@@ -6,10 +6,30 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nemotrt.exporter.errors import CheckpointError
+
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
     from nemotrt.plugins.contract import PoolSpec
+
+
+@dataclass(frozen=True)
+class ZeroWeights:
+    """Rows of a checkpoint's matrices that are zero, in words."""
+
+    refused: str
+    """Those that trained weights do not have; empty if there are none."""
+    files: str
+    """The files that hold them."""
+    noted: str
+    """Other zero rows."""
+
+    @property
+    def problem(self) -> CheckpointError | None:
+        """The error for what is refused."""
+        hint = f"download {self.files} again, or accept such weights with --allow-zero-weights"
+        return CheckpointError(self.refused, hint=hint) if self.refused else None
 
 
 @dataclass(frozen=True)

@@ -72,6 +72,8 @@ class BuildConfig:
     """The layers to export, in the syntax of `checkpoint/layer_selection.py`; empty selects all."""
     ignore_fields: tuple[str, ...] = ()
     """Unknown fields of config.json that are no error, because the model computes the same without them."""
+    allow_zero_weights: bool = False
+    """Accept weights that are zero where trained weights are not, which would be refused."""
     weights: str = "copy"
     """One of WEIGHTS: how tensors that need no conversion get into the bundle."""
     state_dtype: str = "fp32"

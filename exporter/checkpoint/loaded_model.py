@@ -35,6 +35,8 @@ class LoadedModel:
     """The checkpoint that the build quantized these weights from, if it did."""
     end_tokens: Mapping[str, frozenset[int]] = field(default_factory=dict)
     """The end-of-text tokens by the file that names them."""
+    zero_weights: str = ""
+    """Weights that are zero and that the user accepts, in words."""
 
     def with_cache(self, kv_dtype: str) -> LoadedModel:
         """The model with the KV cache of `--kv-dtype`; a BF16 cache has no scales, even if the checkpoint stores some.

@@ -10,10 +10,10 @@ import os
 import re
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from nemotrt.exporter.checkpoint.other_formats import other_format
 from nemotrt.exporter.errors import CheckpointError
@@ -43,6 +43,17 @@ class StoredTensor:
     path: Path
     offset: int
     length: int
+
+    def part(self, index: int) -> Self:
+        """The part of the tensor at an index of its first axis."""
+        length = self.length // self.shape[0]
+        return replace(
+            self,
+            name=f"{self.name}[{index}]",
+            shape=self.shape[1:],
+            offset=self.offset + index * length,
+            length=length,
+        )
 
 
 @contextmanager

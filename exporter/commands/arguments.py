@@ -146,6 +146,11 @@ IGNORE_FIELD = click.option(
     help="Ignore this field of config.json, which would be refused, because the model computes the same without it."
     " May be repeated.",
 )
+ALLOW_ZERO_WEIGHTS = click.option(
+    "--allow-zero-weights",
+    is_flag=True,
+    help="Accept weights that are zero where trained weights are not, as after a download that stopped.",
+)
 PRECISION = click.option(
     "--precision",
     type=click.Choice(PRECISIONS),

@@ -22,6 +22,7 @@ from nemotrt.exporter.config import BuildConfig
 @arguments.STATE_DTYPE
 @arguments.LAYERS
 @arguments.IGNORE_FIELD
+@arguments.ALLOW_ZERO_WEIGHTS
 @arguments.CALIBRATION
 @arguments.PRESET
 @arguments.EXCLUDE

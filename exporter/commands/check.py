@@ -15,7 +15,9 @@ from nemotrt.exporter.errors import CheckpointError, UsageError
 @arguments.PRECISION
 @arguments.RUNTIME
 @arguments.SMS
-@click.option("--deep", is_flag=True, help="Also read all weights, to find NaN, infinity and overflow.")
+@click.option(
+    "--deep", is_flag=True, help="Also read all weights, to find NaN, infinity, overflow and zeros."
+)
 @click.option(
     "--config", "config_file", type=arguments.FILE, help="Check this config.json, without a checkpoint."
 )
@@ -27,6 +29,7 @@ from nemotrt.exporter.errors import CheckpointError, UsageError
 )
 @arguments.LAYERS
 @arguments.IGNORE_FIELD
+@arguments.ALLOW_ZERO_WEIGHTS
 @arguments.WEIGHTS_PLACEMENT
 @arguments.JSON
 @click.pass_obj

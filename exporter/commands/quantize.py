@@ -17,6 +17,7 @@ from nemotrt.exporter.commands.console import Console
 @arguments.EXCLUDE
 @arguments.KV_DTYPE
 @arguments.IGNORE_FIELD
+@arguments.ALLOW_ZERO_WEIGHTS
 @arguments.JSON
 @click.pass_obj
 def quantize(console: Console, /, output: Path, as_json: bool, **options: Any) -> None:

@@ -131,6 +131,8 @@ def _bundle(manifest: Manifest) -> Table:
         grid.add_row("partial", Text(partial_model(manifest.model.chosen_layers), "yellow"))
     if ignored := manifest.model.ignored_fields:
         grid.add_row("ignored", Text(f"{', '.join(ignored)} of config.json", "yellow"))
+    if zeros := manifest.model.zero_weights:
+        grid.add_row("zeros", Text(zeros, "yellow"))
     for profile in manifest.profiles:
         step = f"{profile.max_tokens} tokens and {profile.max_sequences} sequences per step"
         sequence = f"{profile.max_context} tokens per sequence, {profile.page_size} per page"

@@ -53,6 +53,10 @@ class Tokenizer:
         """The number of tokens, added ones included."""
         return self.fast.get_vocab_size(with_added_tokens=True)
 
+    def token(self, token_id: int) -> str | None:
+        """The vocabulary's entry for a token, None if it has none."""
+        return self.fast.id_to_token(token_id)
+
     def encode(self, text: str) -> tuple[int, ...]:
         """The tokens of a plain prompt, with the special tokens that the tokenizer adds, such as a first token."""
         return tuple(self.fast.encode(text).ids)

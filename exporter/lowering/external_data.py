@@ -3,12 +3,10 @@
 Sparse regions of the checkpoint stay sparse: only bytes that are on disk are written.
 """
 
-import errno
 import fcntl
 import math
 import os
 import threading
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -22,6 +20,7 @@ import torch
 
 from nemotrt.exporter.checkpoint import weights
 from nemotrt.exporter.checkpoint.loaded_model import WeightSource
+from nemotrt.exporter.checkpoint.parallel import in_order
 from nemotrt.exporter.checkpoint.safetensors_reader import StoredTensor
 from nemotrt.exporter.environment import num_cores
 from nemotrt.exporter.errors import CheckpointError, UsageError
@@ -31,9 +30,6 @@ from nemotrt.plugins.contract import DType
 
 ALIGNMENT = 4096
 """Tensors start on a page, so that a runtime can map each of them."""
-
-MAX_PENDING = 16
-"""Pieces that are queued or in progress: enough for every thread, and few to wait for after an interrupt."""
 
 SYNC_BYTES = 1 << 28
 """Bytes that are written between two syncs of the data file."""
@@ -125,10 +121,10 @@ def write(
         advance(resume_from)
         syncer = _Syncer(pool, file.fileno(), synced)
         try:
-            for length, piece_written in _transfer_all(pool, remaining, file.fileno()):
+            for piece, piece_written in in_order(pool, partial(_transfer, file.fileno()), remaining):
                 written += piece_written
-                position += length
-                advance(length)
+                position += piece.length
+                advance(piece.length)
                 syncer.reached(position, piece_written)
         finally:
             pool.shutdown(cancel_futures=True)
@@ -171,20 +167,6 @@ def _pieces(placed: Iterable[Placed]) -> Iterator[_Piece]:
         assert offset == place.offset + place.length
 
 
-def _transfer_all(
-    pool: ThreadPoolExecutor, pieces: Iterable[_Piece], target: int
-) -> Iterator[tuple[int, int]]:
-    """Transfer the pieces in parallel; yields each one's length and the bytes written for it, in order."""
-    pending: deque[tuple[int, Future[int]]] = deque()
-    for piece in pieces:
-        pending.append((piece.length, pool.submit(_transfer, piece, target)))
-        if len(pending) >= MAX_PENDING:
-            length, future = pending.popleft()
-            yield length, future.result()
-    for length, future in pending:
-        yield length, future.result()
-
-
 class _Buffers(threading.local):
     """A thread's own memory for a piece; allocating it for each piece would take as long as reading."""
 
@@ -198,7 +180,7 @@ _writing = threading.Lock()
 """The kernel lets one thread at a time write to a file; the others would spin on a core that can convert."""
 
 
-def _transfer(piece: _Piece, target: int) -> int:
+def _transfer(target: int, piece: _Piece) -> int:
     """Read, check, convert and write a piece; returns the bytes written."""
     placed, tensor = piece.placed, piece.tensor
     if tensor is None:
@@ -237,10 +219,7 @@ def _is_hole(file: int, piece: _Piece) -> bool:
     """Whether the stored tensor's file has no allocated bytes for the piece, which then reads as zeros."""
     assert piece.tensor is not None
     offset = piece.tensor.offset
-    try:
-        return os.lseek(file, offset + piece.start, os.SEEK_DATA) >= offset + piece.stop
-    except OSError as error:
-        return error.errno == errno.ENXIO  # no data up to the end of the file
+    return files.is_hole(file, offset + piece.start, offset + piece.stop)
 
 
 def link(shard: Path, folder: Path) -> None:

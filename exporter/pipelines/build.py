@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from nemotrt.exporter import environment
-from nemotrt.exporter.artifacts import CompiledEngine, LoweredGraph, QuantizedCheckpoint
+from nemotrt.exporter.artifacts import CompiledEngine, LoweredGraph, QuantizedCheckpoint, ZeroWeights
+from nemotrt.exporter.checkpoint import zero_weights
 from nemotrt.exporter.checkpoint.layer_selection import partial_model
 from nemotrt.exporter.checkpoint.loaded_model import LoadedModel
 from nemotrt.exporter.checkpoint.quant_config import cache_notes
@@ -173,7 +174,7 @@ def identity(config: BuildConfig, model: LoadedModel) -> list[Any]:
     paths = {tensor.path for weight in model.weights.values() for tensor in weight.tensors}
     files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(paths)]
     options = dataclasses.asdict(config) | {"checkpoint": config.checkpoint.resolve()}
-    for name in ("output", "force", "keep_failed", "validate"):
+    for name in ("output", "force", "keep_failed", "validate", "allow_zero_weights"):
         del options[name]
     return [environment.tool_versions(), options, dataclasses.asdict(model.config), files]
 
@@ -198,6 +199,7 @@ class Build:
 
     def run(self) -> BuildResult:
         """Run all stages and publish the bundle."""
+        self.zeros()
         self.quantize()
         lowered = self.lower()
         graph = OnnxGraph.read(lowered.path)
@@ -206,6 +208,14 @@ class Build:
         if report and report.failed:
             self._report_failures(report)
         return self.bundle(lowered, graph, engine, report)
+
+    def zeros(self) -> None:
+        """Raise CheckpointError on weights that are zero where trained weights are not, unless they are accepted."""
+        model, build_log = self.model, self.log
+        find = partial(zero_weights.find, model.weights, model.folder, build_log)
+        found = self._once("zeros", self.key, ZeroWeights, find)
+        accepted = zero_weights.accept(found, build_log.note, allow=self.config.allow_zero_weights)
+        self.model = dataclasses.replace(model, zero_weights=accepted)
 
     def quantize(self) -> None:
         """Quantize the weights to FP8 in the workspace, if the precision asks for it and the checkpoint is not FP8."""

@@ -6,10 +6,12 @@ import shutil
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from nemotrt.exporter import environment
+from nemotrt.exporter.checkpoint import zero_weights
 from nemotrt.exporter.checkpoint.layer_selection import only_layers, partial_model
 from nemotrt.exporter.checkpoint.loaded_model import WeightSource
 from nemotrt.exporter.checkpoint.other_formats import check_names
@@ -28,7 +30,7 @@ from nemotrt.exporter.config import PRESETS, WEIGHTS, BuildConfig, Precision
 from nemotrt.exporter.engines.kernel_coverage import check_supported
 from nemotrt.exporter.engines.plugin_library import is_at_hand
 from nemotrt.exporter.engines.targets import AUTO, ONNX, Target, settle
-from nemotrt.exporter.errors import CheckpointError, CompileError, ExportError, UsageError
+from nemotrt.exporter.errors import BundleError, CheckpointError, CompileError, ExportError, UsageError
 from nemotrt.exporter.generation.tokenizer import TOKENIZER
 from nemotrt.exporter.pipelines import estimates
 from nemotrt.exporter.pipelines.inspect import Part, parts_of, stored_weights
@@ -159,13 +161,19 @@ def check(
     sms: tuple[int, ...] = (),
     weights: str = WEIGHTS[0],
     deep: bool = False,
+    allow_zero_weights: bool = False,
     progress: Progress = SILENT,
 ) -> Check:
     """What a build at `precision` (default: the checkpoint's own) into `output_folder` would produce and need.
 
     With `deep`, every weight is read and converted. Problems are returned, not raised; an engine that cannot be built
-    is a problem only if `runtime` or `sms` requests it. Raises UsageError if those two contradict each other.
+    is a problem only if `runtime` or `sms` requests it. Raises UsageError if those two contradict each other, and on
+    `allow_zero_weights` without `deep`.
     """
+    if allow_zero_weights and not deep:
+        raise UsageError(
+            "--allow-zero-weights has no effect without --deep", hint="add --deep, or leave it out"
+        )
     config = headers.config
     precision = precision or ("fp8" if config.recipe else Precision.of(config.dtype))
     build = BuildConfig(Path(), output_folder, precision, runtime=runtime, sms=sms, weights=weights)
@@ -173,7 +181,12 @@ def check(
     built, recipe_problems = _as_built(config, precision)
     end_tokens, problems = _side_files(headers)
     problems += [*tensors.problems, *recipe_problems, *_other_problems(headers, built, build)]
-    problems += _scan(config, tensors.weights, precision, progress) if deep else []
+    zero_notes: list[str] = []
+    if deep:
+        problems += _scan(config, tensors.weights, precision, progress)
+        folder, note = Path(headers.name), zero_notes.append
+        find = partial(zero_weights.find, tensors.weights, folder, progress)
+        problems += _raised(lambda: zero_weights.accept(find(), note, allow=allow_zero_weights))
     targets, unavailable = _engine_targets(built, build)
     stages = estimates.stages(
         built,
@@ -188,7 +201,12 @@ def check(
     return Check(
         name=headers.name,
         problems=tuple(problems),
-        notes=(*_notes(headers, tensors, end_tokens), *_shortages(stages, free), *_missing(tools)),
+        notes=(
+            *_notes(headers, tensors, end_tokens),
+            *zero_notes,
+            *_shortages(stages, free),
+            *_missing(tools),
+        ),
         num_tensors=len(headers.stored),
         num_parameters=estimates.num_model_parameters(config),
         num_active_parameters=estimates.num_active_parameters(config),
@@ -242,7 +260,7 @@ def _side_files(headers: Headers) -> tuple[tuple[str, ...], list[ExportError]]:
 def _raised(call: Callable[[], object]) -> list[ExportError]:
     try:
         call()
-    except (CheckpointError, CompileError) as error:
+    except (BundleError, CheckpointError, CompileError) as error:
         return [error]
     return []
 

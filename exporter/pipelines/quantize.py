@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nemotrt.exporter.artifacts import QuantizedCheckpoint
+from nemotrt.exporter.checkpoint import zero_weights
 from nemotrt.exporter.checkpoint.loaded_model import LoadedModel
 from nemotrt.exporter.checkpoint.side_files import check_ignored
 from nemotrt.exporter.config import PRESETS, BuildConfig
@@ -58,6 +59,7 @@ def quantize_checkpoint(
     exclude: Sequence[str] = (),
     kv_dtype: str = "auto",
     ignore_fields: Sequence[str] = (),
+    allow_zero_weights: bool = False,
     progress: Progress = SILENT,
 ) -> QuantizedCheckpoint:
     """Write the checkpoint in FP8 to `output`, whole or not at all; raises UsageError if `output` exists.
@@ -83,6 +85,9 @@ def quantize_checkpoint(
     check_ignored(model.config, ignore_fields)
     if model.config.recipe:
         raise UsageError(f"{checkpoint} is FP8 already", hint="nemo-export build accepts it as it is")
+    build_log = BuildLog(progress)
+    found = zero_weights.find(model.weights, checkpoint, build_log)
+    zero_weights.accept(found, build_log.note, allow=allow_zero_weights)
     partial = output.with_name(f".{output.name}.quantizing")
     try:
         partial.mkdir()
@@ -92,7 +97,7 @@ def quantize_checkpoint(
             hint="remove it if no other run is active",
         ) from error
     try:
-        quantized = calibrate_and_quantize(model, config, partial, BuildLog(progress), per_output=False)
+        quantized = calibrate_and_quantize(model, config, partial, build_log, per_output=False)
         load(partial, ignore_fields=ignore_fields)  # never publish a checkpoint that cannot be read back
         sync(partial)
         partial.rename(output)

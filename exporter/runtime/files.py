@@ -49,6 +49,14 @@ def write(data: memoryview, file: int, offset: int) -> None:
         done += _call(os.pwritev, file, data[done:], offset + done)
 
 
+def is_hole(file: int, start: int, stop: int) -> bool:
+    """Whether the file has no allocated bytes from `start` to `stop`, which then read as zeros."""
+    try:
+        return os.lseek(file, start, os.SEEK_DATA) >= stop
+    except OSError as error:
+        return error.errno == errno.ENXIO  # no data up to the end of the file
+
+
 def sha256(path: Path) -> str:
     """The file's SHA-256 as hexadecimal digits; raises BundleError if it cannot be read."""
     digest, buffer, offset = hashlib.sha256(), memoryview(bytearray(HASH_CHUNK)), 0

@@ -18,7 +18,7 @@ from nemotrt.exporter.runtime.files import sha256
 from nemotrt.exporter.runtime.strict_json import check_schema, decode, encode, read_object
 from nemotrt.plugins.contract import PoolSpec
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 NAME = "manifest.json"
 
 LINK = "a link"
@@ -78,6 +78,8 @@ class ModelSummary:
     """Indexes of the exported layers in the checkpoint; empty if all were exported."""
     ignored_fields: tuple[str, ...] = ()
     """Unknown fields of config.json that the build was asked to ignore."""
+    zero_weights: str = ""
+    """Weights that are zero where trained weights are not, and that the build was asked to accept."""
 
 
 @dataclass(frozen=True)

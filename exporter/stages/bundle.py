@@ -119,6 +119,7 @@ def _manifest(
             eos_token_ids=tuple(sorted(frozenset().union(*model.end_tokens.values()))),
             chosen_layers=model.config.chosen_layers,
             ignored_fields=model.config.ignored_fields,
+            zero_weights=origin.zero_weights,
         ),
         source=manifest.Source(
             name=origin.folder.resolve().name,

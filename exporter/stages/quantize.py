@@ -1,6 +1,5 @@
 """Quantize: write a checkpoint in FP8 with static scales, in ModelOpt's layout, one tensor at a time."""
 
-import dataclasses
 import json
 import shutil
 from collections import defaultdict
@@ -122,22 +121,10 @@ def weights_to_quantize(model: LoadedModel, recipe: Recipe) -> dict[str, list[We
             is_stacked = len(tensors) == 1 and len(tensors[0].shape) == 3
             for expert in range(model.config.n_routed_experts):
                 tensor = tensors[0 if is_stacked else expert]
-                weight = _expert_tensor(tensor, expert) if is_stacked else tensor
+                weight = tensor.part(expert) if is_stacked else tensor
                 name, per_output = f"{module}.{expert}.{projection}", module in recipe.per_channel
                 result[tensor.name].append(WeightToQuantize(name, weight, per_output))
     return result
-
-
-def _expert_tensor(stacked: StoredTensor, expert: int) -> StoredTensor:
-    """One expert's weight in a stored tensor that has those of all experts."""
-    length = stacked.length // stacked.shape[0]
-    return dataclasses.replace(
-        stacked,
-        name=f"{stacked.name}[{expert}]",
-        shape=stacked.shape[1:],
-        offset=stacked.offset + expert * length,
-        length=length,
-    )
 
 
 def _scale_entry(name: str, value: Tensor) -> Entry:
