@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +22,7 @@ from nemotrt.exporter.artifacts import ZeroWeights
 from nemotrt.exporter.checkpoint.loaded_model import WeightSource
 from nemotrt.exporter.checkpoint.parallel import in_order
 from nemotrt.exporter.checkpoint.safetensors_reader import StoredTensor
-from nemotrt.exporter.environment import num_cores
+from nemotrt.exporter.environment import memory_bytes, num_cores
 from nemotrt.exporter.errors import CheckpointError
 from nemotrt.exporter.generation.tokenizer import TOKENIZER, Tokenizer
 from nemotrt.exporter.progress import SILENT, Advance, Progress
@@ -31,8 +32,11 @@ from nemotrt.model.checkpoint import HEAD, Transform
 REFUSED_FRACTION, REFUSED_BYTES = 1 / 8, 8 << 20
 """A run of zero rows of this fraction of a matrix, or of so many bytes, is refused."""
 
-PIECE_BYTES = 1 << 20
-"""Bytes that are read at a time."""
+PIECE_BYTES = 4 << 20
+"""Bytes that are read at a time. Pieces of 1 MiB take half as much time again."""
+
+KEPT_FRACTION = 0.5
+"""A checkpoint of at most this fraction of the memory stays in the page cache: the build reads it next."""
 
 PROBED_VALUES = 16
 """Values of a row that are looked at first: one that is not zero settles the row."""
@@ -100,7 +104,8 @@ def find(sources: Mapping[str, WeightSource], folder: Path, progress: Progress =
     matrices = tuple(_matrices(sources))
     total = sum(matrix.tensor.length for matrix in matrices)
     with progress.stage("zeros", f"{len(matrices)} matrices", total=total, is_bytes=True) as advance:
-        found = [_in_vocabulary(rows, folder) for rows in _zero_rows(matrices, advance)]
+        keep = total <= KEPT_FRACTION * memory_bytes()
+        found = [_in_vocabulary(rows, folder) for rows in _zero_rows(matrices, advance, keep=keep)]
     refused = [rows for rows in found if rows.runs and rows.is_refused]
     noted = [rows for rows in found if rows.runs and not rows.is_refused]
     return ZeroWeights(_listed(refused), _files(refused), _listed(noted))
@@ -133,12 +138,12 @@ def _matrices(sources: Mapping[str, WeightSource]) -> Iterator[_Matrix]:
                 yield _Matrix(tensor, is_vocabulary)
 
 
-def _zero_rows(matrices: Iterable[_Matrix], advance: Advance) -> Iterator[_ZeroRows]:
-    """The matrices that have zero rows."""
+def _zero_rows(matrices: Iterable[_Matrix], advance: Advance, *, keep: bool) -> Iterator[_ZeroRows]:
+    """The matrices that have zero rows; with `keep`, what is read stays in the page cache."""
     found: dict[_Matrix, list[range]] = defaultdict(list)
     pool = ThreadPoolExecutor(num_cores())
     try:
-        for (matrix, rows), runs in in_order(pool, _zero_runs, _pieces(matrices)):
+        for (matrix, rows), runs in in_order(pool, partial(_zero_runs, keep=keep), _pieces(matrices)):
             advance(len(rows) * matrix.row_bytes)
             if runs:
                 found[matrix] += runs
@@ -172,7 +177,7 @@ class _Buffer(threading.local):
 _buffer = _Buffer()
 
 
-def _zero_runs(piece: _Piece) -> list[range]:
+def _zero_runs(piece: _Piece, *, keep: bool) -> list[range]:
     """The zero rows of a piece."""
     (tensor, _), rows = piece
     row_bytes = piece.matrix.row_bytes
@@ -181,7 +186,7 @@ def _zero_runs(piece: _Piece) -> list[range]:
         if files.is_hole(file.fileno(), start, start + size):
             return [rows]
         stored = _buffer.stored[:size] if size <= PIECE_BYTES else memoryview(bytearray(size))
-        if files.read_into(stored, file.fileno(), start) != size:
+        if files.read_into(stored, file.fileno(), start, keep=keep) != size:
             raise CheckpointError(f"{tensor.path} ended while {tensor.name} was read")
     bits = np.frombuffer(stored, f"u{tensor.dtype.itemsize}").reshape(len(rows), -1)
     return [range(rows.start + run.start, rows.start + run.stop) for run in _runs(_are_zero(bits))]

@@ -36,6 +36,8 @@ LOAD_MEMORY, PROGRAM_MEMORY, BUNDLE_MEMORY = 25_000_000, 300_000_000, 400_000_00
 """The program before and after it imports PyTorch and traces the graph, and after a validation in ONNX Runtime."""
 TENSOR_MEMORY = 800
 """Description of one stored tensor."""
+ZEROS_MEMORY = 5_000_000
+"""Of each thread that searches for zero rows."""
 QUANTIZE_MEMORY, ENGINE_MEMORY, KERNEL_WORKER_MEMORY = 190_000_000, 200_000_000, 200_000_000
 """PyTorch during calibration; TensorRT-RTX 1.7 in addition to the engine; a process that compiles kernels."""
 VALIDATION_MEMORY, WEIGHTS_IN_FP32 = 500_000_000, 1.3 * 4
@@ -59,6 +61,8 @@ ENGINE_FILES = 15_000_000
 """The plugin library, and TensorRT's description of the engine."""
 
 # Rates, in CPU seconds of the machine of docs/performance.md
+ZEROS_A_SECOND = 4e9
+"""Weights that are searched for zero rows."""
 BYTES_A_SECOND = 1e9
 """Weights that are read, converted and written, or hashed."""
 VALIDATED_A_SECOND = 5e6
@@ -245,7 +249,11 @@ def stages(
     program, bundle = (memory + TENSOR_MEMORY * graph_tensors for memory in (PROGRAM_MEMORY, BUNDLE_MEMORY))
     linked = {placed.linked for placed in layout if placed.linked is not None}
     hashed = external_data.data_bytes(layout) + sum(path.stat().st_size for path in linked if is_stored)
-    estimates = [_estimate("load", LOAD_MEMORY + TENSOR_MEMORY * num_tensors, seconds=0.0)]
+    loaded = LOAD_MEMORY + TENSOR_MEMORY * num_tensors
+    estimates = [
+        _estimate("load", loaded, seconds=0.0),
+        _estimate("zeros", loaded + ZEROS_MEMORY * num_cores(), seconds=count(layout) / ZEROS_A_SECOND),
+    ]
     if quantized:
         estimates.append(_quantize_stage(config, sources, quantized))
     estimates += [

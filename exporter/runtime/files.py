@@ -34,10 +34,13 @@ def check_place(path: Path, bundle: Path) -> None:
         )
 
 
-def read_into(buffer: memoryview, file: int, offset: int) -> int:
-    """Fill the buffer from the file at `offset`; returns the number of bytes read, fewer at the file's end."""
-    done = 0
-    while done < len(buffer) and (count := _call(os.preadv, file, buffer[done:], offset + done)):
+def read_into(buffer: memoryview, file: int, offset: int, *, keep: bool = False) -> int:
+    """Fill the buffer from the file at `offset`; returns the number of bytes read, fewer at the file's end.
+
+    With `keep`, the bytes stay in the page cache for whoever reads them next.
+    """
+    done, flags = 0, 0 if keep else RWF_DONTCACHE
+    while done < len(buffer) and (count := _call(os.preadv, file, buffer[done:], offset + done, flags)):
         done += count
     return done
 
@@ -46,7 +49,7 @@ def write(data: memoryview, file: int, offset: int) -> None:
     """Write all of the data to the file at `offset`."""
     done = 0
     while done < len(data):
-        done += _call(os.pwritev, file, data[done:], offset + done)
+        done += _call(os.pwritev, file, data[done:], offset + done, RWF_DONTCACHE)
 
 
 def is_hole(file: int, start: int, stop: int) -> bool:
@@ -98,9 +101,9 @@ def sync(path: Path) -> None:
         os.close(file)
 
 
-def _call(call: Callable[..., int], file: int, data: memoryview, offset: int) -> int:
+def _call(call: Callable[..., int], file: int, data: memoryview, offset: int, flags: int) -> int:
     try:
-        return call(file, [data], offset, RWF_DONTCACHE)
+        return call(file, [data], offset, flags)
     except NotImplementedError:  # not Linux
         pass
     except OSError as error:

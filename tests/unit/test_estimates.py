@@ -128,7 +128,7 @@ def test_memory_of_a_build() -> None:
 
 def test_quantization_is_a_stage(tmp_path: Path) -> None:
     stages = estimated(EXAMPLE, "fp8")
-    assert list(stages) == ["load", "quantize", "trace", "lower", "validate", "weights", "bundle"]
+    assert list(stages) == ["load", "zeros", "quantize", "trace", "lower", "validate", "weights", "bundle"]
     assert "quantize" not in estimated(EXAMPLE, "fp16")
     quantize_checkpoint(EXAMPLE, tmp_path / "fp8")
     written = (tmp_path / "fp8" / SINGLE).stat().st_size

@@ -44,7 +44,12 @@ def test_it_is_a_checkpoint_that_builds(
     model = load(tmp_path / "sparse")
     assert len(model.weights["backbone.layers.1.mixer.experts.up"].tensors) == RAW["n_routed_experts"]
     config = BuildConfig(
-        tmp_path / "sparse", tmp_path / "bundle", runtime="onnx", weights="link", validate=False
+        tmp_path / "sparse",
+        tmp_path / "bundle",
+        runtime="onnx",
+        weights="link",
+        validate=False,
+        allow_zero_weights=True,
     )
     result = build(config)
     assert result.precision == ("bf16" if unquantized else "fp8")
