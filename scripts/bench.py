@@ -25,9 +25,11 @@ import onnx_ir as ir
 import torch
 from make_random_checkpoint import write_checkpoint
 
-from nemotrt.exporter.checkpoint import weights
+from nemotrt.exporter.artifacts import ZeroWeights
+from nemotrt.exporter.checkpoint import weights, zero_weights
 from nemotrt.exporter.config import BuildConfig
 from nemotrt.exporter.lowering import external_data
+from nemotrt.exporter.pipelines.build import build as build_bundle
 from nemotrt.exporter.runtime import ort as onnxruntime
 from nemotrt.exporter.runtime.session import Session
 from nemotrt.exporter.runtime.step import StepInputs
@@ -175,6 +177,41 @@ def _write_hole(path: Path, placed: tuple[external_data.Placed, ...], **_: Any) 
     with path.open("wb") as file:
         file.truncate(external_data.data_bytes(placed))
     return 0
+
+
+@main.command()
+@click.option("--repeats", default=5, show_default=True)
+def zeros(repeats: int) -> None:
+    """Build the dense model without validation, with and without the search for zero weights, in turns."""
+    ratios: dict[str, list[float]] = {"cached": [], "not cached": []}
+    searches = {"with": zero_weights.find, "without": lambda *_: ZeroWeights("", "", "")}
+    with tempfile.TemporaryDirectory(dir=".") as folder:
+        checkpoint, bundle = Path(folder) / "checkpoint", Path(folder) / "bundle"
+        write_checkpoint(DENSE_1270M, checkpoint, dtype=torch.bfloat16)
+        config = BuildConfig(checkpoint, bundle, runtime="onnx", validate=False, force=True)
+        for _ in range(repeats):
+            for name, found in ratios.items():
+                seconds = {}
+                for which, zero_weights.find in searches.items():
+                    for path in checkpoint.iterdir():
+                        _set_cached(path, is_cached=name == "cached")
+                    started = time.perf_counter()
+                    build_bundle(config)
+                    seconds[which] = time.perf_counter() - started
+                found.append(seconds["with"] / seconds["without"])
+                searches = dict(reversed(searches.items()))
+    report({"model": "1.27 B dense, bf16", "time_relative_to_a_build_without_search": ratios})
+
+
+def _set_cached(path: Path, *, is_cached: bool) -> None:
+    """Read the file into the page cache, or drop it from there."""
+    with path.open("rb") as file:
+        if is_cached:
+            while file.read(1 << 24):
+                pass
+        else:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 @main.command()
