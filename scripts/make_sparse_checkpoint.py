@@ -2,7 +2,7 @@
 """Writes sparse files with the names, dtypes, shards and index of a published checkpoint at full size.
 
 Small tensors (norms, biases, scales, A_log) and the layers named by --real contain random values. All others are holes,
-which read as zeros and take no disk space.
+which read as zeros and take no disk space; a build accepts them with --allow-zero-weights.
 """
 
 from __future__ import annotations

@@ -103,7 +103,7 @@ def find(sources: Mapping[str, WeightSource], folder: Path, progress: Progress =
     """
     matrices = tuple(_matrices(sources))
     total = sum(matrix.tensor.length for matrix in matrices)
-    with progress.stage("zeros", f"{len(matrices)} matrices", total=total, is_bytes=True) as advance:
+    with progress.stage("zeros", f"rows of {len(matrices)} matrices", total=total, is_bytes=True) as advance:
         keep = total <= KEPT_FRACTION * memory_bytes()
         found = [_in_vocabulary(rows, folder) for rows in _zero_rows(matrices, advance, keep=keep)]
     refused = [rows for rows in found if rows.runs and rows.is_refused]
