@@ -239,6 +239,6 @@ def _listed(found: Sequence[_ZeroRows]) -> str:
 
 
 def _files(found: Sequence[_ZeroRows]) -> str:
-    names = list(dict.fromkeys(rows.matrix.tensor.path.name for rows in found))
+    names = sorted({rows.matrix.tensor.path.name for rows in found})
     more = len(names) - MAX_LISTED
     return ", ".join(names[:MAX_LISTED]) + (f" and {more} more files" if more > 0 else "")
