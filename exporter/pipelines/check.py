@@ -50,6 +50,7 @@ PACKAGES = {
 }
 """Package → the stages that need it, and how to install it."""
 
+ADD_DEEP = "add --deep, which reads the weights, or leave it out"
 RUN_AS_IS = "ONNX Runtime runs it on the CPU as it is"
 EMULATED = "ONNX Runtime emulates it in FP32 on a CPU, rounding as the graph does"
 
@@ -171,9 +172,7 @@ def check(
     `allow_zero_weights` without `deep`.
     """
     if allow_zero_weights and not deep:
-        raise UsageError(
-            "--allow-zero-weights has no effect without --deep", hint="add --deep, or leave it out"
-        )
+        raise UsageError("--allow-zero-weights has no effect without --deep", hint=ADD_DEEP)
     config = headers.config
     precision = precision or ("fp8" if config.recipe else Precision.of(config.dtype))
     build = BuildConfig(Path(), output_folder, precision, runtime=runtime, sms=sms, weights=weights)
@@ -184,9 +183,8 @@ def check(
     zero_notes: list[str] = []
     if deep:
         problems += _scan(config, tensors.weights, precision, progress)
-        folder, note = Path(headers.name), zero_notes.append
-        find = partial(zero_weights.find, tensors.weights, folder, progress)
-        problems += _raised(lambda: zero_weights.accept(find(), note, allow=allow_zero_weights))
+        find = partial(zero_weights.find, tensors.weights, Path(headers.name), progress)
+        problems += _raised(lambda: zero_weights.accept(find(), zero_notes.append, allow=allow_zero_weights))
     targets, unavailable = _engine_targets(built, build)
     stages = estimates.stages(
         built,

@@ -249,11 +249,9 @@ def stages(
     program, bundle = (memory + TENSOR_MEMORY * graph_tensors for memory in (PROGRAM_MEMORY, BUNDLE_MEMORY))
     linked = {placed.linked for placed in layout if placed.linked is not None}
     hashed = external_data.data_bytes(layout) + sum(path.stat().st_size for path in linked if is_stored)
-    loaded = LOAD_MEMORY + TENSOR_MEMORY * num_tensors
-    estimates = [
-        _estimate("load", loaded, seconds=0.0),
-        _estimate("zeros", loaded + ZEROS_MEMORY * num_cores(), seconds=count(layout) / ZEROS_A_SECOND),
-    ]
+    loaded, zeros = LOAD_MEMORY + TENSOR_MEMORY * num_tensors, count(layout) / ZEROS_A_SECOND
+    estimates = [_estimate("load", loaded, seconds=0.0)]
+    estimates.append(_estimate("zeros", loaded + ZEROS_MEMORY * num_cores(), seconds=zeros))
     if quantized:
         estimates.append(_quantize_stage(config, sources, quantized))
     estimates += [

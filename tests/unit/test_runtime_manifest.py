@@ -138,7 +138,10 @@ def first_file(name: str, value: object) -> Callable[[dict], None]:
 
 
 FORGERIES = {
-    "newer schema": (lambda fields: fields.update(schema_version=4), "has schema 4, .* reads 3"),
+    "newer schema": (
+        lambda fields: fields.update(schema_version=manifests.SCHEMA_VERSION + 1),
+        f"has schema {manifests.SCHEMA_VERSION + 1}, .* reads {manifests.SCHEMA_VERSION}",
+    ),
     "older schema": (lambda fields: fields.update(schema_version=2), "was written by an older nemo-export"),
     "no schema": (lambda fields: fields.pop("schema_version"), "schema_version is not a number"),
     "schema true": (lambda fields: fields.update(schema_version=True), "schema_version is not a number"),
