@@ -180,11 +180,11 @@ def check(
     built, recipe_problems = _as_built(config, precision)
     end_tokens, problems = _side_files(headers)
     problems += [*tensors.problems, *recipe_problems, *_other_problems(headers, built, build)]
-    zero_notes: list[str] = []
+    notes = _notes(headers, tensors, end_tokens)
     if deep:
         problems += _scan(config, tensors.weights, precision, progress)
-        find = partial(zero_weights.find, tensors.weights, Path(headers.name), progress)
-        problems += _raised(lambda: zero_weights.accept(find(), zero_notes.append, allow=allow_zero_weights))
+        find = partial(zero_weights.find, tensors.weights, headers.folder or Path(), progress)
+        problems += _raised(lambda: zero_weights.accept(find(), notes.append, allow=allow_zero_weights))
     targets, unavailable = _engine_targets(built, build)
     stages = estimates.stages(
         built,
@@ -199,12 +199,7 @@ def check(
     return Check(
         name=headers.name,
         problems=tuple(problems),
-        notes=(
-            *_notes(headers, tensors, end_tokens),
-            *zero_notes,
-            *_shortages(stages, free),
-            *_missing(tools),
-        ),
+        notes=(*notes, *_shortages(stages, free), *_missing(tools)),
         num_tensors=len(headers.stored),
         num_parameters=estimates.num_model_parameters(config),
         num_active_parameters=estimates.num_active_parameters(config),
