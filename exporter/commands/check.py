@@ -55,6 +55,10 @@ def check(
             "check needs either a checkpoint, or --config with or without --tensors",
             hint="see nemo-export check --help",
         )
+    if options["allow_zero_weights"] and not options["deep"]:
+        raise UsageError(
+            "--allow-zero-weights has no effect without --deep", hint="add --deep, which reads the weights"
+        )
     if checkpoint is not None:
         with console.stage("read", f"{checkpoint.resolve().name}, headers"):
             headers = checks.read_headers(checkpoint, layers, ignore_fields)

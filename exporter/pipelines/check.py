@@ -50,7 +50,6 @@ PACKAGES = {
 }
 """Package → the stages that need it, and how to install it."""
 
-ADD_DEEP = "add --deep, which reads the weights, or leave it out"
 RUN_AS_IS = "ONNX Runtime runs it on the CPU as it is"
 EMULATED = "ONNX Runtime emulates it in FP32 on a CPU, rounding as the graph does"
 
@@ -168,11 +167,8 @@ def check(
     """What a build at `precision` (default: the checkpoint's own) into `output_folder` would produce and need.
 
     With `deep`, every weight is read and converted. Problems are returned, not raised; an engine that cannot be built
-    is a problem only if `runtime` or `sms` requests it. Raises UsageError if those two contradict each other, and on
-    `allow_zero_weights` without `deep`.
+    is a problem only if `runtime` or `sms` requests it. Raises UsageError on options that contradict each other.
     """
-    if allow_zero_weights and not deep:
-        raise UsageError("--allow-zero-weights has no effect without --deep", hint=ADD_DEEP)
     config = headers.config
     precision = precision or ("fp8" if config.recipe else Precision.of(config.dtype))
     build = BuildConfig(Path(), output_folder, precision, runtime=runtime, sms=sms, weights=weights)
@@ -182,9 +178,7 @@ def check(
     problems += [*tensors.problems, *recipe_problems, *_other_problems(headers, built, build)]
     notes = _notes(headers, tensors, end_tokens)
     if deep:
-        problems += _scan(config, tensors.weights, precision, progress)
-        find = partial(zero_weights.find, tensors.weights, headers.folder or Path(), progress)
-        problems += _raised(lambda: zero_weights.accept(find(), notes.append, allow=allow_zero_weights))
+        problems += _scan(headers, tensors.weights, precision, notes, progress, allow=allow_zero_weights)
     targets, unavailable = _engine_targets(built, build)
     stages = estimates.stages(
         built,
@@ -195,7 +189,7 @@ def check(
         engines=_num_uncompiled(targets, build),
     )
     free, tools = shutil.disk_usage(output_folder).free, _installed_packages()
-    stored = stored_weights(headers.stored)
+    stored, pools = stored_weights(headers.stored), pool_specs(config, page_size=1, dtype=config.dtype)
     return Check(
         name=headers.name,
         problems=tuple(problems),
@@ -204,7 +198,7 @@ def check(
         num_parameters=estimates.num_model_parameters(config),
         num_active_parameters=estimates.num_active_parameters(config),
         layers=config.numbered_layers,
-        parts=parts_of(config.numbered_layers, stored, pool_specs(config, page_size=1, dtype=config.dtype)),
+        parts=parts_of(config.numbered_layers, stored, pools),
         inert=config.inert,
         precision=precision,
         dtypes=_dtypes_by_kind(built, precision),
@@ -259,13 +253,19 @@ def _raised(call: Callable[[], object]) -> list[ExportError]:
 
 
 def _scan(
-    config: ModelConfig, sources: Mapping[str, WeightSource], precision: str, progress: Progress
+    headers: Headers,
+    sources: Mapping[str, WeightSource],
+    precision: str,
+    notes: list[str],
+    progress: Progress,
+    *,
+    allow: bool,
 ) -> list[ExportError]:
-    """The first problem of each parameter's values."""
+    """The first problem of each parameter's values, and that of zero weights unless `allow`; notes the latter."""
     from nemotrt.exporter.checkpoint import weights
 
     problems: list[ExportError] = []
-    dtypes = _parameter_dtypes(config, precision)
+    dtypes = _parameter_dtypes(headers.config, precision)
     total = sum(tensor.length for source in sources.values() for tensor in source.tensors)
     with progress.stage("scan", "every weight", total=total, is_bytes=True) as advance:
         for parameter, source in sources.items():
@@ -276,7 +276,8 @@ def _scan(
                         advance(len(values) * tensor.length // math.prod(tensor.shape))
             except CheckpointError as error:
                 problems.append(error)
-    return problems
+    find = partial(zero_weights.find, sources, headers.folder or Path(), progress)
+    return problems + _raised(lambda: zero_weights.accept(find(), notes.append, allow=allow))
 
 
 def _parameter_dtypes(config: ModelConfig, precision: str) -> dict[str, DType]:

@@ -99,7 +99,7 @@ def test_what_was_mistyped_is_one_line_with_debug_too(bundle: Path, tmp_path: Pa
 
 def test_the_bundle_s_log_has_what_was_said_and_no_times(bundle: Path) -> None:
     lines = (bundle / "logs" / "build.log").read_text().splitlines()
-    assert [line.split()[0] for line in lines if line[:1].isalpha()] == ["load", "trace", "lower"]
+    assert [line.split()[0] for line in lines if line[:1].isalpha()] == ["load", "zeros", "trace", "lower"]
     assert lines[-1].strip() == "not validated: the manifest says so"
     assert not any(line.endswith(" s") for line in lines)
 
