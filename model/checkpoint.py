@@ -1,12 +1,13 @@
 """The table that maps each parameter of the model to its tensors in a checkpoint."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum, auto
 from itertools import dropwhile
 
 from nemotrt.model.config import ModelConfig
 from nemotrt.model.recipe import EXPERTS
+from nemotrt.plugins.contract import DType
 
 PREFIXES = ("backbone.", "model.")
 """Prefixes of every stored name but the head's: the published one, and that of transformers 5."""
@@ -16,6 +17,9 @@ EMBEDDINGS = ("embeddings.weight", "embedding.weight")
 
 HEAD = "lm_head.weight"
 """The name of the head; also a name of the embedding table, if the two are tied."""
+
+FP32, FP32_MODULES = ("A", "D", "dt_bias"), (".norm", ".norm_f", ".gate")
+"""Parameters, and modules whose parameters, are FP32 in every model; so is every scale."""
 
 
 class Transform(Enum):
@@ -48,6 +52,15 @@ class Source:
     shape: tuple[int, ...]
     transform: Transform = Transform.COPY
     stacked: tuple[str, ...] = ()
+    parameter: tuple[int, ...] | None = None
+    """The parameter's shape, if it is not that of the tensors."""
+
+    @property
+    def parameter_shape(self) -> tuple[int, ...]:
+        """The shape of the parameter in the model."""
+        if self.parameter is not None:
+            return self.parameter
+        return (len(self.names), *self.shape) if self.stacked else self.shape
 
 
 class TensorError(ValueError):
@@ -60,7 +73,7 @@ def is_mtp(name: str) -> bool:
 
 
 def tensor_sources(config: ModelConfig) -> dict[str, Source]:
-    """The source of every parameter of NemotronH, in the order of its state dict."""
+    """The source of every parameter of NemotronH."""
     names = _aliases(*EMBEDDINGS) + ((HEAD,) if config.tie_word_embeddings else ())
     table = Source((names,), (config.vocab_size, config.hidden_size))
     head = Source(((HEAD,),), table.shape)
@@ -74,6 +87,29 @@ def tensor_sources(config: ModelConfig) -> dict[str, Source]:
     sources["backbone.norm_f.weight"] = Source((_aliases("norm_f.weight"),), norm)
     sources[HEAD] = table if config.tie_word_embeddings else head
     return sources
+
+
+def parameters(config: ModelConfig, dtype: DType) -> dict[str, tuple[tuple[int, ...], DType]]:
+    """The shape and dtype of every parameter of a NemotronH that computes in `dtype`; a tied head is not listed."""
+    return {
+        name: (source.parameter_shape, parameter_dtype(config, name, dtype))
+        for name, source in tensor_sources(config).items()
+        if not (name == HEAD and config.tie_word_embeddings)
+    }
+
+
+def parameter_dtype(config: ModelConfig, name: str, dtype: DType) -> DType:
+    """The dtype of a parameter in a model that computes in `dtype`: FP32 and FP8 parameters have their own."""
+    module, _, attribute = name.rpartition(".")
+    if attribute in FP32 or attribute.endswith("_scale") or module.endswith(FP32_MODULES):
+        return DType.FLOAT32
+    return DType.FLOAT8_E4M3 if is_fp8(config, name) else dtype
+
+
+def is_fp8(config: ModelConfig, name: str) -> bool:
+    """Whether a parameter is an FP8 weight: of a linear, or of stacked experts."""
+    module, _, attribute = name.rpartition(".")
+    return module in config.recipe.modules and attribute in ("weight", "up", "down")
 
 
 def _aliases(*names: str) -> tuple[str, ...]:
@@ -106,7 +142,9 @@ def _mamba(config: ModelConfig, mixer: str) -> Iterator[tuple[str, Source]]:
     bias = config.use_bias
     yield from _linear(config, mixer, "in_proj", inner + channels + heads, config.hidden_size, bias=bias)
     conv = _aliases(f"{mixer}conv1d.weight")
-    yield "conv1d.weight", Source((conv,), (channels, 1, config.conv_kernel), Transform.RESHAPE)
+    taps = config.conv_kernel
+    weight = Source((conv,), (channels, 1, taps), Transform.RESHAPE, parameter=(channels, taps))
+    yield "conv1d.weight", weight
     if config.use_conv_bias:
         yield _copy(mixer, "conv1d.bias", channels)
     else:
@@ -127,7 +165,7 @@ def _attention(config: ModelConfig, mixer: str) -> Iterator[tuple[str, Source]]:
     yield from _linear(config, mixer, "v_proj", kv, hidden, bias=bias)
     yield from _linear(config, mixer, "o_proj", hidden, query, bias=bias)
     for scale in ("k_scale", "v_scale"):
-        stored = _scale(f"{mixer}{scale[0]}_proj.{scale}")
+        stored = replace(_scale(f"{mixer}{scale[0]}_proj.{scale}"), parameter=(1,))
         yield scale, stored if config.recipe.kv_scales else Source((), (1,), Transform.ONES)
 
 
@@ -166,10 +204,11 @@ def _expert_scales(config: ModelConfig, mixer: str) -> Iterator[tuple[str, Sourc
         ("down_scale", "down_proj", config.expert_size),
     ):
         shape = (outputs,) if is_per_channel else ()
-        scales = Source(stored(f"{projection}.weight_scale"), shape, Transform.SCALE)
-        yield f"{EXPERTS}.{name}", scales if is_fp8 else Source((), (len(experts), outputs), Transform.ONES)
+        repeated = (len(experts), outputs)
+        scales = Source(stored(f"{projection}.weight_scale"), shape, Transform.SCALE, parameter=repeated)
+        yield f"{EXPERTS}.{name}", scales if is_fp8 else Source((), repeated, Transform.ONES)
     for name, projection in (("input_scale", "up_proj"), ("hidden_scale", "down_proj")):
-        largest = Source(stored(f"{projection}.input_scale"), (), Transform.LARGEST)
+        largest = Source(stored(f"{projection}.input_scale"), (), Transform.LARGEST, parameter=(1,))
         yield f"{EXPERTS}.{name}", largest if is_fp8 else Source((), (1,), Transform.ONES)
 
 

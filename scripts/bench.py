@@ -26,9 +26,10 @@ import torch
 from make_random_checkpoint import write_checkpoint
 
 from nemotrt.exporter.artifacts import ZeroWeights
-from nemotrt.exporter.checkpoint import weights, zero_weights
+from nemotrt.exporter.checkpoint import zero_weights
+from nemotrt.exporter.checkpoint.loaded_model import stored_parameters
 from nemotrt.exporter.config import BuildConfig
-from nemotrt.exporter.lowering import external_data
+from nemotrt.exporter.lowering import data_layout, external_data
 from nemotrt.exporter.pipelines.build import build as build_bundle
 from nemotrt.exporter.runtime import ort as onnxruntime
 from nemotrt.exporter.runtime.session import Session
@@ -172,10 +173,10 @@ def graph(checkpoint: Path, layers: str) -> None:
     report({"layers": len(model.config.layers), "nodes": lowered.nodes, "seconds": seconds})
 
 
-def _write_hole(path: Path, placed: tuple[external_data.Placed, ...], **_: Any) -> int:
+def _write_hole(path: Path, placed: tuple[data_layout.Placed, ...], **_: Any) -> int:
     """external_data.write without data: the file has its size and no block."""
     with path.open("wb") as file:
-        file.truncate(external_data.data_bytes(placed))
+        file.truncate(data_layout.data_bytes(placed))
     return 0
 
 
@@ -237,7 +238,7 @@ def writing(checkpoint: Path, repeats: int) -> None:
         calls: dict[str, Callable[[], int]] = {"cp": partial(_copied, checkpoint, Path(folder) / "copy")}
         model = load(checkpoint)
         for dtype in (DType.BFLOAT16, DType.FLOAT16):
-            placed = external_data.lay_out(weights.parameters(model.config, model.weights, dtype), link=False)
+            placed = data_layout.lay_out(stored_parameters(model.config, model.weights, dtype), link=False)
             calls[str(dtype)] = partial(_written, placed, Path(folder) / "data")
         for call in calls.values():
             call()  # the first pages of memory that was unused for a while cost the most
@@ -267,7 +268,7 @@ def _copied(source: Path, target: Path) -> int:
     return size
 
 
-def _written(placed: tuple[external_data.Placed, ...], target: Path) -> int:
+def _written(placed: tuple[data_layout.Placed, ...], target: Path) -> int:
     """Write the weights to one file on the disk and remove it; returns the bytes without holes."""
     written = external_data.write(target, placed, advance=lambda _: None, synced=lambda _: None)
     sync(target)

@@ -8,10 +8,13 @@ from pathlib import Path
 
 from nemotrt.exporter.checkpoint.safetensors_reader import StoredTensor
 from nemotrt.exporter.config import BuildConfig
-from nemotrt.model.checkpoint import Transform, tensor_sources
+from nemotrt.model.checkpoint import Transform, parameters, tensor_sources
 from nemotrt.model.config import ModelConfig
 from nemotrt.model.step import pool_specs
-from nemotrt.plugins.contract import PoolSpec
+from nemotrt.plugins.contract import DType, PoolSpec
+
+IN_ORDER = (Transform.COPY, Transform.RESHAPE)
+"""Transforms that change neither the values nor their order."""
 
 
 @dataclass(frozen=True)
@@ -20,6 +23,22 @@ class WeightSource:
 
     tensors: tuple[StoredTensor, ...]
     transform: Transform
+
+    def is_stored_as(self, dtype: DType) -> bool:
+        """Whether a single stored tensor holds the parameter's values in `dtype`, in order."""
+        return len(self.tensors) == 1 and self.transform in IN_ORDER and self.tensors[0].dtype == dtype
+
+
+Parameter = tuple[WeightSource, tuple[int, ...], DType]
+"""Where a parameter's values are stored, and its shape and dtype in the graph."""
+
+
+def stored_parameters(
+    config: ModelConfig, sources: Mapping[str, WeightSource], dtype: DType
+) -> list[Parameter]:
+    """The parameters that have a source, for a model that computes in `dtype`; tied parameters appear once."""
+    found = parameters(config, dtype).items()
+    return [(sources[name], shape, held) for name, (shape, held) in found if name in sources]
 
 
 @dataclass(frozen=True)

@@ -33,9 +33,6 @@ SCHEME_OF_SUFFIX = {
 SCALES = ("weight_scale", "input_scale", "k_scale", "v_scale")
 """Ends of the names of the tensors that quantization adds."""
 
-PIECE_BYTES = 4 << 20
-"""Bytes of two tensors that are compared at a time."""
-
 OTHER_CHECKPOINT = "the description of the quantization and the weights are of different checkpoints"
 
 
@@ -77,7 +74,7 @@ def check_tied_head(config: ModelConfig, stored: Mapping[str, StoredTensor]) -> 
     if not (tied := _tied_tensors(config, stored)):
         return
     table, head = tied
-    if any(a != b for a, b in zip(*(read_pieces(tensor, PIECE_BYTES) for tensor in tied), strict=True)):
+    if any(a != b for a, b in zip(*map(read_pieces, tied), strict=True)):
         raise CheckpointError(
             f"{head.name} differs from {table.name}, but config.json has tie_word_embeddings true",
             hint=f"set tie_word_embeddings to false to use {head.name}, or remove it to use the embeddings",

@@ -8,7 +8,7 @@ from typing import Any
 
 from nemotrt.exporter.checkpoint.safetensors_reader import StoredTensor, read_json
 from nemotrt.exporter.errors import CheckpointError
-from nemotrt.model.checkpoint import Source, Transform, tensor_sources
+from nemotrt.model.checkpoint import Source, Transform, is_fp8, tensor_sources
 from nemotrt.model.config import ModelConfig
 from nemotrt.plugins.contract import DType
 
@@ -63,10 +63,9 @@ def described_tensors(file: Path, config: ModelConfig) -> tuple[dict[str, Stored
 
 
 def _names(config: ModelConfig, parameter: str, source: Source) -> Iterator[tuple[str, DType]]:
-    module, _, attribute = parameter.rpartition(".")
     dtype = config.dtype
     if source.transform in (Transform.SCALE, Transform.LARGEST):
         dtype = DType.FLOAT32
-    elif module in config.recipe.modules and attribute in ("weight", "up", "down"):
+    elif is_fp8(config, parameter):
         dtype = DType.FLOAT8_E4M3
     yield from ((names[0], dtype) for names in source.names)

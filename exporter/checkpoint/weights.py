@@ -2,7 +2,7 @@
 
 import math
 from bisect import bisect_left
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from functools import cache
 
 import numpy as np
@@ -10,21 +10,14 @@ import torch
 from torch import Tensor
 
 from nemotrt.exporter import environment
+from nemotrt.exporter.checkpoint import safetensors_reader
 from nemotrt.exporter.checkpoint.loaded_model import WeightSource
 from nemotrt.exporter.checkpoint.safetensors_reader import StoredTensor, read_pieces
 from nemotrt.exporter.errors import CheckpointError
 from nemotrt.model.checkpoint import Transform
-from nemotrt.model.config import ModelConfig
-from nemotrt.model.hybrid import NemotronH
 from nemotrt.plugins.contract import DType
 
 environment.disable_amx()  # here, because PyTorch computes nothing before it has weights
-
-Parameter = tuple[WeightSource, tuple[int, ...], DType]
-"""Where a parameter's values are stored, and its shape and dtype in the graph."""
-
-PIECE_BYTES = 4 << 20
-"""Bytes of a checkpoint that are read at a time. Pieces of 16 MiB take five times the CPU time."""
 
 INFINITY_BITS = {
     DType.FLOAT64: 0x7FF0_0000_0000_0000,
@@ -35,30 +28,13 @@ INFINITY_BITS = {
 }
 """The bits of infinity; without the sign, a NaN has the same bits or larger ones. E4M3 has no infinity and one NaN."""
 
-IN_ORDER = (Transform.COPY, Transform.RESHAPE)
-"""Transforms that change neither the values nor their order."""
-
 BLOCK_VALUES = 1 << 17
 """Values that are converted at a time through FP32: they fit a core's cache."""
 
 
-def parameters(config: ModelConfig, sources: Mapping[str, WeightSource], dtype: DType) -> list[Parameter]:
-    """The parameters that have a source, for a model that computes in `dtype`; tied parameters appear once."""
-    network = NemotronH(config, dtype=dtype.torch, device="meta")
-    first_names: dict[int, str] = {}
-    tensors = network.state_dict(keep_vars=True)
-    for name, tensor in tensors.items():
-        first_names.setdefault(id(tensor), name)
-    return [
-        (sources[name], tuple(tensors[name].shape), DType.from_torch(tensors[name].dtype))
-        for name in first_names.values()
-        if name in sources
-    ]
-
-
 def convert(tensor: StoredTensor, transform: Transform, dtype: DType) -> Iterator[Tensor]:
     """The tensor's values in order, as flat pieces of `dtype`; raises as `convert_piece` does."""
-    for piece in read_pieces(tensor, PIECE_BYTES):
+    for piece in read_pieces(tensor):
         yield convert_piece(tensor, piece, transform, dtype)
 
 
@@ -160,17 +136,13 @@ def read(source: WeightSource, shape: tuple[int, ...], dtype: DType) -> Tensor:
     return parameter.reshape(shape)
 
 
-def is_stored_as(source: WeightSource, dtype: DType) -> bool:
-    """Whether a single stored tensor holds the parameter's values in `dtype`, in order."""
-    return len(source.tensors) == 1 and source.transform in IN_ORDER and source.tensors[0].dtype == dtype
-
-
 def read_or_map(source: WeightSource, shape: tuple[int, ...], dtype: DType) -> Tensor:
     """Like `read`, but memory-mapped if the file stores the parameter in this form; do not write to the tensor."""
-    if not is_stored_as(source, dtype):
+    if not source.is_stored_as(dtype):
         return read(source, shape, dtype)
     (tensor,) = source.tensors
     stored = np.memmap(tensor.path, np.uint8, "c", tensor.offset, tensor.length)
-    for begin in range(0, tensor.length, PIECE_BYTES):
-        convert_piece(tensor, stored[begin : begin + PIECE_BYTES].data, source.transform, dtype)
+    piece_bytes = safetensors_reader.PIECE_BYTES
+    for begin in range(0, tensor.length, piece_bytes):
+        convert_piece(tensor, stored[begin : begin + piece_bytes].data, source.transform, dtype)
     return torch.from_numpy(stored).view(dtype.torch).reshape(shape)

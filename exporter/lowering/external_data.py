@@ -1,35 +1,27 @@
-"""Lay out a graph's external data, write it with several threads, and resume a write that was interrupted.
+"""Write a graph's external data with several threads, and resume a write that was interrupted.
 
 Sparse regions of the checkpoint stay sparse: only bytes that are on disk are written.
 """
 
 import fcntl
-import math
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
-from nemotrt.exporter.checkpoint import weights
-from nemotrt.exporter.checkpoint.loaded_model import WeightSource
+from nemotrt.exporter.checkpoint import safetensors_reader, weights
 from nemotrt.exporter.checkpoint.parallel import in_order
-from nemotrt.exporter.checkpoint.safetensors_reader import StoredTensor
 from nemotrt.exporter.environment import num_cores
 from nemotrt.exporter.errors import CheckpointError, UsageError
+from nemotrt.exporter.lowering.data_layout import Piece, Placed, data_bytes, is_hole, pieces
 from nemotrt.exporter.progress import Advance
 from nemotrt.exporter.runtime import files
-from nemotrt.plugins.contract import DType
-
-ALIGNMENT = 4096
-"""Tensors start on a page, so that a runtime can map each of them."""
 
 SYNC_BYTES = 1 << 28
 """Bytes that are written between two syncs of the data file."""
@@ -39,60 +31,6 @@ FICLONE = 0x40049409
 
 MAX_GROWTH = 4
 """Factor by which a conversion can grow a piece: from FP8 to FP32."""
-
-
-@dataclass(frozen=True)
-class Placed:
-    """A parameter and the place of its bytes: in the data file, or in the checkpoint's file `linked`."""
-
-    source: WeightSource
-    shape: tuple[int, ...]
-    dtype: DType
-    offset: int
-    linked: Path | None = None
-
-    @property
-    def length(self) -> int:
-        """Bytes."""
-        return math.prod(self.shape) * self.dtype.itemsize
-
-
-class _Piece(NamedTuple):
-    """Some bytes of a parameter."""
-
-    placed: Placed
-    offset: int
-    """Where the bytes begin in the data file, or in the checkpoint's file."""
-    length: int
-    tensor: StoredTensor | None = None
-    """The stored tensor whose bytes from `start` to `stop` are converted; None for a parameter written at once."""
-    start: int = 0
-    stop: int = 0
-
-
-def data_path(graph: Path) -> Path:
-    """The path of a graph's external data: ONNX readers only accept it next to the graph."""
-    return graph.with_name(graph.name + ".data")
-
-
-def lay_out(parameters: Iterable[weights.Parameter], *, link: bool) -> tuple[Placed, ...]:
-    """The place of each parameter; with `link`, a parameter that needs no conversion stays in the checkpoint's file."""
-    placed = []
-    end = 0
-    for source, shape, dtype in parameters:
-        if link and weights.is_stored_as(source, dtype):
-            (tensor,) = source.tensors
-            placed.append(Placed(source, shape, dtype, tensor.offset, tensor.path))
-        else:
-            offset = -(-end // ALIGNMENT) * ALIGNMENT
-            placed.append(Placed(source, shape, dtype, offset))
-            end = offset + placed[-1].length
-    return tuple(placed)
-
-
-def data_bytes(placed: Iterable[Placed]) -> int:
-    """The size of the data file."""
-    return max((place.offset + place.length for place in placed if place.linked is None), default=0)
 
 
 def write(
@@ -109,9 +47,9 @@ def write(
     increment, `synced` with the total that has reached the disk. `resume_from` is the last total that an interrupted
     write reported to `synced`. Raises CheckpointError as `weights.convert_piece` does.
     """
-    pieces = list(_pieces(placed))
-    ends = accumulate(piece.length for piece in pieces)
-    remaining = [piece for piece, end in zip(pieces, ends, strict=True) if end > resume_from]
+    all_pieces = list(pieces(placed))
+    ends = accumulate(piece.length for piece in all_pieces)
+    remaining = [piece for piece, end in zip(all_pieces, ends, strict=True) if end > resume_from]
     written, position = 0, resume_from
     with (
         path.open("r+b" if resume_from else "wb") as file,
@@ -151,28 +89,12 @@ class _Syncer:
             self._sync = self._pool.submit(os.fdatasync, self._file)
 
 
-def _pieces(placed: Iterable[Placed]) -> Iterator[_Piece]:
-    """Pieces of stored tensors where values keep their order; other parameters as a whole."""
-    for place in placed:
-        if place.source.transform not in weights.IN_ORDER:
-            yield _Piece(place, place.offset, place.length)
-            continue
-        offset = place.offset
-        for tensor in place.source.tensors:
-            for start in range(0, tensor.length, weights.PIECE_BYTES):
-                stop = min(start + weights.PIECE_BYTES, tensor.length)
-                length = (stop - start) // tensor.dtype.itemsize * place.dtype.itemsize
-                yield _Piece(place, offset, length, tensor, start, stop)
-                offset += length
-        assert offset == place.offset + place.length
-
-
 class _Buffers(threading.local):
     """A thread's own memory for a piece; allocating it for each piece would take as long as reading."""
 
     def __init__(self) -> None:
-        self.stored = memoryview(bytearray(weights.PIECE_BYTES))
-        self.converted = torch.empty(MAX_GROWTH * weights.PIECE_BYTES, dtype=torch.uint8)
+        self.stored = memoryview(bytearray(safetensors_reader.PIECE_BYTES))
+        self.converted = torch.empty(MAX_GROWTH * safetensors_reader.PIECE_BYTES, dtype=torch.uint8)
 
 
 _buffers = _Buffers()
@@ -180,14 +102,14 @@ _writing = threading.Lock()
 """The kernel lets one thread at a time write to a file; the others would spin on a core that can convert."""
 
 
-def _transfer(target: int, piece: _Piece) -> int:
+def _transfer(target: int, piece: Piece) -> int:
     """Read, check, convert and write a piece; returns the bytes written."""
     placed, tensor = piece.placed, piece.tensor
     if tensor is None:
         values = torch.cat(list(weights.values(placed.source, placed.shape, placed.dtype)))
         return _write(target, values, piece.offset)
     with tensor.path.open("rb", buffering=0) as file:
-        if _is_hole(file.fileno(), piece):
+        if is_hole(file.fileno(), piece):
             return 0
         stored = _buffers.stored[: piece.stop - piece.start]
         if files.read_into(stored, file.fileno(), tensor.offset + piece.start) != len(stored):
@@ -201,25 +123,6 @@ def _write(target: int, values: torch.Tensor, offset: int) -> int:
     with _writing:
         files.write(data, target, offset)
     return len(data)
-
-
-def allocated_bytes(placed: Iterable[Placed]) -> int:
-    """Bytes of the parameters, without the sparse regions of the checkpoint."""
-    total = 0
-    for piece in _pieces(placed):
-        if piece.tensor:
-            with piece.tensor.path.open("rb", buffering=0) as file:
-                if _is_hole(file.fileno(), piece):
-                    continue
-        total += piece.length
-    return total
-
-
-def _is_hole(file: int, piece: _Piece) -> bool:
-    """Whether the stored tensor's file has no allocated bytes for the piece, which then reads as zeros."""
-    assert piece.tensor is not None
-    offset = piece.tensor.offset
-    return files.is_hole(file, offset + piece.start, offset + piece.stop)
 
 
 def link(shard: Path, folder: Path) -> None:

@@ -15,12 +15,13 @@ from nemotrt.exporter import environment
 from nemotrt.exporter.artifacts import CompiledEngine, LoweredGraph, QuantizedCheckpoint, ZeroWeights
 from nemotrt.exporter.checkpoint import zero_weights
 from nemotrt.exporter.checkpoint.layer_selection import partial_model
-from nemotrt.exporter.checkpoint.loaded_model import LoadedModel
+from nemotrt.exporter.checkpoint.loaded_model import LoadedModel, stored_parameters
 from nemotrt.exporter.checkpoint.quant_config import cache_notes
 from nemotrt.exporter.checkpoint.side_files import check_ignored, check_residual, end_token_notes
 from nemotrt.exporter.config import PRESETS, BuildConfig, Precision
 from nemotrt.exporter.engines.targets import AUTO, ONNX, Target, settle
 from nemotrt.exporter.errors import CompileError, ExportError, UsageError, ValidationError
+from nemotrt.exporter.lowering import data_layout
 from nemotrt.exporter.pipelines import estimates
 from nemotrt.exporter.progress import SILENT, BuildLog, Progress
 from nemotrt.exporter.report.model import Gate, ValidationReport
@@ -380,13 +381,10 @@ class Build:
 
     def _check_disk(self) -> None:
         """Raise UsageError if the bundle does not fit on the output's disk."""
-        from nemotrt.exporter.checkpoint import weights
-        from nemotrt.exporter.lowering import external_data
-
         config, model, folder = self.config, self.model, Path(self.config.output.parent)
-        sources = weights.parameters(model.config, model.weights, config.dtype)
-        placed = external_data.lay_out(sources, link=config.weights == "link")
-        needed = external_data.allocated_bytes(tensor for tensor in placed if tensor.linked is None)
+        sources = stored_parameters(model.config, model.weights, config.dtype)
+        placed = data_layout.lay_out(sources, link=config.weights == "link")
+        needed = data_layout.allocated_bytes(tensor for tensor in placed if tensor.linked is None)
         if config.runtime != ONNX:
             needed += estimates.graph_bytes(model, config.precision)  # an engine holds the weights once more
         free = shutil.disk_usage(folder).free

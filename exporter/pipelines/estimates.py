@@ -12,22 +12,20 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-from nemotrt.exporter.checkpoint.loaded_model import LoadedModel, WeightSource
+from nemotrt.exporter.checkpoint.loaded_model import LoadedModel, WeightSource, stored_parameters
 from nemotrt.exporter.config import BuildConfig
 from nemotrt.exporter.engines.shape_profiles import COMPARED_ROWS
 from nemotrt.exporter.environment import memory_bytes, num_cores
 from nemotrt.exporter.errors import CompileError, ExportError, UsageError
+from nemotrt.exporter.lowering import data_layout
+from nemotrt.exporter.lowering.data_layout import Placed
 from nemotrt.exporter.runtime.step import pages_of
 from nemotrt.model.checkpoint import tensor_sources
 from nemotrt.model.config import ModelConfig
 from nemotrt.model.recipe import EXPERTS
 from nemotrt.model.step import pool_specs
 from nemotrt.plugins.contract import EMBEDDINGS, HEAD, DType, LayerName
-
-if TYPE_CHECKING:
-    from nemotrt.exporter.lowering.external_data import Placed
 
 WEIGHT_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "fp8": 1}
 
@@ -234,21 +232,18 @@ def stages(
     `is_stored` says that the sources' files exist, so that holes of sparse files are not counted; `engines` maps a
     runtime whose engines can be built here to the number of GPU generations whose kernels must be compiled first.
     """
-    from nemotrt.exporter.checkpoint import weights
-    from nemotrt.exporter.lowering import external_data
-
-    parameters = weights.parameters(config, sources, build.dtype)
-    layout = external_data.lay_out(parameters, link=build.weights == "link")
+    parameters = stored_parameters(config, sources, build.dtype)
+    layout = data_layout.lay_out(parameters, link=build.weights == "link")
     copied = [placed for placed in layout if placed.linked is None]
     quantized = [placed for placed in copied if _is_quantized_here(placed)]
-    count = external_data.allocated_bytes if is_stored else _length
-    written = count(copied) + external_data.data_bytes(copied) - _length(copied)
+    count = data_layout.allocated_bytes if is_stored else _length
+    written = count(copied) + data_layout.data_bytes(copied) - _length(copied)
     weight_bytes = _length(layout)
     # Quantization adds two scales to each tensor.
     graph_tensors = num_tensors + 2 * sum(len(placed.source.tensors) for placed in quantized)
     program, bundle = (memory + TENSOR_MEMORY * graph_tensors for memory in (PROGRAM_MEMORY, BUNDLE_MEMORY))
     linked = {placed.linked for placed in layout if placed.linked is not None}
-    hashed = external_data.data_bytes(layout) + sum(path.stat().st_size for path in linked if is_stored)
+    hashed = data_layout.data_bytes(layout) + sum(path.stat().st_size for path in linked if is_stored)
     loaded, zeros = LOAD_MEMORY + TENSOR_MEMORY * num_tensors, count(layout) / ZEROS_A_SECOND
     estimates = [_estimate("load", loaded, seconds=0.0)]
     estimates.append(_estimate("zeros", loaded + ZEROS_MEMORY * num_cores(), seconds=zeros))

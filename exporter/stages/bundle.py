@@ -12,7 +12,7 @@ from nemotrt.exporter.artifacts import CompiledEngine
 from nemotrt.exporter.checkpoint.loaded_model import LoadedModel
 from nemotrt.exporter.checkpoint.safetensors_reader import read_json
 from nemotrt.exporter.config import BuildConfig
-from nemotrt.exporter.lowering.external_data import data_path
+from nemotrt.exporter.lowering.data_layout import data_path
 from nemotrt.exporter.report import json_file
 from nemotrt.exporter.report.html import bundle_page
 from nemotrt.exporter.report.model import ValidationReport

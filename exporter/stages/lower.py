@@ -14,7 +14,7 @@ import onnx_ir as ir
 from nemotrt.exporter.artifacts import LoweredGraph, TracedModel
 from nemotrt.exporter.checkpoint.loaded_model import LoadedModel
 from nemotrt.exporter.errors import LowerError
-from nemotrt.exporter.lowering import external_data
+from nemotrt.exporter.lowering import data_layout, external_data
 from nemotrt.exporter.lowering.graph_writer import write_graph
 from nemotrt.exporter.progress import Advance, ignore
 from nemotrt.plugins.contract import DType
@@ -55,14 +55,14 @@ def lower(
     }
     _check_all_used(model, parameters)
     recorded = {name: traced.parameters[name] for name in parameters}
-    placed = external_data.lay_out(
+    placed = data_layout.lay_out(
         [
             (model.weights[name], tuple(tensor.shape), DType.from_torch(tensor.dtype))
             for name, tensor in recorded.items()
         ],
         link=link,
     )
-    data = external_data.data_path(path)
+    data = data_layout.data_path(path)
     external_data.write(data, placed, resume_from=resume_from, advance=advance, synced=synced)
     for (name, value), place in zip(parameters.items(), placed, strict=True):
         value.const_value = ir.ExternalTensor(

@@ -103,7 +103,7 @@ def _entries(model: LoadedModel, recipe: Recipe, ranges: Ranges) -> Iterator[Ent
                 largest = ranges.inputs[weight.module]
                 yield _scale_entry(f"{weight.module}.input_scale", torch.tensor(largest / FP8_MAX))
         elif name in exported or name in model.not_exported:
-            yield Entry(name, tensor.dtype, tensor.shape, partial(read_pieces, tensor, weights.PIECE_BYTES))
+            yield Entry(name, tensor.dtype, tensor.shape, partial(read_pieces, tensor))
     for name, largest in ranges.caches.items():
         yield _scale_entry(name, torch.tensor(largest / FP8_MAX))
 

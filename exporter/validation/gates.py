@@ -23,6 +23,7 @@ from nemotrt.exporter.validation import metrics, routing
 from nemotrt.exporter.validation.metrics import Array, Values
 from nemotrt.exporter.validation.observation import Observation
 from nemotrt.exporter.validation.routing import RouterLogits
+from nemotrt.model.checkpoint import parameters
 from nemotrt.plugins.contract import NEXT, DType
 from nemotrt.plugins.spec import DOMAIN, ops
 
@@ -261,10 +262,7 @@ def _next_token_gates(scenario: str, errors: ScenarioErrors, baseline: ScenarioE
 
 def expected_dtypes(model: LoadedModel, config: BuildConfig) -> ExpectedDtypes:
     """The dtypes of the weights and pools that a graph built with `config` must have."""
-    from nemotrt.model.hybrid import NemotronH
-
-    network = NemotronH(model.config, dtype=config.dtype.torch, device="meta")
-    weights = {name: str(DType.from_torch(value.dtype)) for name, value in network.named_parameters()}
+    weights = {name: str(dtype) for name, (_, dtype) in parameters(model.config, config.dtype).items()}
     pools = {prefix + pool.name: str(pool.dtype) for pool in model.pools(config) for prefix in ("", NEXT)}
     return {"weights": weights, "pools": pools}
 

@@ -15,21 +15,14 @@ from checkpoints import write_checkpoint
 from runtime_graph import one_sequence
 from safetensors.torch import save_file
 
-from nemotrt.exporter.checkpoint import weights
-from nemotrt.exporter.checkpoint.loaded_model import WeightSource
+from nemotrt.exporter.checkpoint import safetensors_reader, weights
+from nemotrt.exporter.checkpoint.loaded_model import WeightSource, stored_parameters
 from nemotrt.exporter.checkpoint.safetensors_reader import StoredTensor, read_header
 from nemotrt.exporter.config import BuildConfig
 from nemotrt.exporter.errors import CheckpointError, UsageError
-from nemotrt.exporter.lowering import external_data
-from nemotrt.exporter.lowering.external_data import (
-    Placed,
-    allocated_bytes,
-    data_bytes,
-    data_path,
-    lay_out,
-    link,
-    write,
-)
+from nemotrt.exporter.lowering import data_layout, external_data
+from nemotrt.exporter.lowering.data_layout import Placed, allocated_bytes, data_bytes, data_path, lay_out
+from nemotrt.exporter.lowering.external_data import link, write
 from nemotrt.exporter.pipelines import build
 from nemotrt.exporter.runtime import manifest
 from nemotrt.exporter.runtime.session import Session
@@ -86,7 +79,7 @@ def test_every_value_is_in_its_place(
     piece: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(weights, "PIECE_BYTES", piece)
+    monkeypatch.setattr(safetensors_reader, "PIECE_BYTES", piece)
     monkeypatch.setattr(external_data, "_buffers", external_data._Buffers())
     placed = laid_out(sources, dtype)
     run(tmp_path / "data", placed)
@@ -97,8 +90,8 @@ def test_every_value_is_in_its_place(
     ]
     for one, wanted in zip(placed, expected, strict=True):
         assert torch.equal(values(tmp_path / "data", one), wanted)
-        assert one.offset % external_data.ALIGNMENT == 0
-    assert (tmp_path / "data").stat().st_size == external_data.data_bytes(placed)
+        assert one.offset % data_layout.ALIGNMENT == 0
+    assert (tmp_path / "data").stat().st_size == data_layout.data_bytes(placed)
 
 
 reach = external_data._Syncer.reached
@@ -114,7 +107,7 @@ def reach_slowly(self: external_data._Syncer, position: int, written: int) -> No
 def test_a_write_resumes_from_what_was_synced(
     tmp_path: Path, sources: tuple[WeightSource, WeightSource, WeightSource], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(weights, "PIECE_BYTES", 512)
+    monkeypatch.setattr(safetensors_reader, "PIECE_BYTES", 512)
     monkeypatch.setattr(external_data, "_buffers", external_data._Buffers())
     monkeypatch.setattr(external_data, "SYNC_BYTES", 1024)
     monkeypatch.setattr(external_data._Syncer, "reached", reach_slowly)
@@ -169,7 +162,7 @@ def test_a_linked_parameter_is_checked_and_not_written(
     run(tmp_path / "data", placed)
     assert (
         (tmp_path / "data").stat().st_size
-        == external_data.data_bytes(placed)
+        == data_layout.data_bytes(placed)
         < 2 * 3 * 1001 * 2 + 3 * 1003 * 2 + 8192
     )
     tensor = sources[0].tensors[0]
@@ -194,7 +187,7 @@ def test_sparse_regions_stay_sparse(tmp_path: Path) -> None:
     placed = lay_out([(source, (size // 2,), DType.FLOAT32)], link=False)
     written = write(tmp_path / "data", placed, advance=lambda _: None, synced=lambda _: None)
     assert (
-        written == allocated_bytes(placed) <= weights.PIECE_BYTES * 2
+        written == allocated_bytes(placed) <= safetensors_reader.PIECE_BYTES * 2
     )  # the piece that shares a block with the header
     assert (tmp_path / "data").stat().st_size == 2 * size
     assert os.stat(tmp_path / "data").st_blocks * 512 <= written + 65536
@@ -280,7 +273,7 @@ def test_a_build_that_is_interrupted_in_its_weights_resumes(
 @pytest.mark.parametrize("tied", [False, True])
 def test_the_size_of_the_data_file_is_known_before(tmp_path: Path, how: str, tied: bool) -> None:
     model = load(write_checkpoint(tmp_path / "checkpoint", tie_word_embeddings=tied))
-    placed = lay_out(weights.parameters(model.config, model.weights, DType.FLOAT32), link=how == "link")
+    placed = lay_out(stored_parameters(model.config, model.weights, DType.FLOAT32), link=how == "link")
     data = data_path(built(tmp_path / "checkpoint", tmp_path / "out", weights=how) / "model.onnx")
     assert data_bytes(placed) == data.stat().st_size
     assert allocated_bytes(placed) == sum(one.length for one in placed)

@@ -17,7 +17,7 @@ from nemotrt.exporter.config import BuildConfig
 from nemotrt.exporter.engines import plugin_library
 from nemotrt.exporter.engines.targets import Target
 from nemotrt.exporter.errors import CheckpointError
-from nemotrt.exporter.lowering.external_data import data_path
+from nemotrt.exporter.lowering.data_layout import data_path
 from nemotrt.exporter.pipelines import build, check, estimates
 from nemotrt.exporter.pipelines.estimates import StageEstimate
 from nemotrt.exporter.pipelines.quantize import quantize_checkpoint

@@ -10,10 +10,11 @@ from checkpoints import load_into
 from torch import Tensor
 
 from nemotrt.exporter.errors import CheckpointError
-from nemotrt.model.checkpoint import Transform, is_mtp, stored_names, tensor_sources
+from nemotrt.model.checkpoint import is_mtp, parameters, stored_names, tensor_sources
 from nemotrt.model.config import ModelConfig
 from nemotrt.model.hybrid import NemotronH
-from nemotrt.model.recipe import Recipe
+from nemotrt.model.recipe import LATENT, PROJECTIONS, Recipe
+from nemotrt.plugins.contract import DType
 
 CONFIG = ModelConfig(
     hidden_size=6,
@@ -86,27 +87,38 @@ def loaded(tensors: dict[str, Tensor], config: ModelConfig = CONFIG) -> dict[str
     return dict(model.state_dict())
 
 
+FP8_MODULES = frozenset(
+    f"backbone.layers.{layer}.mixer.{name}"
+    for layer, kind in CONFIG.numbered_layers.items()
+    for name in (*PROJECTIONS[kind], *(LATENT if kind == "moe" else ()))
+)
+
+
+@pytest.mark.parametrize("dtype", [DType.FLOAT32, DType.BFLOAT16], ids=str)
 @pytest.mark.parametrize(
     "change",
     [
         {},
         {"moe_latent_size": 0},
+        {"n_routed_experts": 1, "num_experts_per_tok": 1},
         {"use_conv_bias": False},
         {"use_bias": True, "attention_bias": True, "mlp_bias": True},
         {"tie_word_embeddings": True},
+        {"recipe": Recipe(FP8_MODULES, kv_cache=True)},
+        {"recipe": Recipe(FP8_MODULES, FP8_MODULES, kv_cache=True, kv_scales=True)},
     ],
-    ids=str,
+    ids=lambda change: "-".join(change) or "plain",
 )
-def test_the_table_names_every_parameter_and_no_other(change: dict[str, object]) -> None:
+def test_the_table_has_every_parameter_with_its_shape_and_dtype(
+    change: dict[str, object], dtype: DType
+) -> None:
     config = dataclasses.replace(CONFIG, **change)  # type: ignore[arg-type]
-    assert set(tensor_sources(config)) == set(NemotronH(config).state_dict())
-    for name, parameter in NemotronH(config, device="meta").state_dict().items():
-        source = tensor_sources(config)[name]
-        whole = (len(source.names), *source.shape) if source.stacked else source.shape
-        if source.transform is Transform.RESHAPE:
-            assert parameter.shape.numel() == torch.Size(whole).numel(), name
-        else:
-            assert tuple(parameter.shape) == whole, name
+    network = NemotronH(config, dtype=dtype.torch, device="meta")
+    assert set(tensor_sources(config)) == set(network.state_dict())
+    assert parameters(config, dtype) == {
+        name: (tuple(parameter.shape), DType.from_torch(parameter.dtype))
+        for name, parameter in network.named_parameters()
+    }
 
 
 def test_the_published_names_fill_the_model() -> None:
