@@ -38,9 +38,10 @@ from nemotrt.exporter.progress import SILENT, Progress
 from nemotrt.exporter.quantization.presets import recipe_of
 from nemotrt.exporter.runtime.backends import BACKENDS, backend
 from nemotrt.exporter.stages import load
+from nemotrt.model.checkpoint import parameter_dtype, tensor_sources
 from nemotrt.model.config import ModelConfig
 from nemotrt.model.step import pool_specs
-from nemotrt.plugins.contract import DType, LayerName
+from nemotrt.plugins.contract import LayerName
 
 PACKAGES = {
     "torch": ("every stage", "pip install 'torch>=2.11'"),
@@ -265,11 +266,11 @@ def _scan(
     from nemotrt.exporter.checkpoint import weights
 
     problems: list[ExportError] = []
-    dtypes = _parameter_dtypes(headers.config, precision)
+    computed = Precision(precision).dtype
     total = sum(tensor.length for source in sources.values() for tensor in source.tensors)
     with progress.stage("scan", "every weight", total=total, is_bytes=True) as advance:
         for parameter, source in sources.items():
-            dtype = dtypes[parameter]
+            dtype = parameter_dtype(headers.config, parameter, computed)
             try:
                 for tensor in source.tensors:
                     for values in weights.convert(tensor, source.transform, dtype):
@@ -280,16 +281,10 @@ def _scan(
     return problems + _raised(lambda: zero_weights.accept(find(), notes.append, allow=allow))
 
 
-def _parameter_dtypes(config: ModelConfig, precision: str) -> dict[str, DType]:
-    from nemotrt.model.hybrid import NemotronH
-
-    network = NemotronH(config, dtype=Precision(precision).dtype.torch, device="meta")
-    return {name: DType.from_torch(value.dtype) for name, value in network.state_dict().items()}
-
-
 def _dtypes_by_kind(config: ModelConfig, precision: str) -> dict[str, dict[str, tuple[str, ...]]]:
     """Kind of layer, `embeddings` or `head` → dtype → parameters and pools of the first such layer."""
-    dtypes, dtype = _parameter_dtypes(config, precision), Precision(precision).dtype
+    dtype = Precision(precision).dtype
+    dtypes = {name: parameter_dtype(config, name, dtype) for name in tensor_sources(config)}
     dtypes |= {pool.name: pool.dtype for pool in pool_specs(config, dtype=dtype)}
     first_layers = {kind: index for index, kind in reversed(config.numbered_layers.items())}
     names: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))

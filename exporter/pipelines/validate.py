@@ -28,6 +28,7 @@ from nemotrt.exporter.validation.gates import ExpectedDtypes, expected_dtypes
 from nemotrt.exporter.validation.plan import NUM_MODES, Workload, parts_of, plan_validation, workload_of
 from nemotrt.exporter.validation.references import reference_file
 from nemotrt.exporter.validation.request import ValidationRequest
+from nemotrt.exporter.validation.routing import router_policies
 from nemotrt.exporter.validation.runners.base import PartSession
 
 log = logging.getLogger(__name__)
@@ -254,6 +255,8 @@ def _by_other_bundle(request: ValidationRequest, other: Path, progress: Progress
     num_pytorch = 0 if limiting.precision == "fp32" else 2  # the reference and the baseline
     total = (1 + num_pytorch + NUM_MODES) * workload.num_steps
     title = f"{candidate.title} against {other.name}"
+    if num_pytorch:
+        import torch  # noqa: F401  so that it is found missing before anything runs
     with progress.stage("validate", title, total=total) as advance:
         dtypes = expected_dtypes(bundle.model, bundle.config)
         run = _observe_reference(reference, recorded, workload, dtypes, advance)
@@ -287,8 +290,6 @@ def _observe_reference(
     reference: OpenedBundle, recorded: Candidate, workload: Workload, dtypes: ExpectedDtypes, advance: Advance
 ) -> ReferenceRun:
     """The reference bundle's run on its own greedy continuation."""
-    from nemotrt.exporter.validation.references.pytorch import router_policies
-
     noise = workload.noises(reference.model.pools(reference.config))
     runner = recorded.open(workload.sizes, recorded.modes[1])
     scenarios, observations = observe_greedy(runner, workload, noise, advance)

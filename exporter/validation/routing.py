@@ -13,6 +13,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from nemotrt.exporter.checkpoint.loaded_model import LoadedModel
+from nemotrt.exporter.checkpoint.safetensors_reader import StoredTensor, read_pieces
+
 RouterLogits = tuple[NDArray[np.float32], ...]
 """One step's router logits, [T, E] per MoE layer in order; empty if the runner does not output them."""
 
@@ -75,6 +78,30 @@ class RouterPolicy:
     def differs(self, ours_TE: NDArray[np.float32], others_TE: NDArray[np.float32]) -> NDArray[np.bool_]:
         """Which tokens [T] get other experts."""
         return (self.experts(ours_TE) != self.experts(others_TE)).any(1)  # type: ignore[no-any-return]
+
+
+def router_policies(model: LoadedModel) -> tuple[RouterPolicy, ...]:
+    """How each MoE layer of the model chooses experts; only their correction biases are read."""
+    config = model.config
+    sources = {
+        layer: model.weights[f"backbone.layers.{layer}.mixer.gate.e_score_correction_bias"]
+        for layer, kind in config.numbered_layers.items()
+        if kind == "moe"
+    }
+    return tuple(
+        RouterPolicy(
+            layer,
+            _in_fp32(source.tensors[0]),
+            config.num_experts_per_tok,
+            config.n_group,
+            config.topk_group,
+        )
+        for layer, source in sources.items()
+    )
+
+
+def _in_fp32(tensor: StoredTensor) -> NDArray[np.float32]:
+    return np.frombuffer(b"".join(read_pieces(tensor)), tensor.dtype.numpy).astype(np.float32)
 
 
 def _top(values: NDArray[np.float64], count: int) -> NDArray[np.int64]:

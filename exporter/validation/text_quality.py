@@ -25,8 +25,7 @@ from nemotrt.exporter.validation.envelope import PoolSizes, SequenceChunk, packe
 from nemotrt.exporter.validation.gates import BASELINE_FACTOR
 from nemotrt.exporter.validation.metrics import Array, Values
 from nemotrt.exporter.validation.plan import empty_pools
-from nemotrt.exporter.validation.references.pytorch import router_policies
-from nemotrt.exporter.validation.routing import RouterPolicy, num_mismatches
+from nemotrt.exporter.validation.routing import RouterPolicy, num_mismatches, router_policies
 from nemotrt.exporter.validation.runners.base import GraphRunner, Mode, Runner
 from nemotrt.exporter.validation.runners.torch import TorchRunner
 from nemotrt.plugins.contract import DType, LayerName

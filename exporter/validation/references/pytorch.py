@@ -6,7 +6,6 @@ from functools import cached_property
 
 import torch
 
-from nemotrt.exporter.checkpoint import weights
 from nemotrt.exporter.checkpoint.loaded_model import LoadedModel
 from nemotrt.exporter.config import BuildConfig
 from nemotrt.exporter.progress import Advance, ignore
@@ -21,7 +20,7 @@ from nemotrt.exporter.validation.comparison import (
 from nemotrt.exporter.validation.gates import expected_dtypes, measure
 from nemotrt.exporter.validation.observation import Observation
 from nemotrt.exporter.validation.plan import Workload
-from nemotrt.exporter.validation.routing import RouterPolicy
+from nemotrt.exporter.validation.routing import router_policies
 from nemotrt.exporter.validation.runners.torch import TorchRunner
 from nemotrt.plugins.contract import DType
 
@@ -107,23 +106,3 @@ def _with_baselines(
     align = reference.align(run)
     baselines = {name: measure(*align(name, observation)) for name, observation in observations.items()}
     return replace(run, baseline=f"PyTorch ({dtype.label})", baselines=baselines)
-
-
-def router_policies(model: LoadedModel) -> tuple[RouterPolicy, ...]:
-    """How each MoE layer of the model chooses experts; only their correction biases are read."""
-    config = model.config
-    return tuple(
-        RouterPolicy(
-            layer,
-            weights.read(
-                model.weights[f"backbone.layers.{layer}.mixer.gate.e_score_correction_bias"],
-                (config.n_routed_experts,),
-                DType.FLOAT32,
-            ).numpy(),
-            config.num_experts_per_tok,
-            config.n_group,
-            config.topk_group,
-        )
-        for layer, kind in config.numbered_layers.items()
-        if kind == "moe"
-    )
