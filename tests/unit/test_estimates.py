@@ -117,13 +117,13 @@ def test_runtimes_that_build_here_have_their_own_stages(
 
 @pytest.mark.slow
 def test_memory_of_a_build() -> None:
-    """In a process of its own, which has loaded nothing else."""
+    """In a process of its own, which has loaded nothing else. PyTorch's CPU build takes less than the CUDA build."""
     command = [sys.executable, SCRIPT, EXAMPLE, "--json"]
     measured = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
     stages = estimated(EXAMPLE)
     assert list(stages) == list(measured)
     for name, stage in stages.items():
-        assert stage.memory_bytes == pytest.approx(measured[name]["memory_bytes"], rel=0.25), name
+        assert 0.5 < measured[name]["memory_bytes"] / stage.memory_bytes < 1.25, name
 
 
 def test_quantization_is_a_stage(tmp_path: Path) -> None:
