@@ -20,7 +20,7 @@ from nemotrt.exporter.commands.validate import validate
 from nemotrt.exporter.commands.verify import verify
 from nemotrt.exporter.errors import ExportError, UsageError
 
-BUILD_PACKAGES = ("torch", "onnx_ir", "polygraphy")
+BUILD_PACKAGES = ("torch", "polygraphy")
 """Modules of the packages in the extra `build`."""
 
 

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""Builds the source distribution and the wheel, and tests the wheel in an environment without the checkout.
+"""Builds the source distribution and the wheel, and tests the wheel in two environments without the checkout.
 
-That environment shares this one's installed packages through a path file, so that PyTorch is not downloaded again, but
-not its nemo-export.
+The first shares this one's installed packages through a path file, so that PyTorch is not downloaded again, but not its
+nemo-export. The second has what pip installs for running bundles, without PyTorch.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ import click
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLE = ROOT / "examples" / "tiny"
+MAX_RUNNING_BYTES = 450_000_000
+"""The most that an installation which only runs bundles may take."""
 
 
 @click.command()
@@ -34,6 +36,7 @@ def main(output: Path) -> None:
         (sdist,), (wheel,) = (folder / "dist").glob("*.tar.gz"), (folder / "dist").glob("*.whl")
         check_contents(sdist, wheel)
         test_wheel(wheel, folder)
+        test_running_alone(wheel, folder)
         output.mkdir(exist_ok=True)
         for package in (sdist, wheel):
             click.echo(shutil.copy2(package, output))
@@ -79,6 +82,27 @@ def test_wheel(wheel: Path, folder: Path) -> None:
     run(program, "check", EXAMPLE, where=folder)
     run(program, "build", EXAMPLE, "--output", bundle, "--runtime", "onnx", where=folder)
     click.echo(run(program, "verify", bundle, where=folder).strip())
+    golden = ("--checkpoint", EXAMPLE, "--drift-steps", "0", "--save-golden", folder / "golden")
+    run(program, "validate", bundle, *golden, where=folder)
+
+
+def test_running_alone(wheel: Path, folder: Path) -> None:
+    """Install the wheel with the extra `cpu` alone, and run the bundle of `test_wheel` with it."""
+    home, bundle = folder / "running", folder / "bundle"
+    venv.create(home, with_pip=False)
+    python, program = home / "bin" / "python", home / "bin" / "nemo-export"
+    run(sys.executable, "-m", "pip", "--python", python, "install", "--quiet", f"{wheel}[cpu]")
+    size = sum(path.lstat().st_size for path in home.rglob("*"))
+    click.echo(f"the extra cpu alone takes {size / 1e9:.2f} GB")
+    if size > MAX_RUNNING_BYTES:
+        raise SystemExit(
+            f"more than {MAX_RUNNING_BYTES / 1e9:.2f} GB: what was added to the base dependencies?"
+        )
+    run(program, "check", EXAMPLE, where=folder)
+    run(program, "inspect", bundle, where=folder)
+    run(program, "verify", bundle, where=folder)
+    run(program, "generate", bundle, "--prompt", "The", "--max-new-tokens", "4", where=folder)
+    run(program, "validate", bundle, "--golden", folder / "golden", where=folder)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ assert names == {"nemotrt"}, names
 
 BLOCKED = """
 import sys
-sys.modules.update(dict.fromkeys(("torch", "onnx_ir", "polygraphy")))
+sys.modules.update(dict.fromkeys(("torch", "polygraphy")))
 from nemotrt.exporter.cli import program
 program(sys.argv[1:], prog_name="nemo-export")
 """
@@ -89,13 +89,21 @@ def test_a_prompt_in_place_of_a_list_is_refused(bundle: Path) -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [("verify",), ("inspect",), ("generate", "--prompt", "for", "--max-new-tokens", "2")],
-    ids=lambda arguments: arguments[0],
+    [
+        ("check", "{checkpoint}"),
+        ("inspect", "{checkpoint}"),
+        ("inspect", "{bundle}"),
+        ("verify", "{bundle}"),
+        ("generate", "{bundle}", "--prompt", "for", "--max-new-tokens", "2"),
+        ("validate", "{bundle}", "--golden", "{golden}"),
+    ],
+    ids=" ".join,
 )
 def test_running_a_bundle_needs_no_package_of_the_extra_build(
-    bundle: Path, tmp_path: Path, arguments: tuple[str, ...]
+    bundle: Path, golden: Path, tmp_path: Path, arguments: tuple[str, ...]
 ) -> None:
-    result = run(BLOCKED, arguments[0], bundle, *arguments[1:], folder=tmp_path)
+    places = {"bundle": bundle, "checkpoint": bundle.parent / "checkpoint", "golden": golden}
+    result = run(BLOCKED, *(argument.format(**places) for argument in arguments), folder=tmp_path)
     assert result.returncode == 0, result.stderr
 
 
@@ -104,5 +112,5 @@ def test_a_command_that_lacks_the_extra_build_names_it(bundle: Path, tmp_path: P
     result = run(BLOCKED, "build", checkpoint, "--output", tmp_path / "out", folder=tmp_path)
     assert result.returncode == 2
     error, hint = result.stderr.splitlines()[-2:]
-    assert re.fullmatch(r"error: nemo-export build needs (torch|onnx_ir), which is not installed", error)
+    assert re.fullmatch(r"error: nemo-export build needs torch, which is not installed", error)
     assert hint == "  pip install 'nemo-export[build]'"
