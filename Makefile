@@ -22,6 +22,9 @@ $(VENV)/.ready: pyproject.toml
 	$(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[build,cpu,kernels]' --group dev
 # TensorRT-RTX builds engines without a GPU. Its packages exist for x86-64 Linux and Windows only.
 	$(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[rtx]' || echo 'TensorRT-RTX is not available: bundles will have no engines' >&2
+# Editors and mypy find the package nemotrt here (pyproject.toml): a path file tells them nothing.
+	mkdir -p build/typing/nemotrt
+	for name in exporter plugins model; do ln -sfn ../../../$$name build/typing/nemotrt/$$name; done
 	touch $@
 
 # One GPU generation, because compiling the kernels of four takes minutes. ONNX only if TensorRT-RTX is missing.
@@ -44,8 +47,6 @@ lint: setup ## check format and lint
 	$(BIN)/ruff check .
 
 types: setup ## run mypy in strict mode
-	mkdir -p build/typing/nemotrt
-	for name in exporter plugins model; do ln -sfn ../../../$$name build/typing/nemotrt/$$name; done
 	$(BIN)/mypy -p nemotrt.exporter -p nemotrt.model -p nemotrt.plugins
 
 imports: setup ## check the import layers
