@@ -147,7 +147,8 @@ class Workload:
             shape = pool.shape(*(sizes or self.sizes))
             count = int(np.prod(shape))
             levels = bits.random_raw(-(-count // 8)).astype("<u8").view(np.uint8)[:count] % NUM_LEVELS
-            noise[pool.name] = ((levels.astype(np.float32) - NUM_LEVELS // 2) / np.float32(4)).reshape(shape)
+            around_zero = levels.view(np.int8) - np.int8(NUM_LEVELS // 2)
+            noise[pool.name] = np.divide(around_zero, 4, dtype=np.float32).reshape(shape)
         return noise
 
 

@@ -50,9 +50,9 @@ def reference(
         past_2VLD = cache[used].to(compute).permute(1, 2, 0, 3, 4).flatten(2, 3)[:, :, :total]
         past_2VLD = past_2VLD * torch.stack([k_scale, v_scale]).to(compute).view(2, 1, 1, 1)
         keys_QLD, values_QLD = past_2VLD.repeat_interleave(per_kv, dim=1)
-        scores_QTL = q[start:end].to(compute).transpose(0, 1) @ keys_QLD.transpose(1, 2) * scale
+        scores_QTL = (q[start:end].to(compute).transpose(0, 1) @ keys_QLD.transpose(1, 2)).mul_(scale)
         future_TL = torch.arange(total, device=q.device) > positions[:, None]
-        probabilities_QTL = scores_QTL.masked_fill(future_TL, -torch.inf).softmax(-1)
+        probabilities_QTL = scores_QTL.masked_fill_(future_TL, -torch.inf).softmax(-1)
         o[start:end] = (probabilities_QTL @ values_QLD).transpose(0, 1).to(q.dtype)
     return o, cache
 

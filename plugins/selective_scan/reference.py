@@ -38,6 +38,7 @@ def reference(
     x_THP = x.to(compute)
     B_THN = B.to(compute).repeat_interleave(per_group, dim=1)
     C_THN = C.to(compute).repeat_interleave(per_group, dim=1)
+    input_THP, skip_THP = delta_TH[..., None] * x_THP, D.to(compute)[:, None] * x_THP
     y = torch.zeros_like(x)
     next_state = ssm_state.clone()
     starts = query_start.tolist()
@@ -48,9 +49,7 @@ def reference(
         stored_HPN = ssm_state[row].to(compute)
         h_HPN = stored_HPN if context_len[b] > 0 else torch.zeros_like(stored_HPN)
         for t in range(start, end):
-            input_HP = delta_TH[t, :, None] * x_THP[t]
-            h_HPN = decay_TH[t, :, None, None] * h_HPN + input_HP[:, :, None] * B_THN[t, :, None, :]
-            y_HP = (h_HPN @ C_THN[t, :, :, None])[..., 0] + D.to(compute)[:, None] * x_THP[t]
-            y[t] = y_HP.to(x.dtype)
+            h_HPN = decay_TH[t, :, None, None] * h_HPN + input_THP[t, :, :, None] * B_THN[t, :, None, :]
+            y[t] = (h_HPN @ C_THN[t, :, :, None])[..., 0] + skip_THP[t]
         next_state[row] = h_HPN.to(ssm_state.dtype)
     return y, next_state

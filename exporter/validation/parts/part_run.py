@@ -184,9 +184,9 @@ def run_part(
 ) -> tuple[list[Tensor], PartComparison]:
     """The reference's output in each step, and the comparison of the values in `names`.
 
-    `steps` holds each step's value from the previous part, and its step inputs. Every pool starts as in `noise`. In
-    each comparison, the reference takes the experts that the other side chose. Without `with_places`, only the compared
-    rows of pools stay in memory.
+    `steps` holds each step's value from the previous part, and its step inputs. Every pool starts as in `noise`, and
+    PyTorch takes the experts that the runner chose. Without `with_places`, only the compared rows of pools stay in
+    memory.
     """
     comparison = PartComparison()
     state: dict[str, NDArray[Any]] = {name: noise[name] for name in part.pools}
@@ -204,10 +204,7 @@ def run_part(
         rows = {name: _compared_rows(part, name, reference.values[name], noise, count) for name in names}
         _add(comparison.candidate, results, reference.values, rows, with_places)
         if baseline:
-            baseline.step(flow, inputs)
-            if routing := tuple(logits_TE[:count] for logits_TE in baseline.router_logits()):
-                # Running the reference again is safe: a layer that has experts has no pools.
-                reference.step(flow, inputs, routing)
+            baseline.step(flow, inputs, routing)
             _add(comparison.baseline, baseline.values, reference.values, rows, with_places)
         comparison.calls.append((calls, baseline.calls if baseline else calls, count))
     for name, values in state.items():

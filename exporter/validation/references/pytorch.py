@@ -66,7 +66,10 @@ def record(
     advance: Advance = ignore,
     while_loaded: WhileLoaded = lambda runner: None,
 ) -> ReferenceRun:
-    """PyTorch's run in FP32 on its own greedy continuation, with the rounding baseline of a lower precision."""
+    """PyTorch's run in FP32 on its own greedy continuation, with the rounding baseline of a lower precision.
+
+    The reference is released before the baseline is loaded.
+    """
     noise = workload.noises(reference.pools)
     scenarios, observations = observe_greedy(reference.runner, workload, noise, advance)
     while_loaded(reference.runner)
@@ -94,15 +97,16 @@ def with_baselines_of(run: ReferenceRun, reference: LoadedReference, advance: Ad
 def _with_baselines(
     run: ReferenceRun, reference: LoadedReference, advance: Advance, while_loaded: WhileLoaded
 ) -> ReferenceRun:
+    """The run with the errors of PyTorch at the graph's precision, which takes the reference's experts."""
     dtype = reference.config.dtype
     if dtype is DType.FLOAT32:
         return run
-    if not run.policies:
-        reference.release()  # Only a routing mismatch needs it again.
+    reference.release()
     runner = TorchRunner(reference.model, reference.pools, dtype.torch)
-    observations = observe_all(runner, run.scenarios, run.noise_of, advance)
+    baselines = {}
+    for name, steps in run.scenarios.items():
+        exact = run.observations[name]
+        rounded = observe(runner, steps, run.noise_of(name), forced=exact.routers, advance=advance)
+        baselines[name] = measure(rounded, exact)
     while_loaded(runner)
-    del runner
-    align = reference.align(run)
-    baselines = {name: measure(*align(name, observation)) for name, observation in observations.items()}
     return replace(run, baseline=f"PyTorch ({dtype.label})", baselines=baselines)

@@ -111,7 +111,9 @@ class SessionRunner:
 
     def pools(self) -> dict[str, Values]:
         """Every pool's values."""
-        return {name: self._session.pool(name).astype(np.float32) for name in self._session.pool_names}
+        return {
+            name: self._session.pool(name).astype(np.float32, copy=False) for name in self._session.pool_names
+        }
 
 
 class GraphRunner(SessionRunner):
