@@ -21,6 +21,7 @@ import bad_checkpoints  # noqa: E402
 import bad_fp8  # noqa: E402
 import bad_places  # noqa: E402
 import bad_reference_files  # noqa: E402
+import bad_text_files  # noqa: E402
 import test_bad_input  # noqa: E402
 import test_interrupts  # noqa: E402
 import test_streams  # noqa: E402
@@ -45,6 +46,9 @@ REFUSALS: Mapping[Callable[..., None], Mapping[str, Refusal]] = {
     },
     test_bad_input.test_a_bad_quantization: {
         name: (case.says, case.code) for name, case in bad_fp8.ALL.items()
+    },
+    test_bad_input.test_a_bad_tokenizer_or_chat_template: {
+        name: (case.says, case.code) for name, case in bad_text_files.ALL.items()
     },
     test_bad_input.test_invalid_flags: {name: (says, 2) for name, (_, says) in bad_places.FLAGS.items()},
     test_bad_input.test_an_unusable_output_path: {

@@ -149,7 +149,10 @@ def file_inside(folder: Path, name: str) -> Path:
         raise CheckpointError(f"{INDEX} lists {name}, which is not a file of {folder}")
     path = folder / name
     if not path.is_file():
-        raise CheckpointError(f"{path} is missing", hint="download the checkpoint again")
+        raise CheckpointError(
+            f"{path} is {'not a regular file' if path.exists() else 'missing'}",
+            hint="download the checkpoint again",
+        )
     if path.is_symlink() and (target := path.resolve()).parent not in _trusted_folders(folder.resolve()):
         raise CheckpointError(
             f"{path} is a link to {target}, outside the checkpoint",

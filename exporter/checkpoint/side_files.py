@@ -3,7 +3,8 @@
 import json
 import os
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from nemotrt.exporter.checkpoint.other_formats import other_format
@@ -34,9 +35,8 @@ SIDE_FILES = (
 
 
 def side_files(checkpoint: Path) -> tuple[str, ...]:
-    """The names of the side files in the folder, broken links included: `check_side_files` refuses those."""
-    paths = {name: checkpoint / name for name in SIDE_FILES}
-    return tuple(name for name, path in paths.items() if path.is_file() or path.is_symlink())
+    """The names of the side files in the folder, even of broken links and folders, which `check_side_files` refuses."""
+    return tuple(name for name in SIDE_FILES if os.path.lexists(checkpoint / name))
 
 
 def code_files(checkpoint: Path) -> tuple[str, ...]:
@@ -81,12 +81,16 @@ def parse_config(path: Path, ignore_fields: Collection[str] = ()) -> ModelConfig
         ) from error
     except ConfigError as error:
         raise CheckpointError(f"{path}: {error}", hint=error.hint) from error
-    outside = [token for token in config.eos_token_id if token >= config.vocab_size]
-    if outside:
-        raise CheckpointError(
-            f"{path}: eos_token_id {outside[0]} is outside the vocabulary of {config.vocab_size} tokens"
-        )
+    bos = () if config.bos_token_id is None else (config.bos_token_id,)
+    for name, tokens in (("eos_token_id", config.eos_token_id), ("bos_token_id", bos)):
+        _check_ids(f"{path}: {name}", tokens, config)
     return config
+
+
+def _check_ids(what: str, tokens: Iterable[int], config: ModelConfig) -> None:
+    for token in tokens:
+        if not 0 <= token < config.vocab_size:
+            raise CheckpointError(f"{what} {token} is outside the vocabulary of {config.vocab_size} tokens")
 
 
 def check_ignored(config: ModelConfig, ignore_fields: Collection[str]) -> None:
@@ -118,18 +122,44 @@ def check_side_files(checkpoint: Path, config: ModelConfig) -> dict[str, frozens
         path = file_inside(checkpoint, name)
         if path.suffix == ".json":
             read_json(path)
+    with _faults_of_the_checkpoint("copy the file from the model's repository again"):
+        tokenizer = Tokenizer(checkpoint) if TOKENIZER in names else None
+        end_tokens = tokenizer.end_tokens if tokenizer else stored_end_tokens(checkpoint)
+    for name, ids in end_tokens.items():
+        _check_ids(f"{checkpoint / name}: eos_token_id", ids, config)
+    if tokenizer:
+        _check_tokens(tokenizer, checkpoint / TOKENIZER, config)
+        with _faults_of_the_checkpoint("correct it, or remove it to build a bundle without one"):
+            _check_template(tokenizer)
+    return end_tokens
+
+
+@contextmanager
+def _faults_of_the_checkpoint(hint: str) -> Iterator[None]:
     try:
-        if TOKENIZER not in names:
-            return stored_end_tokens(checkpoint)
-        tokenizer = Tokenizer(checkpoint)
+        yield
     except BundleError as error:
-        raise CheckpointError(str(error), hint="copy the file from the model's repository again") from error
+        raise CheckpointError(str(error), hint=hint) from error
+
+
+def _check_tokens(tokenizer: Tokenizer, path: Path, config: ModelConfig) -> None:
+    """Raise CheckpointError on more tokens than the model has, and on an id that it does not have."""
+    hint = "the tokenizer belongs to another model"
     if tokenizer.vocab_size > config.vocab_size:
         raise CheckpointError(
-            f"{checkpoint / TOKENIZER} has {tokenizer.vocab_size} tokens, config.json {config.vocab_size}",
-            hint="the tokenizer belongs to another model",
+            f"{path} has {tokenizer.vocab_size} tokens, config.json {config.vocab_size}", hint=hint
         )
-    return tokenizer.end_tokens
+    for token in tokenizer.outside(config.vocab_size):
+        raise CheckpointError(
+            f"{path}: {token} is outside the vocabulary of {config.vocab_size} tokens", hint=hint
+        )
+
+
+def _check_template(tokenizer: Tokenizer) -> None:
+    """Raise BundleError if the chat template fails on the simplest conversation; it may refuse that one."""
+    with suppress(UsageError):
+        if tokenizer.has_template:
+            tokenizer.render([[{"role": "user", "content": "Hello"}]])
 
 
 def end_token_notes(end_tokens: Mapping[str, frozenset[int]]) -> tuple[str, ...]:

@@ -1,79 +1,54 @@
-"""Renders messages with a checkpoint's chat template, in Jinja as transformers configures it."""
+"""Renders conversations with a checkpoint's chat template, in a child process that a hostile template may crash."""
 
-import datetime
 import json
+import signal
+import subprocess
+import sys
 from collections.abc import Mapping, Sequence
-from typing import Any, NoReturn
+from dataclasses import asdict
 
-from nemotrt.exporter.errors import BundleError, UsageError
+from nemotrt.exporter.errors import BundleError, ExportError, UsageError
+from nemotrt.exporter.generation.template_program import Failure, RenderRequest
+
+PROGRAM = (sys.executable, "-P", "-m", "nemotrt.exporter.generation.template_program")
+
+CPU_SECONDS = 5
+"""How long a template may compute; published ones take 0.01 s."""
+
+Conversation = Sequence[Mapping[str, str]]
+"""Messages {role, content}."""
 
 
-def render(template: str, messages: Sequence[Mapping[str, str]], named_tokens: Mapping[str, str]) -> str:
-    """The conversation as the template formats it for the model to answer.
+def render(
+    template: str, conversations: Sequence[Conversation], named_tokens: Mapping[str, str]
+) -> list[str]:
+    """Each conversation as the template formats it for the model to answer.
 
     `named_tokens` are the special tokens that the template may refer to by name. Raises UsageError if the template
-    refuses the messages, BundleError if it is broken or unsafe.
+    refuses the messages, BundleError if it is broken or unsafe, or needs too much time or memory.
     """
-    from jinja2 import TemplateError
-    from jinja2.exceptions import SecurityError
-
-    # Templates test `tools is none`, so these are None, not undefined.
-    variables = {"tools": None, "documents": None, "add_generation_prompt": True, "messages": list(messages)}
-    try:
-        text = str(_environment().from_string(template).render({**named_tokens, **variables}))
-        text.encode()  # raises ValueError on half of a surrogate pair, which no tokenizer takes
-        return text
-    except _RefusedError as error:
-        raise UsageError(f"the chat template refuses the messages: {error}") from error
-    except SecurityError as error:
-        raise BundleError(f"the chat template uses something that a template may not: {error}") from error
-    except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, RecursionError) as error:
-        raise BundleError(f"the chat template is broken: {error}") from error
-
-
-class _RefusedError(Exception):
-    """A template called raise_exception."""
-
-
-def _environment() -> Any:
-    """The sandbox in which a template runs, because it is untrusted code."""
-    from jinja2 import nodes
-    from jinja2.ext import Extension, loopcontrols
-    from jinja2.parser import Parser
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    class Generation(Extension):
-        """`{% generation %}` marks what a model writes, for training; here it only is a scope of its own."""
-
-        tags = {"generation"}  # noqa: RUF012  the base class declares it as an instance variable
-
-        def parse(self, parser: Parser) -> nodes.Node:
-            line = next(parser.stream).lineno
-            return nodes.Scope(
-                parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line
-            )
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
+    request = RenderRequest(template, conversations, named_tokens, CPU_SECONDS)
+    done = subprocess.run(
+        PROGRAM,
+        input=json.dumps(asdict(request)).encode(),
+        capture_output=True,
+        check=False,
+        start_new_session=True,  # this process handles Ctrl-C, and ends the other one
     )
-    now = datetime.datetime.now().astimezone()
-    environment.filters["tojson"] = _to_json
-    environment.globals |= {"raise_exception": _refuse, "strftime_now": now.strftime}
-    return environment
+    if done.returncode:
+        raise _error(done.returncode, done.stderr.decode(errors="replace"))
+    return list(json.loads(done.stdout))
 
 
-def _refuse(message: str) -> NoReturn:
-    raise _RefusedError(message)
-
-
-def _to_json(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    """Plain JSON; Jinja's own filter escapes HTML."""
-    return json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-    )
+def _error(code: int, message: str) -> ExportError:
+    """The error for a program that ended with this exit code and wrote this message."""
+    if code == Failure.REFUSED:
+        return UsageError(f"the chat template refuses the messages: {message}")
+    if code == Failure.UNSAFE:
+        return BundleError(f"the chat template uses something that a template may not: {message}")
+    if code == -signal.SIGXCPU:
+        message = f"it computes for more than {CPU_SECONDS} s"
+    elif code < 0:
+        message = f"rendering it ended with {signal.Signals(-code).name}"
+    lines = message.splitlines() or [f"rendering it ended with exit code {code}"]
+    return BundleError(f"the chat template is broken: {lines[-1]}")

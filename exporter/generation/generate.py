@@ -67,6 +67,7 @@ def generate(bundle: Path | str, prompts: Sequence[str], config: GenerateConfig)
     tokenizer = Tokenizer(bundle)
     profile = engine_profile(bundle, manifest) if config.engine else _graph_profile(bundle, manifest)
     requests = _requests(tokenizer, prompts, config, profile.max_context)
+    _check_tokens(tokenizer, requests, manifest.model.vocab_size)
     batch = min(profile.max_sequences, len(requests))
     needed = [pages_of(len(r.prompt) + r.max_new_tokens, profile.page_size) for r in requests]
     # The largest requests may run at the same time.
@@ -140,10 +141,17 @@ def _requests(
         raise UsageError("there is no prompt")
     if isinstance(prompts, str):
         raise UsageError("the prompts are one string, not a list", hint=f"pass [{prompts[:40]!r}]")
-    requests = []
     for number, prompt in enumerate(prompts):
-        message = [{"role": "user", "content": prompt}]
-        tokens = tokenizer.chat(message) if config.chat else tokenizer.encode(prompt)
+        try:
+            prompt.encode()
+        except UnicodeEncodeError as error:
+            raise UsageError(f"prompt {number + 1} is not UTF-8 text: {error.reason}") from error
+    if config.chat:
+        encoded = tokenizer.chat([[{"role": "user", "content": prompt}] for prompt in prompts])
+    else:
+        encoded = [tokenizer.encode(prompt) for prompt in prompts]
+    requests = []
+    for number, tokens in enumerate(encoded):
         if not tokens:
             raise UsageError(f"prompt {number + 1} is empty", hint="give some text to continue")
         room = max_context - len(tokens)
@@ -154,3 +162,13 @@ def _requests(
             )
         requests.append(Request(number, tokens, min(config.max_new_tokens, room)))
     return requests
+
+
+def _check_tokens(tokenizer: Tokenizer, requests: Sequence[Request], vocab_size: int) -> None:
+    for request in requests:
+        if outside := [token for token in request.prompt if token >= vocab_size]:
+            raise UsageError(
+                f"prompt {request.number + 1} has {tokenizer.fast.id_to_token(outside[0])},"
+                f" token {outside[0]}, outside the vocabulary of {vocab_size} tokens",
+                hint="leave it out",
+            )

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemotrt.exporter.errors import BundleError, UsageError
-from nemotrt.exporter.generation.chat_template import render
-from nemotrt.exporter.runtime.strict_json import read_object
+from nemotrt.exporter.generation.chat_template import Conversation, render
+from nemotrt.exporter.runtime.strict_json import MAX_BYTES, read_object
 
 if TYPE_CHECKING:
     import tokenizers
@@ -30,10 +30,7 @@ class Tokenizer:
                 f"{folder} has no {TOKENIZER}, which is needed for text",
                 hint=f"build again with the model's {TOKENIZER} in the checkpoint, or run token ids in a Session",
             )
-        try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise BundleError(f"{path} cannot be read: {error}") from error
+        text = _read_text(path)
         try:
             self.fast: tokenizers.Tokenizer = FastTokenizer.from_str(text)
         except Exception as error:  # tokenizers raises no other type, whatever is wrong
@@ -57,24 +54,34 @@ class Tokenizer:
         """The vocabulary's entry for a token, None if it has none."""
         return self.fast.id_to_token(token_id)
 
+    def outside(self, vocab_size: int) -> list[str]:
+        """The tokens whose ids the model does not have, as `the id 1500 of <x>`."""
+        vocabulary = self.fast.get_vocab(with_added_tokens=True)
+        return [f"the id {token} of {text}" for text, token in vocabulary.items() if token >= vocab_size]
+
     def encode(self, text: str) -> tuple[int, ...]:
         """The tokens of a plain prompt, with the special tokens that the tokenizer adds, such as a first token."""
         return tuple(self.fast.encode(text).ids)
 
-    def chat(self, messages: Sequence[Mapping[str, str]]) -> tuple[int, ...]:
-        """The tokens of a conversation for the model to answer; a message is {role, content}.
+    def chat(self, conversations: Sequence[Conversation]) -> list[tuple[int, ...]]:
+        """The tokens of each conversation for the model to answer; a message is {role, content}.
 
         Raises UsageError if there is no template or it refuses the messages, BundleError if it is broken.
         """
         # The template writes the special tokens itself.
-        return tuple(self.fast.encode(self.render(messages), add_special_tokens=False).ids)
+        texts = self.render(conversations)
+        return [tuple(self.fast.encode(text, add_special_tokens=False).ids) for text in texts]
 
-    def render(self, messages: Sequence[Mapping[str, str]]) -> str:
-        """The conversation as the template formats it; raises the same errors as `chat`."""
-        template = self._template()
-        if not template:
+    def render(self, conversations: Sequence[Conversation]) -> list[str]:
+        """Each conversation as the template formats it; raises the same errors as `chat`."""
+        if not self.has_template:
             raise UsageError("there is no chat template", hint="leave out --chat")
-        return render(template, messages, self.named_tokens)
+        return render(self._template(), conversations, self.named_tokens)
+
+    @property
+    def has_template(self) -> bool:
+        """Whether there is a chat template; raises BundleError if it is not text."""
+        return bool(self._template())
 
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of the tokens, special ones left out."""
@@ -96,7 +103,7 @@ class Tokenizer:
         """The chat template's text, empty if there is none; of several named templates, `default`."""
         path = self._folder / CHAT_TEMPLATE
         if path.is_file():
-            return path.read_text(encoding="utf-8")
+            return _read_text(path)
         template = self._config.get("chat_template") or ""
         if isinstance(template, list):
             named = {
@@ -143,6 +150,17 @@ def stored_end_tokens(folder: Path) -> dict[str, frozenset[int]]:
             raise BundleError(f"{folder / name}: eos_token_id is {value}, not token ids")
         end_tokens[name] = frozenset(ids)
     return end_tokens
+
+
+def _read_text(path: Path) -> str:
+    try:
+        if (size := path.stat().st_size) > MAX_BYTES:
+            raise BundleError(f"{path} has {size} bytes, over {MAX_BYTES}")
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise BundleError(f"{path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise BundleError(f"{path} cannot be read as UTF-8: {error.reason}") from error
 
 
 def _optional(path: Path) -> dict[str, Any]:

@@ -86,6 +86,8 @@ SEEN_BY_HASHES_ONLY = ("bundle-changed-byte",)
 PROMPTS: dict[str, tuple[tuple[str, ...], str]] = {
     "prompt-none": ((), "Missing option '--prompt'"),
     "prompt-too-long": (("--prompt", "for " * 200), r"prompt 1 has \d+ tokens, the context holds 64"),
+    "prompt-not-utf8": (("--prompt", "caf\udce9"), "prompt 1 is not UTF-8 text"),
+    "chat-not-utf8": (("--chat", "--prompt", "for", "--prompt", "caf\udce9"), "prompt 2 is not UTF-8 text"),
     "tokens-none": (("--prompt", "for", "--max-new-tokens", "0"), "--max-new-tokens 0 is below 1"),
     "temperature-negative": (
         ("--prompt", "for", "--temperature", "-1"),

@@ -17,6 +17,7 @@ import bad_bundles
 import bad_checkpoints
 import bad_fp8
 import bad_reference_files
+import bad_text_files
 import fake_gpu
 import numpy as np
 import pytest
@@ -52,7 +53,8 @@ def contents(folder: Path) -> dict[str, str]:
         if path.is_symlink():
             found[name] = f"link to {os.readlink(path)}"
         else:
-            found[name] = "folder" if path.is_dir() else digest(path)
+            kinds = {path.is_dir(): "folder", path.is_fifo(): "pipe"}
+            found[name] = kinds.get(True) or digest(path)
     return found
 
 
@@ -89,6 +91,12 @@ def test_a_bad_checkpoint(tmp_path: Path, name: str) -> None:
 def test_a_bad_quantization(tmp_path: Path, name: str) -> None:
     """`build` refuses unsupported quantization, FP8 with invalid scales, and unusable calibration text."""
     _refused_by_a_build(tmp_path, bad_fp8.ALL[name])
+
+
+@pytest.mark.parametrize("name", bad_text_files.ALL)
+def test_a_bad_tokenizer_or_chat_template(tmp_path: Path, name: str) -> None:
+    """`build` refuses it before it writes anything."""
+    _refused_by_a_build(tmp_path, bad_text_files.ALL[name])
 
 
 def _refused_by_a_build(tmp_path: Path, case: Case) -> None:

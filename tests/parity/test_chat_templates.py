@@ -62,4 +62,4 @@ def test_a_template_renders_as_in_transformers(
         theirs = expected.apply_chat_template(
             MESSAGES, chat_template=template, tokenize=False, add_generation_prompt=True
         )
-        assert Tokenizer(tmp_path).render(MESSAGES) == theirs, name
+        assert Tokenizer(tmp_path).render([MESSAGES]) == [theirs], name

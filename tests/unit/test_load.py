@@ -209,6 +209,12 @@ def test_the_tokenizer_goes_along(with_tokenizer: Path) -> None:
         ("tokenizer.json", "{", "tokenizer.json is not valid JSON"),
         ("tokenizer_config.json", "[]", "tokenizer_config.json is not a JSON object"),
         ("generation_config.json", '{"eos_token_id": "x"}', "eos_token_id is x, not token ids"),
+        (
+            "generation_config.json",
+            '{"eos_token_id": [1, 512]}',
+            "eos_token_id 512 is outside the vocabulary",
+        ),
+        ("chat_template.jinja", "{% if %}", "the chat template is broken: Expected an expression"),
     ],
 )
 def test_a_broken_side_file(with_tokenizer: Path, name: str, text: str, message: str) -> None:
@@ -223,6 +229,23 @@ def test_a_tokenizer_with_more_tokens_than_the_model(with_tokenizer: Path) -> No
     (with_tokenizer / "config.json").write_text(json.dumps(config | {"vocab_size": 100}))
     with pytest.raises(CheckpointError, match=r"tokenizer.json has \d+ tokens, config.json 100"):
         load(with_tokenizer)
+
+
+def test_a_token_beyond_the_vocabulary(with_tokenizer: Path) -> None:
+    fields = json.loads((with_tokenizer / "tokenizer.json").read_text())
+    fields["model"]["vocab"]["far"] = 1500
+    (with_tokenizer / "tokenizer.json").write_text(json.dumps(fields))
+    with pytest.raises(
+        CheckpointError, match=r"tokenizer.json: the id 1500 of far is outside the vocabulary"
+    ):
+        load(with_tokenizer)
+    (problem,) = check(read_headers(with_tokenizer)).problems
+    assert "the id 1500 of far is outside the vocabulary of 512 tokens" in str(problem)
+
+
+def test_a_template_may_refuse_the_simplest_conversation(with_tokenizer: Path) -> None:
+    (with_tokenizer / "chat_template.jinja").write_text("{{ raise_exception('a base model does not chat') }}")
+    assert not check(read_headers(with_tokenizer)).problems
 
 
 def test_end_tokens_that_files_disagree_about_are_listed(with_tokenizer: Path) -> None:

@@ -141,12 +141,23 @@ def test_the_end_of_the_context_is_told_from_the_length_asked_for(bundle: Path) 
     assert event.finish in ("length", "eos")
 
 
+def test_a_token_beyond_the_vocabulary_is_named(tmp_path: Path) -> None:
+    bundle = write_bundle(tmp_path)
+    manifest = manifests.read(bundle)
+    manifests.write(bundle, replace(manifest, model=replace(manifest.model, vocab_size=40)))
+    (token,) = Tokenizer(bundle).encode("a")
+    with pytest.raises(
+        UsageError, match=f"prompt 1 has a, token {token}, outside the vocabulary of 40 tokens"
+    ):
+        list(generate(bundle, ["a"], GenerateConfig()))
+
+
 def test_chat_goes_through_the_template(bundle: Path) -> None:
     tokenizer = Tokenizer(bundle)
-    written = tokenizer.render([{"role": "user", "content": "cat"}])
+    written = tokenizer.render([[{"role": "user", "content": "cat"}]])
     config = GenerateConfig(max_new_tokens=4)
     assert list(generate(bundle, ["cat"], replace(config, chat=True))) == list(
-        generate(bundle, [written], config)
+        generate(bundle, written, config)
     )
 
 

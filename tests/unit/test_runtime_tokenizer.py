@@ -13,6 +13,7 @@ from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import decoders, models
 
 from nemotrt.exporter.errors import BundleError, UsageError
+from nemotrt.exporter.generation import chat_template
 from nemotrt.exporter.generation.tokenizer import TextStream, Tokenizer
 
 MESSAGES = [{"role": "user", "content": "hi"}]
@@ -79,8 +80,8 @@ def test_bytes_that_fall_back_wait_too(tmp_path: Path) -> None:
 
 
 def test_the_chat_template_writes_the_prompt(tokenizer: Tokenizer) -> None:
-    assert tokenizer.render(MESSAGES) == "<s>[user] hi\n[assistant] "
-    tokens = tokenizer.chat(MESSAGES)
+    assert tokenizer.render([MESSAGES]) == ["<s>[user] hi\n[assistant] "]
+    (tokens,) = tokenizer.chat([MESSAGES])
     assert tokens[0] == 0
     assert tokenizer.decode(tokens) == "[user] hi\n[assistant] "
 
@@ -93,9 +94,9 @@ def write_template(folder: Path, template: object) -> Tokenizer:
 
 def test_a_template_file_comes_first_and_a_list_gives_its_default(folder: Path) -> None:
     named = [{"name": "tool", "template": "T"}, {"name": "default", "template": "D"}]
-    assert write_template(folder, named).render(MESSAGES) == "D"
+    assert write_template(folder, named).render([MESSAGES]) == ["D"]
     (folder / "chat_template.jinja").write_text("F {{ messages[0].content }}")
-    assert Tokenizer(folder).render(MESSAGES) == "F hi"
+    assert Tokenizer(folder).render([MESSAGES]) == ["F hi"]
 
 
 def test_templates_have_what_transformers_gives_them(folder: Path) -> None:
@@ -104,7 +105,7 @@ def test_templates_have_what_transformers_gives_them(folder: Path) -> None:
         "    {% if loop.first %}{{ message | tojson }}{% endif %}\n"
         "{% break %}{% endfor %}{{ strftime_now('%Y') | length }}"
     )
-    assert write_template(folder, template).render(MESSAGES) == '{"role": "user", "content": "hi"}4'
+    assert write_template(folder, template).render([MESSAGES]) == ['{"role": "user", "content": "hi"}4']
 
 
 REFUSED = {
@@ -118,6 +119,10 @@ REFUSED = {
     "range": ("{% for i in range(1000000000) %}{% endfor %}", BundleError, "template is broken"),
     "recursion": ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", BundleError, "template is broken"),
     "nesting": ("{% if 1 %}" * 2000, BundleError, "template is broken"),
+    "deep expression": ("{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}", BundleError, "template is broken"),
+    "memory": ("{{ 'a' * 10**11 }}", BundleError, r"it needs more than \d GiB of memory"),
+    "too long": ("{{ 'a' * 10**8 }}", BundleError, r"its text has more than \d+ characters"),
+    "attribute": ("{{ messages | map(attribute='a.b') | list }}", BundleError, "template is broken"),
     "surrogate": (r"{{ '\ud800' }}", BundleError, "template is broken"),
     "open block": ("{% generation %}", BundleError, "template is broken"),
     "no text": (5, BundleError, "chat_template is not text"),
@@ -130,7 +135,36 @@ def test_a_template_that_cannot_be_used_is_an_error(
     folder: Path, template: object, error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message):
-        write_template(folder, template).render(MESSAGES)
+        write_template(folder, template).render([MESSAGES])
+
+
+ENDLESS = {
+    "loops": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+    "power": "{{ 7 ** (7 ** 9) }}",
+}
+
+
+@pytest.mark.parametrize("template", ENDLESS.values(), ids=ENDLESS)
+def test_a_template_that_does_not_end_is_stopped(
+    folder: Path, template: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chat_template, "CPU_SECONDS", 1)
+    with pytest.raises(BundleError, match="template is broken: it computes for more than 1 s"):
+        write_template(folder, template).render([MESSAGES])
+
+
+def test_conversations_are_rendered_apart(folder: Path) -> None:
+    tokenizer = write_template(folder, "{{ messages[0].content }}")
+    assert tokenizer.render([[{"role": "user", "content": text}] for text in ("a", "é\U0001f642")]) == [
+        "a",
+        "é\U0001f642",
+    ]
+
+
+def test_a_template_file_that_is_not_utf8_is_named(folder: Path) -> None:
+    (folder / "chat_template.jinja").write_bytes("für".encode("latin-1"))
+    with pytest.raises(BundleError, match=r"chat_template\.jinja cannot be read as UTF-8"):
+        Tokenizer(folder).render([MESSAGES])
 
 
 def test_a_text_ends_at_every_end_token_that_a_file_names(folder: Path) -> None:
@@ -161,7 +195,7 @@ def test_a_tokenizer_alone_is_enough(folder: Path) -> None:
     tokenizer = Tokenizer(folder)
     assert tokenizer.eos_ids == frozenset()
     with pytest.raises(UsageError, match="there is no chat template"):
-        tokenizer.chat(MESSAGES)
+        tokenizer.chat([MESSAGES])
     assert tokenizer.decode(tokenizer.encode("the cat")) == "the cat"
 
 
@@ -169,14 +203,14 @@ def test_a_tokenizer_alone_is_enough(folder: Path) -> None:
 def test_a_training_runs_truncation_and_padding_have_no_effect(folder: Path, side: str) -> None:
     """tokenizer.json keeps what the last training call had set, on either side."""
     text = "the cat sat on the mat"
-    whole, chat = Tokenizer(folder).encode(text), Tokenizer(folder).chat(MESSAGES)
+    whole, chat = Tokenizer(folder).encode(text), Tokenizer(folder).chat([MESSAGES])
     fast = FastTokenizer.from_file(str(folder / "tokenizer.json"))
     fast.enable_truncation(3, stride=1, direction=side)
     fast.enable_padding(direction=side, length=64, pad_id=0, pad_token="<s>")
     fast.save(str(folder / "tokenizer.json"))
     assert len(fast.encode(text).ids) == 64
     tokenizer = Tokenizer(folder)
-    assert (tokenizer.encode(text), tokenizer.chat(MESSAGES)) == (whole, chat)
+    assert (tokenizer.encode(text), tokenizer.chat([MESSAGES])) == (whole, chat)
 
 
 def test_an_absent_or_broken_tokenizer_is_refused(folder: Path) -> None:

@@ -1,0 +1,138 @@
+"""The program that renders conversations: `python -m nemotrt.exporter.generation.template_program`.
+
+stdin has a `RenderRequest` as JSON, stdout gets the texts as JSON; if the template fails, stderr says how, and the exit
+code is a `Failure`. A template is untrusted code: it runs in Jinja's sandbox, with limits on memory and time.
+"""
+
+import datetime
+import json
+import resource
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any, NoReturn
+
+MAX_MEMORY = 2 << 30
+MAX_CHARACTERS = 64 << 20
+"""Of all texts. A context of a million tokens has 5 M."""
+
+
+@dataclass(frozen=True)
+class RenderRequest:
+    """What to render, and how long that may take; `named_tokens` are variables of the template."""
+
+    template: str
+    conversations: Sequence[Sequence[Mapping[str, str]]]
+    named_tokens: Mapping[str, str]
+    cpu_seconds: int
+
+
+class Failure(IntEnum):
+    """How a template failed: it is broken, refuses the messages, or does something that the sandbox forbids."""
+
+    BROKEN = 1
+    REFUSED = 2
+    UNSAFE = 3
+
+
+class _RefusedError(Exception):
+    """A template called raise_exception."""
+
+
+def main() -> None:
+    """Render what stdin requests."""
+    from jinja2.exceptions import SecurityError
+
+    request = RenderRequest(**json.load(sys.stdin))
+    _limit(resource.RLIMIT_CORE, 0)
+    _limit(resource.RLIMIT_AS, MAX_MEMORY)
+    _limit(resource.RLIMIT_CPU, request.cpu_seconds)
+    try:
+        json.dump(_render(request), sys.stdout)
+    except _RefusedError as error:
+        _fail(Failure.REFUSED, str(error))
+    except SecurityError as error:
+        _fail(Failure.UNSAFE, str(error))
+    except MemoryError:
+        _fail(Failure.BROKEN, f"it needs more than {MAX_MEMORY >> 30} GiB of memory")
+    except Exception as error:  # a template can raise anything
+        sys.stderr.write(str(error) or type(error).__name__)
+        raise SystemExit(Failure.BROKEN) from error
+
+
+def _fail(failure: Failure, message: str) -> NoReturn:
+    sys.stderr.write(message)
+    raise SystemExit(failure)
+
+
+def _limit(kind: int, limit: int) -> None:
+    """Lower a limit of this process; one that is lower already stays."""
+    limits = [limit, *(value for value in resource.getrlimit(kind) if value != resource.RLIM_INFINITY)]
+    resource.setrlimit(kind, (min(limits), resource.getrlimit(kind)[1]))
+
+
+def _render(request: RenderRequest) -> list[str]:
+    template = _environment().from_string(request.template)
+    texts: list[str] = []
+    room = MAX_CHARACTERS
+    for messages in request.conversations:
+        # Templates test `tools is none`, so these are None, not undefined.
+        variables = {"tools": None, "documents": None, "add_generation_prompt": True, "messages": messages}
+        pieces = []
+        for piece in template.generate({**request.named_tokens, **variables}):
+            piece.encode()  # raises ValueError on half of a surrogate pair, which no tokenizer takes
+            pieces.append(piece)
+            room -= len(piece)
+            if room < 0:
+                raise ValueError(f"its text has more than {MAX_CHARACTERS} characters")
+        texts.append("".join(pieces))
+    return texts
+
+
+def _environment() -> Any:
+    """The sandbox in which a template runs."""
+    from jinja2 import nodes
+    from jinja2.ext import Extension, loopcontrols
+    from jinja2.parser import Parser
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(Extension):
+        """`{% generation %}` marks what a model writes, for training; here it only is a scope of its own."""
+
+        tags = {"generation"}  # noqa: RUF012  the base class declares it as an instance variable
+
+        def parse(self, parser: Parser) -> nodes.Node:
+            line = next(parser.stream).lineno
+            return nodes.Scope(
+                parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line
+            )
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
+    )
+    now = datetime.datetime.now().astimezone()
+    environment.filters["tojson"] = _to_json
+    environment.globals |= {"raise_exception": _refuse, "strftime_now": now.strftime}
+    return environment
+
+
+def _refuse(message: str) -> NoReturn:
+    raise _RefusedError(message)
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """Plain JSON; Jinja's own filter escapes HTML."""
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
+
+
+if __name__ == "__main__":
+    main()
