@@ -12,6 +12,7 @@ from nemotrt.exporter.commands.arguments import OUTPUT_OPTIONS
 from nemotrt.exporter.commands.build import build
 from nemotrt.exporter.commands.check import check
 from nemotrt.exporter.commands.console import Console
+from nemotrt.exporter.commands.failures import check_address_space, explain
 from nemotrt.exporter.commands.generate import generate
 from nemotrt.exporter.commands.inspect import inspect
 from nemotrt.exporter.commands.quantize import quantize
@@ -20,9 +21,6 @@ from nemotrt.exporter.commands.validate import validate
 from nemotrt.exporter.commands.verify import verify
 from nemotrt.exporter.errors import ExportError, UsageError
 
-BUILD_PACKAGES = ("torch", "polygraphy")
-"""Modules of the packages in the extra `build`."""
-
 
 class Program(click.Group):
     """A group that turns every error of its commands into one line and an exit code."""
@@ -30,6 +28,14 @@ class Program(click.Group):
     def list_commands(self, ctx: click.Context) -> list[str]:
         """The commands in the order in which a user needs them."""
         return list(self.commands)
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """The command that the arguments name, if this process may map the libraries that it needs."""
+        name, command, rest = super().resolve_command(ctx, args)
+        check_address_space(name or "")
+        return name, command, rest
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command; with --debug, errors are raised instead of printed."""
@@ -41,18 +47,12 @@ class Program(click.Group):
         except click.UsageError as error:
             command = error.ctx.command_path if error.ctx else ctx.command_path
             _end(ctx, error, error.format_message(), f"see {command} --help", UsageError.exit_code)
-        except ModuleNotFoundError as error:
-            package = str(error.name).partition(".")[0]
-            if package not in BUILD_PACKAGES:
-                raise
-            message = f"{ctx.command_path} {ctx.invoked_subcommand} needs {package}, which is not installed"
-            _end(ctx, error, message, "pip install 'nemo-export[build]'", UsageError.exit_code)
         except KeyboardInterrupt as error:
             _end(ctx, error, "interrupted", "", interrupts.exit_code(error))
-        except MemoryError as error:
-            _end(ctx, error, "out of memory", "nemo-export check estimates what a build needs", 1)
-        except OSError as error:
-            if error.errno is None:  # raised by a library
+        except (ImportError, MemoryError, OSError, RuntimeError, SystemError) as error:
+            if explained := explain(error, f"{ctx.command_path} {ctx.invoked_subcommand}"):
+                _end(ctx, error, str(explained), explained.hint, explained.exit_code)
+            if not isinstance(error, OSError) or error.errno is None:
                 raise
             where = f"{error.filename}: " if error.filename else ""
             _end(ctx, error, f"{where}{error.strerror}", "", UsageError.exit_code)

@@ -1,8 +1,10 @@
 """Facts about this machine and its installed packages, and process-wide settings of its libraries."""
 
 import ctypes
+import math
 import os
 import platform
+import resource
 from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
@@ -18,6 +20,9 @@ PACKAGES = (
     "tensorrt",
 )
 """Packages whose versions affect the result of a build."""
+
+UNUSED_ADDRESSES = 1_200_000_000
+"""Addresses that libraries and threads map without using the memory, measured in builds on two cores."""
 
 CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 """A container's memory limit: a number, or `max` (https://docs.kernel.org/admin-guide/cgroup-v2.html)."""
@@ -38,11 +43,19 @@ def machine() -> dict[str, str]:
 
 
 def memory_bytes() -> int:
-    """Bytes of memory that this process may use: the machine's, or its container's if that has less."""
-    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    """Bytes of memory that this process may use: the machine's, or the container's or `ulimit -v`'s if that is less."""
+    limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
     with suppress(OSError, ValueError):
-        return min(total, int(CGROUP_LIMIT.read_text()))
-    return total
+        limits.append(int(CGROUP_LIMIT.read_text()))
+    if (addresses := address_space_limit()) < math.inf:
+        limits.append(max(0, int(addresses) - UNUSED_ADDRESSES))
+    return min(limits)
+
+
+def address_space_limit() -> float:
+    """Bytes of addresses that `ulimit -v` allows this process; infinite without such a limit."""
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    return math.inf if limit == resource.RLIM_INFINITY else limit
 
 
 def num_cores() -> int:

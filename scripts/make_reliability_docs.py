@@ -19,10 +19,12 @@ sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "e2e")]
 import bad_bundles  # noqa: E402  (the folders above are not packages)
 import bad_checkpoints  # noqa: E402
 import bad_fp8  # noqa: E402
+import bad_machines  # noqa: E402
 import bad_places  # noqa: E402
 import bad_reference_files  # noqa: E402
 import bad_text_files  # noqa: E402
 import test_bad_input  # noqa: E402
+import test_bad_machines  # noqa: E402
 import test_interrupts  # noqa: E402
 import test_streams  # noqa: E402
 
@@ -70,6 +72,12 @@ REFUSALS: Mapping[Callable[..., None], Mapping[str, Refusal]] = {
     test_bad_input.test_an_invalid_prompt: {
         name: (says, 2) for name, (_, says) in bad_bundles.PROMPTS.items()
     },
+    test_bad_machines.test_a_package_that_is_missing_or_broken: {
+        name: (says, 2) for name, (_, _, _, says) in bad_machines.PACKAGES.items()
+    },
+    test_bad_machines.test_too_few_addresses: {
+        name: (says, 2) for name, (_, _, says) in bad_machines.ADDRESSES.items()
+    },
 }
 """Test → case → refusal."""
 
@@ -77,7 +85,9 @@ REFUSALS: Mapping[Callable[..., None], Mapping[str, Refusal]] = {
 def page() -> str:
     """The text of docs/reliability.md."""
     sections, singles, total = [], [], 0
-    for test in itertools.chain(*map(_tests, (test_bad_input, test_interrupts, test_streams))):
+    for test in itertools.chain(
+        *map(_tests, (test_bad_input, test_bad_machines, test_interrupts, test_streams))
+    ):
         ids = list(_ids(test))
         total += max(1, len(ids))
         if ids:

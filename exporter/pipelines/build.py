@@ -90,8 +90,8 @@ def _disk_errors_explained(config: BuildConfig) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno is None:
-            raise  # raised by a library, not by the operating system
+        if error.errno in (None, errno.ENOMEM):
+            raise  # raised by a library, not by the operating system; or memory's, not the disk's
         where = error.filename or config.output.parent
         raise UsageError(f"{where}: {error.strerror}", hint=DISK_HINTS.get(error.errno, "")) from error
 

@@ -172,7 +172,8 @@ def open_graph(
         )
     except (state.InvalidArgument, state.InvalidGraph, state.InvalidProtobuf, state.NoSuchFile) as error:
         raise BundleError(f"ONNX Runtime refuses {graph.path}: {first_line(error)}") from error
-    except (state.Fail, state.NotImplemented, state.RuntimeException) as error:
+    except onnxruntime.failures() as error:
+        onnxruntime.raise_if_memory_ran_out(error)
         raise BundleError(f"ONNX Runtime cannot run {graph.path}: {first_line(error)}") from error
 
 

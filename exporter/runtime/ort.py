@@ -30,6 +30,19 @@ def errors() -> ModuleType:
     return load().capi.onnxruntime_pybind11_state  # type: ignore[no-any-return]
 
 
+def failures() -> tuple[type[Exception], ...]:
+    """All of ONNX Runtime's exceptions: they have no base class, and any may come from a damaged file."""
+    return tuple(
+        kind for kind in vars(errors()).values() if isinstance(kind, type) and issubclass(kind, Exception)
+    )
+
+
+def raise_if_memory_ran_out(error: Exception) -> None:
+    """Raise MemoryError if that is what ONNX Runtime's exception is about."""
+    if "bad_alloc" in str(error) or "Failed to allocate memory" in str(error):
+        raise MemoryError(str(error)) from error
+
+
 class Interruptible:
     """A thread that runs native calls, while the calling thread waits in Python, where Ctrl-C is handled."""
 

@@ -187,10 +187,10 @@ class Session(AnySession):
 
     def _run(self, call: Callable[[ort.RunOptions], Any]) -> Any:
         """The result of `call`; Ctrl-C ends it between two operators."""
-        state = onnxruntime.errors()
         options = onnxruntime.load().RunOptions()
         stop = partial(setattr, options, "terminate", True)
         try:
             return self._thread.run(lambda: call(options), stop=stop)
-        except (state.Fail, state.InvalidArgument, state.RuntimeException) as error:
+        except onnxruntime.failures() as error:
+            onnxruntime.raise_if_memory_ran_out(error)
             raise BundleError(f"ONNX Runtime failed in a step: {first_line(error)}") from error

@@ -1,0 +1,87 @@
+"""Explains errors of libraries and of the system: packages that are missing or broken, and memory that runs out."""
+
+import errno
+import math
+import traceback
+
+from nemotrt.exporter.environment import address_space_limit
+from nemotrt.exporter.errors import ExportError, UsageError
+
+BUILD, CPU, PLAIN = "'nemo-export[build]'", "'nemo-export[cpu]'", "nemo-export"
+
+PACKAGES = {
+    **dict.fromkeys(("torch", "onnx_ir", "polygraphy"), BUILD),
+    "onnxruntime": CPU,
+    **dict.fromkeys(("google", "jinja2", "ml_dtypes", "numpy", "onnx", "rich", "tokenizers"), PLAIN),
+}
+"""Modules of the packages that this one imports → what pip installs them with."""
+
+NO_MEMORY = ("allocate memory", "bad_alloc", "failed to map segment", "Failed to allocate", "out of memory")
+"""How libraries say that memory ran out."""
+
+NO_THREAD = "can't start new thread"
+
+ADDRESS_SPACE = {
+    **dict.fromkeys(("build", "check", "quantize", "validate"), 1_500_000_000),
+    "generate": 400_000_000,
+    "inspect": 250_000_000,
+}
+"""Command → bytes of addresses that its libraries need; with fewer, some end the process without an exception.
+
+Measured with two cores: 0.75 to 1.33 GB with PyTorch, 0.5 GB with ONNX Runtime and a small model, 0.24 GB with NumPy.
+"""
+
+
+def check_address_space(command: str) -> None:
+    """Raise UsageError if a limit on addresses does not leave enough for the libraries of this command."""
+    needed, limit = ADDRESS_SPACE.get(command, 0), address_space_limit()
+    if limit < needed:
+        raise UsageError(
+            f"{command} needs {needed / 1e9:.2g} GB of address space, ulimit -v allows {limit / 1e9:.2g} GB",
+            hint="raise the limit with ulimit -v; a limit of the control group does not count addresses",
+        )
+
+
+def explain(error: Exception, command: str) -> ExportError | None:
+    """The error for a user, or None if it is not one of a package or of memory."""
+    text = str(error)
+    if isinstance(error, ImportError) and (name := _missing(error)) in PACKAGES:
+        return UsageError(
+            f"{command} needs {name}, which is not installed", hint=f"pip install {PACKAGES[name]}"
+        )
+    is_from_library = not isinstance(error, OSError) or error.errno is None
+    if isinstance(error, MemoryError) or _is_errno(error, errno.ENOMEM) or any(t in text for t in NO_MEMORY):
+        return ExportError("out of memory", hint=_more_memory())
+    if NO_THREAD in text:
+        return ExportError(
+            "the system starts no more threads", hint="raise the limits (ulimit -u, ulimit -v)"
+        )
+    if isinstance(error, ImportError | OSError) and is_from_library and (name := _importing(error)):
+        return UsageError(
+            f"{name} is installed, but cannot be imported: {text}",
+            hint=f"pip install --force-reinstall {PACKAGES[name]}",
+        )
+    return None
+
+
+def _is_errno(error: Exception, number: int) -> bool:
+    return isinstance(error, OSError) and error.errno == number
+
+
+def _more_memory() -> str:
+    limit = address_space_limit()
+    if math.isinf(limit):
+        return "nemo-export check estimates what a build needs"
+    return f"ulimit -v allows {limit / 1e9:.2g} GB of addresses: raise it"
+
+
+def _missing(error: ImportError) -> str:
+    """The package of a module that does not exist; empty if the error is another one."""
+    return str(error.name).partition(".")[0] if isinstance(error, ModuleNotFoundError) else ""
+
+
+def _importing(error: Exception) -> str:
+    """The first package of PACKAGES whose code was running when the error was raised; empty if there is none."""
+    frames = (frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__))
+    packages = (str(name).partition(".")[0] for name in frames)
+    return next((name for name in packages if name in PACKAGES), "")
