@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ from nemotrt.exporter.runtime import files, manifest, strict_json
 JOURNAL, LOCK = "journal.json", "lock"
 VERSION = 3
 """Version of the journal. A build does not continue from a journal of another version."""
+
+NOT_OURS = "a build would work there: move it away, or choose another --output"
 
 Result = TypeVar("Result")
 
@@ -141,8 +144,10 @@ class Workspace:
     def _open_lock(self) -> IO[str]:
         path = self.root / LOCK
         while True:
-            self.root.mkdir(exist_ok=True)
+            with suppress(FileExistsError):
+                self.root.mkdir()
             try:
+                self._check_own()
                 file = path.open("a")
             except FileNotFoundError:
                 continue  # the previous build has just removed the folder
@@ -162,6 +167,21 @@ class Workspace:
                 if os.path.samestat(os.fstat(file.fileno()), path.stat()):
                     return file
             file.close()
+
+    def _check_own(self) -> None:
+        """Raise UsageError unless the workspace is a folder that a build has made: what is in it may be removed.
+
+        Links are not followed. A build makes the lock first and removes it last.
+        """
+        kinds = {self.root: stat.S_IFDIR, self.folder: stat.S_IFDIR, self._replaced: stat.S_IFDIR}
+        kinds |= dict.fromkeys((self.root / LOCK, self.root / JOURNAL), stat.S_IFREG)
+        for path, kind in kinds.items():
+            with suppress(FileNotFoundError):
+                if stat.S_IFMT(path.lstat().st_mode) != kind:
+                    what = "folder" if kind == stat.S_IFDIR else "regular file"
+                    raise UsageError(f"{path} is not a {what}", hint=NOT_OURS)
+        if (names := os.listdir(self.root)) and LOCK not in names:
+            raise UsageError(f"{self.root} holds {min(names)}, which no build wrote", hint=NOT_OURS)
 
     def _settle_replacement(self) -> None:
         """Undo or complete a replacement that a killed build left half done."""

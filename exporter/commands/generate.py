@@ -39,7 +39,9 @@ log = logging.getLogger(__name__)
 )
 @click.option("--top-k", default=0, help="Sample from the k most likely tokens; 0 disables the limit.")
 @click.option("--seed", default=0, help="Random seed for sampling.")
-@click.option("--threads", default=0, help="Threads of ONNX Runtime; 0 uses all cores.")
+@click.option(
+    "--threads", default=0, help="Threads of ONNX Runtime, at most the number of cores; 0 uses all."
+)
 @ENGINE
 @click.option(
     "--json", "as_json", is_flag=True, help="Print a line of JSON for each token as it is generated."

@@ -13,6 +13,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nemotrt.exporter.environment import num_cores
 from nemotrt.exporter.errors import BundleError, UsageError
 from nemotrt.exporter.runtime import ort as onnxruntime
 from nemotrt.exporter.runtime.fp32_emulation import emulate_in_fp32, needs_emulation
@@ -140,7 +141,11 @@ def open_graph(
     """
     import onnx
 
-    ort = onnxruntime.load()
+    ort, cores = onnxruntime.load(), num_cores()
+    if not 0 <= threads <= cores:
+        raise UsageError(
+            f"{threads} threads are not between 0 and {cores}, the number of cores", hint="0 uses all cores"
+        )
     available = ort.get_available_providers()
     if missing := [name for name in providers if name not in available]:
         raise UsageError(f"this ONNX Runtime has no {missing[0]}", hint="it has " + ", ".join(available))

@@ -89,6 +89,11 @@ PROMPTS: dict[str, tuple[tuple[str, ...], str]] = {
     "prompt-not-utf8": (("--prompt", "caf\udce9"), "prompt 1 is not UTF-8 text"),
     "chat-not-utf8": (("--chat", "--prompt", "for", "--prompt", "caf\udce9"), "prompt 2 is not UTF-8 text"),
     "tokens-none": (("--prompt", "for", "--max-new-tokens", "0"), "--max-new-tokens 0 is below 1"),
+    "threads-too-many": (
+        ("--prompt", "for", "--threads", "1000000"),
+        "1000000 threads are not between 0 and",
+    ),
+    "threads-negative": (("--prompt", "for", "--threads", "-1"), "-1 threads are not between 0 and"),
     "temperature-negative": (
         ("--prompt", "for", "--temperature", "-1"),
         r"--temperature -1\.0 is not a finite number of at least 0",

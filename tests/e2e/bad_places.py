@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -144,7 +145,39 @@ def the_checkpoint_inside(folder: Path) -> None:
     (folder / "checkpoint").symlink_to(folder / "out" / "checkpoint")
 
 
-PLACES: dict[str, tuple[Callable[[Path], None], str, str]] = {
+def workspace(name: str, make: Callable[[Path], object]) -> Callable[[Path], None]:
+    """A path of the workspace, or the workspace itself, which no build made."""
+
+    def prepare(folder: Path) -> None:
+        path = folder / ".out.building" / name
+        path.parent.mkdir(exist_ok=True)
+        make(path)
+
+    return prepare
+
+
+def linked_workspace(folder: Path) -> None:
+    """A link to a folder of the user's, with the names of a workspace."""
+    (folder / "mine").mkdir()
+    the_users(folder / "mine" / "bundle")
+    (folder / ".out.building").symlink_to(folder / "mine")
+
+
+def the_users(path: Path) -> None:
+    """A folder with a file."""
+    path.mkdir()
+    (path / "notes.txt").write_text("the user's")
+
+
+def a_linked_bundle(folder: Path) -> None:
+    """A workspace in which the bundle is a link to a folder of the user's."""
+    the_users(folder / "mine")
+    (folder / ".out.building").mkdir()
+    (folder / ".out.building" / "lock").touch()
+    (folder / ".out.building" / "bundle").symlink_to(folder / "mine")
+
+
+PLACES: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "output-is-a-file": (a_file, "out", "out exists"),
     "output-is-a-folder": (a_folder, "out", "out exists"),
     "output-is-a-dangling-link": (a_dangling_link, "out", "out exists"),
@@ -153,6 +186,29 @@ PLACES: dict[str, tuple[Callable[[Path], None], str, str]] = {
     "output-in-no-folder": (nothing, "nowhere/out", "nowhere is not a folder"),
     "output-in-a-file": (nothing, "checkpoint/config.json/out", "config.json is not a folder"),
     "output-with-a-long-name": (nothing, "o" * 250, "File name too long"),
+    "workspace-is-a-link": (linked_workspace, "out", r"\.out\.building is not a folder"),
+    "workspace-is-a-file": (
+        lambda folder: (folder / ".out.building").write_text("the user's"),
+        "out",
+        r"\.out\.building is not a folder",
+    ),
+    "workspace-of-the-users": (
+        workspace("bundle", the_users),
+        "out",
+        r"\.out\.building holds bundle, which no build wrote",
+    ),
+    "workspace-with-a-linked-bundle": (a_linked_bundle, "out", r"\.out\.building/bundle is not a folder"),
+    "workspace-with-a-pipe": (workspace("lock", os.mkfifo), "out", "lock is not a regular file"),
+    "workspace-with-a-linked-lock": (
+        workspace("lock", lambda path: path.symlink_to("/dev/null")),
+        "out",
+        "lock is not a regular file",
+    ),
+    "workspace-with-a-folder-for-a-journal": (
+        workspace("journal.json", Path.mkdir),
+        "out",
+        "journal.json is not a regular file",
+    ),
     "force-on-a-file": (a_file, "out", "is not a bundle: --force replaces nothing else"),
     "force-on-a-folder": (a_folder, "out", "out is not a bundle: it has no file manifest.json"),
     "force-on-another-manifest": (a_web_page, "out", "schema_version is not a number"),
