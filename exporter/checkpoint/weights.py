@@ -2,6 +2,7 @@
 
 import math
 from bisect import bisect_left
+from collections import defaultdict
 from collections.abc import Iterator
 from functools import cache
 
@@ -27,6 +28,12 @@ INFINITY_BITS = {
     DType.FLOAT8_E4M3: 0x7F,
 }
 """The bits of infinity; without the sign, a NaN has the same bits or larger ones. E4M3 has no infinity and one NaN."""
+
+OVERFLOW_HINTS = defaultdict(
+    lambda: "no precision can represent it: the checkpoint is damaged, or its training diverged",
+    {DType.FLOAT16: "use --precision bf16 or fp32", DType.BFLOAT16: "use --precision fp32"},
+)
+"""The dtype that a value overflows → what to do."""
 
 BLOCK_VALUES = 1 << 17
 """Values that are converted at a time through FP32: they fit a core's cache."""
@@ -62,14 +69,14 @@ def convert_piece(
             f"{tensor.name} is {stored.min().item():g}, but a scale must be above 0",
             hint="the module was not calibrated; quantize the model again",
         )
-    values, values_dtype = stored, tensor.dtype
+    values, values_dtype, whose = stored, tensor.dtype, ""
     if transform is Transform.NEG_EXP:
         values, values_dtype = -torch.exp(stored.float()), DType.FLOAT32
-        max_bits = _max_bits(values)
+        max_bits, whose = _max_bits(values), "whose exponential is "
     if max_bits >= first_overflow(values_dtype, dtype):
         raise CheckpointError(
-            f"{tensor.name} holds {stored.abs().max().item():g}, too large for {dtype.label}",
-            hint="use --precision bf16 or fp32",
+            f"{tensor.name} holds {stored.abs().max().item():g}, {whose}too large for {dtype.label}",
+            hint=OVERFLOW_HINTS[dtype],
         )
     return _cast(values, dtype.torch, buffer)
 

@@ -118,7 +118,7 @@ def generate_tokens(
             if not np.isfinite(logits_V).all():
                 raise BundleError(
                     f"the logits of prompt {number + 1} are not finite",
-                    hint="the model overflows its precision: build it with --precision bf16 or fp32",
+                    hint="nemo-export validate --bisect names where; FP16 may overflow where --precision bf16 does not",
                 )
             token = samplers[number].choose(logits_V)
             remaining[number] -= 1

@@ -60,6 +60,20 @@ def test_the_smallest_value_that_overflows_is_refused(
         convert(torch.cat([fits, overflows, fits]), dtype)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "hint"),
+    [
+        (torch.float16, "use --precision bf16 or fp32"),
+        (torch.bfloat16, "use --precision fp32"),
+        (torch.float32, "no precision can represent it"),
+    ],
+)
+def test_an_overflow_is_advised_for_its_precision(dtype: torch.dtype, hint: str) -> None:
+    with pytest.raises(CheckpointError) as caught:
+        convert(torch.tensor([1e300], dtype=torch.float64), dtype)
+    assert caught.value.hint.startswith(hint)
+
+
 NAN, INFINITY = float("nan"), float("-inf")
 
 

@@ -49,7 +49,7 @@ TENSORS = {
         options=("--precision", "fp16"),
     ),
     "a-log-overflow": Case(
-        r"A_log holds 200, too large for FP32",
+        r"A_log holds 200, whose exponential is too large for FP32",
         replaced("A_log", one_value(200)),
         model={"hybrid_override_pattern": "M"},
     ),
