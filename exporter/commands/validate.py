@@ -10,7 +10,7 @@ import click
 from nemotrt.exporter.commands.arguments import BUNDLE, ENGINE, FILE, FOLDER, JSON, EvaluationText, command
 from nemotrt.exporter.commands.console import Console
 from nemotrt.exporter.config import DRIFT_STEPS
-from nemotrt.exporter.errors import NotFiniteError, ValidationError
+from nemotrt.exporter.errors import ValidationError
 from nemotrt.exporter.runtime import files
 
 if TYPE_CHECKING:
@@ -117,12 +117,9 @@ def _write_page(page: Path, bundle: Path, report: ValidationReport, seconds: dic
 
 
 def _raise_on_failure(report: ValidationReport, *, can_bisect: bool) -> None:
-    if report.not_finite:
-        gate = report.not_finite[0]
-        raise NotFiniteError(
-            f"{gate.scenario}, {gate.output}: {gate.value:.0f} values are {gate.metric}",
-            hint="no distance was measured for this output; do not ship the bundle",
-        )
+    from nemotrt.exporter.validation.gates import check_finite
+
+    check_finite(report)
     diverging = report.bisect.diverging if report.bisect else ()
     if diverging:
         first = diverging[0]

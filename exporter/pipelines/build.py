@@ -333,6 +333,9 @@ class Build:
         for failure in failures[:MAX_REPORTED_GATES]:
             self.log.note(f"failed: {failure}")
         if not self.config.keep_failed:
+            from nemotrt.exporter.validation.gates import check_finite
+
+            check_finite(report)
             raise ValidationError(
                 f"{len(failures)} of {len(report.gates)} gates failed; the first: {failures[0]}",
                 hint="--keep-failed writes the bundle anyway, for debugging",

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 
 from nemotrt.exporter.checkpoint.loaded_model import LoadedModel
 from nemotrt.exporter.config import BuildConfig
-from nemotrt.exporter.errors import ValidationError
-from nemotrt.exporter.report.model import Gate, Metric
+from nemotrt.exporter.errors import NotFiniteError, ValidationError
+from nemotrt.exporter.report.model import Gate, Metric, ValidationReport
 from nemotrt.exporter.validation import metrics, routing
 from nemotrt.exporter.validation.metrics import Array, Values
 from nemotrt.exporter.validation.observation import Observation
@@ -310,3 +310,28 @@ def _fp32_inputs(graph: ir.Graph) -> list[str]:
     }
     nodes = (node for node in graph if node.domain == DOMAIN)
     return [str(value.name) for node in nodes for i in positions[node.op_type] if (value := node.inputs[i])]
+
+
+SIDES = {
+    Metric.REFERENCE_NOT_FINITE: (
+        "of the reference ",
+        "the reference's own weights lead to NaN or infinity: they are damaged, or overflow even in FP32",
+    ),
+    Metric.BASELINE_NOT_FINITE: (
+        "of PyTorch at the bundle's precision ",
+        "the model overflows at this precision: use --precision bf16 or fp32",
+    ),
+    Metric.NOT_FINITE: ("", "no distance was measured for this output; do not ship the bundle"),
+}
+"""What counts NaN and infinite values → whose they are, and what to do; the cause of the others comes first."""
+
+
+def check_finite(report: ValidationReport) -> None:
+    """Raise NotFiniteError if a value is NaN or infinite on either side: then no other gate means anything."""
+    for metric, (whose, hint) in SIDES.items():
+        for gate in report.not_finite:
+            if gate.metric == metric:
+                raise NotFiniteError(
+                    f"{gate.scenario}, {gate.output}: {gate.value:.0f} values {whose}are not finite",
+                    hint=hint,
+                )

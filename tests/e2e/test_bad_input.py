@@ -359,6 +359,22 @@ def test_a_bundle_that_computes_nan(tmp_path: Path, bundle: Path, golden: Path, 
     refused(run("validate", "bundle", f"--{reference}", against, *options), "values are not finite", 8)
 
 
+@pytest.mark.parametrize("command", ["build", "validate"])
+def test_a_checkpoint_that_computes_nan(tmp_path: Path, command: str) -> None:
+    """Its finite weights overflow in PyTorch too: exit 8, `values of the reference are not finite`."""
+    overflowing = bad_checkpoints.replaced("up_proj.weight", lambda values: values * 1e25)
+    bad_checkpoints.write(
+        dataclasses.replace(bad_checkpoints.GOOD, damage=overflowing), tmp_path / "checkpoint"
+    )
+    small = ("--max-context", "128", "--max-tokens", "16", "--max-sequences", "2")
+    arguments: tuple[str, ...] = (*BUILD[:2], "--runtime", "onnx", *small, "--output", "out")
+    if command == "validate":
+        assert run(*BUILD, "out", *small).exit_code == 0
+        arguments = ("validate", "out", "--checkpoint", "checkpoint", "--drift-steps", "0")
+    refused(run(*arguments), "values of the reference are not finite", 8)
+    assert (tmp_path / "out").exists() == (command == "validate")
+
+
 def one_nan(graph: Graph) -> None:
     graph.weight("lm_head.weight")[5, 7] = np.nan
 
