@@ -241,7 +241,13 @@ def read_pieces(tensor: StoredTensor, piece_bytes: int | None = None) -> Iterato
         remaining = tensor.length
         while remaining:
             piece = bytearray(min(piece_bytes or PIECE_BYTES, remaining))
-            if file.readinto(piece) != len(piece):
+            try:
+                num_read = file.readinto(piece)
+            except OSError as error:  # a disk's error names no file
+                raise CheckpointError(
+                    f"{tensor.path}: {tensor.name} cannot be read: {error.strerror}"
+                ) from error
+            if num_read != len(piece):
                 raise CheckpointError(f"{tensor.path} ended while {tensor.name} was read")
             yield piece
             remaining -= len(piece)

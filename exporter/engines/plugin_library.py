@@ -1,5 +1,6 @@
 """The plugin library for a build's GPUs and dtypes: the installed one, or one of kernels compiled here."""
 
+import os
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -42,7 +43,7 @@ def plugin_library(
 
 def is_at_hand(config: BuildConfig, sms: Sequence[int]) -> bool:
     """Whether a library for these SMs is installed, or was linked here by an earlier build."""
-    return is_shipped() or _place(config, sms).is_dir()
+    return is_shipped() or os.path.isdir(_place(config, sms))  # False if it may not be read
 
 
 def _place(config: BuildConfig, sms: Sequence[int]) -> Path:

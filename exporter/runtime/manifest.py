@@ -301,6 +301,9 @@ def verify(bundle: Path, *, deep: bool) -> Manifest:
         more = f", and {len(lines) - 1} more differences" if len(lines) > 1 else ""
         hint = COPY_FILES if LINK in findings.irregular.values() else "copy or build the bundle again"
         raise BundleError(f"{bundle}: {lines[0]}{more}", hint=hint)
+    for file in manifest.files:
+        if not os.access(bundle / file.path, os.R_OK, effective_ids=True):
+            raise BundleError(f"{bundle / file.path} cannot be read", hint="change its permissions")
     return manifest
 
 

@@ -189,6 +189,17 @@ def test_a_checkpoint_without_read_permission(nobody: Path) -> None:
     assert os.listdir(nobody) == ["checkpoint"]
 
 
+@pytest.mark.parametrize("name", ["model.onnx", "model.onnx.data", "config.json", "manifest.json"])
+def test_a_bundle_without_read_permission(nobody: Path, name: str) -> None:
+    """`verify`, `generate` and `validate` refuse it with exit 7 and name the file."""
+    bad_checkpoints.write(bad_checkpoints.GOOD, nobody / "checkpoint")
+    copy = nobody / "bundle"
+    assert run("build", nobody / "checkpoint", *ONNX, "--output", copy).exit_code == 0
+    (copy / name).chmod(0)
+    for command in (("verify", copy), ("generate", copy, "--prompt", "for"), ("validate", copy)):
+        refused(run(*command), f"bundle/{name} cannot be read", 7)
+
+
 def test_a_disk_that_fills_up_while_weights_are_written(tmp_path: Path) -> None:
     """Refused with exit 2; what was written is removed."""
     small_checkpoint()

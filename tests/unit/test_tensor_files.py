@@ -7,6 +7,7 @@ import os
 import tracemalloc
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,13 @@ def test_a_file_that_shrinks_while_it_is_read(file: Path) -> None:
     tensor = read_header(file)["a.fp32"]
     os.truncate(file, tensor.offset + 4)
     with pytest.raises(CheckpointError, match=r"ended while a\.fp32 was read"):
+        list(read_pieces(tensor, 1 << 20))
+
+
+def test_a_disk_that_fails_while_it_is_read(file: Path) -> None:
+    """Reading the first bytes of a process's memory is an input/output error."""
+    tensor = replace(read_header(file)["a.fp32"], path=Path("/proc/self/mem"), offset=0)
+    with pytest.raises(CheckpointError, match=r"mem: a\.fp32 cannot be read: Input/output error"):
         list(read_pieces(tensor, 1 << 20))
 
 
