@@ -44,6 +44,9 @@ PRESETS = ("conservative", "published")
 
 STATE_DTYPES, KV_DTYPES = ("fp32", "fp16"), ("auto", "fp8", "bf16")
 
+MAX_INT32 = (1 << 31) - 1
+"""A graph's inputs count tokens, sequences and pages in INT32."""
+
 DRIFT_STEPS, BUILD_DRIFT_STEPS = 1000, 100
 """Decode steps over which `validate`, and a build, measure the drift of the recurrent state."""
 
@@ -107,8 +110,9 @@ class BuildConfig:
                     hint="choose from " + ", ".join(filter(None, values)),
                 )
         for name in ("max_tokens", "max_sequences", "max_context", "page_size"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"{_flag(name)} is {getattr(self, name)}; it must be at least 1")
+            if not 1 <= getattr(self, name) <= MAX_INT32:
+                limit = "at least 1" if getattr(self, name) < 1 else f"at most {MAX_INT32}"
+                raise UsageError(f"{_flag(name)} is {getattr(self, name)}; it must be {limit}")
         if self.max_sequences > self.max_tokens:
             raise UsageError(
                 f"--max-sequences {self.max_sequences} is more than --max-tokens {self.max_tokens}",

@@ -22,11 +22,27 @@ HUB_NAME = re.compile(r"[\w-]+/[\w.-]+")
 """For example nvidia/NVIDIA-Nemotron-Nano-9B-v2."""
 
 
-class ExistingPath(click.Path):
+class Utf8Path(click.Path):
+    """A path that is text: TensorRT, ONNX Runtime, JSON and reports take no other."""
+
+    def __init__(self) -> None:
+        super().__init__(path_type=Path)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The value as a Path."""
+        path = Path(os.fsdecode(value))
+        try:
+            str(path.absolute()).encode()
+        except UnicodeEncodeError:
+            self.fail(f"{path.absolute()} is not UTF-8; rename it", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+class ExistingPath(Utf8Path):
     """A path that must exist; the error for a mistyped path suggests a similar one."""
 
     def __init__(self, *, is_folder: bool = False) -> None:
-        super().__init__(path_type=Path)
+        super().__init__()
         self.file_okay = not is_folder
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
@@ -124,9 +140,7 @@ def _numbers(context: click.Context, parameter: click.Parameter, value: str) -> 
 FOLDER, FILE = ExistingPath(is_folder=True), ExistingPath()
 CHECKPOINT = click.argument("checkpoint", type=FOLDER)
 BUNDLE = click.argument("bundle", type=FOLDER)
-OUTPUT = click.option(
-    "--output", "-o", type=click.Path(path_type=Path), required=True, help="Folder to create."
-)
+OUTPUT = click.option("--output", "-o", type=Utf8Path(), required=True, help="Folder to create.")
 JSON = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
 ENGINE = click.option(
     "--engine", is_flag=True, help="Run the bundle's TensorRT engine on this machine's GPU."

@@ -37,6 +37,15 @@ FLAGS: dict[str, tuple[tuple[str, ...], str]] = {
     "output-not-given": (("build", "checkpoint"), "Missing option '--output'"),
     "precision-unknown": ((*BUILD, "--precision", "fp12"), "'fp12' is not one of"),
     "max-tokens-zero": ((*BUILD, "--max-tokens", "0"), "--max-tokens is 0; it must be at least 1"),
+    "max-tokens-too-large": (
+        (*BUILD, "--max-tokens", "99999999999999999999"),
+        "--max-tokens is 99999999999999999999; it must be at most 2147483647",
+    ),
+    "page-size-too-large": (
+        (*BUILD, "--page-size", str(1 << 70)),
+        r"--page-size is \d+; it must be at most 2147483647",
+    ),
+    "output-not-utf8": (("build", "checkpoint", "--output", "x\udcff"), r"x\\udcff is not UTF-8; rename it"),
     "max-tokens-text": ((*BUILD, "--max-tokens", "many"), "'many' is not a valid integer"),
     "more-sequences-than-tokens": (
         (*BUILD, "--max-tokens", "4", "--max-sequences", "8"),
