@@ -49,7 +49,7 @@ class Program(click.Group):
             _end(ctx, error, error.format_message(), f"see {command} --help", UsageError.exit_code)
         except KeyboardInterrupt as error:
             _end(ctx, error, "interrupted", "", interrupts.exit_code(error))
-        except (ImportError, MemoryError, OSError, RuntimeError, SystemError) as error:
+        except (AttributeError, ImportError, MemoryError, OSError, RuntimeError, SystemError) as error:
             if explained := explain(error, f"{ctx.command_path} {ctx.invoked_subcommand}"):
                 _end(ctx, error, str(explained), explained.hint, explained.exit_code)
             if not isinstance(error, OSError) or error.errno is None:

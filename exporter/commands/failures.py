@@ -3,6 +3,7 @@
 import errno
 import math
 import traceback
+from types import ModuleType
 
 from nemotrt.exporter.environment import address_space_limit
 from nemotrt.exporter.errors import ExportError, UsageError
@@ -49,6 +50,10 @@ def explain(error: Exception, command: str) -> ExportError | None:
         return UsageError(
             f"{command} needs {name}, which is not installed", hint=f"pip install {PACKAGES[name]}"
         )
+    if name := _lacking(error):
+        return UsageError(
+            f"{name} is too old or incomplete: {text}", hint=f"pip install --upgrade {PACKAGES[name]}"
+        )
     is_from_library = not isinstance(error, OSError) or error.errno is None
     if isinstance(error, MemoryError) or _is_errno(error, errno.ENOMEM) or any(t in text for t in NO_MEMORY):
         return ExportError("out of memory", hint=_more_memory())
@@ -78,6 +83,19 @@ def _more_memory() -> str:
 def _missing(error: ImportError) -> str:
     """The package of a module that does not exist; empty if the error is another one."""
     return str(error.name).partition(".")[0] if isinstance(error, ModuleNotFoundError) else ""
+
+
+def _lacking(error: Exception) -> str:
+    """The package of PACKAGES in whose module a name does not exist; empty if the error is another one."""
+    if isinstance(error, AttributeError) and isinstance(error.obj, ModuleType):
+        module = error.obj.__name__
+    elif isinstance(error, ImportError) and not isinstance(error, ModuleNotFoundError):
+        is_name = str(error).startswith("cannot import name")
+        module = str(error.name) if is_name else ""
+    else:
+        return ""
+    package = module.partition(".")[0]
+    return package if package in PACKAGES else ""
 
 
 def _importing(error: Exception) -> str:

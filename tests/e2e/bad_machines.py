@@ -36,6 +36,18 @@ PACKAGES: dict[str, tuple[tuple[str, ...], str, str, str]] = {
         "import a_package_that_does_not_exist",
         "onnx is installed, but cannot be imported: No module named 'a_package_that_does_not_exist'",
     ),
+    "onnxruntime-too-old": (
+        GENERATE,
+        "onnxruntime",
+        "",
+        "onnxruntime is too old or incomplete: module 'onnxruntime' has no attribute",
+    ),
+    "tokenizers-too-old": (
+        GENERATE,
+        "tokenizers",
+        "",
+        "tokenizers is too old or incomplete: cannot import name 'Tokenizer' from 'tokenizers'",
+    ),
     "tokenizers-missing": (
         GENERATE,
         "tokenizers",
