@@ -11,9 +11,11 @@ from nemotrt.exporter.errors import ExportError, UsageError
 BUILD, CPU, PLAIN = "'nemo-export[build]'", "'nemo-export[cpu]'", "nemo-export"
 
 PACKAGES = {
-    **dict.fromkeys(("torch", "onnx_ir", "polygraphy"), BUILD),
+    **dict.fromkeys(("torch", "polygraphy"), BUILD),
     "onnxruntime": CPU,
-    **dict.fromkeys(("google", "jinja2", "ml_dtypes", "numpy", "onnx", "rich", "tokenizers"), PLAIN),
+    **dict.fromkeys(
+        ("google", "jinja2", "ml_dtypes", "numpy", "onnx", "onnx_ir", "rich", "tokenizers"), PLAIN
+    ),
 }
 """Modules of the packages that this one imports → what pip installs them with."""
 

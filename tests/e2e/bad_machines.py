@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-CHECK = ("check", "checkpoint")
+CHECK = ("check", "--deep", "checkpoint")
 GENERATE = ("generate", "bundle", "--prompt", "for")
 
 PACKAGES: dict[str, tuple[tuple[str, ...], str, str, str]] = {
