@@ -9,12 +9,12 @@ from checkpoints import CONFIG, random_tensors
 from safetensors.torch import save_file
 
 from bad_checkpoints.configs import CONFIGS
-from bad_checkpoints.damage import EXAMPLE, MLP_ONLY, SINGLE, Case, stored, text, tokenizer
+from bad_checkpoints.damage import EXAMPLE, MLP_ONLY, SINGLE, Case, replaced, stored, text, tokenizer
 from bad_checkpoints.files import FILES, FORMATS
 from bad_checkpoints.tensors import TENSORS, WRAPPED
 from bad_checkpoints.zeros import ZEROS
 
-__all__ = ["CONFIG", "EXAMPLE", "MLP_ONLY", "SINGLE", "Case", "stored", "text", "tokenizer"]
+__all__ = ["CONFIG", "EXAMPLE", "MLP_ONLY", "SINGLE", "Case", "replaced", "stored", "text", "tokenizer"]
 
 ALL = TENSORS | WRAPPED | ZEROS | FORMATS | FILES | CONFIGS
 
