@@ -7,7 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from faults import Graph, broken, half_state
+from faults import Graph, broken
+from faults.recurrence import half_state
 
 from nemotrt.exporter.checkpoint.loaded_model import LoadedModel
 from nemotrt.exporter.config import BuildConfig

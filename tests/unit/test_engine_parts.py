@@ -9,7 +9,8 @@ from typing import Any
 import onnxruntime as ort
 import pytest
 from fake_gpu import ENGINE, LIBRARY, VERSION, FakeCuda, FakeEngine, add_engine, fake_module
-from faults import broken, dropped_skip, swapped_kv_heads
+from faults import broken
+from faults.weights import dropped_skip, swapped_kv_heads
 
 from nemotrt.exporter.config import BuildConfig
 from nemotrt.exporter.engines.builder import EngineRequest, EngineResult

@@ -6,10 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import onnx_ir as ir
 import pytest
 from checkpoints import SMALL_LIMITS
-from faults import Graph, broken
+from faults import Graph, broken, limits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -30,9 +29,6 @@ from nemotrt.exporter.validation.envelope import Envelope, Limit, driven, reache
 from nemotrt.exporter.validation.plan import plan_validation
 from nemotrt.exporter.validation.same_program import SAME_PROGRAM
 from nemotrt.exporter.validation.validate import validate
-from nemotrt.plugins.moe_dispatch import SPEC as MOE
-from nemotrt.plugins.paged_attention import SPEC as ATTENTION
-from nemotrt.plugins.selective_scan import SPEC as SCAN
 
 DEFAULT = Envelope(2048, 16, 8192, 128)
 
@@ -100,56 +96,12 @@ class Right:
         return {gate.scenario for gate in report.gates if not gate.passed}
 
 
-def step_input(graph: Graph, name: str) -> ir.Value:
-    return next(value for value in graph.nodes.inputs if value.name == name)
-
-
-def modulo(name: str, op_type: str, number: int) -> Callable[[Graph], None]:
-    """Every op of a type takes this step input modulo a number."""
-
-    def inject(graph: Graph) -> None:
-        for node in [node for node in graph.nodes if node.op_type == op_type]:
-            number_of = np.array(number, dtype=np.int32)
-            graph.feed(node, name, graph.before(node, "Mod", step_input(graph, name), number_of))
-
-    return inject
-
-
-def capped_context(graph: Graph) -> None:
-    node = graph.op(ATTENTION.name)
-    limit = np.array(200, dtype=np.int32)
-    graph.feed(node, "context_len", graph.before(node, "Min", step_input(graph, "context_len"), limit))
-
-
-def lost_tokens(graph: Graph) -> None:
-    """Tokens from the 129th on are zero after the first layer."""
-    node = graph.op(MOE.name)
-    x = node.inputs[0]
-    count = graph.before(node, "Shape", x, start=0, end=1)
-    ones = graph.before(node, "Expand", np.array(1, dtype=np.int64), count)
-    position = graph.before(node, "CumSum", ones, np.array(0, dtype=np.int64))
-    early = graph.before(node, "LessOrEqual", position, np.array(128, dtype=np.int64))
-    column = graph.before(node, "Unsqueeze", early, np.array([1], dtype=np.int64))
-    zero = graph.before(node, "CastLike", np.array(0, dtype=np.float32), x)
-    graph.feed(node, x.name, graph.before(node, "Where", column, x, zero))
-
-
-def fresh_late_sequences(graph: Graph) -> None:
-    """Sequences from the 5th on of a batch forget their context."""
-    node = graph.op(SCAN.name)
-    context = step_input(graph, "context_len")
-    ones = graph.before(node, "Expand", np.array(1, dtype=np.int64), graph.before(node, "Shape", context))
-    position = graph.before(node, "CumSum", ones, np.array(0, dtype=np.int64))
-    early = graph.before(node, "LessOrEqual", position, np.array(4, dtype=np.int64))
-    graph.feed(node, "context_len", graph.before(node, "Where", early, context, np.array(0, dtype=np.int32)))
-
-
 BEYOND_SHORT_STEPS: dict[str, Callable[[Graph], None]] = {
-    "slot modulo 5": modulo("slot", SCAN.name, 5),
-    "page modulo 64": modulo("page_table", ATTENTION.name, 64),
-    "context capped": capped_context,
-    "tokens from the 129th on": lost_tokens,
-    "sequences from the 5th on": fresh_late_sequences,
+    "slot modulo 5": limits.slot_modulo(5),
+    "page modulo 64": limits.page_modulo(64),
+    "context capped": limits.capped_context(200),
+    "tokens from the 129th on": limits.lost_tokens(128),
+    "sequences from the 5th on": limits.forgetful_sequences(5),
 }
 """Faults that no short scenario sees."""
 

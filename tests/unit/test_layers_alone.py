@@ -11,7 +11,8 @@ import pytest
 import torch
 from checkpoints import write_checkpoint
 from click.testing import CliRunner, Result
-from faults import broken, zeroed_expert
+from faults import broken
+from faults.weights import zeroed_expert
 
 from nemotrt.exporter.checkpoint.loaded_model import LoadedModel
 from nemotrt.exporter.cli import program
