@@ -149,7 +149,7 @@ def layer_gates(
     gates: list[Gate] = []
     for name, pair in values.items():
         base = _errors(baseline[name]) if baseline else None
-        gates += _output_gates(scenario, f"{place} {name}".strip(), _errors(pair), base)
+        gates += _output_gates(scenario, f"{place} {name}".strip(), _errors(pair), base, _num_tokens(pair))
     for name, count in out_of_bounds.items():
         gates.append(Gate(scenario, f"{place} {name}", Metric.OUT_OF_BOUNDS, float(count), 0.0))
     return gates
@@ -201,10 +201,15 @@ def _router_errors(candidate: Sequence[RouterLogits], reference: Sequence[Router
     return tuple(routing.score_error(*pair) for pair in pairs)
 
 
+def _num_tokens(pair: Pair) -> int:
+    """The rows of a value that has one for each token; 1 for a pool, whose compared elements are in one row."""
+    return len(pair[1]) if pair[1].ndim > 1 else 1
+
+
 def _output_gates(
-    scenario: str, name: str, errors: OutputErrors, baseline: OutputErrors | None
+    scenario: str, name: str, errors: OutputErrors, baseline: OutputErrors | None, num_tokens: int = 1
 ) -> Iterator[Gate]:
-    """Finiteness, and then the distances."""
+    """Finiteness, and then the distances; the errors of `num_tokens` tokens are independent."""
     yield Gate(scenario, name, Metric.NOT_FINITE, float(errors.not_finite), 0.0)
     if errors.reference_not_finite:
         yield Gate(scenario, name, Metric.REFERENCE_NOT_FINITE, float(errors.reference_not_finite), 0.0)
@@ -212,19 +217,20 @@ def _output_gates(
         # Everything would pass a limit that derives from an infinite baseline.
         yield Gate(scenario, name, Metric.BASELINE_NOT_FINITE, float(baseline.not_finite), 0.0)
     elif not errors.not_finite:
-        yield from _distance_gates(scenario, name, errors, baseline)
+        yield from _distance_gates(scenario, name, errors, baseline, num_tokens)
 
 
 def _distance_gates(
-    scenario: str, name: str, errors: OutputErrors, baseline: OutputErrors | None
+    scenario: str, name: str, errors: OutputErrors, baseline: OutputErrors | None, num_tokens: int
 ) -> Iterator[Gate]:
     """Relative L2, and at a lower precision the norm ratio and the cosine too."""
     if baseline is None:
         yield Gate(scenario, name, Metric.RELATIVE_L2, errors.relative_l2, FP32_RELATIVE_L2)
         return
     l2_limit = BASELINE_FACTOR * baseline.relative_l2
-    # A norm can be right by luck: its error never exceeds the relative L2 of the same values.
-    norm_limit = BASELINE_FACTOR * max(baseline.norm_ratio, baseline.relative_l2)
+    # A norm can be right by luck. Its error never exceeds the relative L2 of the same values; and errors that are
+    # independent cancel in it as in a mean, while a wrong factor remains.
+    norm_limit = BASELINE_FACTOR * max(baseline.norm_ratio, baseline.relative_l2 / num_tokens**0.5)
     # Edge-LLM's thresholds suit trained models. If PyTorch itself misses them at this precision (a router near a tie,
     # as with random weights), the limit derives from its error.
     angle_limit = max(1 - COSINE, BASELINE_FACTOR * baseline.angle)

@@ -19,8 +19,11 @@ from nemotrt.exporter.cli import program
 from nemotrt.exporter.pipelines import estimates
 from nemotrt.exporter.pipelines.opened_bundle import open_bundle
 from nemotrt.exporter.pipelines.validate import trace_for_bisection
+from nemotrt.exporter.report.model import Metric
 from nemotrt.exporter.stages.load import load
+from nemotrt.exporter.validation import gates
 from nemotrt.exporter.validation.envelope import Envelope
+from nemotrt.exporter.validation.parts import part_run
 from nemotrt.exporter.validation.parts.bisection import bisect
 from nemotrt.exporter.validation.parts.layerwise import compare_parts
 from nemotrt.exporter.validation.parts.torch_parts import PartModules
@@ -156,3 +159,29 @@ def test_no_more_than_one_part_is_alive(bundle: Path, monkeypatch: pytest.Monkey
     else:
         compare_parts(model, config, subject.graph, workload_of(model, config, 0), Envelope.of(config))
     assert len(alive) == 2 * 8
+
+
+def test_rows_of_all_sizes_reach_the_epsilon_and_stay_finite_in_fp16() -> None:
+    generator = torch.Generator().manual_seed(0)
+    usual = torch.randn(400, 64, generator=generator)
+    usual[1] = 0
+    rows = part_run.of_all_sizes(usual, 1e-5, generator)
+    size_R = rows.square().mean(1)
+    assert not rows[1].any()
+    assert size_R[1::4].max() <= 1.001e-5
+    assert size_R[1::4].sort().values[5] < 1e-10
+    assert size_R[2::4].min() > 100 * size_R[::4].max()
+    outliers = part_run.of_all_sizes(2000 * usual, 1e-5, generator)
+    assert outliers.half().isfinite().all()
+    assert (outliers.abs().amax(1) >= 999 * usual.abs().amax(1))[2::4].all()  # never smaller than usual
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.003])
+def test_a_factor_below_the_rounding_shows_in_the_norm_of_many_tokens(factor: float) -> None:
+    reference = torch.randn(400, 128, generator=torch.Generator().manual_seed(0))
+    rounded = reference.bfloat16().double().numpy()
+    values, baseline = ({"": (side, reference.double().numpy())} for side in (factor * rounded, rounded))
+    failed = [
+        gate for gate in gates.layer_gates("alone", "layers.0", values, baseline, {}) if not gate.passed
+    ]
+    assert [gate.metric for gate in failed] == [Metric.NORM_RATIO] * (factor != 1)

@@ -28,6 +28,12 @@ from nemotrt.exporter.validation.parts.torch_parts import OpCall, TorchPart
 from nemotrt.exporter.validation.plan import MIXED, Workload, envelope_parts, scenarios
 from nemotrt.plugins.contract import NEXT
 
+SMALL_DECADES = 3
+"""Over how many decades small rows vary: the input of a gated norm is a product of two small values."""
+
+LARGE, LARGEST = 100.0, 8192.0
+"""How much larger than usual large rows are, and the largest element that scaling may give them: FP16 ends at 65504."""
+
 
 class PartRunner(Protocol):
     """A part of the graph in some runtime, without state of its own."""
@@ -136,7 +142,7 @@ def run_parts(
         runners = open_runners(part)
         flows, comparison = run_part(part, noise, list(zip(rounded, steps, strict=True)), *runners)
         if envelope and part.name in firsts:
-            deep_steps = at_limits(part, rounded, envelope, workload)
+            deep_steps = at_limits(part, rounded, envelope, workload, model.config.norm_eps)
             noise = workload.noise((pool for pool in pools if pool.name in part.pools), envelope.sizes)
             comparison.at_limits = run_part(part, noise, deep_steps, *runners, with_places=False)[1]
             comparison.at_limits.calls.clear()
@@ -146,11 +152,11 @@ def run_parts(
 
 
 def at_limits(
-    part: GraphPart, flows: Sequence[Tensor], envelope: Envelope, workload: Workload
+    part: GraphPart, flows: Sequence[Tensor], envelope: Envelope, workload: Workload, eps: float
 ) -> list[tuple[Tensor, StepInputs]]:
-    """Steps at the limits, each with rows of the part's usual inputs, in random order and scaled by 0.5 to 1.5.
+    """Steps at the limits, each with rows of the part's usual inputs in random order, scaled as in `of_all_sizes`.
 
-    A part without pools takes no notice of sequences: it runs the first step only.
+    A part without pools takes no notice of sequences: it runs the first step only. `eps` is that of the norms.
     """
     steps = envelope.steps(workload.vocab_size, workload.seed)[: None if part.pools else 1]
     if flows[0].dtype == torch.int64:
@@ -159,10 +165,25 @@ def at_limits(
     rows = torch.cat(list(flows))
 
     def drawn(count: int) -> Tensor:
-        scales = 0.5 + torch.rand(count, 1, generator=generator)
-        return (rows[torch.randint(len(rows), (count,), generator=generator)] * scales).to(rows.dtype)
+        chosen = rows[torch.randint(len(rows), (count,), generator=generator)].float()
+        return of_all_sizes(chosen, eps, generator).to(rows.dtype)
 
     return [(drawn(len(inputs.input_ids)), inputs) for inputs in steps]
+
+
+def of_all_sizes(rows: Tensor, eps: float, generator: torch.Generator) -> Tensor:
+    """Rows scaled by 0.5 to 1.5; besides, every fourth is small, and every fourth large.
+
+    The mean square of a small row is at most `eps`, which a norm of usual rows hides. In the sum of a large row and
+    what a layer adds to it the row counts most, so that the sum shows a wrong factor of the row.
+    """
+    scale_R1 = 0.5 + torch.rand(len(rows), 1, generator=generator)
+    rms_R1 = rows.square().mean(1, keepdim=True).sqrt()
+    small_R1 = eps**0.5 * 10 ** (-SMALL_DECADES * torch.rand(len(rows), 1, generator=generator)) / rms_R1
+    scale_R1[1::4] = torch.where(rms_R1 > 0, small_R1, 1.0)[1::4]
+    largest = float(rows.abs().max())
+    scale_R1[2::4] *= min(LARGE, LARGEST / largest) if 0 < largest < LARGEST else 1.0
+    return rows * scale_R1
 
 
 def mixed_steps(workload: Workload) -> tuple[StepInputs, ...]:
