@@ -61,6 +61,9 @@ dist: setup ## build the source distribution and the wheel, check their contents
 bench: setup ## measure the figures of docs/performance.md
 	$(BIN)/python scripts/bench.py
 
+faults: setup ## inject 58 kinds of faults at three precisions; writes the tables of docs/validation.md
+	$(BIN)/python scripts/fault_study.py
+
 gpu-check: setup ## test every op on this machine's GPU: kernels, then plugins; writes build/gpu_check*.json
 	$(BIN)/python scripts/gpu_check.py
 	$(BIN)/python scripts/gpu_check.py --plugins --output build/gpu_check_plugins.json

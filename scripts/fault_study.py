@@ -212,7 +212,8 @@ def _cell(fault: dict[str, Any]) -> str:
         return "changes nothing"
     exact = "".join({SAME_PROGRAM: "P", WEIGHTS: "W"}[name] for name in fault["exact"])
     gate = fault["numeric"] or fault["nearest"]
-    numbers = f"{gate['scenario']}, {gate['metric']}: {gate['value']:.2g}, limit {gate['limit']:.2g}"
+    sign = ">" if fault["numeric"] else "≤"
+    numbers = f"{gate['scenario']}, {gate['metric']}: {gate['value']:.3g} {sign} {gate['limit']:.3g}"
     words = numbers if fault["numeric"] else f"no number (nearest: {numbers})"
     return f"{words}{f' · **{exact}**' if exact else ''}{' · **MISSED**' if is_missed(fault) else ''}"
 
