@@ -161,7 +161,7 @@ class Study:
         """What catches each of these faults, and whether it changes an output."""
         effects = Effects(self.model, self.config, self.correct / "model.onnx")
         for fault in FAULTS:
-            if names and fault.name not in names:
+            if fault.name not in names:
                 continue
             graph = shutil.copytree(self.correct, self.folder / "broken") / "model.onnx"
             broken(graph, fault.inject)
@@ -174,31 +174,31 @@ class Study:
             shutil.rmtree(graph.parent)
             yield fault.name, {"changes": changes} | caught
 
-    def clean(self, seeds: int) -> Iterator[dict[str, Any]]:
-        """The fraction of limits that a correct graph uses, for each seed."""
-        for seed in range(seeds):
-            report = self.report(self.correct / "model.onnx", seed=seed)
-            yield {"used": _used(report.gates), "fixed": _failed_fixed(report)}
+    def clean(self, seed: int) -> dict[str, Any]:
+        """The fraction of limits that a correct graph uses."""
+        report = self.report(self.correct / "model.onnx", seed=seed)
+        return {"used": _used(report.gates), "fixed": _failed_fixed(report)}
 
 
-def run(precision: str, seeds: int, names: Sequence[str]) -> None:
-    """Run the study at one precision and store its result; with `names`, replace these faults in the last one."""
+def run(precision: str, seeds: int, names: Sequence[str], *, resume: bool) -> None:
+    """Run the study at one precision and store each result; with `resume`, only what the last run has not stored."""
     path = RESULTS / f"{precision}.json"
-    result = json.loads(path.read_text()) if path.exists() and names else {"faults": {}, "clean": []}
     RESULTS.mkdir(parents=True, exist_ok=True)
+    result: dict[str, Any] = {"faults": {}, "clean": []}
+    if path.exists() and (names or resume):
+        result = json.loads(path.read_text())
+    names = names or [fault.name for fault in FAULTS if not resume or fault.name not in result["faults"]]
     with tempfile.TemporaryDirectory() as folder:
         study = Study(precision, Path(folder))
         for name, caught in study.faults(names):
             result["faults"][name] = caught
             path.write_text(json.dumps(result, indent=1), encoding="utf-8")
             click.echo(f"{precision}, {name}: {_cell(caught)}", err=True)
-        if not names:
-            for seed, clean in enumerate(study.clean(seeds)):
-                result["clean"].append(clean)
-                path.write_text(json.dumps(result, indent=1), encoding="utf-8")
-                click.echo(
-                    f"{precision}, seed {seed}: {max(clean['used'].values()):.2f} of a limit", err=True
-                )
+        for seed in range(len(result["clean"]), seeds):
+            used = study.clean(seed)
+            result["clean"].append(used)
+            path.write_text(json.dumps(result, indent=1), encoding="utf-8")
+            click.echo(f"{precision}, seed {seed}: {max(used['used'].values()):.2f} of a limit", err=True)
 
 
 def is_missed(fault: dict[str, Any]) -> bool:
@@ -271,15 +271,20 @@ def _total(name: str, field: str, studies: dict[str, dict[str, Any]]) -> str:
     help="Run this fault alone, and keep the other results of the last run.",
 )
 @click.option(
+    "--resume", is_flag=True, help="Run only what the last run, which was interrupted, has not stored."
+)
+@click.option(
     "--tables",
     "only_tables",
     is_flag=True,
     help="Write the tables of the last runs without running anything.",
 )
-def main(precisions: tuple[str, ...], seeds: int, names: tuple[str, ...], only_tables: bool) -> None:
+def main(
+    precisions: tuple[str, ...], seeds: int, names: tuple[str, ...], resume: bool, only_tables: bool
+) -> None:
     """Run the study at PRECISIONS (default: all), and write the tables once each precision has a result."""
     for precision in () if only_tables else precisions or PRECISIONS:
-        run(precision, seeds, names)
+        run(precision, seeds, names, resume=resume)
     missing = [name for name in PRECISIONS if not (RESULTS / f"{name}.json").exists()]
     if missing:
         sys.exit(f"no tables are written before the study ran at {', '.join(missing)}")

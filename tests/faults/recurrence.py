@@ -58,10 +58,15 @@ def groups_by_modulo(graph: Graph) -> None:
     """Head h reads B and C of group h mod G, not of group h / (H / G)."""
     scan = graph.op(SCAN.name)
     heads, groups = (int(onnx_op.operand(SCAN, scan, name).shape[1]) for name in ("x", "B"))
-    graph.with_body(SCAN, {"G": heads})
+    _, body = graph.with_body(SCAN, {"G": heads})
     for name in ("B", "C"):
-        value = onnx_op.operand(SCAN, scan, name)
-        graph.feed(scan, value.name, graph.before(scan, "Gather", value, np.arange(heads) % groups, axis=1))
+        value = body.inputs[SCAN.input_index(name)]
+        op = onnx_op.Operators(prefix=f"wrong_{name}_")
+        uses = value.uses()
+        by_head = op.Gather(value, np.arange(heads) % groups, axis=1)
+        body.graph.insert_before(body.graph[0], op.nodes)
+        for use in uses:
+            use.node.replace_input_with(use.idx, by_head)
 
 
 def half_state(graph: Graph) -> None:
