@@ -240,7 +240,10 @@ def tables(studies: dict[str, dict[str, Any]]) -> str:
 
 def _share(kind: str, studies: dict[str, dict[str, Any]]) -> str:
     field = "fixed" if kind in FIXED else "kinds"
-    counts = [str(sum(kind in f.get(field, ()) for f in s["faults"].values())) for s in studies.values()]
+    counts = [
+        str(sum(bool(fault["changes"]) and kind in fault[field] for fault in study["faults"].values()))
+        for study in studies.values()
+    ]
     seeds = [seed for study in studies.values() for seed in study["clean"]]
     used = [seed["used"].get(kind, 0.0) for seed in seeds]
     alarms = sum(

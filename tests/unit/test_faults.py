@@ -10,9 +10,10 @@ from collections import defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 from checkpoints import SMALL_LIMITS
-from faults import FAMILIES, FAULTS, Fault, broken
+from faults import FAMILIES, FAULTS, Fault, Graph, broken
 from faults.effect import Effects
 
 from nemotrt.exporter.checkpoint.loaded_model import LoadedModel
@@ -25,10 +26,13 @@ from nemotrt.exporter.stages.trace import trace
 from nemotrt.exporter.validation import drift, envelope, gates
 from nemotrt.exporter.validation import plan as plans
 from nemotrt.exporter.validation.candidates import graph_candidate
+from nemotrt.exporter.validation.envelope import Envelope
 from nemotrt.exporter.validation.parts import layerwise
-from nemotrt.exporter.validation.plan import plan_validation
+from nemotrt.exporter.validation.plan import plan_validation, workload_of
 from nemotrt.exporter.validation.same_program import SAME_PROGRAM
 from nemotrt.exporter.validation.validate import validate
+from nemotrt.plugins.onnx_op import operand
+from nemotrt.plugins.selective_scan import SPEC as SCAN
 
 DECODE_STEPS, DRIFT_STEPS = 4, 10
 """No fault needs more to show."""
@@ -106,6 +110,32 @@ def test_a_fault_is_caught_and_blamed_on_its_own_layer(
         assert all(node.startswith(f"{place}.") for node in outputs[layerwise.OPS_ALONE])
     if fault.name == "a page mix-up":
         assert Metric.OUT_OF_BOUNDS in {gate.metric for gate in failed}
+
+
+def groups_of_another_number(graph: Graph) -> None:
+    scan = graph.op(SCAN.name)
+    heads = int(operand(SCAN, scan, "x").shape[1])
+    graph.with_body(SCAN, {"G": heads})
+    for name in ("B", "C"):
+        value = operand(SCAN, scan, name)
+        groups = np.arange(heads) % value.shape[1]
+        graph.feed(scan, value.name, graph.before(scan, "Gather", value, groups, axis=1))
+
+
+def test_an_op_with_an_input_of_another_shape_fails_its_gates(right: Right, tmp_path: Path) -> None:
+    graph = right.broken(Fault("", "mamba", groups_of_another_number), tmp_path)
+    workload = workload_of(right.model, right.config, 0)
+    failed, _, _ = layerwise.compare_parts(
+        right.model, right.config, OnnxGraph.read(graph), workload, Envelope.of(right.config)
+    )
+    alone = {
+        gate.output: gate.metric
+        for gate in failed
+        if gate.scenario == layerwise.OPS_ALONE and not gate.passed
+    }
+    assert alone == dict.fromkeys(
+        ("layers.0.mixer.scan y", "layers.0.mixer.scan next_ssm_state"), Metric.NOT_FINITE
+    )
 
 
 def test_a_fault_that_never_acts_changes_nothing(right: Right, tmp_path: Path) -> None:

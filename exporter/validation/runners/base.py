@@ -193,7 +193,19 @@ class PartSession:
             disabled_optimizers=("ConstantFolding",),
         )
         self._dtypes = {value.name: ORT_DTYPES[value.type].numpy for value in self._session.get_inputs()}
+        self._shapes = {value.name: value.shape for value in self._session.get_inputs()}
         self._outputs = [value.name for value in self._session.get_outputs()]
+
+    def accepts(self, feeds: Mapping[str, NDArray[Any]]) -> bool:
+        """Whether every input has the shape that the graph declares, in the axes whose size it fixes."""
+        return all(
+            len(shape) == feeds[name].ndim
+            and all(
+                size in (own, None) or isinstance(size, str)
+                for size, own in zip(shape, feeds[name].shape, strict=True)
+            )
+            for name, shape in self._shapes.items()
+        )
 
     def run(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """Every output by name; `feeds` may hold more than the graph's inputs."""
