@@ -46,10 +46,11 @@ def reference(
         if start == end:
             continue
         row = int(slot[b])
-        stored_HPN = ssm_state[row].to(compute)
-        h_HPN = stored_HPN if context_len[b] > 0 else torch.zeros_like(stored_HPN)
+        h_HPN = ssm_state[row].to(compute, copy=True)
+        if context_len[b] == 0:
+            h_HPN.zero_()
         for t in range(start, end):
-            h_HPN = decay_TH[t, :, None, None] * h_HPN + input_THP[t, :, :, None] * B_THN[t, :, None, :]
+            h_HPN.mul_(decay_TH[t, :, None, None]).addcmul_(input_THP[t, :, :, None], B_THN[t, :, None, :])
             y[t] = (h_HPN @ C_THN[t, :, :, None])[..., 0] + skip_THP[t]
         next_state[row] = h_HPN.to(ssm_state.dtype)
     return y, next_state
