@@ -120,8 +120,8 @@ def _against_torch(graph: Path, tokens: int, chunk: int) -> dict[str, float]:
         for step in _steps(tokens, chunk, PAGE)
     ]
     pool_errors = {
-        name: metrics.relative_l2(session.pool(name)[1:].astype(np.float64), values[1:])
-        for name, values in reference.pools().items()
+        name: metrics.relative_l2(session.pool(name)[1:].astype(np.float64), reference.pool(name)[1:])
+        for name in session.pool_names
     }
     return {"logits": max(logits), "pools": max(pool_errors.values())}
 

@@ -214,7 +214,7 @@ def observe(
         routers.append(tuple(logits_TE[:num_tokens] for logits_TE in runner.router_logits()))
         after_step(number, logits[-1])
         advance(1)
-    return observed(logits, runner.pools(), noise, steps, routers)
+    return observed(logits, runner.pool, noise, steps, routers)
 
 
 def next_token(

@@ -27,10 +27,9 @@ from nemotrt.exporter.report.model import Drift, DriftCurve, Gate, Metric
 from nemotrt.exporter.runtime.step import StepInputs
 from nemotrt.exporter.validation import metrics
 from nemotrt.exporter.validation.gates import BASELINE_FACTOR, FP32_RELATIVE_L2
-from nemotrt.exporter.validation.metrics import Values
 from nemotrt.exporter.validation.plan import SEQUENCES, WINDOW, LongDecode, empty_pools
 from nemotrt.exporter.validation.routing import RouterLogits
-from nemotrt.exporter.validation.runners.base import CandidateRunner, Recurrence
+from nemotrt.exporter.validation.runners.base import CandidateRunner, Recurrence, Runner
 from nemotrt.exporter.validation.runners.torch import TorchRunner, num_threads, threads, torch_step
 from nemotrt.plugins.contract import DType, PoolSpec
 from nemotrt.plugins.selective_scan.reference import reference as scan
@@ -76,7 +75,7 @@ class DriftComparison:
                 advance(1)
             logits_BTV = np.stack([rows for rows in logits if len(rows)], axis=1)
             routers_BTE = tuple(np.stack(steps, axis=1) for steps in zip(*routers, strict=True))
-            snapshot = _Snapshot(self._states(runner.pools()), logits_BTV, routers_BTE)
+            snapshot = _Snapshot(self._states(runner), logits_BTV, routers_BTE)
             self._candidate.append(snapshot)
             self._replay.record_errors(snapshot.states)
 
@@ -98,7 +97,7 @@ class DriftComparison:
                 logits = runner.step(self.decode.step(t, t + stride, watched), forced)
                 if len(logits):
                     rows.append(logits.astype(np.float32).reshape(SEQUENCES, -1, logits.shape[-1]))
-            snapshots.append(_Snapshot(self._states(runner.pools()), np.concatenate(rows, axis=1)))
+            snapshots.append(_Snapshot(self._states(runner), np.concatenate(rows, axis=1)))
             advance(1)
         self._followers.append(snapshots)
 
@@ -119,8 +118,8 @@ class DriftComparison:
         curves.append(curve("logits", Metric.MEAN_KL, *errors(_mean_kl)))
         return Drift(self.decode.marks, SEQUENCES, tuple(curves))
 
-    def _states(self, pools: dict[str, Values]) -> dict[str, NDArray[np.float32]]:
-        return {name: pools[name][1 : 1 + SEQUENCES].astype(np.float32) for name in self._recurrent}
+    def _states(self, runner: Runner) -> dict[str, NDArray[np.float32]]:
+        return {name: runner.pool(name)[1 : 1 + SEQUENCES].copy() for name in self._recurrent}
 
 
 def curve(

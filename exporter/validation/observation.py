@@ -6,7 +6,7 @@ counted and not stored: the pools of a large profile would otherwise be in memor
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,17 +37,18 @@ class Observation:
 
 def observed(
     logits: Sequence[Values],
-    pools: Mapping[str, Values],
+    read_pool: Callable[[str], Values],
     noise: Noise,
     steps: Sequence[StepInputs],
     routers: Iterable[RouterLogits] = (),
 ) -> Observation:
-    """The observation of a runner whose pools started as `noise` and ran these steps."""
+    """The observation of a runner whose pools started as `noise` and ran these steps; one pool is read at a time."""
     rows, out_of_bounds = {}, {}
-    for name, pool in pools.items():
+    for name, initial in noise.items():
+        pool = read_pool(name)
         places = written_places(name, pool, steps)
         rows[name] = pool[places]
-        changed = pool != noise[name]
+        changed = pool != initial
         changed[places], changed[0] = False, False
         out_of_bounds[name] = int(np.count_nonzero(changed))
     return Observation(np.concatenate(logits), rows, out_of_bounds, tuple(routers))

@@ -180,9 +180,8 @@ def judged(
 
     def seen(pool: np.ndarray) -> Observation:
         pools = {"ssm_state.0": pool.astype(np.float32)}
-        return observed(
-            [np.ones((1, 3), np.float32)], pools, {"ssm_state.0": noise.astype(np.float32)}, [STEP]
-        )
+        initial = {"ssm_state.0": noise.astype(np.float32)}
+        return observed([np.ones((1, 3), np.float32)], pools.__getitem__, initial, [STEP])
 
     base = gates.measure(seen(baseline["baseline"]), seen(reference)) if baseline else None
     found = gates.scenario_gates("s", seen(candidate), seen(reference), base)
@@ -263,7 +262,8 @@ def test_a_stray_write_in_one_mode_or_in_the_reference_is_found() -> None:
     stray[2, 3] = 1
     noise = {"ssm_state.0": pool.copy()}
     right, wrong = (
-        observed([np.ones((1, 3), np.float32)], {"ssm_state.0": x}, noise, [STEP]) for x in (pool, stray)
+        observed([np.ones((1, 3), np.float32)], {"ssm_state.0": x}.__getitem__, noise, [STEP])
+        for x in (pool, stray)
     )
     assert gates.same_bits("s", right, right).passed
     assert not gates.same_bits("s", right, wrong).passed

@@ -56,8 +56,8 @@ class Runner(Protocol):
         `forced` router logits of the step's first tokens choose their experts; only some runners take them.
         """
 
-    def pools(self) -> dict[str, Values]:
-        """Every pool's values, scratch row included."""
+    def pool(self, name: str) -> Values:
+        """A pool's values, scratch row included."""
 
     def router_logits(self) -> RouterLogits:
         """The runner's own router logits in the last step, padding included; empty if it does not output them."""
@@ -109,11 +109,9 @@ class SessionRunner:
         """Nothing: production sessions do not output them."""
         return {}
 
-    def pools(self) -> dict[str, Values]:
-        """Every pool's values."""
-        return {
-            name: self._session.pool(name).astype(np.float32, copy=False) for name in self._session.pool_names
-        }
+    def pool(self, name: str) -> Values:
+        """A pool's values."""
+        return self._session.pool(name).astype(np.float32, copy=False)
 
 
 class GraphRunner(SessionRunner):
@@ -262,9 +260,9 @@ class ForcedRoutingRunner:
         self._pools = {name: self._outputs[NEXT + name] for name in self._pools}
         return self._outputs[LOGITS].astype(np.float32)
 
-    def pools(self) -> dict[str, Values]:
-        """Every pool's values."""
-        return {name: values.astype(np.float32) for name, values in self._pools.items()}
+    def pool(self, name: str) -> Values:
+        """A pool's values."""
+        return self._pools[name].astype(np.float32, copy=False)
 
     def router_logits(self) -> RouterLogits:
         """The graph's own router logits of the last step, before any were replaced."""

@@ -67,8 +67,8 @@ class StepRunner(BaseRunner):  # type: ignore[misc]
         logits = self._runner.step(inputs)
         self.inference_time = time.perf_counter() - started
         outputs = OrderedDict([(LOGITS, logits.astype(np.float32))])
-        for name, values in self._runner.pools().items():
-            outputs[NEXT + name] = values.astype(np.float32)
+        for name in self._pools:
+            outputs[NEXT + name] = self._runner.pool(name).copy()
             outputs[NEXT + name][0] = 0
         return outputs
 
@@ -90,7 +90,7 @@ def feed_dicts(reference: Runner, steps: Iterable[StepInputs], noise: Noise) -> 
     """The feed dict of each step; its pools hold the state of the reference at that step."""
     reference.reset(noise)
     for inputs in steps:
-        state = {name: values.astype(np.float32) for name, values in reference.pools().items()}
+        state = {name: reference.pool(name).copy() for name in noise}
         yield inputs.as_dict() | state
         reference.step(inputs)
 

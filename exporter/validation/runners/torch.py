@@ -112,9 +112,10 @@ class TorchRunner:
             logits, self._pools = self._network(ids, torch_step(inputs), rows, self._pools)
         return logits.float().numpy()  # type: ignore[no-any-return]
 
-    def pools(self) -> dict[str, Values]:
-        """Every pool's values."""
-        return {spec.name: pool.float().numpy() for spec, pool in zip(self._specs, self._pools, strict=True)}
+    def pool(self, name: str) -> Values:
+        """A pool's values."""
+        position = [spec.name for spec in self._specs].index(name)
+        return self._pools[position].float().numpy()
 
     def router_logits(self) -> RouterLogits:
         """The model's own router logits in the last step, before any were replaced."""
