@@ -48,13 +48,18 @@ def observed(
         pool = read_pool(name)
         places = written_places(name, pool, steps)
         rows[name] = pool[places]
-        changed = pool != initial
-        changed[places], changed[0] = False, False
-        out_of_bounds[name] = int(np.count_nonzero(changed))
+        out_of_bounds[name] = num_stray(pool, initial, places)
     return Observation(np.concatenate(logits), rows, out_of_bounds, tuple(routers))
 
 
-def written_places(name: str, pool: NDArray[Any], steps: Sequence[StepInputs]) -> tuple[Any, ...]:
+def num_stray(pool: NDArray[Any], initial: NDArray[Any], places: tuple[Any, ...]) -> int:
+    """How many values changed outside these places and the scratch row."""
+    changed = pool != initial
+    changed[places], changed[0] = False, False
+    return int(np.count_nonzero(changed))
+
+
+def written_places(name: str, pool: Any, steps: Sequence[StepInputs]) -> tuple[Any, ...]:
     """The index of the rows of a pool that the steps write: every slot, or every position of a page, once."""
     if not name.startswith("kv_cache."):
         slots = [inputs.slot[np.diff(inputs.query_start) > 0] for inputs in steps]

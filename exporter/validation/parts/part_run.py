@@ -22,7 +22,7 @@ from nemotrt.exporter.runtime.step import StepInputs
 from nemotrt.exporter.validation import gates, metrics
 from nemotrt.exporter.validation.envelope import Envelope
 from nemotrt.exporter.validation.gates import BASELINE_FACTOR, FP32_RELATIVE_L2, Pair
-from nemotrt.exporter.validation.observation import Noise
+from nemotrt.exporter.validation.observation import Noise, num_stray, written_places
 from nemotrt.exporter.validation.parts.subgraphs import GraphPart, split
 from nemotrt.exporter.validation.parts.torch_parts import OpCall, TorchPart
 from nemotrt.exporter.validation.plan import MIXED, Workload, envelope_parts, scenarios
@@ -144,8 +144,7 @@ def run_parts(
         if envelope and part.name in firsts:
             deep_steps = at_limits(part, rounded, envelope, workload, model.config.norm_eps)
             noise = workload.noise((pool for pool in pools if pool.name in part.pools), envelope.sizes)
-            comparison.at_limits = run_part(part, noise, deep_steps, *runners, with_places=False)[1]
-            comparison.at_limits.calls.clear()
+            comparison.at_limits = run_part(part, noise, deep_steps, *runners, in_full=False)[1]
         del runners  # Its weights would stay in memory next to those of the following part.
         yield part, comparison
         del comparison
@@ -201,13 +200,13 @@ def run_part(
     baseline: TorchPart | None,
     names: Sequence[str],
     *,
-    with_places: bool = True,
+    in_full: bool = True,
 ) -> tuple[list[Tensor], PartComparison]:
     """The reference's output in each step, and the comparison of the values in `names`.
 
     `steps` holds each step's value from the previous part, and its step inputs. Every pool starts as in `noise`, and
-    PyTorch takes the experts that the runner chose. Without `with_places`, only the compared rows of pools stay in
-    memory.
+    PyTorch takes the experts that the runner chose. Without `in_full`, the calls of ops are not kept, and of pools only
+    the compared rows.
     """
     comparison = PartComparison()
     state: dict[str, NDArray[Any]] = {name: noise[name] for name in part.pools}
@@ -215,23 +214,25 @@ def run_part(
     if baseline:
         baseline.reset(noise)
     flows_out = []
+    done: list[StepInputs] = []
     for flow, inputs in steps:
+        done.append(inputs)
         count = int(inputs.query_start[-1])
         results = runner.run(_feeds(part, flow, inputs) | state)
         state = {name: results[NEXT + name] for name in state}
         routing = tuple(results[name][:count].astype(np.float32) for name in part.router_logits)
         flows_out.append(reference.step(flow, inputs, routing))
         calls = reference.calls
-        rows = {name: _compared_rows(part, name, reference.values[name], noise, count) for name in names}
-        _add(comparison.candidate, results, reference.values, rows, with_places)
+        rows = {name: _compared_rows(part, name, reference.values[name], done) for name in names}
+        _add(comparison.candidate, results, reference.values, rows, in_full)
         if baseline:
             baseline.step(flow, inputs, routing)
-            _add(comparison.baseline, baseline.values, reference.values, rows, with_places)
-        comparison.calls.append((calls, baseline.calls if baseline else calls, count))
+            _add(comparison.baseline, baseline.values, reference.values, rows, in_full)
+        if in_full:
+            comparison.calls.append((calls, baseline.calls if baseline else calls, count))
     for name, values in state.items():
         if NEXT + name in rows:
-            changed = (values != noise[name]) & ~rows[NEXT + name]
-            comparison.out_of_bounds[name] = int(np.count_nonzero(changed[1:]))
+            comparison.out_of_bounds[name] = num_stray(values, noise[name], rows[NEXT + name])
     return flows_out, comparison
 
 
@@ -240,11 +241,11 @@ def _feeds(part: GraphPart, flow: Tensor, inputs: StepInputs) -> dict[str, NDArr
     return fields if part.flow_in in fields else fields | {part.flow_in: flow.float().numpy()}
 
 
-def _compared_rows(part: GraphPart, name: str, values: Any, noise: Noise, count: int) -> Any:
-    """The index of the elements of a value that are compared."""
+def _compared_rows(part: GraphPart, name: str, values: Any, done: Sequence[StepInputs]) -> Any:
+    """The index of the elements of a value that are compared after these steps."""
     if name.startswith(NEXT):
-        pool = name.removeprefix(NEXT)
-        return written_rows(pool, values, noise[pool])
+        return written_places(name.removeprefix(NEXT), values, done)
+    count = int(done[-1].query_start[-1])
     return slice(count) if part.axes(name)[:1] == ("T",) else slice(None)
 
 
@@ -253,12 +254,12 @@ def _add(
     values: Mapping[str, Any],
     reference: Mapping[str, Any],
     rows: Mapping[str, Any],
-    with_places: bool,
+    in_full: bool,
 ) -> None:
     for name, compared in rows.items():
         comparison = comparisons.setdefault(name, ValueComparison())
         comparison.add(values[name], reference[name], compared)
-        if name.startswith(NEXT) and not with_places:
+        if name.startswith(NEXT) and not in_full:
             comparison.forget_places()
 
 
