@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 
 from nemotrt.exporter.errors import BundleError, ExportError, UsageError
-from nemotrt.exporter.generation.template_program import Failure, RenderRequest
+from nemotrt.exporter.generation.template_program import Failure, RenderRequest, RenderResult
 
 PROGRAM = (sys.executable, "-P", "-m", "nemotrt.exporter.generation.template_program")
 
@@ -25,7 +25,8 @@ def render(
     """Each conversation as the template formats it for the model to answer.
 
     `named_tokens` are the special tokens that the template may refer to by name. Raises UsageError if the template
-    refuses the messages, BundleError if it is broken or unsafe, or needs too much time or memory.
+    refuses the messages, BundleError if it is broken or unsafe, or needs too much time or memory, and ExportError if
+    the program that renders does not run.
     """
     request = RenderRequest(template, conversations, named_tokens, CPU_SECONDS)
     done = subprocess.run(
@@ -36,19 +37,30 @@ def render(
         start_new_session=True,  # this process handles Ctrl-C, and ends the other one
     )
     if done.returncode:
-        raise _error(done.returncode, done.stderr.decode(errors="replace"))
-    return list(json.loads(done.stdout))
+        raise _crash(done.returncode, done.stderr.decode(errors="replace"))
+    result = RenderResult(**json.loads(done.stdout))
+    if result.failure:
+        raise _error(result.failure, result.message)
+    return list(result.texts)
 
 
-def _error(code: int, message: str) -> ExportError:
-    """The error for a program that ended with this exit code and wrote this message."""
-    if code == Failure.REFUSED:
+def _error(failure: str, message: str) -> ExportError:
+    """The error for a template that failed."""
+    if failure == Failure.REFUSED:
         return UsageError(f"the chat template refuses the messages: {message}")
-    if code == Failure.UNSAFE:
+    if failure == Failure.UNSAFE:
         return BundleError(f"the chat template uses something that a template may not: {message}")
-    if code == -signal.SIGXCPU:
-        message = f"it computes for more than {CPU_SECONDS} s"
-    elif code < 0:
-        message = f"rendering it ended with {signal.Signals(-code).name}"
-    lines = message.splitlines() or [f"rendering it ended with exit code {code}"]
-    return BundleError(f"the chat template is broken: {lines[-1]}")
+    return BundleError(f"the chat template is broken: {message}")
+
+
+def _crash(code: int, log: str) -> ExportError:
+    """The error for a program that ended with this exit code before it answered."""
+    if code > 0:
+        (*_, reason) = log.splitlines() or [f"exit code {code}"]
+        return ExportError(f"the program that renders chat templates does not run: {reason}")
+    name = signal.Signals(-code).name
+    is_timeout = code == -signal.SIGXCPU
+    return _error(
+        Failure.BROKEN,
+        f"it computes for more than {CPU_SECONDS} s" if is_timeout else f"rendering it ended with {name}",
+    )

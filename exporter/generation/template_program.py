@@ -1,7 +1,7 @@
 """The program that renders conversations: `python -m nemotrt.exporter.generation.template_program`.
 
-stdin has a `RenderRequest` as JSON, stdout gets the texts as JSON; if the template fails, stderr says how, and the exit
-code is a `Failure`. A template is untrusted code: it runs in Jinja's sandbox, with limits on memory and time.
+stdin has a `RenderRequest` as JSON, and stdout gets a `RenderResult`, even if the template fails. A template is untrusted
+code: it runs in Jinja's sandbox, with limits on memory and time.
 """
 
 import datetime
@@ -9,8 +9,8 @@ import json
 import resource
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from enum import IntEnum
+from dataclasses import asdict, dataclass
+from enum import StrEnum
 from typing import Any, NoReturn
 
 MAX_MEMORY = 2 << 30
@@ -28,12 +28,21 @@ class RenderRequest:
     cpu_seconds: int
 
 
-class Failure(IntEnum):
+class Failure(StrEnum):
     """How a template failed: it is broken, refuses the messages, or does something that the sandbox forbids."""
 
-    BROKEN = 1
-    REFUSED = 2
-    UNSAFE = 3
+    BROKEN = "broken"
+    REFUSED = "refused"
+    UNSAFE = "unsafe"
+
+
+@dataclass(frozen=True)
+class RenderResult:
+    """Each conversation's text, or how the template failed."""
+
+    texts: Sequence[str] = ()
+    failure: Failure | None = None
+    message: str = ""
 
 
 class _RefusedError(Exception):
@@ -44,26 +53,25 @@ def main() -> None:
     """Render what stdin requests."""
     from jinja2.exceptions import SecurityError
 
-    request = RenderRequest(**json.load(sys.stdin))
+    request = RenderRequest(**json.load(sys.stdin.buffer))
     _limit(resource.RLIMIT_CORE, 0)
     _limit(resource.RLIMIT_AS, MAX_MEMORY)
     _limit(resource.RLIMIT_CPU, request.cpu_seconds)
     try:
-        json.dump(_render(request), sys.stdout)
+        answer = json.dumps(asdict(RenderResult(_render(request))))
     except _RefusedError as error:
-        _fail(Failure.REFUSED, str(error))
+        answer = _failed(Failure.REFUSED, str(error))
     except SecurityError as error:
-        _fail(Failure.UNSAFE, str(error))
+        answer = _failed(Failure.UNSAFE, str(error))
     except MemoryError:
-        _fail(Failure.BROKEN, f"it needs more than {MAX_MEMORY >> 30} GiB of memory")
+        answer = _failed(Failure.BROKEN, f"it needs more than {MAX_MEMORY >> 30} GiB of memory")
     except Exception as error:  # a template can raise anything
-        sys.stderr.write(str(error) or type(error).__name__)
-        raise SystemExit(Failure.BROKEN) from error
+        answer = _failed(Failure.BROKEN, str(error) or type(error).__name__)
+    sys.stdout.buffer.write(answer.encode())
 
 
-def _fail(failure: Failure, message: str) -> NoReturn:
-    sys.stderr.write(message)
-    raise SystemExit(failure)
+def _failed(failure: Failure, message: str) -> str:
+    return json.dumps(asdict(RenderResult(failure=failure, message=message)))
 
 
 def _limit(kind: int, limit: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from runtime_bundle import TEXT, write_tokenizer
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import decoders, models
 
-from nemotrt.exporter.errors import BundleError, UsageError
+from nemotrt.exporter.errors import BundleError, ExportError, UsageError
 from nemotrt.exporter.generation import chat_template
 from nemotrt.exporter.generation.tokenizer import TextStream, Tokenizer
 
@@ -151,6 +152,25 @@ def test_a_template_that_does_not_end_is_stopped(
     monkeypatch.setattr(chat_template, "CPU_SECONDS", 1)
     with pytest.raises(BundleError, match="template is broken: it computes for more than 1 s"):
         write_template(folder, template).render([MESSAGES])
+
+
+def test_a_package_that_cannot_be_imported_is_not_the_templates_fault(
+    folder: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shadow = tmp_path_factory.mktemp("shadow")
+    (shadow / "jinja2.py").write_text("raise ImportError('a jinja2 that is none')")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join((str(shadow), os.environ.get("PYTHONPATH", ""))))
+    with pytest.raises(ExportError, match="templates does not run: ImportError: a jinja2 that is none") as raised:
+        Tokenizer(folder).render([MESSAGES])
+    assert not isinstance(raised.value, BundleError)
+
+
+def test_a_refusal_is_whole_whatever_the_encoding_of_the_terminal(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONIOENCODING", "latin-1")
+    with pytest.raises(UsageError, match="refuses the messages: é\N{MUSICAL SYMBOL G CLEF}"):
+        write_template(folder, "{{ raise_exception('é\N{MUSICAL SYMBOL G CLEF}') }}").render([MESSAGES])
 
 
 def test_conversations_are_rendered_apart(folder: Path) -> None:
