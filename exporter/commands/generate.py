@@ -79,12 +79,13 @@ def generate(
 
 def _print_stream(events: Iterator[TextEvent], prompt: str) -> None:
     """Print the prompt, and its text as it is generated."""
+    has_begun = False
     try:
         for event in events:
-            click.echo(prompt + event.text, nl=False)
-            prompt = ""
+            click.echo(event.text if has_begun else prompt + event.text, nl=False)
+            has_begun = True
     finally:
-        if not prompt:
+        if has_begun:
             click.echo()
 
 

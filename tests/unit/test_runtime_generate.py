@@ -11,9 +11,11 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from runtime_bundle import write_bundle
 from runtime_graph import DTYPES, VOCAB, one_sequence, open_session, profile_of, write_graph
 
+from nemotrt.exporter.cli import program
 from nemotrt.exporter.errors import BundleError, UsageError
 from nemotrt.exporter.generation.generate import GenerateConfig, TextEvent, generate, generate_tokens
 from nemotrt.exporter.generation.sampling import SamplingConfig
@@ -159,6 +161,12 @@ def test_chat_goes_through_the_template(bundle: Path) -> None:
     assert list(generate(bundle, ["cat"], replace(config, chat=True))) == list(
         generate(bundle, written, config)
     )
+
+
+def test_a_refused_conversation_prints_no_text(bundle: Path) -> None:
+    result = CliRunner().invoke(program, ["generate", str(bundle), "--chat", "--prompt", "x" * 99])
+    assert result.exit_code == UsageError.exit_code
+    assert (result.stdout, "prompt 1 has" in result.stderr) == ("", True)
 
 
 def test_prompts_that_do_not_fit_are_refused(bundle: Path) -> None:
