@@ -14,7 +14,18 @@ PACKAGES = {
     **dict.fromkeys(("torch", "polygraphy"), BUILD),
     "onnxruntime": CPU,
     **dict.fromkeys(
-        ("google", "jinja2", "ml_dtypes", "numpy", "onnx", "onnx_ir", "rich", "tokenizers"), PLAIN
+        (
+            "google",
+            "google.protobuf",
+            "jinja2",
+            "ml_dtypes",
+            "numpy",
+            "onnx",
+            "onnx_ir",
+            "rich",
+            "tokenizers",
+        ),
+        PLAIN,
     ),
 }
 """Modules of the packages that this one imports → what pip installs them with."""
@@ -23,6 +34,7 @@ NO_MEMORY = ("allocate memory", "bad_alloc", "failed to map segment", "Failed to
 """How libraries say that memory ran out."""
 
 NO_THREAD = "can't start new thread"
+"""How Python says that a limit on threads is reached; for a process it is EAGAIN."""
 
 ADDRESS_SPACE = {
     **dict.fromkeys(("build", "check", "quantize", "validate"), 1_500_000_000),
@@ -48,22 +60,22 @@ def check_address_space(command: str) -> None:
 def explain(error: Exception, command: str) -> ExportError | None:
     """The error for a user, or None if it is not one of a package or of memory."""
     text = str(error)
-    if isinstance(error, ImportError) and (name := _missing(error)) in PACKAGES:
+    if isinstance(error, OSError) and error.errno is not None:  # the text names a file
+        return _explain_errno(error.errno)
+    if isinstance(error, ModuleNotFoundError) and error.name in PACKAGES:
         return UsageError(
-            f"{command} needs {name}, which is not installed", hint=f"pip install {PACKAGES[name]}"
+            f"{command} needs {error.name}, which is not installed",
+            hint=f"pip install {PACKAGES[error.name]}",
         )
     if name := _lacking(error):
         return UsageError(
             f"{name} is too old or incomplete: {text}", hint=f"pip install --upgrade {PACKAGES[name]}"
         )
-    is_from_library = not isinstance(error, OSError) or error.errno is None
-    if isinstance(error, MemoryError) or _is_errno(error, errno.ENOMEM) or any(t in text for t in NO_MEMORY):
-        return ExportError("out of memory", hint=_more_memory())
+    if isinstance(error, MemoryError) or any(part in text for part in NO_MEMORY):
+        return _explain_errno(errno.ENOMEM)
     if NO_THREAD in text:
-        return ExportError(
-            "the system starts no more threads", hint="raise the limits (ulimit -u, ulimit -v)"
-        )
-    if isinstance(error, ImportError | OSError) and is_from_library and (name := _importing(error)):
+        return _explain_errno(errno.EAGAIN)
+    if isinstance(error, ImportError | OSError) and (name := _broken(error)):
         return UsageError(
             f"{name} is installed, but cannot be imported: {text}",
             hint=f"pip install --force-reinstall {PACKAGES[name]}",
@@ -71,8 +83,14 @@ def explain(error: Exception, command: str) -> ExportError | None:
     return None
 
 
-def _is_errno(error: Exception, number: int) -> bool:
-    return isinstance(error, OSError) and error.errno == number
+def _explain_errno(number: int) -> ExportError | None:
+    if number == errno.ENOMEM:
+        return ExportError("out of memory", hint=_more_memory())
+    if number == errno.EAGAIN:
+        return ExportError(
+            "the system starts no more threads or processes", hint="raise the limits (ulimit -u, ulimit -v)"
+        )
+    return None
 
 
 def _more_memory() -> str:
@@ -80,11 +98,6 @@ def _more_memory() -> str:
     if math.isinf(limit):
         return "nemo-export check estimates what a build needs"
     return f"ulimit -v allows {limit / 1e9:.2g} GB of addresses: raise it"
-
-
-def _missing(error: ImportError) -> str:
-    """The package of a module that does not exist; empty if the error is another one."""
-    return str(error.name).partition(".")[0] if isinstance(error, ModuleNotFoundError) else ""
 
 
 def _lacking(error: Exception) -> str:
@@ -100,8 +113,10 @@ def _lacking(error: Exception) -> str:
     return package if package in PACKAGES else ""
 
 
-def _importing(error: Exception) -> str:
-    """The first package of PACKAGES whose code was running when the error was raised; empty if there is none."""
-    frames = (frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__))
-    packages = (str(name).partition(".")[0] for name in frames)
+def _broken(error: ImportError | OSError) -> str:
+    """The package of PACKAGES that lacks a module, or the first whose code was running; empty if there is none."""
+    modules = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    if isinstance(error, ModuleNotFoundError):
+        modules.insert(0, error.name)
+    packages = (str(name).partition(".")[0] for name in modules)
     return next((name for name in packages if name in PACKAGES), "")

@@ -1,7 +1,7 @@
 """The program that renders conversations: `python -m nemotrt.exporter.generation.template_program`.
 
-stdin has a `RenderRequest` as JSON, and stdout gets a `RenderResult`, even if the template fails. A template is untrusted
-code: it runs in Jinja's sandbox, with limits on memory and time.
+stdin has a `RenderRequest` as JSON, and stdout gets a `RenderResult`, even if the template fails. A template is
+untrusted code: it runs in Jinja's sandbox, with limits on memory and time.
 """
 
 import datetime
@@ -65,7 +65,7 @@ def main() -> None:
         answer = _failed(Failure.UNSAFE, str(error))
     except MemoryError:
         answer = _failed(Failure.BROKEN, f"it needs more than {MAX_MEMORY >> 30} GiB of memory")
-    except Exception as error:  # a template can raise anything
+    except Exception as error:  # noqa: BLE001  a template can raise anything
         answer = _failed(Failure.BROKEN, str(error) or type(error).__name__)
     sys.stdout.buffer.write(answer.encode())
 

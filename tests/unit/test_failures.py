@@ -31,8 +31,13 @@ def test_memory_that_runs_out(error: Exception, monkeypatch: pytest.MonkeyPatch)
     assert explained.hint == "ulimit -v allows 2 GB of addresses: raise it"
 
 
-def test_threads_that_run_out() -> None:
-    explained = failures.explain(RuntimeError("can't start new thread"), "build")
+@pytest.mark.parametrize(
+    "error",
+    [RuntimeError("can't start new thread"), BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))],
+    ids=str,
+)
+def test_threads_and_processes_that_run_out(error: Exception) -> None:
+    explained = failures.explain(error, "build")
     assert explained
     assert "ulimit -u" in explained.hint
 
@@ -44,11 +49,28 @@ def test_threads_that_run_out() -> None:
         ImportError("cannot import name x from nemotrt.exporter", name="nemotrt.exporter"),
         ModuleNotFoundError("No module named 'nemotrt.exporter.x'", name="nemotrt.exporter.x"),
         PermissionError(errno.EACCES, os.strerror(errno.EACCES)),
+        FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), "runs/out of memory/config.json"),
     ],
     ids=str,
 )
 def test_other_errors_are_not_explained(error: Exception) -> None:
     assert failures.explain(error, "build") is None
+
+
+@pytest.mark.parametrize(
+    ("module", "says"),
+    [
+        ("torch", "build needs torch, which is not installed"),
+        ("google.protobuf", "build needs google.protobuf, which is not installed"),
+        ("torch._C", "torch is installed, but cannot be imported"),
+        ("numpy._core._multiarray_umath", "numpy is installed, but cannot be imported"),
+    ],
+)
+def test_a_package_without_one_of_its_modules_is_broken(module: str, says: str) -> None:
+    error = ModuleNotFoundError(f"No module named '{module}'", name=module)
+    explained = failures.explain(error, "build")
+    assert explained
+    assert str(explained).startswith(says)
 
 
 def test_a_limit_on_addresses_limits_memory(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -160,7 +160,9 @@ def test_a_package_that_cannot_be_imported_is_not_the_templates_fault(
     shadow = tmp_path_factory.mktemp("shadow")
     (shadow / "jinja2.py").write_text("raise ImportError('a jinja2 that is none')")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join((str(shadow), os.environ.get("PYTHONPATH", ""))))
-    with pytest.raises(ExportError, match="templates does not run: ImportError: a jinja2 that is none") as raised:
+    with pytest.raises(
+        ExportError, match="templates does not run: ImportError: a jinja2 that is none"
+    ) as raised:
         Tokenizer(folder).render([MESSAGES])
     assert not isinstance(raised.value, BundleError)
 
