@@ -3,7 +3,8 @@
 A preallocated file has its full size from the start, so its header does not show that its bytes never arrived.
 Every row of every matrix is read; one expert is a matrix, and so are all taps of a convolution. A run of zero rows is
 refused if it is an eighth of its matrix or 8 MiB long, and so is the zero row of a token that the tokenizer has. Other
-zero rows are noted. Rows beyond the tokenizer's vocabulary are padding.
+zero rows are noted. Rows beyond the tokenizer's vocabulary are padding, and the padding token has no use for its row,
+which PyTorch's embeddings keep at zero (`padding_idx`).
 """
 
 import threading
@@ -218,11 +219,12 @@ def _joined(runs: Iterable[range]) -> tuple[range, ...]:
 
 
 def _in_vocabulary(zero: _ZeroRows, folder: Path) -> _ZeroRows:
-    """Of a vocabulary, only the rows of tokens that the folder's tokenizer has, if there is one."""
+    """Of a vocabulary, only the rows of tokens that the folder's tokenizer has and uses, if there is one."""
     if not zero.matrix.is_vocabulary or not (folder / TOKENIZER).is_file():
         return zero
     tokenizer = Tokenizer(folder)
-    rows = (row for run in zero.runs for row in run if tokenizer.token(row) is not None)
+    unused = (None, tokenizer.named_tokens.get("pad_token"))
+    rows = (row for run in zero.runs for row in run if tokenizer.token(row) not in unused)
     runs = _joined(range(row, row + 1) for row in rows)
     token = tokenizer.token(max(runs, key=len).start) if runs else None
     return _ZeroRows(zero.matrix, runs, token)

@@ -181,6 +181,17 @@ def test_padding_may_be_zero_and_the_row_of_a_token_may_not(with_tokens: tuple[P
     assert f"{EMBEDDINGS} is zero in rows {tokens - 1} to 511 of 512 (" in found(folder).refused
 
 
+def test_the_row_of_the_padding_token_may_be_zero(with_tokens: tuple[Path, int]) -> None:
+    folder, _ = with_tokens
+    edited(folder, **{EMBEDDINGS: zero(0, 1)})
+    assert found(folder).refused
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"pad_token": config["bos_token"]}))
+    assert found(folder) == NOTHING
+    edited(folder, **{EMBEDDINGS: zero(0, 2)})
+    assert found(folder).refused.startswith(f"{EMBEDDINGS} is zero in row 1 of 512, the row of token ")
+
+
 def test_tied_embeddings_are_named_once(tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path / "checkpoint", tie_word_embeddings=True)
     edited(folder, **{EMBEDDINGS: torch.Tensor.zero_})
