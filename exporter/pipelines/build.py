@@ -73,6 +73,8 @@ def build(config: BuildConfig, progress: Progress = SILENT) -> BuildResult:
             copies = estimates.num_references(config.precision, model.config.layers)
             estimates.check_memory(model, hint=estimates.WITHOUT_WHOLE_STEPS, copies=copies)
             estimates.check_envelope(model, config)
+        import torch  # noqa: F401  so that it is found missing before every weight is read
+
         with Workspace.open(config.output, force=config.force) as workspace:
             try:
                 return Build(config, target, model, workspace, build_log).run()

@@ -85,6 +85,8 @@ def quantize_checkpoint(
     check_ignored(model.config, ignore_fields)
     if model.config.recipe:
         raise UsageError(f"{checkpoint} is FP8 already", hint="nemo-export build accepts it as it is")
+    import torch  # noqa: F401  so that it is found missing before every weight is read
+
     build_log = BuildLog(progress)
     found = zero_weights.find(model.weights, checkpoint, build_log)
     zero_weights.accept(found, build_log.note, allow=allow_zero_weights)

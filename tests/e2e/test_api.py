@@ -107,10 +107,15 @@ def test_running_a_bundle_needs_no_package_of_the_extra_build(
     assert result.returncode == 0, result.stderr
 
 
-def test_a_command_that_lacks_the_extra_build_names_it(bundle: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("command", ["build", "quantize"])
+def test_a_command_that_lacks_the_extra_build_names_it_before_it_reads_weights(
+    bundle: Path, tmp_path: Path, command: str
+) -> None:
     checkpoint = bundle.parent / "checkpoint"
-    result = run(BLOCKED, "build", checkpoint, "--output", tmp_path / "out", folder=tmp_path)
+    result = run(BLOCKED, command, checkpoint, "--output", tmp_path / "out", folder=tmp_path)
     assert result.returncode == 2
-    error, hint = result.stderr.splitlines()[-2:]
-    assert re.fullmatch(r"error: nemo-export build needs torch, which is not installed", error)
+    *stages, error, hint = result.stderr.splitlines()
+    assert error == f"error: nemo-export {command} needs torch, which is not installed"
     assert hint == "  pip install 'nemo-export[build]'"
+    assert not [line for line in stages if line.startswith("zeros")]
+    assert not list(tmp_path.iterdir())
