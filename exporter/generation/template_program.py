@@ -8,6 +8,7 @@ import datetime
 import json
 import resource
 import sys
+import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from enum import StrEnum
@@ -16,6 +17,9 @@ from typing import Any, NoReturn
 MAX_MEMORY = 2 << 30
 MAX_CHARACTERS = 64 << 20
 """Of all texts. A context of a million tokens has 5 M."""
+
+TEMPLATE_NAMES = ("<template>", "<unknown>")
+"""What Jinja calls a template without a file in tracebacks; the second in those of a syntax error."""
 
 
 @dataclass(frozen=True)
@@ -66,12 +70,19 @@ def main() -> None:
     except MemoryError:
         answer = _failed(Failure.BROKEN, f"it needs more than {MAX_MEMORY >> 30} GiB of memory")
     except Exception as error:  # noqa: BLE001  a template can raise anything
-        answer = _failed(Failure.BROKEN, str(error) or type(error).__name__)
+        answer = _failed(Failure.BROKEN, (str(error) or type(error).__name__) + _line(error))
     sys.stdout.buffer.write(answer.encode())
 
 
 def _failed(failure: Failure, message: str) -> str:
     return json.dumps(asdict(RenderResult(failure=failure, message=message)))
+
+
+def _line(error: Exception) -> str:
+    """Where in the template the error was raised, as ` (line 3)`; empty if no line is known."""
+    lines = traceback.walk_tb(error.__traceback__)
+    numbers = [number for frame, number in lines if frame.f_code.co_filename in TEMPLATE_NAMES]
+    return f" (line {numbers[-1]})" if numbers else ""
 
 
 def _limit(kind: int, limit: int) -> None:

@@ -139,6 +139,12 @@ def test_a_template_that_cannot_be_used_is_an_error(
         write_template(folder, template).render([MESSAGES])
 
 
+@pytest.mark.parametrize("fault", ["{% if %}", "{{ nothing.at.all }}", "{{ 1 / 0 }}"])
+def test_a_broken_template_is_given_with_its_line(folder: Path, fault: str) -> None:
+    with pytest.raises(BundleError, match=r"template is broken: .+ \(line 3\)$"):
+        write_template(folder, f"{{# 1 #}}\nabc\n{fault}\n").render([MESSAGES])
+
+
 ENDLESS = {
     "loops": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
     "power": "{{ 7 ** (7 ** 9) }}",
