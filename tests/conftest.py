@@ -26,3 +26,9 @@ def pytest_configure() -> None:
     environment.disable_amx()
     # A shell that runs the tests in the background has them ignore Ctrl-C, and so every child that is to answer it.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--examples", type=int, default=0, help="random examples of each family of tests/e2e/test_fuzz.py"
+    )

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import bad_checkpoints
 import pytest
 from click.testing import CliRunner
+from forks import Zygote
 
 from nemotrt.exporter.cli import program
 
@@ -33,3 +35,11 @@ def golden(bundle: Path) -> Path:
     made = CliRunner().invoke(program, ["validate", str(bundle), *options])
     assert made.exit_code == 0, made.output
     return path
+
+
+@pytest.fixture(scope="session")
+def zygote() -> Iterator[Zygote]:
+    """A process with all imports behind it, in whose forks commands run."""
+    started = Zygote()
+    yield started
+    started.close()

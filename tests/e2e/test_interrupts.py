@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
 import pytest
 from checkpoints import write_checkpoint
+from forks import PATIENCE, Child, Zygote
 
 KEPT_AFTER = {
     "load": (),
@@ -28,84 +25,6 @@ KEPT_AFTER = {
 """A stage that is interrupted → the stages that the next build does not run again."""
 
 ATTEMPTS = 30
-PATIENCE = 60.0
-"""Seconds that anything may take before a test is stuck."""
-
-
-class Zygote:
-    """Starts commands in forks of a process that has all imports behind it."""
-
-    def __init__(self) -> None:
-        script = Path(__file__).with_name("zygote.py")
-        self._process = subprocess.Popen(
-            [sys.executable, script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-
-    def run(self, *arguments: object, stderr: Path) -> Child:
-        """A command that has just begun."""
-        order = {"run": [str(argument) for argument in arguments], "stderr": str(stderr)}
-        return Child(self, self._ask(order), stderr)
-
-    def wait(self, process: int) -> int:
-        """The exit code of a fork, negative for the signal that ended it."""
-        return self._ask({"wait": process})
-
-    def _ask(self, order: dict[str, object]) -> int:
-        stdin, stdout = self._process.stdin, self._process.stdout
-        assert stdin
-        assert stdout
-        stdin.write(json.dumps(order) + "\n")
-        stdin.flush()
-        return int(stdout.readline())
-
-    def close(self) -> None:
-        """End it."""
-        pipes: list[IO[str] | None] = [self._process.stdin, self._process.stdout]
-        for pipe in pipes:
-            if pipe:
-                pipe.close()
-        self._process.wait(PATIENCE)
-
-
-@dataclass(frozen=True)
-class Child:
-    """A command in a fork, and the file that its stderr goes to."""
-
-    zygote: Zygote
-    process: int
-    stderr: Path
-
-    def said(self) -> list[str]:
-        """Its lines so far."""
-        return self.stderr.read_text().splitlines() if self.stderr.exists() else []
-
-    def stop(self) -> None:
-        """Hold it, wherever it is, until it is told to go on."""
-        os.kill(self.process, signal.SIGSTOP)
-        give_up = time.monotonic() + PATIENCE
-        while self._state() not in "TZ":
-            assert time.monotonic() < give_up
-            time.sleep(0.001)
-
-    def _state(self) -> str:
-        # The name before it, in brackets, can hold anything.
-        return Path(f"/proc/{self.process}/stat").read_text().rpartition(")")[2].split()[0]
-
-    def send(self, number: int) -> None:
-        """Send a signal, and let it go on."""
-        os.kill(self.process, number)
-        os.kill(self.process, signal.SIGCONT)
-
-    def wait(self) -> int:
-        """Its exit code, negative for the signal that ended it."""
-        return self.zygote.wait(self.process)
-
-
-@pytest.fixture(scope="module")
-def zygote() -> Iterator[Zygote]:
-    started = Zygote()
-    yield started
-    started.close()
 
 
 @pytest.fixture(scope="module")

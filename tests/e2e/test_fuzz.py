@@ -1,0 +1,167 @@
+"""Random input: no internal error, no crash, no hang, and nothing of the user's touched.
+
+`make fuzz` tries thousands; each run of the tests tries the same few.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pytest
+from forks import Zygote
+from fuzz import arguments, files
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from test_bad_input import contents
+
+ROOT = Path(__file__).resolve().parents[2]
+
+REFUSALS = range(2, 9)
+"""Exit codes that docs/cli.md lists, other than success and a bug."""
+
+BUILD = ("--runtime", "onnx", "--no-validate", "--max-context", "64", "--output", "out")
+
+FEW = 8
+"""Examples of each family that every run of the tests tries."""
+
+
+@dataclass
+class Commands:
+    """Runs commands in a folder of their own, checks how each ends, and counts the outcomes."""
+
+    zygote: Zygote
+    folder: Path
+    outcomes: Counter[str] = field(default_factory=Counter)
+
+    def clear(self) -> None:
+        """Begin an example: the folder is empty."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.folder.mkdir(parents=True)
+
+    def run(self, *command: str) -> int:
+        """Run a command; an exit code that is documented, and for a refusal one line of error and no file."""
+        stdout, stderr = (self.folder.with_suffix(f".{name}") for name in ("stdout", "stderr"))
+        self.folder.with_suffix(".command").write_text(repr(command))
+        before = contents(self.folder)
+        code = self.zygote.run(*command, stdout=stdout, stderr=stderr, folder=self.folder).wait()
+        lines = stderr.read_text().splitlines()
+        assert code == 0 or code in REFUSALS, (command, code, lines)
+        if code and not (command[0] == "verify" and code == 7):
+            self._check_refusal(command, lines, before)
+        elif "--json" in command and command[0] != "generate":
+            json.loads(stdout.read_text(), parse_constant=_reject)
+        self.outcomes[f"{command[0]} exit {code}"] += 1
+        return code
+
+    def _check_refusal(self, command: tuple[str, ...], lines: list[str], before: dict[str, str]) -> None:
+        at = [number for number, line in enumerate(lines) if line.startswith("error: ")]
+        assert len(at) == 1, (command, lines)
+        advice = lines[at[0] + 1 :]
+        assert len(advice) <= 1, (command, lines)
+        assert all(line.startswith("  ") for line in advice), (command, lines)
+        assert "Traceback" not in "".join(lines), (command, lines)
+        assert contents(self.folder) == before, command
+
+
+def _reject(constant: str) -> NoReturn:
+    raise ValueError(f"{constant} is not JSON")
+
+
+def check_and_build(commands: Commands, checkpoint: files.Files, *, as_json: bool, is_inspected: bool) -> None:
+    """`check` says whether `build` succeeds, which leaves the checkpoint as it is; its bundle generates text."""
+    commands.clear()
+    _write(commands.folder / "checkpoint", checkpoint)
+    before = contents(commands.folder)
+    output = ("--json",) if as_json else ()
+    if is_inspected:
+        commands.run("inspect", "checkpoint", *output)
+    code = commands.run("check", "checkpoint", "--deep", "--runtime", "onnx", *output)
+    assert commands.run("build", "checkpoint", *BUILD, *output) == code
+    after = contents(commands.folder)
+    assert {name: after.get(name) for name in before} == before
+    if code == 0:
+        assert commands.run("verify", "out", *output) == 0
+        commands.run("inspect", "out", *output)
+        if "tokenizer.json" in checkpoint:
+            for options in ((), ("--chat",)):
+                commands.run("generate", "out", "--prompt", "for ü", "--max-new-tokens", "3", *options)
+
+
+def check_a_table(commands: Commands, described: files.Files, *, as_json: bool, is_inspected: bool) -> None:
+    """`check` of a configuration with a table of tensors, and of the configuration alone."""
+    commands.clear()
+    _write(commands.folder / "files", described)
+    config = ("check", "--config", "files/config.json", *(("--json",) if as_json else ()))
+    commands.run(*config, *(() if is_inspected else ("--tensors", "files/table.json")))
+
+
+def _write(folder: Path, content: files.Files) -> None:
+    folder.mkdir()
+    for name, data in content.items():
+        (folder / name).write_bytes(data)
+
+
+FAMILIES: dict[str, tuple[Callable[..., None], st.SearchStrategy[files.Files]]] = {
+    "configurations": (check_and_build, files.configs()),
+    "tokenizers": (check_and_build, files.tokenizers()),
+    "chat-templates": (check_and_build, files.templates()),
+    "safetensors-headers": (check_and_build, files.headers()),
+    "tensor-tables": (check_a_table, files.tables()),
+}
+
+
+@pytest.fixture
+def commands(request: pytest.FixtureRequest, zygote: Zygote, tmp_path: Path) -> Iterator[Commands]:
+    """Commands that run in forks; a failing example's files are left in build/fuzz if many are tried."""
+    place = ROOT / "build" / "fuzz" if request.config.getoption("--examples") else tmp_path
+    started = Commands(zygote, place / request.node.callspec.id if hasattr(request.node, "callspec") else place / "arguments")
+    yield started
+    listed = ", ".join(f"{number} {outcome}" for outcome, number in sorted(started.outcomes.items()))
+    logging.getLogger("fuzz").info("%s: %d runs: %s", started.folder.name, started.outcomes.total(), listed)
+
+
+@pytest.fixture
+def explore(request: pytest.FixtureRequest) -> Callable[..., None]:
+    """Call a function with many random examples, or with the same few."""
+    number = request.config.getoption("--examples")
+    chosen = settings(
+        max_examples=number or FEW,
+        derandomize=not number,
+        database=None,
+        deadline=None,
+        phases=(Phase.generate, Phase.shrink) if number else (Phase.generate,),
+        suppress_health_check=list(HealthCheck),
+    )
+    return lambda function, **strategies: chosen(given(**strategies)(function))()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_random_files(commands: Commands, explore: Callable[..., None], family: str) -> None:
+    """Each is accepted or refused like a case above; what `check` accepts, `build` builds."""
+    judge, strategy = FAMILIES[family]
+
+    def example(content: files.Files, as_json: bool, is_inspected: bool) -> None:
+        judge(commands, content, as_json=as_json, is_inspected=is_inspected)
+
+    explore(example, content=strategy, as_json=st.booleans(), is_inspected=st.booleans())
+
+
+def test_random_arguments(commands: Commands, explore: Callable[..., None], bundle: Path) -> None:
+    """Every command is accepted or refused like a case above, and leaves the checkpoint as it is."""
+
+    def example(command: tuple[str, ...]) -> None:
+        commands.clear()
+        arguments.prepare(commands.folder, bundle.parent / "checkpoint", bundle)
+        before = contents(commands.folder / "checkpoint")
+        commands.run(*command)
+        after = contents(commands.folder / "checkpoint")
+        assert {name: after.get(name) for name in before} == before, command
+
+    explore(example, command=arguments.arguments())
