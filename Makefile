@@ -42,6 +42,12 @@ test: setup ## run the tests that take less than ten seconds each
 test-slow: setup ## run the tests that take longer: statistics, whole builds, README and API examples
 	$(BIN)/python -m pytest -n 2 -m slow
 
+# The seed is printed with the command: SEED=… repeats a run. EXAMPLES=… tries more.
+fuzz: EXAMPLES ?= 500
+fuzz: SEED ?= $(shell echo $$RANDOM)
+fuzz: setup ## try random files and arguments; files of a failing example stay in build/fuzz
+	$(BIN)/python -m pytest tests/e2e/test_fuzz.py --examples $(EXAMPLES) --hypothesis-seed $(SEED) --log-cli-level INFO
+
 lint: setup ## check format and lint
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .

@@ -59,6 +59,8 @@ class ExistingPath(Utf8Path):
 
             other = other_format(path)
             self.fail(f"{other}; {other.hint}" if other else f"{path} is not a folder", param, ctx)
+        if not path.is_dir() and not path.is_file():  # reading a pipe or a device may never end
+            self.fail(f"{path} is not a regular file; copy its content to one", param, ctx)
         return super().convert(value, param, ctx)
 
 

@@ -31,6 +31,20 @@ FLAGS: dict[str, tuple[tuple[str, ...], str]] = {
         ("quantize", "other/m.bin", "--output", "out"),
         "only pickled weights.*; convert them",
     ),
+    "calibration-is-a-device": (
+        (*BUILD, "--precision", "fp8", "--calibration", "/dev/zero"),
+        "/dev/zero is not a regular file; copy its content to one",
+    ),
+    "evaluation-text-is-a-pipe": (
+        ("validate", "checkpoint", "--eval", "other/pipe"),
+        "other/pipe is not a regular file",
+    ),
+    "config-is-a-pipe": (("check", "--config", "other/pipe"), "other/pipe is not a regular file"),
+    "reference-file-is-a-pipe": (
+        ("validate", "checkpoint", "--golden", "other/pipe"),
+        "other/pipe is not a regular file",
+    ),
+    "path-is-a-pipe": (("inspect", "other/pipe"), "other/pipe is not a regular file"),
     "path-is-neither": (("inspect", "."), "is not a checkpoint, an ONNX file or a bundle"),
     "option-unknown": ((*BUILD, "--presicion", "fp16"), "No such option.*--presicion"),
     "command-unknown": (("biuld", "checkpoint"), "No such command .*biuld"),

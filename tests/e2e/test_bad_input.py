@@ -126,6 +126,7 @@ def test_invalid_flags(tmp_path: Path, name: str) -> None:
     (tmp_path / "other").mkdir()
     for name in ("m.gguf", "m.nemo", "m.bin"):
         (tmp_path / "other" / name).touch()
+    os.mkfifo(tmp_path / "other" / "pipe")
     before = contents(tmp_path)
     refused(run(*arguments), says, 2)
     assert contents(tmp_path) == before

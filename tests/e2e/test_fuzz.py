@@ -21,6 +21,8 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from test_bad_input import contents
 
+from nemotrt.exporter.cli import program
+
 ROOT = Path(__file__).resolve().parents[2]
 
 REFUSALS = range(2, 9)
@@ -28,7 +30,7 @@ REFUSALS = range(2, 9)
 
 BUILD = ("--runtime", "onnx", "--no-validate", "--max-context", "64", "--output", "out")
 
-FEW = 8
+FEW = 4
 """Examples of each family that every run of the tests tries."""
 
 
@@ -38,12 +40,28 @@ class Commands:
 
     zygote: Zygote
     folder: Path
+    num_examples: int
+    """How many random examples to try; 0 tries the same few."""
     outcomes: Counter[str] = field(default_factory=Counter)
 
-    def clear(self) -> None:
-        """Begin an example: the folder is empty."""
-        shutil.rmtree(self.folder, ignore_errors=True)
-        self.folder.mkdir(parents=True)
+    def explore(self, example: Callable[..., None], **strategies: st.SearchStrategy[Any]) -> None:
+        """Call a function with many examples, each in an empty folder; that of the smallest failing one stays."""
+
+        def isolated(**drawn: Any) -> None:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            self.folder.mkdir(parents=True)
+            example(**drawn)
+            shutil.rmtree(self.folder)
+
+        chosen = settings(
+            max_examples=self.num_examples or FEW,
+            derandomize=not self.num_examples,
+            database=None,
+            deadline=None,
+            phases=(Phase.generate, Phase.shrink) if self.num_examples else (Phase.generate,),
+            suppress_health_check=list(HealthCheck),
+        )
+        chosen(given(**strategies)(isolated))()
 
     def run(self, *command: str) -> int:
         """Run a command; an exit code that is documented, and for a refusal one line of error and no file."""
@@ -74,9 +92,10 @@ def _reject(constant: str) -> NoReturn:
     raise ValueError(f"{constant} is not JSON")
 
 
-def check_and_build(commands: Commands, checkpoint: files.Files, *, as_json: bool, is_inspected: bool) -> None:
+def check_and_build(
+    commands: Commands, checkpoint: files.Files, *, as_json: bool, is_inspected: bool
+) -> None:
     """`check` says whether `build` succeeds, which leaves the checkpoint as it is; its bundle generates text."""
-    commands.clear()
     _write(commands.folder / "checkpoint", checkpoint)
     before = contents(commands.folder)
     output = ("--json",) if as_json else ()
@@ -94,10 +113,9 @@ def check_and_build(commands: Commands, checkpoint: files.Files, *, as_json: boo
                 commands.run("generate", "out", "--prompt", "for ü", "--max-new-tokens", "3", *options)
 
 
-def check_a_table(commands: Commands, described: files.Files, *, as_json: bool, is_inspected: bool) -> None:
+def check_a_table(commands: Commands, checkpoint: files.Files, *, as_json: bool, is_inspected: bool) -> None:
     """`check` of a configuration with a table of tensors, and of the configuration alone."""
-    commands.clear()
-    _write(commands.folder / "files", described)
+    _write(commands.folder / "files", checkpoint)
     config = ("check", "--config", "files/config.json", *(("--json",) if as_json else ()))
     commands.run(*config, *(() if is_inspected else ("--tensors", "files/table.json")))
 
@@ -119,49 +137,35 @@ FAMILIES: dict[str, tuple[Callable[..., None], st.SearchStrategy[files.Files]]] 
 
 @pytest.fixture
 def commands(request: pytest.FixtureRequest, zygote: Zygote, tmp_path: Path) -> Iterator[Commands]:
-    """Commands that run in forks; a failing example's files are left in build/fuzz if many are tried."""
-    place = ROOT / "build" / "fuzz" if request.config.getoption("--examples") else tmp_path
-    started = Commands(zygote, place / request.node.callspec.id if hasattr(request.node, "callspec") else place / "arguments")
+    """Commands that run in forks; a failing example's files stay in build/fuzz if many are tried."""
+    number = request.config.getoption("--examples")
+    place = ROOT / "build" / "fuzz" if number else tmp_path
+    started = Commands(zygote, place / request.node.callspec.id, number)
     yield started
     listed = ", ".join(f"{number} {outcome}" for outcome, number in sorted(started.outcomes.items()))
     logging.getLogger("fuzz").info("%s: %d runs: %s", started.folder.name, started.outcomes.total(), listed)
 
 
-@pytest.fixture
-def explore(request: pytest.FixtureRequest) -> Callable[..., None]:
-    """Call a function with many random examples, or with the same few."""
-    number = request.config.getoption("--examples")
-    chosen = settings(
-        max_examples=number or FEW,
-        derandomize=not number,
-        database=None,
-        deadline=None,
-        phases=(Phase.generate, Phase.shrink) if number else (Phase.generate,),
-        suppress_health_check=list(HealthCheck),
-    )
-    return lambda function, **strategies: chosen(given(**strategies)(function))()
-
-
 @pytest.mark.parametrize("family", FAMILIES)
-def test_random_files(commands: Commands, explore: Callable[..., None], family: str) -> None:
+def test_random_files(commands: Commands, family: str) -> None:
     """Each is accepted or refused like a case above; what `check` accepts, `build` builds."""
     judge, strategy = FAMILIES[family]
 
-    def example(content: files.Files, as_json: bool, is_inspected: bool) -> None:
-        judge(commands, content, as_json=as_json, is_inspected=is_inspected)
+    def example(**drawn: Any) -> None:
+        judge(commands, **drawn)
 
-    explore(example, content=strategy, as_json=st.booleans(), is_inspected=st.booleans())
+    commands.explore(example, checkpoint=strategy, as_json=st.booleans(), is_inspected=st.booleans())
 
 
-def test_random_arguments(commands: Commands, explore: Callable[..., None], bundle: Path) -> None:
-    """Every command is accepted or refused like a case above, and leaves the checkpoint as it is."""
+@pytest.mark.parametrize("name", sorted(program.commands))
+def test_random_arguments(commands: Commands, bundle: Path, name: str) -> None:
+    """Each is accepted or refused like a case above, and leaves the checkpoint as it is."""
 
     def example(command: tuple[str, ...]) -> None:
-        commands.clear()
         arguments.prepare(commands.folder, bundle.parent / "checkpoint", bundle)
         before = contents(commands.folder / "checkpoint")
         commands.run(*command)
         after = contents(commands.folder / "checkpoint")
         assert {name: after.get(name) for name in before} == before, command
 
-    explore(example, command=arguments.arguments())
+    commands.explore(example, command=arguments.arguments(name))

@@ -15,13 +15,17 @@ from bad_checkpoints import CONFIG, MLP_ONLY, SINGLE
 from bad_checkpoints.damage import INDEX, sharded, tokenizer
 from hypothesis import strategies as st
 
-from fuzz.json_edits import NUMBERS, TEXTS, Draw, damaged, edited
+from fuzz.json_edits import NUMBERS, TEXTS, VALUES, Draw, damaged, edited
 from fuzz.templates import TEMPLATES
 
 Files = Mapping[str, bytes]
 """Name → content of the files of a checkpoint."""
 
-SPECIAL_TOKENS = {"bos_token": "<s>", "eos_token": {"content": "</s>"}, "extra_special_tokens": {"image_token": "<s>"}}
+SPECIAL_TOKENS = {
+    "bos_token": "<s>",
+    "eos_token": {"content": "</s>"},
+    "extra_special_tokens": {"image_token": "<s>"},
+}
 
 QUANTIZED = "quantized"
 SIDE_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "special_tokens_map.json")
@@ -51,7 +55,13 @@ def good(pattern: str, *, with_tokenizer: bool = False, shards: bool = False) ->
 def configs(draw: Draw) -> Files:
     """A checkpoint with an edited config.json."""
     files = good(draw(st.sampled_from([*"M*E-", CONFIG["hybrid_override_pattern"], QUANTIZED])))
-    optional = {"time_step_limit": [0.0, 1.0], "bos_token_id": 1, "n_group": 1, "topk_group": 1, "use_bias": False}
+    optional = {
+        "time_step_limit": [0.0, 1.0],
+        "bos_token_id": 1,
+        "n_group": 1,
+        "topk_group": 1,
+        "use_bias": False,
+    }
     config = json.loads(files["config.json"]) | draw(st.sampled_from([{}, optional]))
     return files | {"config.json": draw(edited(config))}
 
@@ -87,11 +97,14 @@ def headers(draw: Draw) -> Files:
     name = "shard-1.safetensors" if shards else SINGLE
     length = int.from_bytes(files[name][:8], "little")
     text, data = files[name][8 : 8 + length], files[name][8 + length :]
-    part = draw(st.sampled_from(["header", "header", "tensor", "length", "data"]))
+    part = draw(st.sampled_from(["header", "header", "tensor", "tensor", "length", "data", "metadata"]))
     if part == "header":
         text = draw(edited(json.loads(text)))
     elif part == "tensor":
         text = draw(_edited_tensor(json.loads(text)))
+    elif part == "metadata":
+        metadata = {"__metadata__": draw(VALUES)}
+        text = json.dumps(metadata | json.loads(text), indent=draw(st.integers(0, 2))).encode()
     elif part == "data":
         data = draw(damaged(data))
     length = len(text)

@@ -20,7 +20,22 @@ NUMBERS = st.one_of(
 TEXTS = st.one_of(
     st.text(st.characters(), max_size=6),
     st.sampled_from(
-        ["", ".", "..", "../x", "a/b", "/", "\0", "\ud800", "\x1b[31m", "x\ny", "name" * 100, "ﬀ", "float32", "fp8"]
+        [
+            "",
+            ".",
+            "..",
+            "../x",
+            "a/b",
+            "/",
+            "\0",
+            "\ud800",
+            "\x1b[31m",
+            "x\ny",
+            "name" * 100,
+            "ﬀ",
+            "float32",
+            "fp8",
+        ]
     ),
 )
 
@@ -65,7 +80,9 @@ def _change(draw: Draw, container: Any, key: Any) -> None:
     elif action == "wrap":
         container[key] = draw(st.sampled_from([[container[key]], {"x": container[key]}, str(container[key])]))
     elif action == "swap":
-        other = draw(st.sampled_from(range(len(container)) if isinstance(container, list) else list(container)))
+        other = draw(
+            st.sampled_from(range(len(container)) if isinstance(container, list) else list(container))
+        )
         container[key], container[other] = container[other], container[key]
     elif isinstance(container, list):
         container.insert(key, draw(st.one_of(st.just(container[key]), VALUES)))
@@ -90,7 +107,18 @@ def damaged(draw: Draw, text: bytes) -> bytes:
     """The text with some bytes removed or replaced, or in another encoding."""
     position = draw(st.integers(0, len(text)))
     rest = text[position:]
-    inserted = [b"\xff", b"\0", b",", b"}", b'"', b"1" * 5000, b"[" * 100_000, b"NaN", b"\\ud800", b'{"a":1,"a":1}']
+    inserted = [
+        b"\xff",
+        b"\0",
+        b",",
+        b"}",
+        b'"',
+        b"1" * 5000,
+        b"[" * 100_000,
+        b"NaN",
+        b"\\ud800",
+        b'{"a":1,"a":1}',
+    ]
     others = [
         text[:position],
         text[:position] + rest[draw(st.integers(1, 9)) :],
