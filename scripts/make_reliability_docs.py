@@ -25,6 +25,7 @@ import bad_reference_files  # noqa: E402
 import bad_text_files  # noqa: E402
 import test_bad_input  # noqa: E402
 import test_bad_machines  # noqa: E402
+import test_fuzz  # noqa: E402
 import test_interrupts  # noqa: E402
 import test_streams  # noqa: E402
 
@@ -36,7 +37,8 @@ HEAD = """\
 {total} cases, each of them a test (`pytest tests/e2e`).
 *Refused* means: one line that begins with `error:`, at most one line of advice, the exit code shown, and no traceback.
 All of the user's files are unchanged afterwards, and no other file exists. In an error message, `…` stands for any text
-and `N` for any number.
+and `N` for any number. `make fuzz` tries hundreds of random files and arguments of each kind; the tests try
+a few.
 """
 
 Refusal = tuple[str, int]
@@ -86,7 +88,7 @@ def page() -> str:
     """The text of docs/reliability.md."""
     sections, singles, total = [], [], 0
     for test in itertools.chain(
-        *map(_tests, (test_bad_input, test_bad_machines, test_interrupts, test_streams))
+        *map(_tests, (test_bad_input, test_bad_machines, test_interrupts, test_streams, test_fuzz))
     ):
         ids = list(_ids(test))
         total += max(1, len(ids))

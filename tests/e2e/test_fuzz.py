@@ -148,7 +148,7 @@ def commands(request: pytest.FixtureRequest, zygote: Zygote, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_random_files(commands: Commands, family: str) -> None:
-    """Each is accepted or refused like a case above; what `check` accepts, `build` builds."""
+    """Each is accepted or refused as above. `build` accepts what `check` accepts, and the bundle passes `verify`."""
     judge, strategy = FAMILIES[family]
 
     def example(**drawn: Any) -> None:
@@ -159,7 +159,7 @@ def test_random_files(commands: Commands, family: str) -> None:
 
 @pytest.mark.parametrize("name", sorted(program.commands))
 def test_random_arguments(commands: Commands, bundle: Path, name: str) -> None:
-    """Each is accepted or refused like a case above, and leaves the checkpoint as it is."""
+    """Each command accepts them or refuses them as above, and leaves the checkpoint unchanged."""
 
     def example(command: tuple[str, ...]) -> None:
         arguments.prepare(commands.folder, bundle.parent / "checkpoint", bundle)

@@ -91,12 +91,11 @@ def _values(kind: click.ParamType) -> st.SearchStrategy[str]:
 @st.composite
 def arguments(draw: Draw, name: str) -> tuple[str, ...]:
     """The command with random options."""
-    given: list[str] = []
     options = [each for each in program.commands[name].params if each.name not in EXCLUDED]
-    for option in options:
-        is_needed = option.required or isinstance(option, click.Argument)
-        if draw(st.integers(0, 9)) in (range(9) if is_needed else (4, 7)):
-            given += _spelled(draw, option)
+    needed = [each for each in options if each.required]
+    chosen = needed if draw(st.integers(0, 9)) else []
+    chosen += draw(st.lists(st.sampled_from(options), max_size=3, unique=True))
+    given = [text for option in chosen for text in _spelled(draw, option)]
     if draw(st.integers(0, 19)) == 7:
         given.insert(
             draw(st.integers(0, len(given))), draw(st.sampled_from([*PATHS, *WORDS, "--x", "-h", "--help"]))
