@@ -10,7 +10,7 @@ import dataclasses
 import difflib
 import json
 import math
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, get_type_hints
 
@@ -23,26 +23,13 @@ from nemotrt.model.config_fields import (
     PATTERN,
     REQUIRED,
 )
+from nemotrt.model.config_values import CONVERTERS, LARGEST, ConfigError, size
 from nemotrt.model.family import FIELDS, other_model
 from nemotrt.model.recipe import LATENT, PROJECTIONS, Recipe
 from nemotrt.plugins.contract import DType
 
-DTYPES = (DType.FLOAT32, DType.FLOAT16, DType.BFLOAT16)
-"""The dtypes that `dtype` in a config.json may name."""
-
-LARGEST = 3.4028234663852886e38
-"""The largest finite FP32. A time step limit at or above it means no limit; ONNX attributes must be finite."""
-
-
-class ConfigError(ValueError):
-    """A config.json is contradictory or incomplete, or asks for something the model does not compute.
-
-    `hint` says what to do, where that is known.
-    """
-
-    def __init__(self, message: str, hint: str = "") -> None:
-        super().__init__(message)
-        self.hint = hint
+MAX_LAYERS, MAX_EXPERTS = 4096, 1 << 18
+"""Of a model, in all layers: ten times those of the largest published one."""
 
 
 class UnknownFieldsError(ConfigError):
@@ -268,7 +255,7 @@ def _layers(raw: dict[str, Any]) -> tuple[str, ...]:
     if not layers:
         raise ConfigError(f"{first} is empty: the model has no layer")
     count = raw.get("num_hidden_layers")
-    if count is not None and _size("num_hidden_layers", count) != len(layers):
+    if count is not None and size("num_hidden_layers", count) != len(layers):
         raise ConfigError(f"num_hidden_layers is {count}, but {first} has {len(layers)} layers")
     return layers
 
@@ -291,61 +278,6 @@ def _lookup(raw: dict[str, Any], field_name: str) -> tuple[str, Any]:
     return (names[0], raw[names[0]]) if names else ("", None)
 
 
-def _require(is_valid: bool, name: str, value: Any, expected: str) -> None:
-    if not is_valid:
-        raise ConfigError(f"{name} is {json.dumps(value)}; it must be {expected}")
-
-
-def _size(name: str, value: Any) -> int:
-    _require(type(value) is int and value >= 0, name, value, "a whole number, 0 or more")
-    return int(value)
-
-
-def _flag(name: str, value: Any) -> bool:
-    _require(type(value) is bool, name, value, "true or false")
-    return bool(value)
-
-
-def _number(name: str, value: Any) -> float:
-    _require(type(value) in (int, float) and math.isfinite(value), name, value, "a finite number")
-    return float(value)
-
-
-def _dtype(name: str, value: Any) -> DType:
-    dtype = value.removeprefix("torch.") if isinstance(value, str) else value
-    _require(dtype in DTYPES, name, value, f"one of {', '.join(DTYPES)}")
-    return DType(dtype)
-
-
-def _limits(name: str, value: Any) -> tuple[float, float]:
-    _require(isinstance(value, list | tuple) and len(value) == 2, name, value, "two numbers")
-    low, high = (_number(name, LARGEST if bound == math.inf else bound) for bound in value)
-    _require(0 <= low <= high, name, value, "two increasing numbers, 0 or more")
-    return min(low, LARGEST), min(high, LARGEST)
-
-
-def _ids(name: str, value: Any) -> tuple[int, ...]:
-    return tuple(_size(name, token) for token in (value if isinstance(value, list) else [value]))
-
-
-def _object(name: str, value: Any) -> dict[str, Any]:
-    _require(isinstance(value, dict), name, value, "a JSON object")
-    return dict(value)
-
-
-CONVERTERS: dict[Any, Callable[[str, Any], Any]] = {
-    bool: _flag,
-    int: _size,
-    int | None: _size,
-    float: _number,
-    DType: _dtype,
-    tuple[float, float]: _limits,
-    tuple[int, ...]: _ids,
-    dict[str, Any] | None: _object,
-}
-"""How to read the JSON value of a field with a given type hint."""
-
-
 def _contradictions(c: ModelConfig) -> Iterator[str]:
     """A message for each contradiction; only the first is reliable, since later checks assume earlier ones."""
     sizes = {"hidden_size", "vocab_size"}
@@ -356,6 +288,8 @@ def _contradictions(c: ModelConfig) -> Iterator[str]:
     for name in sorted(sizes):
         if getattr(c, name) < 1:
             yield f"{ALIASES.get(name, (name,))[0]} is 0; it must be at least 1"
+    if len(c.layers) > MAX_LAYERS:
+        yield f"the model has {len(c.layers)} layers; at most {MAX_LAYERS} are supported"
     if not 0 < c.norm_eps < 1:
         yield f"layer_norm_epsilon is {c.norm_eps}; it must be between 0 and 1"
     if "mamba" in c.layers:
@@ -380,6 +314,8 @@ def _mamba_contradictions(c: ModelConfig) -> Iterator[str]:
 
 def _moe_contradictions(c: ModelConfig) -> Iterator[str]:
     experts, groups, top_k = c.n_routed_experts, c.n_group, c.num_experts_per_tok
+    if (total := experts * c.layers.count("moe")) > MAX_EXPERTS:
+        yield f"n_routed_experts {experts} makes {total} experts in all; at most {MAX_EXPERTS} are supported"
     if groups < 1:
         yield "n_group is 0; it must be at least 1"
     if experts % groups:

@@ -206,8 +206,10 @@ def _stored(path: Path, name: str, entry: Any, data_start: int) -> StoredTensor:
         dtype, numbers = str(entry["dtype"]), [*shape, begin, end]
     except (TypeError, KeyError, ValueError) as error:
         raise CheckpointError(f"{path}: {name} has no dtype, shape or data_offsets") from error
-    if not all(type(number) is int and number >= 0 for number in numbers):
-        raise CheckpointError(f"{path}: {name} has a shape or offset that is not a non-negative integer")
+    if not all(type(number) is int and 0 <= number < 1 << 63 for number in numbers):
+        raise CheckpointError(
+            f"{path}: {name} has a shape or offset that is not a non-negative integer of 64 bits"
+        )
     try:
         known_dtype = DType.lookup("safetensors", dtype)
     except ValueError as error:

@@ -13,7 +13,8 @@ from nemotrt.exporter.checkpoint.safetensors_reader import file_inside, read_jso
 from nemotrt.exporter.config import Precision
 from nemotrt.exporter.errors import BundleError, CheckpointError, UsageError
 from nemotrt.exporter.generation.tokenizer import CHAT_TEMPLATE, TOKENIZER, Tokenizer, stored_end_tokens
-from nemotrt.model.config import ConfigError, ModelConfig, UnknownFieldsError
+from nemotrt.model.config import ModelConfig, UnknownFieldsError
+from nemotrt.model.config_values import ConfigError
 
 AUTO_MAPS = ("config.json", "tokenizer_config.json")
 """Files that may have an `auto_map`."""

@@ -43,7 +43,7 @@ def _entry(file: Path, name: str, entry: Any) -> tuple[DType, tuple[int, ...]]:
     known = {dtype.safetensors: dtype for dtype in DType}
     if not isinstance(dtype, str) or dtype not in known:
         raise CheckpointError(f"{file}: {name} has dtype {dtype}", hint="known: " + " ".join(known))
-    if not all(type(size) is int and size >= 0 for size in sizes):
+    if not all(type(size) is int and 0 <= size < 1 << 63 for size in sizes):
         raise CheckpointError(f"{file}: {name} has shape {shape}, which is not a list of counts")
     return known[dtype], sizes
 

@@ -21,7 +21,8 @@ from nemotrt.exporter.pipelines.validate import revalidate
 from nemotrt.exporter.runtime import manifest
 from nemotrt.exporter.stages.load import load
 from nemotrt.exporter.validation.request import ValidationRequest
-from nemotrt.model.config import ConfigError, ModelConfig
+from nemotrt.model.config import ModelConfig
+from nemotrt.model.config_values import ConfigError
 
 STAMPS: dict[str, Any] = {
     "unsloth_version": "2026.8.1",

@@ -11,8 +11,9 @@ import pytest
 import torch
 from transformers import NemotronHConfig
 
-from nemotrt.model.config import LARGEST, ConfigError, ModelConfig
+from nemotrt.model.config import ModelConfig
 from nemotrt.model.config_fields import ALIASES, FIXED, INERT
+from nemotrt.model.config_values import LARGEST, ConfigError
 from nemotrt.model.family import FIELDS
 from nemotrt.model.hybrid import NemotronH
 
@@ -283,15 +284,31 @@ def test_every_field_of_transformers_is_known() -> None:
         ({"ssm_state_size": None}, "ssm_state_size is missing"),
         ({"hidden_size": 0}, "hidden_size is 0; it must be at least 1"),
         ({"hidden_size": "4096"}, 'hidden_size is "4096"; it must be a whole number'),
+        (
+            {"hidden_size": 1 << 31},
+            "hidden_size is 2147483648; it must be a whole number from 0 to 2147483647",
+        ),
+        ({"intermediate_size": 10**400, "hidden_size": 10**400}, f"hidden_size is 1{'0' * 59}…; it must be"),
+        ({"n_routed_experts": 1 << 17}, "experts in all; at most 262144 are supported"),
+        (
+            {"hybrid_override_pattern": "M" * 4097, "num_hidden_layers": 4097},
+            "the model has 4097 layers; at most 4096 are supported",
+        ),
         ({"hidden_size": True}, "hidden_size is true; it must be a whole number"),
         ({"use_conv_bias": 1}, "use_conv_bias is 1; it must be true or false"),
         (
             {"routed_scaling_factor": math.inf},
-            "routed_scaling_factor is Infinity; it must be a finite number",
+            "routed_scaling_factor is Infinity; it must be a finite FP32 number",
         ),
+        (
+            {"routed_scaling_factor": 1e39},
+            "routed_scaling_factor is 1e+39; it must be a finite FP32 number",
+        ),
+        ({"routed_scaling_factor": 10**400}, "…; it must be a finite FP32 number"),
+        ({"time_step_limit": [-(10**400), 1]}, "…; it must be a finite FP32 number"),
         ({"layer_norm_epsilon": 0.0, "norm_eps": 0.0}, "layer_norm_epsilon is 0.0; it must be between"),
         ({"time_step_limit": [0.5, 0.1]}, "time_step_limit is [0.5, 0.1]; it must be two increasing numbers"),
-        ({"time_step_limit": [math.nan, 1.0]}, "time_step_limit is NaN; it must be a finite number"),
+        ({"time_step_limit": [math.nan, 1.0]}, "time_step_limit is NaN; it must be a finite FP32 number"),
         ({"time_step_limit": 0.1}, "time_step_limit is 0.1; it must be two numbers"),
         ({"quantization_config": "fp8"}, 'quantization_config is "fp8"; it must be a JSON object'),
     ],

@@ -107,6 +107,7 @@ def test_a_disk_that_fails_while_it_is_read(file: Path) -> None:
         ({"a": entry(0, 4, [-2, -2])}, b"1234", "not a non-negative integer"),
         ({"a": entry(0, 4, [4.0])}, b"1234", "not a non-negative integer"),  # type: ignore[list-item]
         ({"a": entry(0, 4, [True])}, b"1234", "not a non-negative integer"),
+        ({"a": entry(0, 4, [1 << 63])}, b"1234", "not a non-negative integer of 64 bits"),
         ({"a": entry(0, 4, dtype="F4")}, b"1234", "has unknown dtype F4"),
         ({"a": entry(0, 4) | {"dtype": []}}, b"1234", "has unknown dtype"),
         ({"a": entry(0, 4) | {"data_offsets": [0]}}, b"1234", "no dtype, shape or data_offsets"),

@@ -70,6 +70,17 @@ CONFIGS = {
     ),
     "config-window": Case("sliding_window is 4096", config={"sliding_window": 4096}),
     "config-text-for-number": Case('hidden_size is "32"', config={"hidden_size": "32"}),
+    "config-size-beyond-int32": Case(
+        "conv_kernel is 2147483648; it must be a whole number from 0 to 2147483647",
+        config={"conv_kernel": 1 << 31},
+    ),
+    "config-number-beyond-fp32": Case(
+        "norm_eps is 10*…; it must be a finite FP32 number", config={"norm_eps": 10**400}
+    ),
+    "config-million-experts": Case(
+        "n_routed_experts 1000000 makes 2000000 experts in all; at most 262144 are supported",
+        config={"n_routed_experts": 1_000_000},
+    ),
     "config-not-finite": Case("norm_eps is Infinity", config={"norm_eps": float("inf")}),
     "config-other-weights": Case(
         r"embeddings\.weight has shape \[96, 32\].* lists \d+ more problems", config={"hidden_size": 64}

@@ -13,7 +13,9 @@ Draw = Callable[[st.SearchStrategy[Any]], Any]
 
 NUMBERS = st.one_of(
     st.integers(-2, 9),
-    st.sampled_from([127, 128, 2**31 - 1, 2**31, 2**32, 2**63 - 1, 2**63, 2**64, 10**30, -(2**63)]),
+    st.sampled_from(
+        [128, 10**6, 2**31 - 1, 2**31, 2**32, 2**63 - 1, 2**63, 2**64, 10**30, 10**400, -(2**63)]
+    ),
     st.sampled_from([0.0, -0.0, 0.5, 1e-45, 1e39, 1e308, float("nan"), float("inf"), float("-inf")]),
 )
 
