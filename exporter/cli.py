@@ -62,9 +62,10 @@ def _end(ctx: click.Context, error: BaseException, message: str, hint: str, code
     is_mistyped = isinstance(error, click.UsageError)  # its traceback would show click's parser
     if ctx.ensure_object(Console).debug and not is_mistyped:
         raise error
-    line = " ".join(message.splitlines())  # a tensor's name may hold line breaks
     prefix = "" if code in interrupts.EXIT_CODES else "error: "
-    click.echo(printable(prefix + line + (f"\n  {hint}" if hint else "")), err=True)
+    # The name of a tensor or a field may hold line breaks.
+    line, advice = (" ".join(text.splitlines()) for text in (prefix + message, hint))
+    click.echo(printable(line + (f"\n  {advice}" if advice else "")), err=True)
     raise click.exceptions.Exit(code) from error
 
 

@@ -219,7 +219,7 @@ def _parse_infinity(value: Any) -> Any:
 def _check_known(unknown: Sequence[str]) -> None:
     if not unknown:
         return
-    *others, last = unknown
+    *others, last = (name or '""' for name in unknown)
     what = f"{', '.join(others)} and {last} are not fields" if others else f"{last} is not a field"
     near = difflib.get_close_matches(unknown[0], KNOWN, n=1, cutoff=0.8)
     asked = "what they ask for" if others else "what it asks for"

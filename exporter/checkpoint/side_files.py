@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -76,7 +77,7 @@ def parse_config(path: Path, ignore_fields: Collection[str] = ()) -> ModelConfig
     try:
         config = ModelConfig.from_dict(read_json(path), ignore_fields)
     except UnknownFieldsError as error:
-        flags = " ".join(f"--ignore-field {name}" for name in error.names)
+        flags = " ".join(f"--ignore-field {shlex.quote(name)}" for name in error.names)
         raise CheckpointError(
             f"{path}: {error}", hint=f"if the model computes the same without it, use {flags}"
         ) from error

@@ -26,6 +26,8 @@ CONFIGS = {
         "--ignore-field hidden_size has no effect", options=("--ignore-field", "hidden_size"), code=2
     ),
     "config-unknown": Case("hyper_connections is not a field", config={"hyper_connections": 4}),
+    "config-field-with-a-line-break": Case("x y is not a field", config={"x\ny": 1}),
+    "config-field-without-a-name": Case('"" is not a field', config={"": 1}),
     "config-other-model": Case('model_type is "llama"', config={"model_type": "llama"}),
     "config-llama-nemotron": Case(
         'model_type is "nemotron-nas": it is Llama-Nemotron',
