@@ -22,6 +22,9 @@ AUTO_MAPS = ("config.json", "tokenizer_config.json")
 
 RELATIVE_IMPORT = re.compile(r"^\s*from\s+\.(\w+)\s+import\b", re.MULTILINE)
 
+SAMPLE = "Hello"
+"""A text that a tokenizer and a chat template must accept."""
+
 SIDE_FILES = (
     "config.json",
     HF_QUANT_CONFIG,
@@ -126,6 +129,8 @@ def check_side_files(checkpoint: Path, config: ModelConfig) -> dict[str, frozens
             read_json(path)
     with _faults_of_the_checkpoint("copy the file from the model's repository again"):
         tokenizer = Tokenizer(checkpoint) if TOKENIZER in names else None
+        if tokenizer:
+            tokenizer.decode(tokenizer.encode(SAMPLE))
         end_tokens = tokenizer.end_tokens if tokenizer else stored_end_tokens(checkpoint)
     for name, ids in end_tokens.items():
         _check_ids(f"{checkpoint / name}: eos_token_id", ids, config)
@@ -161,7 +166,7 @@ def _check_template(tokenizer: Tokenizer) -> None:
     """Raise BundleError if the chat template fails on the simplest conversation; it may refuse that one."""
     with suppress(UsageError):
         if tokenizer.has_template:
-            tokenizer.render([[{"role": "user", "content": "Hello"}]])
+            tokenizer.render([[{"role": "user", "content": SAMPLE}]])
 
 
 def end_token_notes(end_tokens: Mapping[str, frozenset[int]]) -> tuple[str, ...]:

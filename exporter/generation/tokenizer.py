@@ -1,6 +1,7 @@
 """Text to tokens and back, and messages to a prompt, from the tokenizer files of a checkpoint."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,10 +32,8 @@ class Tokenizer:
                 hint=f"build again with the model's {TOKENIZER} in the checkpoint, or run token ids in a Session",
             )
         text = _read_text(path)
-        try:
+        with _faults_named(f"{path} is not a tokenizer"):
             self.fast: tokenizers.Tokenizer = FastTokenizer.from_str(text)
-        except Exception as error:  # tokenizers raises no other type, whatever is wrong
-            raise BundleError(f"{path} is not a tokenizer: {error}") from error
         # Settings of the training run that wrote the file: transformers disables both at each call, too.
         self.fast.no_truncation()
         self.fast.no_padding()
@@ -60,8 +59,11 @@ class Tokenizer:
         return [f"the id {token} of {text}" for text, token in vocabulary.items() if token >= vocab_size]
 
     def encode(self, text: str) -> tuple[int, ...]:
-        """The tokens of a plain prompt, with the special tokens that the tokenizer adds, such as a first token."""
-        return tuple(self.fast.encode(text).ids)
+        """The tokens of a plain prompt, with the special tokens that the tokenizer adds, such as a first token.
+
+        Raises BundleError if the tokenizer fails on this text.
+        """
+        return self._encode(text, add_special_tokens=True)
 
     def chat(self, conversations: Sequence[Conversation]) -> list[tuple[int, ...]]:
         """The tokens of each conversation for the model to answer; a message is {role, content}.
@@ -70,7 +72,7 @@ class Tokenizer:
         """
         # The template writes the special tokens itself.
         texts = self.render(conversations)
-        return [tuple(self.fast.encode(text, add_special_tokens=False).ids) for text in texts]
+        return [self._encode(text, add_special_tokens=False) for text in texts]
 
     def render(self, conversations: Sequence[Conversation]) -> list[str]:
         """Each conversation as the template formats it; raises the same errors as `chat`."""
@@ -85,12 +87,17 @@ class Tokenizer:
 
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of the tokens, special ones left out."""
-        return str(self.fast.decode(list(tokens), skip_special_tokens=True))
+        with _faults_named(f"{self._folder / TOKENIZER} cannot decode tokens"):
+            return str(self.fast.decode(list(tokens), skip_special_tokens=True))
 
     @property
     def eos_ids(self) -> frozenset[int]:
         """Every end-of-text token that a file of the folder names: a text ends at any of them."""
         return frozenset().union(*self.end_tokens.values())
+
+    def _encode(self, text: str, *, add_special_tokens: bool) -> tuple[int, ...]:
+        with _faults_named(f"{self._folder / TOKENIZER} cannot encode this text"):
+            return tuple(self.fast.encode(text, add_special_tokens=add_special_tokens).ids)
 
     def _own_end_token(self) -> dict[str, frozenset[int]]:
         """The named `eos_token`; an empty set if the vocabulary does not have it."""
@@ -129,13 +136,26 @@ class TextStream:
     def push(self, token: int) -> str:
         """The text that this token completes, possibly none."""
         self._tokens.append(token)
-        text = self._stream.step(self._tokenizer.fast, token) or ""
+        with _faults_named("the tokenizer cannot decode tokens"):
+            text = self._stream.step(self._tokenizer.fast, token) or ""
         self._num_characters += len(text)
         return text
 
     def end(self) -> str:
         """The rest of the text: replacement characters for a character that was never completed."""
         return self._tokenizer.decode(self._tokens)[self._num_characters :]
+
+
+@contextmanager
+def _faults_named(what: str) -> Iterator[None]:
+    """Raise BundleError, which begins with `what`, for every error and panic of the tokenizers library."""
+    try:
+        yield
+    except BaseException as error:
+        # It raises no type of its own, and a panic is not an Exception.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise BundleError(f"{what}: {error}") from error
 
 
 def stored_end_tokens(folder: Path) -> dict[str, frozenset[int]]:

@@ -31,6 +31,16 @@ def template(content: str | bytes) -> Callable[[Path], None]:
     return tokenizer(text("chat_template.jinja", content))
 
 
+def entries(**changes: Any) -> Callable[[Path], None]:
+    """Replace entries of a good tokenizer.json."""
+
+    def damage(folder: Path) -> None:
+        fields = json.loads((folder / "tokenizer.json").read_text())
+        (folder / "tokenizer.json").write_text(json.dumps(fields | changes))
+
+    return tokenizer(damage)
+
+
 def fitting(says: str, damage: Callable[[Path], None] = lambda folder: None, **config: Any) -> Case:
     """A case whose model has as many tokens as the example's tokenizer."""
     return Case(says, damage, config, model=FITTING)
@@ -46,6 +56,18 @@ ALL = {
     ),
     "start-token-beyond-the-vocabulary": fitting(
         "config.json: bos_token_id 1024 is outside the vocabulary", bos_token_id=1024
+    ),
+    "tokenizer-that-panics-when-read": fitting(
+        "tokenizer.json is not a tokenizer: Precompiled: Error",
+        entries(normalizer={"type": "Precompiled", "precompiled_charsmap": "AAAA"}),
+    ),
+    "tokenizer-that-panics-on-text": fitting(
+        "tokenizer.json cannot encode this text: chunk size must be non-zero",
+        entries(pre_tokenizer={"type": "FixedLength", "length": 0}),
+    ),
+    "tokenizer-without-its-unknown-token": fitting(
+        "tokenizer.json cannot encode this text: WordLevel error: Missing .UNK. token",
+        entries(model={"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "?"}),
     ),
     "tokenizer-is-a-folder": fitting(
         "tokenizer.json is not a regular file", lambda folder: (folder / "tokenizer.json").mkdir()
