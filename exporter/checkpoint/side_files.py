@@ -14,6 +14,7 @@ from nemotrt.exporter.checkpoint.safetensors_reader import file_inside, read_jso
 from nemotrt.exporter.config import Precision
 from nemotrt.exporter.errors import BundleError, CheckpointError, UsageError
 from nemotrt.exporter.generation.tokenizer import CHAT_TEMPLATE, TOKENIZER, Tokenizer, stored_end_tokens
+from nemotrt.exporter.generation.tokenizer_program import try_tokenizer
 from nemotrt.model.config import ModelConfig, UnknownFieldsError
 from nemotrt.model.config_values import ConfigError
 
@@ -128,9 +129,9 @@ def check_side_files(checkpoint: Path, config: ModelConfig) -> dict[str, frozens
         if path.suffix == ".json":
             read_json(path)
     with _faults_of_the_checkpoint("copy the file from the model's repository again"):
+        if TOKENIZER in names:
+            try_tokenizer(checkpoint, SAMPLE)
         tokenizer = Tokenizer(checkpoint) if TOKENIZER in names else None
-        if tokenizer:
-            tokenizer.decode(tokenizer.encode(SAMPLE))
         end_tokens = tokenizer.end_tokens if tokenizer else stored_end_tokens(checkpoint)
     for name, ids in end_tokens.items():
         _check_ids(f"{checkpoint / name}: eos_token_id", ids, config)

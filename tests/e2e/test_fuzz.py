@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -84,7 +85,7 @@ class Commands:
         advice = lines[at[0] + 1 :]
         assert len(advice) <= 1, (command, lines)
         assert all(line.startswith("  ") for line in advice), (command, lines)
-        assert "Traceback" not in "".join(lines), (command, lines)
+        assert not re.search("Traceback|panicked", "".join(lines)), (command, lines)
         assert contents(self.folder) == before, command
 
 

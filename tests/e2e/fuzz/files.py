@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from fuzz.json_edits import NUMBERS, TEXTS, VALUES, Draw, damaged, edited
 from fuzz.templates import TEMPLATES
+from fuzz.tokenizer_parts import PARTS
 
 Files = Mapping[str, bytes]
 """Name → content of the files of a checkpoint."""
@@ -68,8 +69,14 @@ def configs(draw: Draw) -> Files:
 
 @st.composite
 def tokenizers(draw: Draw) -> Files:
-    """A checkpoint with one or two edited files of the tokenizer."""
+    """A checkpoint with other parts in tokenizer.json, or with one or two edited files of the tokenizer."""
     files = good("-", with_tokenizer=True)
+    if draw(st.booleans()):
+        names = draw(st.lists(st.sampled_from(sorted(PARTS)), min_size=1, max_size=3, unique=True))
+        changed = json.loads(files["tokenizer.json"]) | {
+            name: draw(st.sampled_from(PARTS[name])) for name in names
+        }
+        return files | {"tokenizer.json": json.dumps(changed).encode()}
     names = draw(st.lists(st.sampled_from(SIDE_FILES), min_size=1, max_size=2, unique=True))
     return files | {name: draw(edited(json.loads(files[name]))) for name in names}
 
