@@ -148,7 +148,11 @@ def file_inside(folder: Path, name: str) -> Path:
     if Path(name).name != name:
         raise CheckpointError(f"{INDEX} lists {name}, which is not a file of {folder}")
     path = folder / name
-    if not path.is_file():
+    try:
+        is_file = path.is_file()
+    except OSError as error:  # the name is too long
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+    if not is_file:
         raise CheckpointError(
             f"{path} is {'not a regular file' if path.exists() else 'missing'}",
             hint="download the checkpoint again",
