@@ -57,7 +57,7 @@ def code_files(checkpoint: Path) -> tuple[str, ...]:
     waiting, found = [f"{module}.py" for module in classes], set[str]()
     while waiting:
         name = waiting.pop()
-        if name in found or not (checkpoint / name).exists():
+        if name in found or not os.path.exists(checkpoint / name):  # False if the name is too long, too
             continue
         found.add(name)
         code = file_inside(checkpoint, name).read_text(encoding="utf-8", errors="replace")

@@ -294,6 +294,7 @@ def test_no_tensor_is_read(tmp_path: Path) -> None:
 def test_code_that_transformers_would_run_is_found_with_its_imports(with_tokenizer: Path) -> None:
     config = json.loads((with_tokenizer / "config.json").read_text())
     classes = {"AutoConfig": "configuration_x.XConfig", "AutoModel": "other/repository--modeling_y.Y"}
+    classes["AutoImageProcessor"] = f"{'too_long' * 99}.X"
     (with_tokenizer / "config.json").write_text(json.dumps(config | {"auto_map": classes}))
     tokenizer = {"auto_map": {"AutoTokenizer": ["tokenization_x.XTokenizer", None]}}
     (with_tokenizer / "tokenizer_config.json").write_text(json.dumps(tokenizer))
