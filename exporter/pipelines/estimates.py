@@ -73,6 +73,9 @@ KERNELS_SECONDS, ENGINE_BYTES_A_SECOND = 15.0, 2e8
 START_SECONDS, VALIDATION_SECONDS = 2.0, 20.0
 """Imports and fixed work of each stage after the first; a validation's steps, whatever the model's size."""
 
+LIMIT_FIELDS = ("max_context", "max_tokens", "max_sequences")
+"""The limits of a profile that a user may lower."""
+
 WITHOUT_WHOLE_STEPS = (
     "--no-validate skips it; then nemo-export validate --layers-alone takes one layer at a time"
 )
@@ -148,36 +151,80 @@ def envelope_fits(model: LoadedModel, config: BuildConfig) -> bool:
 
 def _whole_memory(parameters: float, model: ModelConfig, config: BuildConfig) -> int:
     """Bytes for running the whole model at the limits of the profile."""
-    limits = POOL_COPIES * sum(_pool_bytes(model, config)) + _score_bytes(model, config)
+    limits = POOL_COPIES * sum(_pool_bytes(model, config)) + _step_bytes(model, config)
     return _validation_memory(parameters, model.vocab_size) + limits
+
+
+def _part_memory(model: ModelConfig, config: BuildConfig) -> int:
+    """Bytes for running the largest layer alone at the limits of the profile, without its weights."""
+    pools = POOL_COPIES * max(_pool_bytes(model, config), default=0)
+    return VALIDATION_MEMORY + pools + _step_bytes(model, config)
 
 
 def _validated_memory(parameters: float, model: ModelConfig, config: BuildConfig) -> int:
     """Bytes for a validation, in which layers alone reach the limits if the whole model does not fit there."""
     if (whole := _whole_memory(parameters, model, config)) <= memory_bytes():
         return whole
-    alone = POOL_COPIES * max(_pool_bytes(model, config), default=0) + _score_bytes(model, config)
-    return max(_validation_memory(parameters, model.vocab_size), VALIDATION_MEMORY + alone)
+    return max(_validation_memory(parameters, model.vocab_size), _part_memory(model, config))
 
 
 def check_envelope(model: LoadedModel, config: BuildConfig) -> None:
     """Raise UsageError if no single layer can run at the limits of the profile, with limits at which one can."""
-
-    def needed(max_context: int) -> int:
-        smaller = dataclasses.replace(config, max_context=max_context)
-        pools = POOL_COPIES * max(_pool_bytes(model.config, smaller), default=0)
-        return VALIDATION_MEMORY + pools + _score_bytes(model.config, smaller)
-
-    available, context = memory_bytes(), config.max_context
-    if needed(context) <= available:
+    available, needed = memory_bytes(), _part_memory(model.config, config)
+    if needed <= available:
         return
-    while context > config.page_size and needed(context) > available:
-        context = max(config.page_size, context // 2 // config.page_size * config.page_size)
-    hint = f"--max-context {context} can be validated here; --no-validate builds without validation"
+    one_each = (_largest_fitting(model.config, config, field) for field in LIMIT_FIELDS)
+    fitting = [smaller for smaller in one_each if smaller] or [_all_smaller(model.config, config)]
+    words = " or ".join(_changed_limits(config, smaller) for smaller in fitting if smaller)
     raise UsageError(
-        f"validating sequences of {config.max_context} tokens needs about {needed(config.max_context) / 1e9:.3g} GB"
-        f" of memory for one layer alone, this machine has {available / 1e9:.3g} GB",
-        hint=hint if needed(context) <= available else "use a machine with more",
+        f"validating {config.max_sequences} sequences of {config.max_context} tokens, in steps of"
+        f" {config.max_tokens} tokens, needs about {needed / 1e9:.3g} GB of memory for one layer alone,"
+        f" this machine has {available / 1e9:.3g} GB",
+        hint=f"{words} can be validated here; --no-validate builds without validation"
+        if words
+        else "use a machine with more",
+    )
+
+
+def _largest_fitting(model: ModelConfig, config: BuildConfig, field: str) -> BuildConfig | None:
+    """The configuration with one limit as large as fits this machine's memory; None if no value of it does."""
+    unit = config.page_size if field == "max_context" else 1
+    smallest = config.max_sequences if field == "max_tokens" else 1
+
+    def smaller(units: int) -> BuildConfig:
+        return dataclasses.replace(config, **{field: max(smallest, units * unit)})
+
+    low, high = 1, getattr(config, field) // unit
+    if high < 1 or _part_memory(model, smaller(low)) > memory_bytes():
+        return None
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (
+            (middle, high) if _part_memory(model, smaller(middle)) <= memory_bytes() else (low, middle)
+        )
+    return smaller(low)
+
+
+def _all_smaller(model: ModelConfig, config: BuildConfig) -> BuildConfig | None:
+    """The configuration with all limits halved until it fits this machine's memory; None if none does."""
+    while max(config.max_sequences, config.max_tokens, config.max_context // config.page_size) > 1:
+        config = dataclasses.replace(
+            config,
+            max_sequences=max(1, config.max_sequences // 2),
+            max_tokens=max(1, config.max_tokens // 2),
+            max_context=max(config.page_size, config.max_context // 2 // config.page_size * config.page_size),
+        )
+        if _part_memory(model, config) <= memory_bytes():
+            return config
+    return None
+
+
+def _changed_limits(config: BuildConfig, smaller: BuildConfig) -> str:
+    """The options that give the limits of `smaller`, without those that `config` has."""
+    return " ".join(
+        f"--{field.replace('_', '-')} {getattr(smaller, field)}"
+        for field in LIMIT_FIELDS
+        if getattr(smaller, field) != getattr(config, field)
     )
 
 
@@ -188,11 +235,16 @@ def _pool_bytes(model: ModelConfig, config: BuildConfig) -> list[int]:
     return [4 * math.prod(pool.shape(1 + config.max_sequences, 1 + pages)) for pool in pools]
 
 
-def _score_bytes(model: ModelConfig, config: BuildConfig) -> int:
-    """Bytes of PyTorch's attention scores for the longest prompt of one step."""
+def _step_bytes(model: ModelConfig, config: BuildConfig) -> int:
+    """Bytes of a layer's activations, PyTorch's attention scores of the longest prompt, and logits beyond the usual."""
     prompt = min(config.max_tokens, config.max_context)
     heads = model.num_attention_heads if "attention" in model.layers else 0
-    return SCORE_COPIES * 4 * heads * prompt**2
+    more_rows = max(0, config.max_sequences - COMPARED_ROWS)
+    return (
+        ACTIVATIONS * 4 * model.hidden_size * config.max_tokens
+        + SCORE_COPIES * 4 * heads * prompt**2
+        + LOGITS_BYTES * model.vocab_size * more_rows
+    )
 
 
 def check_engine_memory(weight_bytes: int) -> None:

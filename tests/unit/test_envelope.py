@@ -122,16 +122,35 @@ def test_a_right_graph_reaches_its_limits(checkpoint: Path, tmp_path: Path, whol
     assert Right(checkpoint, tmp_path).failed(whole) == set()
 
 
+@pytest.mark.parametrize(
+    "limits",
+    [
+        {"max_tokens": 16, "max_context": 1 << 20},
+        {"max_tokens": 2**31 - 1},
+        {"max_tokens": 1 << 20, "max_sequences": 1 << 20},
+        {"max_tokens": 2**31 - 1, "max_sequences": 1 << 20, "max_context": 1 << 20},
+    ],
+    ids=["context", "tokens", "sequences", "all"],
+)
 def test_a_profile_too_large_for_the_memory_is_refused_with_one_that_fits(
-    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, limits: dict[str, int]
 ) -> None:
     model = load(checkpoint)
-    config = BuildConfig(checkpoint, Path("out"), "fp32", max_tokens=16, max_context=1 << 20)
     monkeypatch.setattr(estimates, "memory_bytes", lambda: 1_000_000_000)
-    with pytest.raises(UsageError, match="validating sequences of 1048576 tokens needs about") as caught:
-        estimates.check_envelope(model, config)
-    fitting = int(caught.value.hint.split()[1])
-    estimates.check_envelope(
-        model, BuildConfig(checkpoint, Path("out"), "fp32", max_tokens=16, max_context=fitting)
-    )
-    assert fitting >= 4096
+    refused = "validating .* sequences of .* tokens, in steps of .* tokens, needs about"
+    with pytest.raises(UsageError, match=refused) as caught:
+        estimates.check_envelope(model, BuildConfig(checkpoint, Path("out"), "fp32", **limits))
+    choices = caught.value.hint.split(" can be validated")[0].split(" or ")
+    for choice in choices:
+        words = choice.split()
+        fitting = {
+            name[2:].replace("-", "_"): int(size) for name, size in zip(words[::2], words[1::2], strict=True)
+        }
+        estimates.check_envelope(model, BuildConfig(checkpoint, Path("out"), "fp32", **limits | fitting))
+        assert all(size < limits[name] for name, size in fitting.items() if name in limits)
+        if len(fitting) == 1:
+            ((name, size),) = fitting.items()
+            unit = 128 if name == "max_context" else 1
+            beyond = BuildConfig(checkpoint, Path("out"), "fp32", **limits | {name: size + unit})
+            with pytest.raises(UsageError, match=refused):
+                estimates.check_envelope(model, beyond)
