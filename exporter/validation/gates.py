@@ -155,6 +155,12 @@ def layer_gates(
     return gates
 
 
+def router_gate(scenario: str, place: str, error: float, baseline: float | None) -> Gate:
+    """The gate on the largest error of a router's score; `baseline` is PyTorch's, None in FP32."""
+    limit = FP32_RELATIVE_L2 if baseline is None else BASELINE_FACTOR * baseline
+    return Gate(scenario, place, Metric.ROUTER_SCORE, error, limit, baseline)
+
+
 def same_bits(scenario: str, first: Observation, second: Observation) -> Gate:
     """How many outputs differ bitwise between two modes, such as pools updated in place and pools copied."""
     differing = [
@@ -246,11 +252,11 @@ def _distance_gates(
 
 def _router_gates(scenario: str, errors: ScenarioErrors, baseline: ScenarioErrors | None) -> Iterator[Gate]:
     """The largest error of each router's scores: only such an error excuses a routing mismatch."""
-    limits = score_limits(baseline, len(errors.router_scores))
-    bases: Sequence[float | None] = baseline.router_scores if baseline else [None] * len(limits)
-    if errors.router_scores:
-        for layer, numbers in enumerate(zip(errors.router_scores, limits, bases, strict=True)):
-            yield Gate(scenario, f"router {layer}", Metric.ROUTER_SCORE, *numbers)
+    scores = errors.router_scores
+    bases: Sequence[float | None] = baseline.router_scores if baseline else [None] * len(scores)
+    if scores:
+        for layer, numbers in enumerate(zip(scores, bases, strict=True)):
+            yield router_gate(scenario, f"router {layer}", *numbers)
 
 
 def _next_token_gates(scenario: str, errors: ScenarioErrors, baseline: ScenarioErrors) -> Iterator[Gate]:

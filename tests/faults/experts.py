@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
 import onnx_ir as ir
 
 from faults.graph import Fault, Graph, named, replaced
+from nemotrt.plugins import onnx_op
 from nemotrt.plugins.moe_dispatch import SPEC as MOE
 
 
@@ -14,6 +16,23 @@ def one_expert_short(graph: Graph) -> None:
 
 def one_expert_more(graph: Graph) -> None:
     graph.with_body(MOE, top_k=graph.op(MOE.name).attributes["top_k"].value + 1)
+
+
+def last_expert_twice(graph: Graph) -> None:
+    """In every layer, the expert before the last computes with the last one's weights."""
+    for node in [node for node in graph.nodes if node.op_type == MOE.name]:
+        for name in ("up", "down"):
+            weight = onnx_op.operand(MOE, node, name)
+            expert = np.arange(int(weight.shape[0]))
+            expert[-2] = expert[-1]
+            graph.feed(node, weight.name, graph.before(node, "Gather", weight, expert, axis=0))
+
+
+def negated_routers(graph: Graph) -> None:
+    """In every layer, the routers' weights have the wrong sign."""
+    for name, weight in graph.weights.items():
+        if name.endswith("gate.weight"):
+            weight[:] = -weight
 
 
 def no_scaling_factor(graph: Graph) -> None:

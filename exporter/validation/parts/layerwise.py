@@ -26,6 +26,7 @@ from nemotrt.exporter.validation.gates import (
     FP32_RELATIVE_L2,
     Pair,
     layer_gates,
+    router_gate,
 )
 from nemotrt.exporter.validation.parts.part_run import (
     PartComparison,
@@ -65,7 +66,7 @@ def compare_parts(
     def open_runners(part: GraphPart) -> PartRunners:
         reference = TorchPart(modules, part, pools, torch.float32)
         baseline = TorchPart(modules, part, pools, dtype) if dtype != torch.float32 else None
-        return PartSession(part.graph(part.router_logits)), reference, baseline, part.outputs
+        return PartSession(part.graph_with_forced_routing()), reference, baseline, part.outputs
 
     kinds = {f"layers.{index}": kind for index, kind in model.config.numbered_layers.items()}
     gates: list[Gate] = []
@@ -89,7 +90,11 @@ def compare_parts(
 
 def _part_gates(scenario: str, part: GraphPart, comparison: PartComparison) -> list[Gate]:
     candidate, baseline = (_labeled(part, values) for values in (comparison.candidate, comparison.baseline))
-    return layer_gates(scenario, part.name, candidate, baseline, comparison.out_of_bounds)
+    gates = layer_gates(scenario, part.name, candidate, baseline, comparison.out_of_bounds)
+    if comparison.router_errors:
+        error, base = np.max(comparison.router_errors, axis=0).tolist()
+        gates.append(router_gate(scenario, f"{part.name} router", error, base if baseline else None))
+    return gates
 
 
 def _labeled(part: GraphPart, values: dict[str, ValueComparison]) -> dict[str, Pair]:

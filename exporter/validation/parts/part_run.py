@@ -23,9 +23,12 @@ from nemotrt.exporter.validation import gates, metrics
 from nemotrt.exporter.validation.envelope import Envelope
 from nemotrt.exporter.validation.gates import BASELINE_FACTOR, FP32_RELATIVE_L2, Pair
 from nemotrt.exporter.validation.observation import Noise, num_stray, written_places
+from nemotrt.exporter.validation.parts.all_experts import all_experts
 from nemotrt.exporter.validation.parts.subgraphs import GraphPart, split
 from nemotrt.exporter.validation.parts.torch_parts import OpCall, TorchPart
 from nemotrt.exporter.validation.plan import MIXED, Workload, envelope_parts, scenarios
+from nemotrt.exporter.validation.routing import RouterLogits, score_error
+from nemotrt.exporter.validation.runners.base import FORCED
 from nemotrt.plugins.contract import NEXT
 
 SMALL_DECADES = 3
@@ -111,8 +114,22 @@ class PartComparison:
     calls: list[StepCalls] = field(default_factory=list)
     out_of_bounds: dict[str, int] = field(default_factory=dict)
     """By pool: values that the runner changed although the reference did not write them."""
+    router_errors: list[tuple[float, float]] = field(default_factory=list)
+    """The largest error of a router's score in each step, and the baseline's; empty for a part without experts."""
     at_limits: PartComparison | None = None
     """The same at the limits of the profile, for the parts that run there; without calls."""
+
+    def add_routers(self, own: RouterLogits, reference: TorchPart, baseline: TorchPart) -> None:
+        """Add a step's own router logits of the runner, without padding, and of PyTorch's parts."""
+        expected, rounded = reference.router_logits(), baseline.router_logits()
+        for own_TE, expected_TE, rounded_TE in zip(own, expected, rounded, strict=True):
+            count = len(own_TE)
+            self.router_errors.append(
+                (
+                    score_error(own_TE, expected_TE[:count]),
+                    score_error(rounded_TE[:count], expected_TE[:count]),
+                )
+            )
 
 
 PartRunners = tuple[PartRunner, TorchPart, TorchPart | None, Sequence[str]]
@@ -144,7 +161,11 @@ def run_parts(
         if envelope and part.name in firsts:
             deep_steps = at_limits(part, rounded, envelope, workload, model.config.norm_eps)
             noise = workload.noise((pool for pool in pools if pool.name in part.pools), envelope.sizes)
-            comparison.at_limits = run_part(part, noise, deep_steps, *runners, in_full=False)[1]
+            imposed: Sequence[NDArray[np.float32]] = ()
+            if part.router_logits:
+                deep_steps, imposed = all_experts(model.config, deep_steps, workload.seed)
+            deep = run_part(part, noise, deep_steps, *runners, in_full=False, imposed=imposed)
+            comparison.at_limits = deep[1]
         del runners  # Its weights would stay in memory next to those of the following part.
         yield part, comparison
         del comparison
@@ -201,12 +222,13 @@ def run_part(
     names: Sequence[str],
     *,
     in_full: bool = True,
+    imposed: Sequence[NDArray[np.float32]] = (),
 ) -> tuple[list[Tensor], PartComparison]:
     """The reference's output in each step, and the comparison of the values in `names`.
 
     `steps` holds each step's value from the previous part, and its step inputs. Every pool starts as in `noise`, and
     PyTorch takes the experts that the runner chose. Without `in_full`, the calls of ops are not kept, and of pools only
-    the compared rows.
+    the compared rows. Router logits [T, E] that are `imposed` on a step, NaN where there are none, route both sides.
     """
     comparison = PartComparison()
     state: dict[str, NDArray[Any]] = {name: noise[name] for name in part.pools}
@@ -215,25 +237,39 @@ def run_part(
         baseline.reset(noise)
     flows_out = []
     done: list[StepInputs] = []
-    for flow, inputs in steps:
+    for number, (flow, inputs) in enumerate(steps):
         done.append(inputs)
         count = int(inputs.query_start[-1])
-        results = runner.run(_feeds(part, flow, inputs) | state)
+        routers = [imposed[number] if imposed else _own_routing(part, inputs) for _ in part.router_logits]
+        feeds = {f"{FORCED}{i}": logits_TE for i, logits_TE in enumerate(routers)}
+        results = runner.run(_feeds(part, flow, inputs) | state | feeds)
         state = {name: results[NEXT + name] for name in state}
-        routing = tuple(results[name][:count].astype(np.float32) for name in part.router_logits)
-        flows_out.append(reference.step(flow, inputs, routing))
+        own = tuple(results[name][:count].astype(np.float32) for name in part.router_logits)
+        routing = tuple(
+            np.where(np.isnan(logits_TE[:count]), own_TE, logits_TE[:count])
+            for logits_TE, own_TE in zip(routers, own, strict=True)
+        )
+        is_imposed_T = ~np.isnan(routers[0][:count, 0]) if routers else None
+        flows_out.append(reference.step(flow, inputs, routing, is_imposed_T))
         calls = reference.calls
         rows = {name: _compared_rows(part, name, reference.values[name], done) for name in names}
         _add(comparison.candidate, results, reference.values, rows, in_full)
         if baseline:
-            baseline.step(flow, inputs, routing)
+            baseline.step(flow, inputs, routing, is_imposed_T)
             _add(comparison.baseline, baseline.values, reference.values, rows, in_full)
+        comparison.add_routers(own, reference, baseline or reference)
         if in_full:
             comparison.calls.append((calls, baseline.calls if baseline else calls, count))
     for name, values in state.items():
         if NEXT + name in rows:
             comparison.out_of_bounds[name] = num_stray(values, noise[name], rows[NEXT + name])
     return flows_out, comparison
+
+
+def _own_routing(part: GraphPart, inputs: StepInputs) -> NDArray[np.float32]:
+    """Router logits [T, E] that impose nothing."""
+    (name,) = part.router_logits
+    return np.full((len(inputs.input_ids), int(part.axes(name)[1])), np.nan, dtype=np.float32)
 
 
 def _feeds(part: GraphPart, flow: Tensor, inputs: StepInputs) -> dict[str, NDArray[Any]]:

@@ -13,7 +13,7 @@ import onnx_ir as ir
 
 from nemotrt.exporter.errors import BundleError
 from nemotrt.exporter.runtime.graph_file import OnnxGraph
-from nemotrt.exporter.validation.runners.base import router_logits_names
+from nemotrt.exporter.validation.runners.base import router_logits_names, with_forced_routing
 from nemotrt.plugins.contract import EMBEDDINGS, HEAD, LOGITS, NEXT, DType, LayerName
 from nemotrt.plugins.spec import DOMAIN
 
@@ -59,6 +59,10 @@ class GraphPart:
         """The part as a graph of its own, with further values as outputs."""
         names = tuple(dict.fromkeys((*self.outputs, *extra_outputs)))
         return self._graph(self.model.graph.inputs, [self.values[name] for name in names])
+
+    def graph_with_forced_routing(self) -> OnnxGraph:
+        """The part as a graph that also takes router logits to be forced, and returns its own."""
+        return OnnxGraph(ir.to_proto(with_forced_routing(self.model)), self.path)
 
     def op_graph(self, node: ir.Node) -> OnnxGraph:
         """One node of the part as a graph of its own."""

@@ -130,9 +130,15 @@ class TorchPart:
         self._pools = filled_pools(self._specs, pools, self._dtype)
 
     @torch.no_grad()
-    def step(self, flow: Tensor, inputs: StepInputs, forced: RouterLogits = ()) -> Tensor:
-        """The part's output for this input; `forced` router logits, if any, choose the experts."""
-        self._tap.begin(forced)
+    def step(
+        self,
+        flow: Tensor,
+        inputs: StepInputs,
+        forced: RouterLogits = (),
+        is_imposed_T: NDArray[np.bool_] | None = None,
+    ) -> Tensor:
+        """The part's output for this input; `forced` router logits, if any, choose the experts as in `RouterTap`."""
+        self._tap.begin(forced, is_imposed_T)
         self.values.clear()
         with threads(self._num_threads), _OpCalls() as recorder:
             result, *self._pools = self._run(flow, inputs)

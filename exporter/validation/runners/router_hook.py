@@ -19,22 +19,27 @@ from nemotrt.plugins.moe_dispatch.reference import route
 class RouterTap:
     """Records the router logits of a model's MoE layers, and can force the routing of another runner.
 
-    A token's logits are replaced by the other runner's only if these lead to other experts.
+    A token's logits are replaced by the other runner's only if these lead to other experts, or if they are imposed.
     """
 
     def __init__(self, network: nn.Module) -> None:
         self.logits: list[NDArray[np.float32]] = []
         """The model's own router logits in the last step, per MoE layer."""
         self._forced: RouterLogits = ()
+        self._is_imposed_T: Tensor | None = None
         self._layers = [module for module in network.modules() if isinstance(module, MoE)]
         # A strong reference to the tap would make a cycle that keeps the weights until a garbage collection.
         tap = weakref.ref(self)
         for moe in self._layers:
             moe.gate.register_forward_hook(partial(_hook, tap))
 
-    def begin(self, forced: RouterLogits = ()) -> None:
-        """Start a step; `forced` router logits, one row for each of its first tokens, choose the experts."""
+    def begin(self, forced: RouterLogits = (), is_imposed_T: NDArray[np.bool_] | None = None) -> None:
+        """Start a step; `forced` router logits, one row for each of its first tokens, choose the experts.
+
+        Rows that are imposed also give the experts' weights, whichever experts they lead to.
+        """
         self.logits, self._forced = [], forced
+        self._is_imposed_T = None if is_imposed_T is None else torch.from_numpy(is_imposed_T)
 
     def routed(self, logits_TE: Tensor) -> Tensor:
         """The next layer's router logits: its own, or the forced ones of tokens for which these differ in experts."""
@@ -46,6 +51,8 @@ class RouterTap:
         own_TE = logits_TE[: len(forced_TE)]
         moe = self._layers[layer]
         differs_T = (_experts(moe, own_TE) != _experts(moe, forced_TE)).any(1)
+        if self._is_imposed_T is not None:
+            differs_T |= self._is_imposed_T
         return torch.cat([torch.where(differs_T[:, None], forced_TE, own_TE), logits_TE[len(forced_TE) :]])
 
 
