@@ -12,6 +12,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from nemotrt.exporter.checkpoint.loaded_model import LoadedModel, WeightSource, stored_parameters
 from nemotrt.exporter.config import BuildConfig
@@ -48,7 +49,7 @@ PART_BYTES = {"fp32": 8, "fp16": 12, "bf16": 12, "fp8": 12}
 and its FP32 emulation's. Experts are never widened as a whole: PyTorch's stack, and the graph's own bytes."""
 LOGITS_BYTES = 4 * 4 + 3 * 8
 """Bytes for each logit that a validation holds: four runners' in FP32, and two of them and their difference in FP64."""
-LOGITS_ROWS, PART_LOGITS_ROWS = 511 + 2 * COMPARED_ROWS, 159 + COMPARED_ROWS
+LOGITS_ROWS, PART_LOGITS_ROWS = 514 + 2 * COMPARED_ROWS, 162 + COMPARED_ROWS
 """Rows of logits that a validation, and the head alone, give, the envelope's included."""
 POOL_COPIES, SCORE_COPIES = 5, 3
 """FP32 copies of the pools, and of the attention scores of a prompt, while steps run at the limits of the profile."""
@@ -174,8 +175,8 @@ def check_envelope(model: LoadedModel, config: BuildConfig) -> None:
     if needed <= available:
         return
     one_each = (_largest_fitting(model.config, config, field) for field in LIMIT_FIELDS)
-    fitting = [smaller for smaller in one_each if smaller] or [_all_smaller(model.config, config)]
-    words = " or ".join(_changed_limits(config, smaller) for smaller in fitting if smaller)
+    fitting = list(filter(None, one_each)) or list(filter(None, [_all_smaller(model.config, config)]))
+    words = " or ".join(_changed_limits(config, smaller) for smaller in fitting)
     raise UsageError(
         f"validating {config.max_sequences} sequences of {config.max_context} tokens, in steps of"
         f" {config.max_tokens} tokens, needs about {needed / 1e9:.3g} GB of memory for one layer alone,"
@@ -192,7 +193,8 @@ def _largest_fitting(model: ModelConfig, config: BuildConfig, field: str) -> Bui
     smallest = config.max_sequences if field == "max_tokens" else 1
 
     def smaller(units: int) -> BuildConfig:
-        return dataclasses.replace(config, **{field: max(smallest, units * unit)})
+        limit: dict[str, Any] = {field: max(smallest, units * unit)}
+        return dataclasses.replace(config, **limit)
 
     low, high = 1, getattr(config, field) // unit
     if high < 1 or _part_memory(model, smaller(low)) > memory_bytes():

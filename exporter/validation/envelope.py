@@ -112,8 +112,8 @@ class Envelope:
     def steps(self, vocab_size: int, seed: int) -> tuple[StepInputs, ...]:
         """A mixture of as many tokens and sequences as possible, a decode step at deep contexts, and one long prompt.
 
-        The first sequence of the mixture ends at the maximum length, in the highest page of the pool; pages and slots
-        are permuted over the whole pools.
+        The first sequence of the mixture ends at the maximum length, in the highest page of the pool; pages, slots and
+        rows of logits are permuted. Each step has the last token of the vocabulary, and the first if it has two.
         """
         generator = np.random.default_rng([seed, self.max_tokens, self.max_context])
         slots, pages = self.sizes
@@ -130,7 +130,8 @@ class Envelope:
                 used = page_BM[b, : pages_of(context + length, self.page_size)].tolist()
                 chunks.append(SequenceChunk(tokens, context, int(slot_B[b]), used))
             inputs = packed_step(chunks, padding=num_tokens - sum(lengths))
-            return dataclasses.replace(inputs, logits_row=_spread_rows(inputs))
+            inputs.input_ids[sum(lengths) - 1], inputs.input_ids[0] = 0, vocab_size - 1
+            return dataclasses.replace(inputs, logits_row=generator.permutation(_spread_rows(inputs)))
 
         lengths = self._mixture()
         prompt = min(self.max_tokens, self.max_context)

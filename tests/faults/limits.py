@@ -8,7 +8,7 @@ from functools import partial
 import numpy as np
 import onnx_ir as ir
 
-from faults.graph import Fault, Graph
+from faults.graph import AXIS, END, FIRST, LAST, Fault, Graph
 from nemotrt.plugins.moe_dispatch import SPEC as MOE
 from nemotrt.plugins.paged_attention import SPEC as ATTENTION
 from nemotrt.plugins.selective_scan import SPEC as SCAN
@@ -71,6 +71,46 @@ def _forgetful_sequences(graph: Graph, first: int) -> None:
     early = _is_early(graph, node, context, first - 1)
     fresh = np.array(0, dtype=np.int32)
     graph.feed(node, "context_len", graph.before(node, "Where", early, context, fresh))
+
+
+def sorted_rows(graph: Graph) -> None:
+    """The rows of logits come in the order of their tokens, not in the order of the request."""
+    rows = graph.step_input("logits_row")
+    head = next(use.node for use in rows.uses())
+    count = graph.before(head, "Shape", rows)
+    ordered = ir.node(
+        "TopK", [rows, count], {"axis": 0, "largest": 0}, num_outputs=2, name=f"{head.name}.sort"
+    )
+    for number, value in enumerate(ordered.outputs):
+        value.name = f"sorted.{number}"
+    graph.nodes.insert_before(head, ordered)
+    graph.feed(head, "logits_row", ordered.outputs[0])
+
+
+def capped_tokens(graph: Graph) -> None:
+    """The vocabulary's last token is taken for the one before."""
+    ids = graph.step_input("input_ids")
+    embeddings = next(use.node for use in ids.uses())
+    last = len(graph.weight("embeddings.weight")) - 1
+    graph.feed(
+        embeddings, "input_ids", graph.before(embeddings, "Min", ids, np.array(last - 1, dtype=np.int64))
+    )
+
+
+def forgetful_chunks(length: int) -> Callable[[Graph], None]:
+    """In every layer, a sequence with a chunk of exactly this many tokens forgets its state."""
+    return partial(_forgetful_chunks, length=length)
+
+
+def _forgetful_chunks(graph: Graph, length: int) -> None:
+    start, context = graph.step_input("query_start"), graph.step_input("context_len")
+    for node in [node for node in graph.nodes if node.op_type == SCAN.name]:
+        first = graph.before(node, "Slice", start, FIRST, LAST, AXIS)
+        end = graph.before(node, "Slice", start, FIRST + 1, END, AXIS)
+        lengths = graph.before(node, "Sub", end, first)
+        is_short = graph.before(node, "Equal", lengths, np.array(length, dtype=np.int32))
+        fresh = np.array(0, dtype=np.int32)
+        graph.feed(node, "context_len", graph.before(node, "Where", is_short, fresh, context))
 
 
 FAULTS = (

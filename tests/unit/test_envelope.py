@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from checkpoints import SMALL_LIMITS
+from checkpoints import SMALL_LIMITS, write_checkpoint
 from faults import Graph, broken, limits
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -28,7 +28,7 @@ from nemotrt.exporter.validation.candidates import graph_candidate
 from nemotrt.exporter.validation.envelope import Envelope, Limit, driven, reached
 from nemotrt.exporter.validation.plan import plan_validation
 from nemotrt.exporter.validation.same_program import SAME_PROGRAM
-from nemotrt.exporter.validation.validate import validate
+from nemotrt.exporter.validation.validate import validate, validate_parts
 
 DEFAULT = Envelope(2048, 16, 8192, 128)
 
@@ -120,6 +120,25 @@ def test_a_fault_near_a_limit_is_caught(checkpoint: Path, tmp_path: Path, name: 
 @pytest.mark.parametrize("whole", [True, False], ids=["the whole model", "layers alone"])
 def test_a_right_graph_reaches_its_limits(checkpoint: Path, tmp_path: Path, whole: bool) -> None:
     assert Right(checkpoint, tmp_path).failed(whole) == set()
+
+
+UNUSUAL_STEPS: dict[str, tuple[Callable[[Graph], None], str]] = {
+    "rows of logits in another order": (limits.sorted_rows, "head"),
+    "the last token of the vocabulary": (limits.capped_tokens, "embeddings"),
+    "a chunk of two tokens": (limits.forgetful_chunks(2), "layers.0"),
+    "a chunk of three tokens": (limits.forgetful_chunks(3), "layers.0"),
+}
+"""Faults that act in steps which few prompts have, alike in all layers, and the part that shows them."""
+
+
+@pytest.mark.parametrize("name", UNUSUAL_STEPS)
+def test_a_fault_in_an_unusual_step_is_caught(tmp_path: Path, name: str) -> None:
+    folder = tmp_path / "checkpoint"
+    right = Right(write_checkpoint(folder, hybrid_override_pattern="MM", vocab_size=20_000), tmp_path)
+    inject, part = UNUSUAL_STEPS[name]
+    broken(right.graph, inject)
+    report = validate_parts(right.model, right.config, OnnxGraph.read(right.graph))
+    assert part in {gate.output.split()[0] for gate in report.gates if not gate.passed}
 
 
 @pytest.mark.parametrize(
