@@ -13,6 +13,7 @@ import onnx
 import pytest
 from checkpoints import write_checkpoint
 from faults import Graph, broken
+from faults.experts import last_expert_twice
 
 from nemotrt.exporter.checkpoint.loaded_model import LoadedModel
 from nemotrt.exporter.config import BuildConfig
@@ -37,6 +38,8 @@ from nemotrt.exporter.validation.stored_weights import (
     expected_weights,
     with_weights,
 )
+from nemotrt.plugins import onnx_op
+from nemotrt.plugins.selective_scan import SPEC as SCAN
 
 EMBEDDINGS, HEAD = "backbone.embeddings.weight", "lm_head.weight"
 UP, DOWN = (f"backbone.layers.1.mixer.experts.{name}" for name in ("up", "down"))
@@ -204,6 +207,45 @@ def test_a_value_that_no_tensor_accounts_for_is_named(right: Right, tmp_path: Pa
     graph = copied(right, tmp_path)
     edit(graph, add)
     assert failed(right.model, right.config, graph) == {Metric.NOT_STORED: (1, "constant.99")}
+
+
+def scaled_decay(graph: Graph) -> None:
+    """By so little that numbers of BF16 do not show it."""
+    scan = graph.op(SCAN.name)
+    decay = onnx_op.operand(SCAN, scan, "A")
+    graph.feed(scan, decay.name, graph.before(scan, "Mul", decay, np.float32(1.001)))
+
+
+def copied_embeddings(graph: Graph) -> None:
+    """A copy in the graph, in which the row of one token is zero."""
+    weight = graph.nodes.initializers[EMBEDDINGS]
+    (use,) = weight.uses()
+    copy = graph.weights[EMBEDDINGS].copy()
+    copy[-1] = 0
+    use.node.replace_input_with(use.idx, graph.constant(use.node, copy))
+
+
+def test_a_weight_that_the_graph_changes_is_named(right: Right, tmp_path: Path) -> None:
+    graph = copied(right, tmp_path)
+    broken(graph, scaled_decay)
+    failures = failed(right.model, right.config, graph)
+    assert failures[Metric.WEIGHT] == (1, "backbone.layers.0.mixer.A")
+    assert failures[Metric.NOT_STORED][0] == 1
+
+
+def test_a_copy_that_is_read_in_place_of_a_weight_is_named(right: Right, tmp_path: Path) -> None:
+    graph = copied(right, tmp_path)
+    broken(graph, copied_embeddings)
+    failures = failed(right.model, right.config, graph)
+    assert failures[Metric.WEIGHT] == (1, EMBEDDINGS)
+    assert failures[Metric.NOT_STORED][0] == 1
+
+
+def test_experts_that_are_gathered_are_named(right: Right, tmp_path: Path) -> None:
+    graph = copied(right, tmp_path)
+    broken(graph, last_expert_twice)
+    ((metric, (_, name)),) = failed(right.model, right.config, graph).items()
+    assert (metric, name) == (Metric.WEIGHT, UP)
 
 
 def test_a_renamed_weight_fails_both_gates(right: Right, tmp_path: Path) -> None:
