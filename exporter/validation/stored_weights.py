@@ -107,7 +107,9 @@ def _not_read_as_stored(graph: ir.Graph) -> set[str]:
 
     Only a weight in FP8 may be widened by its own scale before a node reads it with values of the step.
     """
-    sources = {value: (str(value.name),) for value in graph.initializers.values()}
+    sources: dict[ir.Value, tuple[str, ...]] = {
+        value: (str(value.name),) for value in graph.initializers.values()
+    }
     changed = {str(value.name) for value in sources if not value.uses()}
     for node in graph:
         inputs = [value for value in node.inputs if value]

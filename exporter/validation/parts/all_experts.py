@@ -27,7 +27,9 @@ def all_experts(
     Every other token goes to the next k experts; the rest is NaN, which keeps the router's own.
     """
     generator = np.random.default_rng(seed)
-    longer, imposed, num_chosen = [], [], 0
+    longer: list[tuple[Tensor, StepInputs]] = []
+    imposed: list[NDArray[np.float32]] = []
+    num_chosen = 0
     while num_chosen < config.n_routed_experts or len(longer) < len(steps):
         flow, inputs = steps[len(longer) % len(steps)]
         logits_TE = np.full((len(inputs.input_ids), config.n_routed_experts), np.nan, dtype=np.float32)
