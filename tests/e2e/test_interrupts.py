@@ -133,7 +133,13 @@ def test_an_interrupted_process(subject: Path, tmp_path: Path, name: str) -> Non
     number = signal.Signals[name]
     options = ["-v", "build", subject, "--output", tmp_path / "out", "--runtime", "onnx"]
     command = [sys.executable, "-c", PROGRAM, *options]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        # The tests may run under nohup.
+        command,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),
+    )
     assert process.stderr
     lines = [process.stderr.readline(), process.stderr.readline()]  # load begins, load ends
     process.send_signal(number)
@@ -156,15 +162,23 @@ with interrupts.handled():
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
 def test_a_native_call_that_does_not_return(name: str) -> None:
     """The process ends within a second."""
+    number = signal.Signals[name]
     process = subprocess.Popen(
-        [sys.executable, "-c", NATIVE], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", NATIVE],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),
     )
-    assert process.stdout
-    assert process.stdout.readline() == "begins\n"
-    time.sleep(0.5)  # from the print to the call: a signal between the two is Python's own to answer
-    process.send_signal(signal.Signals[name])
-    assert process.communicate(timeout=PATIENCE)[1] == "interrupted\n"
-    assert process.returncode == 128 + signal.Signals[name]
+    try:
+        assert process.stdout
+        assert process.stdout.readline() == "begins\n"
+        time.sleep(0.5)  # from the print to the call: a signal between the two is Python's own to answer
+        process.send_signal(number)
+        assert process.communicate(timeout=PATIENCE)[1] == "interrupted\n"
+        assert process.returncode == 128 + number
+    finally:
+        process.kill()
 
 
 HANGUP = """
