@@ -74,5 +74,7 @@ def _watch(reader: int, ended: threading.Event) -> None:
         if received[0] in SIGNALS and not ended.wait(GRACE):
             cursor = SHOW_CURSOR if sys.stderr.isatty() else b""
             with suppress(OSError):
-                os.write(2, cursor + b"interrupted\n")
+                stderr, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, 2)  # for what the main thread may still print: this is the last line
+                os.write(stderr, cursor + b"interrupted\n")
             os._exit(128 + received[0])

@@ -67,7 +67,7 @@ ZEROS = {
         model=WITH_TOKENS,
     ),
     "first-rows-of-the-embeddings-zero": Case(
-        r'embeddings\.weight is zero in rows 0 to 15 of 1024, the first of token "',
+        r'embeddings\.weight is zero in rows 1 to 15 of 1024, the first of token "',
         tokenizer(replaced("embeddings.weight", zero_rows(0, 16))),
         model=WITH_TOKENS,
     ),
