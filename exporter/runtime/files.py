@@ -24,7 +24,10 @@ HASH_CHUNK = 4 << 20
 
 
 def check_place(path: Path, bundle: Path) -> None:
-    """Raise UsageError if no file can be written at the path because it has no folder, or is inside the bundle."""
+    """Raise UsageError if no file can be written at the path.
+
+    It has no folder, is inside the bundle, or is a pipe or a device, which may have no reader.
+    """
     if not path.parent.is_dir():
         raise UsageError(f"{path.parent} is not a folder", hint="create it, or choose another path")
     if path.resolve().is_relative_to(bundle.resolve()):
@@ -32,6 +35,8 @@ def check_place(path: Path, bundle: Path) -> None:
             f"{path} is inside the bundle",
             hint="a bundle contains only what its manifest lists; choose another path",
         )
+    if path.exists() and not path.is_file():
+        raise UsageError(f"{path} is not a regular file", hint="choose another path")
 
 
 def read_into(buffer: memoryview, file: int, offset: int, *, keep: bool = False) -> int:

@@ -101,6 +101,13 @@ FLAGS: dict[str, tuple[tuple[str, ...], str]] = {
         ("validate", "checkpoint", "--html", "nowhere/report.html"),
         "nowhere is not a folder",
     ),
+    **{
+        f"{name}-is-a-pipe": (
+            ("validate", "checkpoint", f"--{name}", "other/pipe"),
+            "other/pipe is not a regular",
+        )
+        for name in ("html", "junit")
+    },
     "junit-in-the-bundle": (
         ("validate", "checkpoint", "--junit", "checkpoint/gates.xml"),
         "gates.xml is inside the bundle",

@@ -104,6 +104,7 @@ AGAINST: dict[str, tuple[Callable[[manifests.Manifest], manifests.Manifest], str
 PLACES: dict[str, tuple[str, str]] = {
     "reference-in-the-bundle": ("bundle/model.golden", "is inside the bundle"),
     "reference-in-no-folder": ("nowhere/model.golden", "nowhere is not a folder"),
+    "reference-into-a-pipe": ("pipe", "pipe is not a regular file"),
     "reference-over-weights": (
         "checkpoint/model.safetensors",
         "exists and is not a reference file: it is not replaced",

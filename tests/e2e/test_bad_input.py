@@ -339,6 +339,7 @@ def test_an_unusable_path_for_a_reference_file(tmp_path: Path, bundle: Path, nam
     """`validate --save-golden` refuses it before it compares anything."""
     shutil.copytree(bundle, tmp_path / "bundle")
     shutil.copytree(bundle.parent / "checkpoint", tmp_path / "checkpoint")
+    os.mkfifo(tmp_path / "pipe")
     place, says = bad_reference_files.PLACES[name]
     before = contents(tmp_path)
     refused(run("validate", "bundle", "--save-golden", place), says, 2)
