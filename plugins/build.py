@@ -7,7 +7,7 @@ imported.
 import importlib.metadata
 import importlib.util
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -169,6 +169,22 @@ def _jobs(plans: Plans, dtypes: Sequence[str], triton: str) -> list[_Job]:
     return jobs
 
 
+def _compiled(
+    jobs: Sequence[_Job], store: KernelStore, workers: Workers, report: Report
+) -> Iterator[tuple[Kernel, bytes]]:
+    """The kernel and the cubin of each job, from the store or compiled now."""
+    missing = {job.title: job for job in jobs if store.get(job.key) is None}
+    answers = workers.ask({title: job.request() for title, job in missing.items()})
+    for done, (title, _) in enumerate(answers, 1):
+        report(done, len(missing), title)
+    for job in jobs:
+        entry = store.get(job.key)
+        if entry is None:
+            raise KernelError(f"{job.title} has disappeared from {store.folder}: try again")
+        cubin, facts = entry
+        yield job.kernel(facts), cubin
+
+
 def build(
     output: Path,
     sms: Sequence[int] = SMS,
@@ -187,21 +203,32 @@ def build(
     check_selection(sms, dtypes, op_names)
     triton = triton_version()
     store = KernelStore(cache_folder() / "kernels")
+    kernels = []
     with Workers(store.folder, jobs or len(os.sched_getaffinity(0))) as workers:
         planned = _jobs(_plans(sorted(set(sms)), sorted(set(op_names)), store, workers), dtypes, triton)
-        compiled = {job.key: store.get(job.key) for job in planned}
-        missing = {job.title: job for job in planned if compiled[job.key] is None}
-        answers = workers.ask({title: job.request() for title, job in missing.items()})
-        for done, (title, _) in enumerate(answers, 1):
-            report(done, len(missing), title)
-    kernels = []
-    for job in planned:
-        entry = compiled[job.key] or store.get(job.key)
-        if entry is None:
-            raise KernelError(f"{job.title} has disappeared from {store.folder}: try again")
-        cubin, facts = entry
-        kernels.append(job.kernel(facts))
-        path = output / kernels[-1].file
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(cubin)
+        for kernel, cubin in _compiled(planned, store, workers, report):
+            kernels.append(kernel)
+            path = output / kernel.file
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(cubin)
     return KernelIndex(output, triton, tuple(kernels))
+
+
+def kernels_with_ptx(
+    wanted: Collection[tuple[str, int, str]], *, jobs: int = 0, report: Report = lambda *_: None
+) -> dict[tuple[str, int, str], tuple[Kernel, str]]:
+    """The kernels of these ops, SMs and variants' names, with the PTX of the same compilation that gave their cubins.
+
+    Cached kernels are not compiled again. Raises KernelError that names the op, SM and variant.
+    """
+    store = KernelStore(cache_folder() / "kernels")
+    sms, op_names = sorted({sm for _, sm, _ in wanted}), sorted({op for op, _, _ in wanted})
+    with Workers(store.folder, jobs or len(os.sched_getaffinity(0))) as workers:
+        planned = {
+            (job.op, job.sm, job.variant.name): job
+            for job in _jobs(_plans(sms, op_names, store, workers), (), triton_version())
+        }
+        if unknown := sorted(set(wanted) - set(planned)):
+            raise KernelError(f"there is no variant {unknown[0][2]} of {unknown[0][0]} for SM {unknown[0][1]}")
+        kernels = [kernel for kernel, _ in _compiled([planned[key] for key in wanted], store, workers, report)]
+    return {key: (kernel, store.ptx(kernel.sha256)) for key, kernel in zip(wanted, kernels, strict=True)}

@@ -32,6 +32,11 @@ from nemotrt.plugins.variant import Variant, supports_fp8
 MAX_SHARED = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 """Maximum shared memory per block in KiB (CUDA C++ Programming Guide, technical specifications)."""
 
+BANNED_INSTRUCTIONS = {
+    "cvt.rz.f16.f32": "FP32 is converted to FP8 through FP16, which rounds twice: convert with inline assembly",
+}
+"""PTX instructions that no kernel may contain, and why."""
+
 SCALARS = ("i32", "i64", "fp32")
 """The types of parameters, other than pointers, that the host can pass."""
 
@@ -56,11 +61,18 @@ def check_signature(variant: Variant, arg_names: list[str]) -> None:
         raise KernelError(f"aligned lists {sorted(unknown)}, which are not runtime parameters")
 
 
-def compile_variant(package: str, variant: Variant, sm: int) -> tuple[bytes, dict[str, Any]]:
-    """The cubin of a variant, and the fields of `kernel_index.Kernel` that the compiler determines.
+def check_instructions(ptx: str) -> None:
+    """Raise KernelError if the PTX contains an instruction that gives wrong results."""
+    for instruction, why in BANNED_INSTRUCTIONS.items():
+        if instruction in ptx:
+            raise KernelError(f"the PTX contains {instruction}: {why}")
+
+
+def compile_variant(package: str, variant: Variant, sm: int) -> tuple[bytes, str, dict[str, Any]]:
+    """The cubin of a variant, its PTX, and the fields of `kernel_index.Kernel` that the compiler determines.
 
     Raises KernelError if no launch could work: wrong parameters, more shared memory than the SM has, or scratch
-    memory that the host does not allocate. Errors of Triton pass through.
+    memory that the host does not allocate; and for PTX that rounds wrongly. Errors of Triton pass through.
     """
     import triton
     from triton.backends.compiler import GPUTarget
@@ -79,12 +91,14 @@ def compile_variant(package: str, variant: Variant, sm: int) -> tuple[bytes, dic
         triton.knobs.nvidia.dump_ptxas_log = True
         source = ASTSource(kernel, signature, variant.constants, hints)
         compiled = triton.compile(source, target=GPUTarget("cuda", sm, 32), options=options)
-    facts = _launch_facts(compiled.metadata, compiled.asm["ptx"], variant)
+    ptx: str = compiled.asm["ptx"]
+    check_instructions(ptx)
+    facts = _launch_facts(compiled.metadata, ptx, variant)
     if facts["shared"] > (limit := MAX_SHARED[sm] * 1024):
         raise KernelError(f"{facts['shared']} bytes of shared memory, but a block on SM {sm} has {limit}")
     cubin: bytes = compiled.asm["cubin"]
     facts |= {"sha256": digest(cubin), "num_bytes": len(cubin)}
-    return cubin, facts | _resources(log.getvalue(), facts["entry"])
+    return cubin, ptx, facts | _resources(log.getvalue(), facts["entry"])
 
 
 def _launch_facts(metadata: Any, ptx: str, variant: Variant) -> dict[str, Any]:

@@ -1,5 +1,9 @@
-"""The cache of compiled kernels, outside the package, keyed by a hash of what each was compiled from."""
+"""The cache of compiled kernels, outside the package, keyed by a hash of what each was compiled from.
 
+The PTX that a cubin was assembled from lies next to it, by the cubin's hash: the emulator executes it, and nothing ships it.
+"""
+
+import gzip
 import hashlib
 import json
 import os
@@ -39,24 +43,31 @@ def digest(content: Any) -> str:
 
 
 class KernelStore:
-    """A folder of cubins and JSON notes by key; an entry that does not match its hash counts as absent."""
+    """A folder of cubins with their PTX, and of JSON notes by key; a damaged or incomplete entry counts as absent."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def put(self, key: str, cubin: bytes, facts: dict[str, Any]) -> None:
-        """Store a cubin and its facts, which include its sha256."""
+    def put(self, key: str, cubin: bytes, ptx: str, facts: dict[str, Any]) -> None:
+        """Store a cubin, the PTX that it was assembled from, and its facts, which include its sha256."""
+        write(self._path(facts["sha256"], "ptx.gz"), gzip.compress(ptx.encode(), mtime=0))
         write(self._path(key, "cubin"), cubin)
         self.put_note(key, facts)
 
     def get(self, key: str) -> tuple[bytes, dict[str, Any]] | None:
-        """The cubin and its facts, or None if either is missing or damaged."""
+        """The cubin and its facts, or None if they or the PTX are missing, or the cubin is damaged."""
         facts = self.get_note(key)
         path = self._path(key, "cubin")
         if not isinstance(facts, dict) or not path.is_file():
             return None
         cubin = path.read_bytes()
-        return (cubin, facts) if digest(cubin) == facts.get("sha256") else None
+        sha256 = digest(cubin)
+        is_whole = sha256 == facts.get("sha256") and self._path(sha256, "ptx.gz").is_file()
+        return (cubin, facts) if is_whole else None
+
+    def ptx(self, sha256: str) -> str:
+        """The PTX that the cubin with this hash was assembled from; raises OSError if it is missing or damaged."""
+        return gzip.decompress(self._path(sha256, "ptx.gz").read_bytes()).decode()
 
     def put_note(self, key: str, content: Any) -> None:
         """Store a note, which is anything that JSON can express."""

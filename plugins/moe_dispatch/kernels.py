@@ -248,7 +248,30 @@ def route_and_quantize_kernel(
         start = tl.program_id(0).to(tl.int64) * L
         value = tl.load(x + start + column, mask=column < L, other=0.0).to(tl.float32)
         scaled = tl.div_rn(value, tl.load(input_scale) + tl.zeros_like(value))
-        tl.store(x_fp8 + start + column, scaled.to(tl.float8e4nv), mask=column < L)
+        tl.store(x_fp8 + start + column, _to_e4m3(scaled), mask=column < L)
+
+
+@triton.jit
+def _to_e4m3(values):
+    """FP32 values in E4M3, rounded once to nearest even, saturated at ±448; NaN stays NaN.
+
+    Triton's own conversion rounds twice on SM 89: to FP16 toward zero, then to E4M3.
+    """
+    return tl.inline_asm_elementwise(
+        """
+        {
+        .reg .b16 low, high;
+        cvt.rn.satfinite.e4m3x2.f32 low, $2, $1;
+        cvt.rn.satfinite.e4m3x2.f32 high, $4, $3;
+        mov.b32 $0, {low, high};
+        }
+        """,
+        "=r,f,f,f,f",
+        [values],
+        dtype=tl.float8e4nv,
+        is_pure=True,
+        pack=4,
+    )
 
 
 @triton.jit
@@ -485,7 +508,7 @@ def up_kernel(
             hidden_MN = hidden_MN.to(tl.float16).to(tl.float32)
         elif ROUND == "bf16":
             hidden_MN = hidden_MN.to(tl.bfloat16).to(tl.float32)
-        hidden_MN = _divided(hidden_MN, tl.load(hidden_scale))
+        hidden_MN = _to_e4m3(_divided(hidden_MN, tl.load(hidden_scale)))
     start = hidden + first.to(tl.int64) * I
     mask_MN = there_M[:, None] & (column_N < I)[None, :]
     tl.store(

@@ -1,0 +1,1 @@
+"""Executes the kernels' PTX on a CPU with NumPy and checks every access; docs/emulator.md describes it."""
