@@ -12,6 +12,9 @@ from numpy.typing import NDArray
 from nemotrt.plugins.emulator.errors import NotEmulated
 from nemotrt.plugins.emulator.ptx import Immediate, Operand, Program, Register, Symbol, Vector
 
+SINK = Symbol("_")
+"""The destination of a value that is not needed."""
+
 Array = NDArray[Any]
 Mask = NDArray[np.bool_]
 
@@ -89,6 +92,8 @@ class Registers:
 
     def write(self, operand: Operand, values: Array, mask: Mask | None) -> None:
         """Set a register in the lanes of the mask; a narrower integer is extended by its sign."""
+        if operand == SINK:
+            return
         assert isinstance(operand, Register)
         storage = self._storage[operand.name]
         if values.dtype != storage:
