@@ -11,7 +11,7 @@ import importlib.util
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import ml_dtypes
@@ -97,13 +97,25 @@ def _tf32(numbers: np.ndarray) -> np.ndarray:
     return (np.ascontiguousarray(numbers).view(np.uint32) & np.uint32(0xFFFFE000)).view(np.float32)
 
 
+def _inline_asm(
+    self: Any, asm: str, constraints: str, arguments: Any, dtypes: Any, is_pure: bool, pack: int
+) -> Any:
+    # Upstream runs no assembly. The kernels have one piece: the conversion of FP32 to E4M3.
+    if "cvt.rn.satfinite.e4m3x2.f32" not in asm:
+        raise NotImplementedError(f"the interpreter does not run {asm.strip()}")
+    ((source,), dtype) = arguments, tl.float8e4nv
+    result = TensorHandle(stored(values(source.data, source.dtype), dtype), dtype)
+    return SimpleNamespace(get_result=lambda index: result)
+
+
 MENDS: dict[str, Callable[..., Any]] = {
     "cast_impl": _cast,
     "create_fp_to_fp": _fp_to_fp,
     "binary_op": _narrow_binary_op,
     "create_dot": _dot,
+    "create_inline_asm": _inline_asm,
 }
-"""Methods of the interpreter that are wrong for BF16, FP8 or TF32, and their replacements."""
+"""Methods of the interpreter that are wrong for BF16, FP8 or TF32, or missing, and their replacements."""
 
 
 @functools.cache
