@@ -229,6 +229,10 @@ def kernels_with_ptx(
             for job in _jobs(_plans(sms, op_names, store, workers), (), triton_version())
         }
         if unknown := sorted(set(wanted) - set(planned)):
-            raise KernelError(f"there is no variant {unknown[0][2]} of {unknown[0][0]} for SM {unknown[0][1]}")
-        kernels = [kernel for kernel, _ in _compiled([planned[key] for key in wanted], store, workers, report)]
+            raise KernelError(
+                f"there is no variant {unknown[0][2]} of {unknown[0][0]} for SM {unknown[0][1]}"
+            )
+        kernels = [
+            kernel for kernel, _ in _compiled([planned[key] for key in wanted], store, workers, report)
+        ]
     return {key: (kernel, store.ptx(kernel.sha256)) for key, kernel in zip(wanted, kernels, strict=True)}

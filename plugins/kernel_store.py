@@ -1,6 +1,6 @@
 """The cache of compiled kernels, outside the package, keyed by a hash of what each was compiled from.
 
-The PTX that a cubin was assembled from lies next to it, by the cubin's hash: the emulator executes it, and nothing ships it.
+The PTX that a cubin was assembled from lies next to it, by the cubin's hash. The emulator runs it; nothing ships it.
 """
 
 import gzip

@@ -66,7 +66,9 @@ def run_all(planned: dict[tuple[Case, int], dict[Key, None]], jobs: int, seed: i
         for done, future in enumerate(as_completed(futures), 1):
             results.append(future.result())
             verdict = results[-1].failure or "pass"
-            click.echo(f"{done}/{len(futures)} SM {results[-1].sm}, {results[-1].case.title}: {verdict}", err=True)
+            click.echo(
+                f"{done}/{len(futures)} SM {results[-1].sm}, {results[-1].case.title}: {verdict}", err=True
+            )
     return results
 
 
@@ -87,10 +89,16 @@ def print_counts(results: Iterable[Result]) -> None:
 
 @click.command()
 @click.option("--op", "names", multiple=True, type=click.Choice(list(DTYPES)), help="Only these ops.")
-@click.option("--sm", "sms", multiple=True, type=click.Choice([str(sm) for sm in SMS]), help="Only these SMs.")
-@click.option("--match", default="", help="Only cases whose title contains this, such as mixture or W float8.")
+@click.option(
+    "--sm", "sms", multiple=True, type=click.Choice([str(sm) for sm in SMS]), help="Only these SMs."
+)
+@click.option(
+    "--match", default="", help="Only cases whose title contains this, such as mixture or W float8."
+)
 @click.option("--seed", type=int, default=1, show_default=True, help="Random seed of the inputs.")
-@click.option("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="Processes. Default: one per core.")
+@click.option(
+    "--jobs", type=int, default=len(os.sched_getaffinity(0)), help="Processes. Default: one per core."
+)
 def main(names: tuple[str, ...], sms: tuple[str, ...], match: str, seed: int, jobs: int) -> None:
     """Emulate the kernels; the exit status is 1 if a case fails."""
     planned = {
@@ -108,7 +116,9 @@ def main(names: tuple[str, ...], sms: tuple[str, ...], match: str, seed: int, jo
         click.echo(f"FAIL SM {result.sm}, {result.case.title}: {result.failure}")
     keys = {key for keys in planned.values() for key in keys}
     total = sum(num_variants(op, sm) for op, sm in {(op, sm) for op, sm, _ in keys})
-    click.echo(f"{len(results) - len(failed)} of {len(results)} cases pass; {len(keys)} of {total} variants executed")
+    click.echo(
+        f"{len(results) - len(failed)} of {len(results)} cases pass; {len(keys)} of {total} variants executed"
+    )
     sys.exit(1 if failed else 0)
 
 

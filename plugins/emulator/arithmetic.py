@@ -6,16 +6,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from nemotrt.plugins.emulator.errors import NotEmulated
+from nemotrt.plugins.emulator.machine import Machine
 from nemotrt.plugins.emulator.ptx import Instruction, Vector
 from nemotrt.plugins.emulator.registers import Array, Mask, dtype_of
-
-if TYPE_CHECKING:
-    from nemotrt.plugins.emulator.machine import Machine
 
 FLOATS = ("f16", "bf16", "f32", "f64")
 Compare = Callable[[Array, Array], Array]
@@ -67,14 +65,14 @@ def _mul(i: Instruction, values: list[Array]) -> Array:
     a, b = values
     if "wide" in i.parts:
         wide = f"{a.dtype.kind}{2 * a.dtype.itemsize}"
-        return a.astype(wide) * b.astype(wide)
+        return np.asarray(a.astype(wide) * b.astype(wide))
     if "hi" in i.parts:
         bits = 8 * a.dtype.itemsize
         if bits > 32:
             raise NotEmulated(i.text)
         wide = f"{a.dtype.kind}8"
         return ((a.astype(wide) * b.astype(wide)) >> bits).astype(a.dtype)
-    return a * b
+    return np.asarray(a * b)
 
 
 def _fma(i: Instruction, values: list[Array]) -> Array:
@@ -87,13 +85,13 @@ def _fma(i: Instruction, values: list[Array]) -> Array:
 def _div(i: Instruction, values: list[Array]) -> Array:
     a, b = values
     if a.dtype.kind == "f":
-        return a / b
+        return np.asarray(a / b)
     quotient = np.abs(a.astype(np.int64)) // np.maximum(np.abs(b.astype(np.int64)), 1)
     return (quotient * np.sign(a).astype(np.int64) * np.sign(b)).astype(a.dtype)
 
 
 def _rem(i: Instruction, values: list[Array]) -> Array:
-    return values[0] - _div(i, values) * values[1]
+    return np.asarray(values[0] - _div(i, values) * values[1])
 
 
 def _extreme(floats: tuple[Any, Any], i: Instruction, values: list[Array]) -> Array:
@@ -228,7 +226,7 @@ def permute_bytes(machine: Machine, i: Instruction, mask: Mask | None) -> None:
     machine.write(i.operands[0], result, mask)
 
 
-Execute = Callable[["Machine", Instruction, "Mask | None"], None]
+Execute = Callable[[Machine, Instruction, Mask | None], None]
 INSTRUCTIONS: dict[str, Execute] = {
     **dict.fromkeys(OPERATIONS, arithmetic),
     "mad": multiply_add,

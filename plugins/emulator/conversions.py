@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 
 from nemotrt.plugins.emulator.errors import NotEmulated
+from nemotrt.plugins.emulator.machine import Machine
 from nemotrt.plugins.emulator.ptx import Instruction
 from nemotrt.plugins.emulator.registers import Array, Mask, dtype_of
-
-if TYPE_CHECKING:
-    from nemotrt.plugins.emulator.machine import Machine
 
 E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
 E4M3_MAX = 448.0
@@ -41,7 +39,7 @@ def convert(machine: Machine, i: Instruction, mask: Mask | None) -> None:
     machine.write(i.operands[0], result, mask)
 
 
-def _to_integer(values: Array, dtype: np.dtype, rounding: str) -> Array:  # type: ignore[type-arg]
+def _to_integer(values: Array, dtype: np.dtype[Any], rounding: str) -> Array:
     """Rounded and saturated; NaN is 0."""
     if rounding not in ("rni", "rzi"):
         raise NotEmulated(f"a conversion to an integer with .{rounding}")
@@ -53,7 +51,7 @@ def _to_integer(values: Array, dtype: np.dtype, rounding: str) -> Array:  # type
     return np.clip(whole, limits.min, limits.max).astype(dtype)
 
 
-def rounded(values: Array, dtype: np.dtype, rounding: str = "rn") -> Array:  # type: ignore[type-arg]
+def rounded(values: Array, dtype: np.dtype[Any], rounding: str = "rn") -> Array:
     """A float in another format: rounded to nearest even, or toward zero."""
     nearest = values.astype(dtype)
     if rounding == "rn" or dtype.itemsize >= values.dtype.itemsize:

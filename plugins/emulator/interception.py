@@ -23,6 +23,6 @@ def intercepted(kernels: ModuleType, sm: int, start: Start) -> Iterator[None]:
 
     with (
         mock.patch.object(Launch, "start", replaced),
-        mock.patch.object(kernels, "device_sm", lambda device: sm),
+        mock.patch.object(kernels, "device_sm", return_value=sm),
     ):
         yield

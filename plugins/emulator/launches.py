@@ -10,8 +10,10 @@ import numpy as np
 import torch
 
 from nemotrt.plugins.emulator.errors import NotEmulated
+from nemotrt.plugins.emulator.execution import run
+from nemotrt.plugins.emulator.loads import granule_of
 from nemotrt.plugins.emulator.machine import Machine
-from nemotrt.plugins.emulator.memory import Buffer, GlobalMemory
+from nemotrt.plugins.emulator.memory import Buffer, GlobalMemory, SharedMemory
 from nemotrt.plugins.emulator.ptx import Program, parse
 from nemotrt.plugins.kernel_index import Kernel
 from nemotrt.plugins.variant import Launch, Variant
@@ -36,7 +38,9 @@ def emulate(launch: Launch, values: Mapping[str, Any], compiled: Compiled) -> No
     buffers: dict[str, Buffer] = {}
     numbers: dict[str, Any] = {}
     for name, kind in variant.signature.items():
-        value = launch.integers[name] if name in launch.integers else values[launch.renamed.get(name, name)]
+        value: Any = (
+            launch.integers[name] if name in launch.integers else values[launch.renamed.get(name, name)]
+        )
         if kind.startswith("*"):
             alignment = ALIGNMENT if name in variant.aligned else value.element_size()
             buffers[name] = Buffer(_bytes(value), alignment)
@@ -65,7 +69,9 @@ def run_grid(
         raise NotEmulated(f"{program.num_threads} threads, which are not whole warps")
     together = max(1, MAX_LANES // program.num_threads)
     for first in range(0, len(programs), together):
-        Machine(program, arguments, memory, shared_bytes, grid, programs[first : first + together]).run()
+        part = programs[first : first + together]
+        shared_memory = SharedMemory(shared_bytes, len(part), granule_of(program))
+        run(Machine(program, arguments, memory, shared_memory, grid, part))
 
 
 def _bytes(tensor: torch.Tensor) -> np.ndarray[Any, np.dtype[np.uint8]]:

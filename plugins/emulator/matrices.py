@@ -5,19 +5,15 @@ The layouts of the fragments are those of the PTX ISA, sections "Matrix fragment
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 
 from nemotrt.plugins.emulator.conversions import E4M3
 from nemotrt.plugins.emulator.errors import NotEmulated
-from nemotrt.plugins.emulator.memory import address_of
+from nemotrt.plugins.emulator.loads import address_of
+from nemotrt.plugins.emulator.machine import Machine
 from nemotrt.plugins.emulator.ptx import Instruction, Operand
 from nemotrt.plugins.emulator.registers import Array, Mask, dtype_of, elements
 from nemotrt.plugins.emulator.warps import check_whole_warps
-
-if TYPE_CHECKING:
-    from nemotrt.plugins.emulator.machine import Machine
 
 LANE = np.arange(32)
 QUAD, PAIR = LANE // 4, 2 * (LANE % 4)
@@ -89,7 +85,11 @@ def multiply(machine: Machine, i: Instruction, mask: Mask | None) -> None:
     """`mma.sync` m16n8k16 of FP16 or BF16, or m16n8k32 of E4M3, with FP32 sums."""
     check_whole_warps(machine, mask)
     shape, *layouts, d_kind, kind, b_kind, c_kind = i.parts[3:]
-    if layouts != ["row", "col"] or kind not in SHAPES.get(shape, ()) or (b_kind, d_kind, c_kind) != (kind, "f32", "f32"):
+    if (
+        layouts != ["row", "col"]
+        or kind not in SHAPES.get(shape, ())
+        or (b_kind, d_kind, c_kind) != (kind, "f32", "f32")
+    ):
         raise NotEmulated(i.text)
     d, a, b, c = (elements(operand) for operand in i.operands)
     per = 4 if kind == "e4m3" else 2

@@ -170,7 +170,7 @@ class _Body:
                 elif piece.strip():
                     start = start if pending else number
                     pending += piece + " "
-                    if pending.strip() in "{}" or LABEL.fullmatch(pending.strip()) and "@" not in pending:
+                    if pending.strip() in "{}" or (LABEL.fullmatch(pending.strip()) and "@" not in pending):
                         pending = self._scopes_and_labels(pending)
 
     def _scopes_and_labels(self, text: str) -> str:
@@ -184,7 +184,9 @@ class _Body:
         return text and text + " "
 
     def _add(self, statement: str, line: int) -> None:
-        statement = statement.strip().removeprefix("{").strip() if statement.startswith(("{ ", "{\t")) else statement
+        statement = (
+            statement.strip().removeprefix("{").strip() if statement.startswith(("{ ", "{\t")) else statement
+        )
         statement = self._scopes_and_labels(statement)
         if match := REGISTERS.match(statement):
             self._declare(match[1], match[2])

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 
 from nemotrt.plugins.emulator.errors import NotEmulated
+from nemotrt.plugins.emulator.machine import Machine
 from nemotrt.plugins.emulator.ptx import Instruction
 from nemotrt.plugins.emulator.registers import Mask
-
-if TYPE_CHECKING:
-    from nemotrt.plugins.emulator.machine import Machine
 
 
 def check_whole_warps(machine: Machine, mask: Mask | None) -> None:
