@@ -71,7 +71,7 @@ def _mul(i: Instruction, values: list[Array]) -> Array:
         if bits > 32:
             raise NotEmulated(i.text)
         wide = f"{a.dtype.kind}8"
-        return ((a.astype(wide) * b.astype(wide)) >> bits).astype(a.dtype)
+        return np.asarray((a.astype(wide) * b.astype(wide)) >> bits).astype(a.dtype)
     return np.asarray(a * b)
 
 

@@ -147,7 +147,7 @@ class SharedMemory:
 
     def gather(self, offsets: Array, width: int) -> Array:
         """The element of `width` bytes at each offset, of any shape, unchecked."""
-        return self._bytes.view(f"u{width}")[offsets // width]
+        return np.asarray(self._bytes.view(f"u{width}")[offsets // width])
 
     def read(self, threads: Threads, offsets: Array, width: int, count: int, lanes: Array) -> Array:
         """Elements [lanes, count]; raises Fault on a race, on data in flight and on bytes never written."""

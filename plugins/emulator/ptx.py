@@ -106,7 +106,7 @@ def parse(text: str) -> Program:
     if threads is None:
         raise NotEmulated(f"{entry[1]} without .reqntid, the number of threads")
     body = _Body(text[: entry.end()].count("\n") + 1, _files(text))
-    body.read(text[entry.end() :])
+    body.read(text[entry.end() : text.index("\n}", entry.end())])
     return Program(
         name=entry[1],
         parameters=dict(_parameter(line) for line in entry[2].split(",") if line.strip()),
@@ -157,10 +157,10 @@ class _Body:
             self._add(statement, line)
 
     def _statements(self, text: str) -> Iterator[tuple[str, int]]:
-        """Each statement with its line; `.loc` and labels end at the end of their line."""
+        """Each statement with its line; a `.loc` ends with its line."""
         pending, start = "", self._line
         for number, line in enumerate(text.splitlines(), self._line):
-            if line.strip().startswith((".loc", ".section")):
+            if line.strip().startswith(".loc"):
                 yield line.strip(), number
                 continue
             for piece in re.split(r"(;)", line):

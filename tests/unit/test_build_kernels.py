@@ -20,7 +20,7 @@ import pytest
 from click.testing import CliRunner
 
 from nemotrt.plugins import build as building
-from nemotrt.plugins.build import build
+from nemotrt.plugins.build import build, kernels_with_ptx
 from nemotrt.plugins.compile_workers import Workers
 from nemotrt.plugins.kernel_index import Kernel, KernelError, KernelIndex
 from nemotrt.plugins.kernel_store import cache_folder
@@ -224,6 +224,21 @@ def test_a_damaged_cache_entry_is_compiled_again(
     assert index.cubin(kernel)
 
 
+def test_the_ptx_is_that_of_the_cubin_and_is_not_shipped(
+    cached_toy: Toy, built: SimpleNamespace, compiled: list[str]
+) -> None:
+    keys = [("toy_op", sm, FP16) for sm in (80, 90)]
+    kernels = kernels_with_ptx(keys)
+    assert compiled == []
+    for (_, sm, name), (kernel, ptx) in kernels.items():
+        assert kernel == find(built.index, sm, name)
+        assert f".target {kernel.target}" in ptx
+        assert f".entry {kernel.entry}(" in ptx
+    assert {path.suffix for path in built.index.folder.rglob("*") if path.is_file()} == {".cubin"}
+    with pytest.raises(KernelError, match="there is no variant scale of toy_op for SM 80"):
+        kernels_with_ptx([("toy_op", 80, "scale")])
+
+
 class TestFailures:
     def failure(self, tmp_path: Path, sm: int = 90, dtype: str = "fp16") -> str:
         with pytest.raises(KernelError) as caught:
@@ -263,6 +278,13 @@ class TestFailures:
         text = self.failure(tmp_path, sm=89, dtype="fp32")
         assert "toy_op, SM 89, product_fp32_SIZE128_w8_s2: 131072 bytes of shared memory" in text
         assert "but a block on SM 89 has 101376" in text
+
+    def test_fp8_rounded_twice(self, toy: Toy, tmp_path: Path) -> None:
+        """Triton's own conversion, on the SM where it goes through FP16."""
+        toy(TOY.replace(").to(y.dtype.element_ty)", ").to(tl.float8e4nv).to(y.dtype.element_ty)"))
+        assert self.failure(tmp_path, sm=89, dtype="fp32").startswith(
+            "toy_op, SM 89, scale_fp32_BLOCK256_w4_s1: the PTX contains cvt.rz.f16.f32: FP32 is converted to FP8"
+        )
 
     def test_names_that_are_not_unique(self, toy: Toy, tmp_path: Path) -> None:
         toy(TOY.replace('("fp32", "fp16", "bf16")', '("fp16", "fp16")'))

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from nemotrt.plugins.kernel_index import Kernel, KernelError, KernelIndex
-from nemotrt.plugins.kernel_store import KernelStore, cache_folder
+from nemotrt.plugins.kernel_store import KernelStore, cache_folder, digest
 from nemotrt.plugins.variant import Variant
 
 
@@ -48,3 +48,15 @@ def test_the_cache_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cache_folder() == Path("/fast/nemo-export")
     monkeypatch.setenv("NEMO_EXPORT_CACHE", "~/mine")
     assert cache_folder() == Path("/home/me/mine")
+
+
+def test_a_cubin_is_stored_with_its_ptx(tmp_path: Path) -> None:
+    store = KernelStore(tmp_path)
+    facts = {"sha256": digest(b"cubin")}
+    store.put("ab01", b"cubin", "ret;\n" * 1000, facts)
+    assert store.get("ab01") == (b"cubin", facts)
+    assert store.ptx(facts["sha256"]) == "ret;\n" * 1000
+    (ptx,) = tmp_path.rglob("*.ptx.gz")
+    assert ptx.stat().st_size < 100
+    ptx.unlink()
+    assert store.get("ab01") is None
