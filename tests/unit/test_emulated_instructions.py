@@ -33,7 +33,7 @@ def run(code: str, size: int = 64, shared: int = 256, grid: tuple[int, int, int]
     """What 64 threads leave in their 32-bit elements; `%r1` is the thread, `%rd2` the address of its element."""
     content = np.zeros(4 * size, np.uint8)
     memory = GlobalMemory({"out": Buffer(content, 4)})
-    program = parse(f"{HEADER}{code}\nret;\n}}\n.file 1 "kernels.py"\n")
+    program = parse(f'{HEADER}{code}\nret;\n}}\n.file 1 "kernels.py"\n')
     run_grid(program, {"toy_param_0": memory.address["out"]}, memory, shared, grid)
     memory.copy_back()
     return content.view(np.int32)
@@ -123,9 +123,15 @@ def test_conversions() -> None:
     [
         (f"add.s64 %rd2, %rd2, 4; {STORE}", "out of bounds at 4 bytes at out+256 of 256 bytes by thread 63"),
         (f"add.s64 %rd2, %rd2, -4; {STORE}", "out of bounds at 4 bytes at out-4 of 256 bytes by thread 0"),
-        ("st.global.b32 [%rd1 + 2], %r1;", "misaligned for 4 bytes at 4 bytes at out+2 of 256 bytes by thread 0"),
+        (
+            "st.global.b32 [%rd1 + 2], %r1;",
+            "misaligned for 4 bytes at 4 bytes at out+2 of 256 bytes by thread 0",
+        ),
         ("st.global.v2.b32 [%rd1], {%r1, %r1};", "misaligned for 8 bytes"),
-        ("st.shared.b32 [memory + 256], %r1;", "outside shared memory at shared+256 of 256 bytes by thread 0"),
+        (
+            "st.shared.b32 [memory + 256], %r1;",
+            "outside shared memory at shared+256 of 256 bytes by thread 0",
+        ),
         ("ld.shared.b32 %r2, [memory];", "reads shared memory that was never written at shared+0"),
         ("st.shared.b32 [memory], %r1;", "two threads write different values to one address"),
         (
@@ -141,7 +147,10 @@ def test_conversions() -> None:
             "setp.lt.u32 %p1, %r1, 40; @%p1 bar.sync 0;",
             "a barrier that 40 of 64 threads reach, not reached by thread 40",
         ),
-        ("setp.lt.u32 %p1, %r1, 40; @%p1 shfl.sync.bfly.b32 %r2, %r1, 1, 31, -1;", "not reached by the whole warp"),
+        (
+            "setp.lt.u32 %p1, %r1, 40; @%p1 shfl.sync.bfly.b32 %r2, %r1, 1, 31, -1;",
+            "not reached by the whole warp",
+        ),
         (
             "shl.b32 %r3, %r1, 2; cp.async.ca.shared.global [%r3], [%rd2], 4; cp.async.commit_group;"
             "cp.async.wait_group 1; ld.shared.b32 %r2, [%r3];",
