@@ -136,7 +136,7 @@ class Products:
             done = np.isin(product.warpgroups, warpgroups)
             done &= product.group < self._committed[product.warpgroups] - allowed
             for n in np.flatnonzero(done):
-                np.subtract.at(self._shared.products, product.granules[n], 1)
+                self._shared.products[product.granules[n]] -= 1
             if not done.all():
                 granules = [product.granules[n] for n in np.flatnonzero(~done)]
                 left = (product.warpgroups[~done], product.group[~done], granules, product.registers)

@@ -171,7 +171,7 @@ class SharedMemory:
         """Record a wgmma in flight that reads the granules."""
         self._read_epoch[granules] = epoch
         self._read_warp[granules] = SEVERAL
-        np.add.at(self.products, granules, 1)
+        self.products[granules] += 1
 
     def check_write(self, threads: Threads, granules: Array, lanes: Array) -> None:
         """Raise Fault if a write would race, or overwrite data in flight."""

@@ -106,7 +106,7 @@ def parse(text: str) -> Program:
     if threads is None:
         raise NotEmulated(f"{entry[1]} without .reqntid, the number of threads")
     body = _Body(text[: entry.end()].count("\n") + 1, _files(text))
-    body.read(text[entry.end() : text.index("\n}", entry.end())])
+    body.read(text[entry.end() : _closing_brace(text, entry.end())])
     return Program(
         name=entry[1],
         parameters=dict(_parameter(line) for line in entry[2].split(",") if line.strip()),
@@ -116,6 +116,16 @@ def parse(text: str) -> Program:
         registers=body.registers,
         shared=_shared_variable(text),
     )
+
+
+def _closing_brace(text: str, start: int) -> int:
+    """The position of the brace that closes the one before `start`."""
+    depth = 1
+    for brace in re.finditer(r"[{}]", text[start:]):
+        depth += 1 if brace[0] == "{" else -1
+        if depth == 0:
+            return start + brace.start()
+    raise NotEmulated("a kernel without an end")
 
 
 def _shared_variable(text: str) -> str:

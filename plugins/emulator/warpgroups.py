@@ -60,7 +60,7 @@ def _matrix(
         addresses = _offsets(int(descriptor), *shape, width, transposed)
         lanes = np.full(addresses.size, 128 * warpgroup)
         offsets = machine.shared_memory.locate(machine, addresses.reshape(-1), width, lanes)
-        granules.append(np.unique(offsets // machine.shared_memory.granule))
+        granules.append(machine.shared_memory.granules(offsets, width).reshape(-1))
         machine.products.check_visible(granules[-1], int(warpgroup))
         bits = machine.shared_memory.gather(offsets, width)
         values.append(bits.view(E4M3 if kind == "e4m3" else dtype_of(kind)).astype(np.float32).reshape(shape))
