@@ -70,7 +70,7 @@ bench: setup ## measure the figures of docs/performance.md
 faults: setup ## inject 58 kinds of faults at three precisions; writes the tables of docs/validation.md
 	$(BIN)/python scripts/fault_study.py
 
-emulate: setup ## execute the PTX of every kernel for SM 80, 89, 90 and 120 on the CPU, with every access checked
+emulate: setup ## execute the PTX of every kernel for SM 80, 86, 89, 90 and 120 on the CPU, with every access checked
 	$(BIN)/python scripts/emulate.py
 
 gpu-check: setup ## test every op on this machine's GPU: kernels, then plugins; writes build/gpu_check*.json

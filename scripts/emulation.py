@@ -17,7 +17,7 @@ from nemotrt.plugins.emulator.launches import emulate
 from nemotrt.plugins.kernel_index import Kernel
 from nemotrt.plugins.variant import Launch, Variant, supports_fp8
 
-SMS = (80, 89, 90, 120)
+SMS = (80, 86, 89, 90, 120)
 """The GPU generations whose PTX the emulator executes."""
 
 Key = tuple[str, int, str]

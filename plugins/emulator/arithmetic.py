@@ -30,17 +30,17 @@ COMPARISONS: dict[str, Compare] = {
 
 def arithmetic(machine: Machine, i: Instruction, mask: Mask | None) -> None:
     """Carry out an instruction of `OPERATIONS` on operands of its type."""
-    kind = i.type
-    first = kind
-    if i.parts[-2:-1] == ("f32",) and kind in ("f16", "bf16"):  # add.f32.bf16: the first operand is narrow
-        first, kind = kind, "f32"
+    kind, narrow = i.type, 0
+    if i.parts[-2:-1] == ("f32",) and kind in (
+        "f16",
+        "bf16",
+    ):  # add.f32.bf16: one operand, or two of fma, is BF16
+        kind, narrow = "f32", 2 if i.base == "fma" else 1
     if kind == "f32x2":
         values = [_pair(machine, operand) for operand in i.operands[1:]]
     else:
-        kinds = [first] + [kind] * (len(i.operands) - 2)
-        values = [machine.read(operand, each) for operand, each in zip(i.operands[1:], kinds, strict=True)]
-    if first != kind:
-        values[0] = values[0].astype(np.float32)
+        widened = [machine.read(operand, i.type).astype(np.float32) for operand in i.operands[1 : 1 + narrow]]
+        values = widened + [machine.read(operand, kind) for operand in i.operands[1 + narrow :]]
     if "ftz" in i.parts:
         values = [_flushed(value) for value in values]
     result = OPERATIONS[i.base](i, values)
