@@ -91,7 +91,7 @@ class Products:
         self._fence_epoch = np.full(4 * num_warpgroups, -1, np.int64)
 
     def fence_proxy(self, lanes: Array) -> None:
-        """Record a proxy fence of these self._threads."""
+        """Record a proxy fence of these threads."""
         warps = np.unique(self._threads.warp[lanes])
         self._fence_step[warps] = self._threads.steps
         self._fence_epoch[warps] = self._threads.epoch[self._threads.block[warps * 32]]

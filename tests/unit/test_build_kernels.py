@@ -61,7 +61,7 @@ def install(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Toy:
     package.mkdir(parents=True)
     (package / "__init__.py").write_text("")
     monkeypatch.syspath_prepend(str(package.parent))
-    monkeypatch.setenv("PYTHONPATH", str(package.parent))
+    monkeypatch.setenv("PYTHONPATH", str(package.parent), prepend=os.pathsep)
     monkeypatch.setenv("NEMO_EXPORT_CACHE", str(folder / "cache"))
     monkeypatch.setattr(building, "ops", lambda: [SimpleNamespace(torch_name="toy_op", package="toy_op")])
 
