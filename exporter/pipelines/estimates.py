@@ -31,8 +31,8 @@ from nemotrt.plugins.contract import EMBEDDINGS, HEAD, DType, LayerName
 WEIGHT_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "fp8": 1}
 
 # Memory, in bytes
-LOAD_MEMORY, PROGRAM_MEMORY, BUNDLE_MEMORY = 25_000_000, 430_000_000, 650_000_000
-"""The program before and after it imports PyTorch and traces the graph, and after a validation in ONNX Runtime.
+LOAD_MEMORY, TORCH_MEMORY, PROGRAM_MEMORY, BUNDLE_MEMORY = 40_000_000, 290_000_000, 430_000_000, 650_000_000
+"""The program before and after it imports PyTorch, after it traces the graph, and after a validation in ONNX Runtime.
 
 PyTorch's CUDA build is assumed: its libraries take 130 MB more than those of the CPU build.
 """
@@ -301,9 +301,11 @@ def stages(
     program, bundle = (memory + TENSOR_MEMORY * graph_tensors for memory in (PROGRAM_MEMORY, BUNDLE_MEMORY))
     linked = {placed.linked for placed in layout if placed.linked is not None}
     hashed = data_layout.data_bytes(layout) + sum(path.stat().st_size for path in linked if is_stored)
-    loaded, zeros = LOAD_MEMORY + TENSOR_MEMORY * num_tensors, count(layout) / ZEROS_A_SECOND
-    estimates = [_estimate("load", loaded, seconds=0.0)]
-    estimates.append(_estimate("zeros", loaded + ZEROS_MEMORY * num_cores(), seconds=zeros))
+    described, zeros = TENSOR_MEMORY * num_tensors, ZEROS_MEMORY * num_cores()
+    estimates = [
+        _estimate("load", LOAD_MEMORY + described, seconds=0.0),
+        _estimate("zeros", TORCH_MEMORY + described + zeros, seconds=count(layout) / ZEROS_A_SECOND),
+    ]
     if quantized:
         estimates.append(_quantize_stage(config, sources, quantized))
     estimates += [
