@@ -134,9 +134,7 @@ def _op_errors(
     for reference_calls, baseline_calls, count in calls:
         reference, baseline = reference_calls[position], baseline_calls[position]
         inputs = list(map(_inputs, reference.tensors, baseline.tensors, is_weight))
-        feeds = {name: _fed(rounded) for name, (_, rounded) in zip(names, inputs, strict=True)}
-        # An op that takes another shape than PyTorch's has no result: every element of its outputs is not finite.
-        ours = session.run(feeds) if session.accepts(feeds) else {}
+        ours = _results(session, names, inputs)
         # Nothing is rounded in FP32, so the reference has already computed the results of these inputs.
         expected = at_precision = reference.results
         if not is_fp32_graph:
@@ -161,6 +159,17 @@ def _op_errors(
             baseline=base,
             limit=error_limit(base, is_fp32=part.is_fp32(str(node.outputs[i].name))),
         )
+
+
+def _results(
+    session: PartSession, names: Sequence[str], inputs: Sequence[tuple[Tensor, Tensor]]
+) -> dict[str, Any]:
+    """An op's outputs for the rounded inputs; none, so that all count as not finite, if it takes other shapes.
+
+    Weights are fed in FP32, which takes twice the memory of a layer's experts until this returns.
+    """
+    feeds = {name: _fed(rounded) for name, (_, rounded) in zip(names, inputs, strict=True)}
+    return session.run(feeds) if session.accepts(feeds) else {}
 
 
 def _inputs(reference: Tensor, baseline: Tensor, is_weight: bool) -> tuple[Tensor, Tensor]:
