@@ -48,6 +48,16 @@ fuzz: SEED ?= $(shell echo $$RANDOM)
 fuzz: setup ## try random files and arguments; files of a failing example stay in build/fuzz
 	$(BIN)/python -m pytest tests/e2e/test_fuzz.py --examples $(EXAMPLES) --hypothesis-seed $(SEED) --log-cli-level INFO
 
+PYTHONS ?= python3.12 python3.13
+pythons: ## on other releases of Python, run the demo and the tests of single modules in a fresh clone; PYTHONS="python3.12"
+	for python in $(PYTHONS); do \
+	    copy=$$(mktemp -d); \
+	    git clone --quiet . "$$copy"; \
+	    $(MAKE) -C "$$copy" demo PYTHON="$$python"; \
+	    (cd "$$copy" && .venv/bin/python -m pytest -n 2 -m 'not slow' tests/unit tests/conformance); \
+	    rm -rf "$$copy"; \
+	done
+
 lint: setup ## check format and lint
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
