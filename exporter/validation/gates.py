@@ -207,13 +207,20 @@ def _router_errors(candidate: Sequence[RouterLogits], reference: Sequence[Router
     return tuple(routing.score_error(*pair) for pair in pairs)
 
 
-def _num_tokens(pair: Pair) -> int:
-    """The rows of a value that has one for each token; 1 for a pool, whose compared elements are in one row."""
-    return len(pair[1]) if pair[1].ndim > 1 else 1
+def _num_tokens(pair: Pair) -> float:
+    """How many tokens share the square of a value's norm: fewer than it has, if some are larger; 1 for a pool.
+
+    (Σ‖r‖²)² / Σ‖r‖⁴ over the rows r: errors that are independent then shrink in the norm by the root of this.
+    """
+    if pair[1].ndim == 1:
+        return 1.0
+    square_T = np.square(pair[1]).reshape(len(pair[1]), -1).sum(1)
+    total = float(square_T.sum())
+    return total**2 / float(np.square(square_T).sum()) if np.isfinite(total) and total > 0 else 1.0
 
 
 def _output_gates(
-    scenario: str, name: str, errors: OutputErrors, baseline: OutputErrors | None, num_tokens: int = 1
+    scenario: str, name: str, errors: OutputErrors, baseline: OutputErrors | None, num_tokens: float = 1.0
 ) -> Iterator[Gate]:
     """Finiteness, and then the distances; the errors of `num_tokens` tokens are independent."""
     yield Gate(scenario, name, Metric.NOT_FINITE, float(errors.not_finite), 0.0)
@@ -227,7 +234,7 @@ def _output_gates(
 
 
 def _distance_gates(
-    scenario: str, name: str, errors: OutputErrors, baseline: OutputErrors | None, num_tokens: int
+    scenario: str, name: str, errors: OutputErrors, baseline: OutputErrors | None, num_tokens: float
 ) -> Iterator[Gate]:
     """Relative L2, and at a lower precision the norm ratio and the cosine too."""
     if baseline is None:
