@@ -17,6 +17,7 @@ from typing import Any, Self
 
 from nemotrt.exporter.checkpoint.other_formats import other_format
 from nemotrt.exporter.errors import CheckpointError
+from nemotrt.exporter.runtime import files
 from nemotrt.exporter.runtime.strict_json import parse_object, read_object
 from nemotrt.plugins.contract import DType
 
@@ -242,18 +243,22 @@ def _check_layout(path: Path, tensors: dict[str, StoredTensor], data_start: int,
 
 def read_pieces(tensor: StoredTensor, piece_bytes: int | None = None) -> Iterator[bytearray]:
     """The tensor's bytes in order, in pieces of at most `piece_bytes` (PIECE_BYTES); the caller owns each piece."""
+    size = piece_bytes or PIECE_BYTES
     with tensor.path.open("rb", buffering=0) as file:
-        file.seek(tensor.offset)
-        remaining = tensor.length
-        while remaining:
-            piece = bytearray(min(piece_bytes or PIECE_BYTES, remaining))
-            try:
-                num_read = file.readinto(piece)
-            except OSError as error:  # a disk's error names no file
-                raise CheckpointError(
-                    f"{tensor.path}: {tensor.name} cannot be read: {error.strerror}"
-                ) from error
-            if num_read != len(piece):
-                raise CheckpointError(f"{tensor.path} ended while {tensor.name} was read")
+        for start in range(0, tensor.length, size):
+            piece = bytearray(min(size, tensor.length - start))
+            read_into(memoryview(piece), tensor, file.fileno(), start, keep=True)
             yield piece
-            remaining -= len(piece)
+
+
+def read_into(buffer: memoryview, tensor: StoredTensor, file: int, start: int, *, keep: bool = False) -> None:
+    """Fill the buffer with the tensor's bytes from `start`; its file is open as `file`, and `keep` as in `files`.
+
+    Raises CheckpointError, which names the file and the tensor, if the disk fails or the file ends.
+    """
+    try:
+        num_read = files.read_into(buffer, file, tensor.offset + start, keep=keep)
+    except OSError as error:  # a disk's error names no file
+        raise CheckpointError(f"{tensor.path}: {tensor.name} cannot be read: {error.strerror}") from error
+    if num_read != len(buffer):
+        raise CheckpointError(f"{tensor.path} ended while {tensor.name} was read")

@@ -20,11 +20,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nemotrt.exporter.artifacts import ZeroWeights
-from nemotrt.exporter.checkpoint.loaded_model import WeightSource
+from nemotrt.exporter.checkpoint.loaded_model import IN_ORDER, WeightSource
 from nemotrt.exporter.checkpoint.parallel import in_order
-from nemotrt.exporter.checkpoint.safetensors_reader import StoredTensor
+from nemotrt.exporter.checkpoint.safetensors_reader import PIECE_BYTES, StoredTensor, read_into
 from nemotrt.exporter.environment import memory_bytes, num_cores
-from nemotrt.exporter.errors import CheckpointError
 from nemotrt.exporter.generation.tokenizer import TOKENIZER, Tokenizer
 from nemotrt.exporter.progress import SILENT, Advance, Progress
 from nemotrt.exporter.runtime import files
@@ -32,9 +31,6 @@ from nemotrt.model.checkpoint import HEAD, Transform
 
 REFUSED_FRACTION, REFUSED_BYTES = 1 / 8, 8 << 20
 """A run of zero rows of this fraction of a matrix, or of so many bytes, is refused."""
-
-PIECE_BYTES = 4 << 20
-"""Bytes that are read at a time. Pieces of 1 MiB take half as much time again."""
 
 KEPT_FRACTION = 0.5
 """A checkpoint of at most this fraction of the memory stays in the page cache: the build reads it next."""
@@ -129,7 +125,7 @@ def _matrices(sources: Mapping[str, WeightSource]) -> Iterator[_Matrix]:
     for parameter, source in sources.items():
         is_vocabulary = parameter in VOCABULARIES
         for tensor in source.tensors:
-            is_matrix = source.transform in (Transform.COPY, Transform.RESHAPE) and len(tensor.shape) > 1
+            is_matrix = source.transform in IN_ORDER and len(tensor.shape) > 1
             if not is_matrix or tensor.name in names or not tensor.length:
                 continue
             names.add(tensor.name)
@@ -182,13 +178,12 @@ def _zero_runs(piece: _Piece, *, keep: bool) -> list[range]:
     """The zero rows of a piece."""
     (tensor, _), rows = piece
     row_bytes = piece.matrix.row_bytes
-    start, size = tensor.offset + rows.start * row_bytes, len(rows) * row_bytes
+    start, size = rows.start * row_bytes, len(rows) * row_bytes
     with tensor.path.open("rb", buffering=0) as file:
-        if files.is_hole(file.fileno(), start, start + size):
+        if files.is_hole(file.fileno(), tensor.offset + start, tensor.offset + start + size):
             return [rows]
         stored = _buffer.stored[:size] if size <= PIECE_BYTES else memoryview(bytearray(size))
-        if files.read_into(stored, file.fileno(), start, keep=keep) != size:
-            raise CheckpointError(f"{tensor.path} ended while {tensor.name} was read")
+        read_into(stored, tensor, file.fileno(), start, keep=keep)
     bits = np.frombuffer(stored, f"u{tensor.dtype.itemsize}").reshape(len(rows), -1)
     return [range(rows.start + run.start, rows.start + run.stop) for run in _runs(_are_zero(bits))]
 

@@ -18,7 +18,7 @@ import torch
 from nemotrt.exporter.checkpoint import safetensors_reader, weights
 from nemotrt.exporter.checkpoint.parallel import in_order
 from nemotrt.exporter.environment import num_cores
-from nemotrt.exporter.errors import CheckpointError, UsageError
+from nemotrt.exporter.errors import UsageError
 from nemotrt.exporter.lowering.data_layout import Piece, Placed, data_bytes, is_hole, pieces
 from nemotrt.exporter.progress import Advance
 from nemotrt.exporter.runtime import files
@@ -112,8 +112,7 @@ def _transfer(target: int, piece: Piece) -> int:
         if is_hole(file.fileno(), piece):
             return 0
         stored = _buffers.stored[: piece.stop - piece.start]
-        if files.read_into(stored, file.fileno(), tensor.offset + piece.start) != len(stored):
-            raise CheckpointError(f"{tensor.path} ended while {tensor.name} was read")
+        safetensors_reader.read_into(stored, tensor, file.fileno(), piece.start)
     values = weights.convert_piece(tensor, stored, placed.source.transform, placed.dtype, _buffers.converted)
     return 0 if placed.linked else _write(target, values, piece.offset)
 

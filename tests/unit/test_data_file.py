@@ -15,7 +15,7 @@ from checkpoints import write_checkpoint
 from runtime_graph import one_sequence
 from safetensors.torch import save_file
 
-from nemotrt.exporter.checkpoint import safetensors_reader, weights
+from nemotrt.exporter.checkpoint import safetensors_reader, weights, zero_weights
 from nemotrt.exporter.checkpoint.loaded_model import WeightSource, stored_parameters
 from nemotrt.exporter.checkpoint.safetensors_reader import StoredTensor, read_header
 from nemotrt.exporter.config import BuildConfig
@@ -191,6 +191,17 @@ def test_sparse_regions_stay_sparse(tmp_path: Path) -> None:
     )  # the piece that shares a block with the header
     assert (tmp_path / "data").stat().st_size == 2 * size
     assert os.stat(tmp_path / "data").st_blocks * 512 <= written + 65536
+
+
+def test_a_disk_that_fails_while_weights_are_read(tmp_path: Path) -> None:
+    """Both names, and not the output's: reading the first bytes of a process's memory is an input/output error."""
+    tensor = StoredTensor("t", DType.FLOAT32, (2, 3), Path("/proc/self/mem"), 0, 24)
+    source = WeightSource((tensor,), Transform.COPY)
+    message = "mem: t cannot be read: Input/output error"
+    with pytest.raises(CheckpointError, match=message):
+        run(tmp_path / "data", lay_out([(source, (2, 3), DType.FLOAT32)], link=False))
+    with pytest.raises(CheckpointError, match=message):
+        zero_weights.find({"t": source}, tmp_path)
 
 
 def test_an_impossible_link_is_a_usage_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
