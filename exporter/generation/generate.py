@@ -168,7 +168,7 @@ def _check_tokens(tokenizer: Tokenizer, requests: Sequence[Request], vocab_size:
     for request in requests:
         if outside := [token for token in request.prompt if token >= vocab_size]:
             raise UsageError(
-                f"prompt {request.number + 1} has {tokenizer.fast.id_to_token(outside[0])},"
+                f"prompt {request.number + 1} has {tokenizer.token(outside[0])},"
                 f" token {outside[0]}, outside the vocabulary of {vocab_size} tokens",
                 hint="leave it out",
             )

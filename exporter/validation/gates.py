@@ -10,17 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 
 from nemotrt.exporter.checkpoint.loaded_model import LoadedModel
 from nemotrt.exporter.config import BuildConfig
 from nemotrt.exporter.errors import NotFiniteError, ValidationError
 from nemotrt.exporter.report.model import Gate, Metric, ValidationReport
 from nemotrt.exporter.validation import metrics, routing
-from nemotrt.exporter.validation.metrics import Array, Values
+from nemotrt.exporter.validation.metrics import Array
 from nemotrt.exporter.validation.observation import Observation
 from nemotrt.exporter.validation.routing import RouterLogits
 from nemotrt.model.checkpoint import parameters
@@ -157,8 +156,11 @@ def layer_gates(
 
 def router_gate(scenario: str, place: str, error: float, baseline: float | None) -> Gate:
     """The gate on the largest error of a router's score; `baseline` is PyTorch's, None in FP32."""
-    limit = FP32_RELATIVE_L2 if baseline is None else BASELINE_FACTOR * baseline
-    return Gate(scenario, place, Metric.ROUTER_SCORE, error, limit, baseline)
+    return Gate(scenario, place, Metric.ROUTER_SCORE, error, _score_limit(baseline), baseline)
+
+
+def _score_limit(baseline: float | None) -> float:
+    return FP32_RELATIVE_L2 if baseline is None else BASELINE_FACTOR * baseline
 
 
 def same_bits(scenario: str, first: Observation, second: Observation) -> Gate:
@@ -175,21 +177,9 @@ def same_bits(scenario: str, first: Observation, second: Observation) -> Gate:
     return Gate(scenario, output, Metric.MODES_DIFFER, float(len(differing)), 0.0)
 
 
-def written_mask(name: str, pool: Array | Values, noise: NDArray[Any]) -> NDArray[np.bool_]:
-    """Which of a pool's values a step wrote: whole slots, and whole positions of pages.
-
-    Values are not compared one by one: of a large model's hundred million, some equal their noise by chance.
-    """
-    within = (1, 2, 4) if name.startswith("kv_cache.") else tuple(range(1, pool.ndim))
-    changed = (pool != noise).any(axis=within, keepdims=True)
-    return np.broadcast_to(changed, pool.shape)
-
-
 def score_limits(baseline: ScenarioErrors | None, num_layers: int) -> list[float]:
     """The largest allowed error of a router's score, for each MoE layer."""
-    if baseline is None:
-        return [FP32_RELATIVE_L2] * num_layers
-    return [BASELINE_FACTOR * error for error in baseline.router_scores]
+    return [*map(_score_limit, baseline.router_scores if baseline else [None] * num_layers)]
 
 
 def _errors(pair: Pair, out_of_bounds: int = 0) -> OutputErrors:

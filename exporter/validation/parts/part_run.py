@@ -19,7 +19,7 @@ from nemotrt.exporter.checkpoint.loaded_model import LoadedModel
 from nemotrt.exporter.config import BuildConfig
 from nemotrt.exporter.runtime.graph_file import OnnxGraph
 from nemotrt.exporter.runtime.step import StepInputs
-from nemotrt.exporter.validation import gates, metrics
+from nemotrt.exporter.validation import metrics
 from nemotrt.exporter.validation.envelope import Envelope
 from nemotrt.exporter.validation.gates import BASELINE_FACTOR, FP32_RELATIVE_L2, Pair
 from nemotrt.exporter.validation.observation import Noise, num_stray, written_places
@@ -297,13 +297,6 @@ def _add(
         comparison.add(values[name], reference[name], compared)
         if name.startswith(NEXT) and not in_full:
             comparison.forget_places()
-
-
-def written_rows(pool: str, after: Any, before: Any) -> NDArray[np.bool_]:
-    """The elements of a pool that a step wrote, without the scratch row."""
-    written = gates.written_mask(pool, as_array(after), as_array(before)).copy()
-    written[0] = False
-    return written
 
 
 def as_array(values: Any) -> NDArray[Any]:
