@@ -2,15 +2,14 @@
 
 import json
 import signal
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 
 from nemotrt.exporter.errors import BundleError, ExportError, UsageError
+from nemotrt.exporter.generation import child
 from nemotrt.exporter.generation.template_program import Failure, RenderRequest, RenderResult
 
-PROGRAM = (sys.executable, "-P", "-m", "nemotrt.exporter.generation.template_program")
+PROGRAM = "nemotrt.exporter.generation.template_program"
 
 CPU_SECONDS = 5
 """How long a template may compute; published ones take 0.01 s."""
@@ -29,16 +28,13 @@ def render(
     the program that renders does not run.
     """
     request = RenderRequest(template, conversations, named_tokens, CPU_SECONDS)
-    done = subprocess.run(
-        PROGRAM,
-        input=json.dumps(asdict(request)).encode(),
-        capture_output=True,
-        check=False,
-        start_new_session=True,  # this process handles Ctrl-C, and ends the other one
-    )
-    if done.returncode:
-        raise _crash(done.returncode, done.stderr.decode(errors="replace"))
-    result = RenderResult(**json.loads(done.stdout))
+    try:
+        answer = child.run(PROGRAM, "renders chat templates", request=json.dumps(asdict(request)).encode())
+    except child.CrashedError as error:
+        is_timeout = error.number == signal.SIGXCPU
+        fault = f"it computes for more than {CPU_SECONDS} s" if is_timeout else f"rendering it {error}"
+        raise _error(Failure.BROKEN, fault) from error
+    result = RenderResult(**json.loads(answer))
     if result.failure:
         raise _error(result.failure, result.message)
     return list(result.texts)
@@ -51,16 +47,3 @@ def _error(failure: str, message: str) -> ExportError:
     if failure == Failure.UNSAFE:
         return BundleError(f"the chat template uses something that a template may not: {message}")
     return BundleError(f"the chat template is broken: {message}")
-
-
-def _crash(code: int, log: str) -> ExportError:
-    """The error for a program that ended with this exit code before it answered."""
-    if code > 0:
-        (*_, reason) = log.splitlines() or [f"exit code {code}"]
-        return ExportError(f"the program that renders chat templates does not run: {reason}")
-    name = signal.Signals(-code).name
-    is_timeout = code == -signal.SIGXCPU
-    return _error(
-        Failure.BROKEN,
-        f"it computes for more than {CPU_SECONDS} s" if is_timeout else f"rendering it ended with {name}",
-    )

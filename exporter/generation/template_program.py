@@ -14,6 +14,8 @@ from dataclasses import asdict, dataclass
 from enum import StrEnum
 from typing import Any, NoReturn
 
+from nemotrt.exporter.generation.child import limit
+
 MAX_MEMORY = 2 << 30
 MAX_CHARACTERS = 64 << 20
 """Of all texts. A context of a million tokens has 5 M."""
@@ -58,9 +60,9 @@ def main() -> None:
     from jinja2.exceptions import SecurityError
 
     request = RenderRequest(**json.load(sys.stdin.buffer))
-    _limit(resource.RLIMIT_CORE, 0)
-    _limit(resource.RLIMIT_AS, MAX_MEMORY)
-    _limit(resource.RLIMIT_CPU, request.cpu_seconds)
+    limit(resource.RLIMIT_CORE, 0)
+    limit(resource.RLIMIT_AS, MAX_MEMORY)
+    limit(resource.RLIMIT_CPU, request.cpu_seconds)
     try:
         answer = json.dumps(asdict(RenderResult(_render(request))))
     except _RefusedError as error:
@@ -83,12 +85,6 @@ def _line(error: Exception) -> str:
     lines = traceback.walk_tb(error.__traceback__)
     numbers = [number for frame, number in lines if frame.f_code.co_filename in TEMPLATE_NAMES]
     return f" (line {numbers[-1]})" if numbers else ""
-
-
-def _limit(kind: int, limit: int) -> None:
-    """Lower a limit of this process; one that is lower already stays."""
-    limits = [limit, *(value for value in resource.getrlimit(kind) if value != resource.RLIM_INFINITY)]
-    resource.setrlimit(kind, (min(limits), resource.getrlimit(kind)[1]))
 
 
 def _render(request: RenderRequest) -> list[str]:

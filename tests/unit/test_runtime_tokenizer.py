@@ -16,6 +16,7 @@ from tokenizers import decoders, models
 from nemotrt.exporter.errors import BundleError, ExportError, UsageError
 from nemotrt.exporter.generation import chat_template
 from nemotrt.exporter.generation.tokenizer import TextStream, Tokenizer
+from nemotrt.exporter.generation.tokenizer_program import try_tokenizer
 
 MESSAGES = [{"role": "user", "content": "hi"}]
 
@@ -239,6 +240,19 @@ def test_a_training_runs_truncation_and_padding_have_no_effect(folder: Path, sid
     assert len(fast.encode(text).ids) == 64
     tokenizer = Tokenizer(folder)
     assert (tokenizer.encode(text), tokenizer.chat([MESSAGES])) == (whole, chat)
+
+
+def test_a_package_that_cannot_be_imported_is_not_the_tokenizers_fault(
+    folder: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shadow = tmp_path_factory.mktemp("shadow")
+    (shadow / "tokenizers.py").write_text("raise ImportError('tokenizers that are none')")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join((str(shadow), os.environ.get("PYTHONPATH", ""))))
+    with pytest.raises(
+        ExportError, match="tokenizers does not run: ImportError: tokenizers that are"
+    ) as raised:
+        try_tokenizer(folder, "text")
+    assert not isinstance(raised.value, BundleError)
 
 
 def test_an_absent_or_broken_tokenizer_is_refused(folder: Path) -> None:
