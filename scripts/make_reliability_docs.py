@@ -25,9 +25,12 @@ import bad_reference_files  # noqa: E402
 import bad_text_files  # noqa: E402
 import test_bad_input  # noqa: E402
 import test_bad_machines  # noqa: E402
+import test_bad_places  # noqa: E402
 import test_fuzz  # noqa: E402
 import test_interrupts  # noqa: E402
 import test_streams  # noqa: E402
+
+MODULES = (test_bad_input, test_bad_places, test_bad_machines, test_interrupts, test_streams, test_fuzz)
 
 HEAD = """\
 <!-- Written by scripts/make_reliability_docs.py from the tests' own tables: change a case, then `make snapshots`. -->
@@ -55,7 +58,7 @@ REFUSALS: Mapping[Callable[..., None], Mapping[str, Refusal]] = {
         name: (case.says, case.code) for name, case in bad_text_files.ALL.items()
     },
     test_bad_input.test_invalid_flags: {name: (says, 2) for name, (_, says) in bad_places.FLAGS.items()},
-    test_bad_input.test_an_unusable_output_path: {
+    test_bad_places.test_an_unusable_output_path: {
         name: (says, 2) for name, (_, _, says) in bad_places.PLACES.items()
     },
     test_bad_input.test_a_bad_bundle: {name: (says, 7) for name, (_, says) in bad_bundles.ALL.items()},
@@ -87,9 +90,7 @@ REFUSALS: Mapping[Callable[..., None], Mapping[str, Refusal]] = {
 def page() -> str:
     """The text of docs/reliability.md."""
     sections, singles, total = [], [], 0
-    for test in itertools.chain(
-        *map(_tests, (test_bad_input, test_bad_machines, test_interrupts, test_streams, test_fuzz))
-    ):
+    for test in itertools.chain.from_iterable(map(_tests, MODULES)):
         ids = list(_ids(test))
         total += max(1, len(ids))
         if ids:

@@ -43,3 +43,9 @@ def zygote() -> Iterator[Zygote]:
     started = Zygote()
     yield started
     started.close()
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Relative paths are below the test's own folder: whatever is written by mistake is seen there."""
+    monkeypatch.chdir(tmp_path)

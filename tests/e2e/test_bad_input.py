@@ -3,14 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import os
 import re
-import resource
 import shutil
-import subprocess
-import tempfile
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import bad_bundles
@@ -21,64 +16,16 @@ import bad_text_files
 import fake_gpu
 import numpy as np
 import pytest
-import torch
 from bad_checkpoints import Case
-from bad_places import FLAGS, PLACES, SPELLINGS
-from click.testing import CliRunner, Result
+from bad_places import FLAGS, SPELLINGS
 from faults import Graph, broken
+from refusals import BUILD, contents, refused, run, small_checkpoint
 
-from nemotrt.exporter.cli import program
 from nemotrt.exporter.config import BuildConfig
-from nemotrt.exporter.lowering import external_data
 from nemotrt.exporter.runtime import cuda
 from nemotrt.exporter.runtime import manifest as manifests
-from nemotrt.exporter.workspace import Workspace
 
-NOBODY = 65534
-"""The user without rights, on every Linux."""
-
-
-def run(*arguments: object) -> Result:
-    """The command in this process; only an exit is an answer."""
-    result = CliRunner().invoke(program, [str(argument) for argument in arguments])
-    assert result.exception is None or isinstance(result.exception, SystemExit), result.exc_info
-    return result
-
-
-def contents(folder: Path) -> dict[str, str]:
-    """Everything below the folder: a file's hash, a link's target."""
-    found = {}
-    for path in sorted(folder.rglob("*")):
-        name = str(path.relative_to(folder))
-        if path.is_symlink():
-            found[name] = f"link to {os.readlink(path)}"
-        else:
-            kinds = {path.is_dir(): "folder", path.is_fifo(): "pipe"}
-            found[name] = kinds.get(True) or digest(path)
-    return found
-
-
-def digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def refused(result: Result, says: str, code: int) -> None:
-    """One line that begins with `error:` and holds `says`, at most one line of advice, and the exit code."""
-    assert result.exit_code == code, result.output
-    lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1, result.stderr
-    assert re.search(says, lines[0]), lines[0]
-    after = result.stderr.split(lines[0])[1].splitlines()[1:]
-    assert len(after) <= 1, result.stderr
-    assert all(line.startswith("  ") for line in after), result.stderr
-    assert "Traceback" not in result.stderr
-
-
-@pytest.fixture(autouse=True)
-def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Relative paths are below the test's own folder: whatever is written by mistake is seen there."""
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("here")
 
 
 @pytest.mark.parametrize("name", bad_checkpoints.ALL)
@@ -109,15 +56,6 @@ def _refused_by_a_build(tmp_path: Path, case: Case) -> None:
     assert contents(tmp_path) == before
 
 
-ONNX = ("--runtime", "onnx", "--no-validate")
-BUILD = ("build", "checkpoint", *ONNX, "--output")
-
-
-def small_checkpoint() -> None:
-    """A good checkpoint at `checkpoint`."""
-    bad_checkpoints.write(bad_checkpoints.GOOD, Path("checkpoint"))
-
-
 @pytest.mark.parametrize("name", FLAGS)
 def test_invalid_flags(tmp_path: Path, name: str) -> None:
     """Refused before anything is read."""
@@ -130,143 +68,6 @@ def test_invalid_flags(tmp_path: Path, name: str) -> None:
     before = contents(tmp_path)
     refused(run(*arguments), says, 2)
     assert contents(tmp_path) == before
-
-
-@pytest.mark.parametrize("name", PLACES)
-def test_an_unusable_output_path(tmp_path: Path, name: str) -> None:
-    """`build` refuses it and leaves existing files unchanged."""
-    prepare, output, says = PLACES[name]
-    small_checkpoint()
-    prepare(tmp_path)
-    before = contents(tmp_path)
-    refused(run(*BUILD, output, *(["--force"] if name.startswith("force-") else [])), says, 2)
-    assert contents(tmp_path) == before
-
-
-def test_two_builds_into_one_output(tmp_path: Path) -> None:
-    """The second build is refused with exit 2: `another build is writing …`; the first continues."""
-    small_checkpoint()
-    with Workspace.open(tmp_path / "out", force=False) as other:
-        (other.folder / "model.onnx").write_text("the other build's")
-        before = contents(tmp_path)
-        refused(run(*BUILD, "out"), "another build is writing .*out", 2)
-        assert contents(tmp_path) == before
-
-
-@pytest.fixture
-def nobody(bundle: Path) -> Iterator[Path]:
-    """A folder, and a process without rights beyond its owner's: the superuser may write anywhere."""
-    del bundle  # building it has imported what nobody may not be allowed to read
-    folder = Path(tempfile.mkdtemp())
-    is_root = os.geteuid() == 0
-    if is_root:
-        os.chown(folder, NOBODY, NOBODY)
-        os.seteuid(NOBODY)
-    try:
-        yield folder
-    finally:
-        if is_root:
-            os.seteuid(0)
-        for path in [folder, *folder.rglob("*")]:
-            path.chmod(0o700)
-        shutil.rmtree(folder)
-
-
-def test_a_read_only_folder(nobody: Path) -> None:
-    """Refused with exit 2: `Permission denied`."""
-    bad_checkpoints.write(bad_checkpoints.GOOD, nobody / "checkpoint")
-    (nobody / "here").mkdir(mode=0o555)
-    result = run("build", nobody / "checkpoint", *ONNX, "--output", nobody / "here" / "out")
-    refused(result, "here/.out.building: Permission denied", 2)
-    assert os.listdir(nobody / "here") == []
-
-
-def test_a_checkpoint_without_read_permission(nobody: Path) -> None:
-    """Refused with exit 2: `Permission denied`, and the file's name."""
-    bad_checkpoints.write(bad_checkpoints.GOOD, nobody / "checkpoint")
-    (nobody / "checkpoint" / "model.safetensors").chmod(0)
-    result = run("build", nobody / "checkpoint", *ONNX, "--output", nobody / "out")
-    refused(result, r"checkpoint/model\.safetensors: Permission denied", 2)
-    assert os.listdir(nobody) == ["checkpoint"]
-
-
-@pytest.mark.parametrize("name", ["model.onnx", "model.onnx.data", "config.json", "manifest.json"])
-def test_a_bundle_without_read_permission(nobody: Path, name: str) -> None:
-    """`verify`, `generate` and `validate` refuse it with exit 7 and name the file."""
-    bad_checkpoints.write(bad_checkpoints.GOOD, nobody / "checkpoint")
-    copy = nobody / "bundle"
-    assert run("build", nobody / "checkpoint", *ONNX, "--output", copy).exit_code == 0
-    (copy / name).chmod(0)
-    for command in (("verify", copy), ("generate", copy, "--prompt", "for"), ("validate", copy)):
-        refused(run(*command), f"bundle/{name} cannot be read", 7)
-
-
-def test_a_disk_that_fills_up_while_weights_are_written(tmp_path: Path) -> None:
-    """Refused with exit 2; what was written is removed."""
-    small_checkpoint()
-    before = contents(tmp_path)
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))  # the system refuses the write that goes beyond
-    try:
-        result = run(*BUILD, "out")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    refused(result, "File too large", 2)
-    assert contents(tmp_path) == before
-
-
-@pytest.fixture
-def mounted(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
-    """Mounts a file system of so many bytes."""
-    place = tmp_path / "disk"
-    place.mkdir()
-
-    def mount(num_bytes: int) -> Path:
-        command = ["mount", "-t", "tmpfs", "-o", f"size={num_bytes}", "none", str(place)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            pytest.skip(f"no file system can be mounted here: {done.stderr.strip()}")
-        return place
-
-    yield mount
-    subprocess.run(["umount", str(place)], capture_output=True, check=False)
-
-
-def test_a_disk_that_is_too_small(mounted: Callable[[int], Path]) -> None:
-    """Refused with exit 2 before any weight is written; the error states the free and the required space."""
-    small_checkpoint()
-    place = mounted(8192)
-    refused(run(*BUILD, place / "out"), "GB free, the bundle needs .* GB", 2)
-    assert os.listdir(place) == []
-
-
-def test_a_disk_with_room_for_the_weights_only(mounted: Callable[[int], Path]) -> None:
-    """Refused with exit 2: `No space left on device`."""
-    small_checkpoint()
-    place = mounted(45_056)
-    refused(run(*BUILD, place / "out"), "No space left on device", 2)
-    assert os.listdir(place) == []
-
-
-def test_a_disk_that_another_program_fills(
-    mounted: Callable[[int], Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Refused with exit 2 while weights are written: `No space left on device`; what was written is removed."""
-    small_checkpoint()
-    place = mounted(1 << 20)
-    write = external_data._write
-    written: list[int] = []
-
-    def fill_and_write(target: int, values: torch.Tensor, offset: int) -> int:
-        written.append(offset)
-        if len(written) > 5 and not (place / "other").exists():
-            (place / "other").write_bytes(bytes(shutil.disk_usage(place).free))
-        return write(target, values, offset)
-
-    monkeypatch.setattr(external_data, "_write", fill_and_write)
-    refused(run(*BUILD, place / "out"), "No space left on device", 2)
-    assert len(written) > 5
-    assert os.listdir(place) == ["other"]
 
 
 @pytest.mark.parametrize("name", bad_bundles.ALL)

@@ -20,7 +20,7 @@ from forks import Zygote
 from fuzz import arguments, files
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from test_bad_input import contents
+from refusals import contents
 
 from nemotrt.exporter.cli import program
 from nemotrt.exporter.errors import CheckpointError
