@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,144 +10,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from interpreter import interpreted, interpreting
+from interpreter import interpreting
+from moe_cases import CHUNK, DTYPES, Case, bits, block_rows, cases, executed, kernels, tensors
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
-from nemotrt.plugins.cubin import compile_variant
-from nemotrt.plugins.moe_dispatch import SPEC
 from nemotrt.plugins.moe_dispatch.reference import _quantized, reference, route
-from nemotrt.plugins.variant import SMS, supports_fp8
-
-kernels = interpreted("nemotrt.plugins.moe_dispatch.kernels")
-CHUNK = kernels.CHUNK_TOKENS
-
-DTYPES = [
-    *((dtype, dtype) for dtype in ("float32", "float16", "bfloat16")),
-    *((dtype, "float8_e4m3fn") for dtype in ("float32", "float16", "bfloat16")),
-]
-"""x's dtype and the weights'."""
-
-
-@dataclass(frozen=True)
-class Case:
-    """Sizes, attributes, dtypes, and the kind of router logits."""
-
-    T: int = 5
-    L: int = 16
-    R: int = 8
-    E: int = 8
-    I: int = 32  # noqa: E741
-    top_k: int = 2
-    num_groups: int = 1
-    topk_group: int = 1
-    norm_topk_prob: int = 1
-    routed_scaling_factor: float = 2.5
-    first_expert: int = 0
-    X: str = "float32"
-    W: str = "float32"
-    logits: str = "random"
-    seed: int = 0
-
-    @property
-    def attributes(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in SPEC.attributes}
-
-    @property
-    def dtypes(self) -> dict[str, str]:
-        return {"X": self.X, "W": self.W}
-
-    @property
-    def tolerance(self) -> float:
-        return SPEC.tolerances[self.W].relative_l2
-
-
-@st.composite
-def cases(draw: st.DrawFn) -> Case:
-    num_groups, group_size = draw(st.sampled_from([1, 1, 2, 3, 4])), draw(st.integers(1, 4))
-    R = num_groups * group_size
-    X, W = draw(st.sampled_from(DTYPES))
-    return Case(
-        T=draw(st.sampled_from([1, 1, 2, 3, 7, 17])),
-        L=draw(st.sampled_from([16, 48, 144])),
-        R=R,
-        E=draw(st.integers(1, R)),
-        I=draw(st.sampled_from([16, 80, 144])),
-        top_k=draw(st.integers(1, min(R, 5))),
-        num_groups=num_groups,
-        topk_group=draw(st.integers(1, num_groups)),
-        norm_topk_prob=draw(st.sampled_from([0, 1])),
-        routed_scaling_factor=draw(st.sampled_from([1.0, 2.5])),
-        first_expert=draw(st.integers(0, R)),
-        X=X,
-        W=W,
-        logits=draw(st.sampled_from(["random", "ties", "all equal", "one expert", "saturated"])),
-        seed=draw(st.integers(0, 2**31)),
-    )
-
-
-def logits(case: Case, normal: torch.Tensor) -> torch.Tensor:
-    """Logits [T, R]: of any kind, with ties, or sending every token to the same experts."""
-    descending_R = torch.arange(case.R, 0, -1.0)
-    return {
-        "random": normal,
-        "ties": normal.round(),
-        "all equal": torch.zeros_like(normal),
-        "one expert": normal.sign() * 1e-2 + descending_R,
-        "saturated": normal.sign() * 40.0,
-    }[case.logits]
-
-
-def tensors(case: Case) -> list[torch.Tensor]:
-    """Inputs in SPEC order."""
-    generator = torch.Generator().manual_seed(case.seed)
-
-    def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=generator)
-
-    X, W = (getattr(torch, dtype) for dtype in (case.X, case.W))
-    correction_bias = normal(case.R).round() / 8 if case.logits != "random" else normal(case.R) / 8
-    return [
-        normal(case.T, case.L).to(X),
-        logits(case, normal(case.T, case.R)),
-        correction_bias,
-        (normal(case.E, case.I, case.L) * case.L**-0.5).to(W),
-        (normal(case.E, case.L, case.I) * case.I**-0.5).to(W),
-        torch.rand(case.E, case.I, generator=generator) + 0.5,
-        torch.rand(case.E, case.L, generator=generator) + 0.5,
-        torch.tensor([0.0061]),  # x up to ±2.7: a few saturate
-        torch.tensor([0.02]),
-    ]
-
-
-def bits(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.contiguous().view(torch.uint8)
-
-
-def poisoned(shape: tuple[int, ...], dtype: str, byte: int) -> torch.Tensor:
-    tensor = torch.empty(shape, dtype=getattr(torch, dtype))
-    bits(tensor).fill_(byte)
-    return tensor
-
-
-def executed(
-    case: Case, inputs: list[torch.Tensor], byte: int = 0x7F, stages: str = "", **given: torch.Tensor
-) -> dict[str, torch.Tensor | Any]:
-    """All that the launches (of these stages, where any are named) were given, after them.
-
-    Scratch and y, unless given, start as this byte, repeated: 0x7F is NaN in FP8 and FP16, 3.4e38 in BF16 and
-    FP32, and no index at all; 0xFF is NaN and −1.
-    """
-    dims = SPEC.sizes([tuple(tensor.shape) for tensor in inputs])
-    values: dict[str, Any] = {spec.name: tensor for spec, tensor in zip(SPEC.inputs, inputs, strict=True)}
-    values |= dims | case.attributes | kernels.derived(dims, case.attributes, case.dtypes, 90)
-    for name, buffer in kernels.scratch(dims, case.attributes, case.dtypes).items():
-        values[name] = poisoned(buffer.shape, buffer.dtype, byte)
-    values |= {"y": poisoned((case.T, case.L), case.X, byte)} | given
-    plan = kernels.launches(dims, case.attributes, case.dtypes, 90)
-    names = {f"{stage}_kernel" for stage in stages.split()}
-    with interpreting():
-        kernels.execute([step for step in plan if not names or step.variant.kernel in names], values)
-    return values
 
 
 def assert_close(case: Case, y: torch.Tensor, expected: torch.Tensor) -> None:
@@ -161,11 +27,6 @@ def check(case: Case) -> None:
     first, second = executed(case, inputs, 0x7F), executed(case, inputs, 0xFF)
     assert torch.equal(bits(first["y"]), bits(second["y"]))
     assert_close(case, first["y"], reference(*inputs, **case.attributes)[0])
-
-
-def block_rows(case: Case, sm: int = 90) -> int:
-    dims = {axis: getattr(case, axis) for axis in "TLREI"}
-    return int(kernels.derived(dims, case.attributes, case.dtypes, sm)["block_rows"])
 
 
 @settings(max_examples=50, deadline=None, derandomize=True, database=None)
@@ -356,115 +217,3 @@ def test_inputs_with_gaps_are_refused() -> None:
     inputs[0] = torch.randn(case.L, case.T).T
     with pytest.raises(ValueError, match=r"NemoMoeDispatch: x is not contiguous"):
         kernels.run(*inputs, **case.attributes)
-
-
-FAMILY = {
-    "Super": {"L": 1024, "R": 512, "E": 512, "I": 2688, "top_k": 22},
-    "Nano": {"L": 2688, "R": 128, "E": 128, "I": 1856, "top_k": 6},
-    "Ultra": {"L": 2048, "R": 512, "E": 64, "I": 5120, "top_k": 22},
-}
-
-
-@pytest.mark.parametrize("sm", SMS)
-def test_every_launch_is_a_listed_variant_with_known_arguments(sm: int) -> None:
-    listed = list(kernels.variants(sm))
-    assert len({variant.name for variant in listed}) == len(listed)
-    used = set()
-    for X, W in DTYPES:
-        if W == "float8_e4m3fn" and not supports_fp8(sm):
-            continue
-        for sizes in (*FAMILY.values(), {"L": 64, "R": 8, "E": 8, "I": 128, "top_k": 2}):
-            for T in (1, 2, CHUNK, CHUNK + 1, 512, 2048, 8192):
-                case = Case(T=T, X=X, W=W, **sizes)  # type: ignore[arg-type]
-                used |= check_plan(case, sm, listed)
-    assert used == {variant.name for variant in listed}
-
-
-def check_plan(case: Case, sm: int, listed: list[Any]) -> set[str]:
-    dims = {axis: getattr(case, axis) for axis in "TLREI"}
-    known = {"y", *(tensor.name for tensor in SPEC.inputs), *case.attributes}
-    known |= {*kernels.scratch(dims, case.attributes, case.dtypes)}
-    plan = kernels.launches(dims, case.attributes, case.dtypes, sm)
-    for launch in plan:
-        assert launch.variant in listed
-        named = [name for name in launch.variant.signature if name not in launch.integers]
-        assert known >= {launch.renamed.get(name, name) for name in named}
-        assert set(launch.renamed) <= set(named)
-        assert all(size >= 1 for size in launch.grid)
-        assert launch.grid[1] <= 65535
-        for name in set(launch.variant.aligned) & set(launch.integers):
-            assert launch.integers[name] % 16 == 0
-    return {launch.variant.name for launch in plan}
-
-
-def test_products_of_bf16_and_fp8_compile_for_hopper_without_spilling(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    products = [
-        variant
-        for variant in kernels.variants(90)
-        if {"*bf16", "*fp8e4nv"} & set(variant.signature.values())
-        and variant.kernel in ("up_kernel", "down_kernel")
-        and (variant.constants.get("ROUND", "bf16"), variant.constants["DIRECT"]) == ("bf16", 0)
-    ]
-    assert len(products) == 14
-    for variant in products:
-        _, _, entry = compile_variant(SPEC.package, variant, 90)
-        assert (variant.name, entry["spill_stores"], entry["spill_loads"]) == (variant.name, 0, 0)
-
-
-def kernel_names(case: Case) -> list[str]:
-    dims = {axis: getattr(case, axis) for axis in "TLREI"}
-    plan = kernels.launches(dims, case.attributes, case.dtypes, 90)
-    return [launch.variant.kernel.removesuffix("_kernel") for launch in plan]
-
-
-def test_shapes_alone_pick_the_launches() -> None:
-    case = Case(X="bfloat16", W="bfloat16", **FAMILY["Super"])  # type: ignore[arg-type]
-    assert kernel_names(replace(case, T=1)) == ["route", "up", "down", "combine"]
-    assert kernel_names(replace(case, T=64)) == ["route", "place", "up", "down", "combine"]
-    assert kernel_names(replace(case, T=8192)) == ["route", "count", "place", "up", "down", "combine"]
-    assert kernel_names(replace(case, T=64, W="float8_e4m3fn"))[0] == "route_and_quantize"
-    assert [block_rows(replace(case, T=T)) for T in (1, 64, 390, 512, 1488, 2048, 8192)] == [
-        *(16, 16, 16, 64, 64, 128, 128)
-    ]
-
-
-@given(cases(), st.integers(0, 4096), st.integers(0, 4096))
-@settings(deadline=None, derandomize=True, database=None)
-def test_the_largest_steps_workspace_serves_every_step(case: Case, fewer: int, more: int) -> None:
-    def buffers(T: int) -> dict[str, Any]:
-        dims = {axis: getattr(case, axis) for axis in "LREI"} | {"T": T}
-        found: dict[str, Any] = kernels.scratch(dims, case.attributes, case.dtypes)
-        blocks = kernels.derived(dims, case.attributes, case.dtypes, 90)["max_blocks"]
-        assert blocks <= found["experts" if T == 1 else "blocks"].shape[-1]
-        return found
-
-    small, large = buffers(min(fewer, more)), buffers(max(fewer, more))
-    assert all(small[name].num_bytes <= large[name].num_bytes for name in large)
-    assert all(buffer.num_bytes % 256 == 0 for buffer in large.values())
-
-
-@pytest.mark.parametrize(
-    ("changed", "sm", "message"),
-    [
-        ({"W": "float8_e4m3fn"}, 80, r"SM 80 has no FP8 tensor cores: use fp16 or bf16 weights, or SM 89"),
-        ({}, 75, "the SM to be one of 80, 86, 89, 90, 100, 120, got 75"),
-        ({"X": "float16"}, 90, "W to be one of float16, float8_e4m3fn, got float32"),
-        ({"X": "float64", "W": "float64"}, 90, "X to be one of .*, got float64"),
-        ({"L": 24}, 90, "L to be a multiple of 16, got 24"),
-        ({"I": 8}, 90, "I to be a multiple of 16, got 8"),
-        ({"R": 513}, 90, "R to be from 1 to 512, got 513"),
-        ({"top_k": 9}, 90, "top_k to be from 1 to 8, got 9"),
-        ({"R": 64, "top_k": 33}, 90, "top_k to be from 1 to 32, got 33"),
-        ({"num_groups": 3}, 90, r"num_groups = 3 does not divide 8 experts"),
-        ({"num_groups": 2, "topk_group": 3}, 90, "topk_group to be from 1 to 2, got 3"),
-        ({"first_expert": -1}, 90, "first_expert to be from 0 to 2147483647, got -1"),
-    ],
-)
-def test_what_is_not_served_is_named(changed: dict[str, Any], sm: int, message: str) -> None:
-    case = replace(Case(), **changed)
-    dims = {axis: getattr(case, axis) for axis in "TLREI"}
-    with pytest.raises(ValueError, match=f"^NemoMoeDispatch: .*{message}"):
-        kernels.launches(dims, case.attributes, case.dtypes, sm)
