@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
 from collections import Counter
@@ -20,22 +19,17 @@ from onnx import TensorProto
 from safetensors.torch import load_file, save_file
 
 from nemotrt.exporter.checkpoint.quant_config import parse_description, pattern_matcher
-from nemotrt.exporter.checkpoint.weights import read
 from nemotrt.exporter.config import BuildConfig
 from nemotrt.exporter.errors import CheckpointError, UsageError
 from nemotrt.exporter.pipelines import build
 from nemotrt.exporter.pipelines.check import check, read_headers
-from nemotrt.exporter.pipelines.opened_bundle import open_bundle
-from nemotrt.exporter.pipelines.validate import revalidate
 from nemotrt.exporter.runtime.fp32_emulation import emulate_in_fp32
 from nemotrt.exporter.runtime.graph_file import OnnxGraph
 from nemotrt.exporter.stages.load import load
 from nemotrt.exporter.validation.candidates import graph_candidate
-from nemotrt.exporter.validation.request import ValidationRequest
 from nemotrt.exporter.validation.validate import validate
 from nemotrt.model.config import ModelConfig
 from nemotrt.model.fp8 import fp8_linear
-from nemotrt.plugins.contract import DType
 from nemotrt.plugins.e4m3 import from_e4m3
 
 TINY = Path(__file__).resolve().parents[2] / "examples" / "tiny"
@@ -345,54 +339,6 @@ def test_an_fp8_checkpoint_is_not_dequantized(tmp_path: Path) -> None:
     )
     with pytest.raises(UsageError, match="--exclude has no effect: the checkpoint is FP8 already"):
         build.build(config)
-
-
-UNSCALED = "stores no scales for it, so a scale of 1 is used"
-
-
-def test_a_cache_without_scales_is_said_everywhere(tmp_path: Path) -> None:
-    checkpoint = nano(tmp_path / "nano")
-    assert [note for note in check(read_headers(checkpoint)).notes if UNSCALED in note]
-    # The first four kinds of Nano's layers would take longer than they tell: layers 5 and 6 have attention and experts.
-    config = BuildConfig(checkpoint=checkpoint, output=tmp_path / "b", runtime="onnx", layers="5:7")
-    result = build.build(config)
-    assert UNSCALED in (tmp_path / "b/logs/build.log").read_text()
-    assert [what for what in result.validation.not_compared if UNSCALED in what]
-
-
-def test_a_published_checkpoint_can_have_a_bf16_cache(tmp_path: Path) -> None:
-    checkpoint = nano(tmp_path / "nano")
-    bundle = tmp_path / "b"
-    config = BuildConfig(checkpoint=checkpoint, output=bundle, runtime="onnx", layers="5:7", kv_dtype="bf16")
-    build.build(config)
-    assert UNSCALED not in (bundle / "logs/build.log").read_text()
-    graph = onnx.load(bundle / "model.onnx", load_external_data=False)
-    types = {value.name: value.type.tensor_type.elem_type for value in graph.graph.input}
-    assert types["kv_cache.5"] == TensorProto.BFLOAT16
-    report = revalidate(ValidationRequest(bundle, checkpoint))
-    assert report.passed
-    assert not [entry for entry in report.not_compared if UNSCALED in entry.detail]
-    with pytest.raises(UsageError, match="--kv-dtype has no effect"):
-        build.build(dataclasses.replace(config, kv_dtype="fp8", output=tmp_path / "c"))
-
-
-def test_a_bf16_cache_ignores_the_stored_scales(tmp_path: Path) -> None:
-    """A scale of the cache is 1 for all that read it: the graph, PyTorch, a bundle validated by its own weights."""
-    bundle, checkpoint = tmp_path / "b", small(tmp_path / "fp8")
-    config = BuildConfig(checkpoint=checkpoint, output=bundle, runtime="onnx", layers="2:4", kv_dtype="bf16")
-    assert build.build(config).validation.verdict == "passed"
-    graph = OnnxGraph.read(bundle / "model.onnx")
-    scales = {tensor.name for tensor in graph.proto.graph.initializer if tensor.name.endswith("_scale")}
-    cache_scales = {f"backbone.layers.2.mixer.{name}_scale" for name in "kv"}
-    assert cache_scales <= scales
-    stored = load_file(checkpoint / "model.safetensors")
-    assert all(stored[f"backbone.layers.2.mixer.{name}_proj.{name}_scale"] < 0.1 for name in "kv")
-    for source in (None, checkpoint):
-        opened = open_bundle(bundle, source)
-        assert not opened.model.config.recipe.kv_scales
-        for name in cache_scales:
-            assert read(opened.model.weights[name], (1,), DType.FLOAT32).item() == 1
-        assert revalidate(ValidationRequest(bundle, source)).passed
 
 
 def test_check_knows_an_fp8_checkpoint(tmp_path: Path) -> None:

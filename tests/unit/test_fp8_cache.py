@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 from checkpoints import write_checkpoint
-from fp8_checkpoints import FLOAT8, small
+from fp8_checkpoints import FLOAT8, nano, small
+from onnx import TensorProto
+from safetensors.torch import load_file
 
+from nemotrt.exporter.checkpoint.weights import read
 from nemotrt.exporter.config import BuildConfig
 from nemotrt.exporter.errors import CheckpointError, UsageError
 from nemotrt.exporter.pipelines.build import build
 from nemotrt.exporter.pipelines.check import check, read_headers
+from nemotrt.exporter.pipelines.opened_bundle import open_bundle
 from nemotrt.exporter.pipelines.validate import revalidate
 from nemotrt.exporter.runtime import manifest
+from nemotrt.exporter.runtime.graph_file import OnnxGraph
 from nemotrt.exporter.stages.load import load
 from nemotrt.exporter.validation.request import ValidationRequest
+from nemotrt.plugins.contract import DType
 
 CACHE_ALONE = {"quant_algo": None, "kv_cache_quant_algo": "FP8", "exclude_modules": []}
 
@@ -102,3 +110,51 @@ def test_descriptions_of_nothing_are_refused(tmp_path: Path, cache_alone: Path) 
     (cache_alone / "hf_quant_config.json").write_text(json.dumps({"quantization": nothing}))
     with pytest.raises(CheckpointError, match="quantized as a scheme without a name"):
         load(cache_alone)
+
+
+UNSCALED = "stores no scales for it, so a scale of 1 is used"
+
+
+def test_a_cache_without_scales_is_said_everywhere(tmp_path: Path) -> None:
+    checkpoint = nano(tmp_path / "nano")
+    assert [note for note in check(read_headers(checkpoint)).notes if UNSCALED in note]
+    # The first four kinds of Nano's layers would take longer than they tell: layers 5 and 6 have attention and experts.
+    config = BuildConfig(checkpoint=checkpoint, output=tmp_path / "b", runtime="onnx", layers="5:7")
+    result = build(config)
+    assert UNSCALED in (tmp_path / "b/logs/build.log").read_text()
+    assert [what for what in result.validation.not_compared if UNSCALED in what]
+
+
+def test_a_published_checkpoint_can_have_a_bf16_cache(tmp_path: Path) -> None:
+    checkpoint = nano(tmp_path / "nano")
+    bundle = tmp_path / "b"
+    config = BuildConfig(checkpoint=checkpoint, output=bundle, runtime="onnx", layers="5:7", kv_dtype="bf16")
+    build(config)
+    assert UNSCALED not in (bundle / "logs/build.log").read_text()
+    graph = onnx.load(bundle / "model.onnx", load_external_data=False)
+    types = {value.name: value.type.tensor_type.elem_type for value in graph.graph.input}
+    assert types["kv_cache.5"] == TensorProto.BFLOAT16
+    report = revalidate(ValidationRequest(bundle, checkpoint))
+    assert report.passed
+    assert not [entry for entry in report.not_compared if UNSCALED in entry.detail]
+    with pytest.raises(UsageError, match="--kv-dtype has no effect"):
+        build(dataclasses.replace(config, kv_dtype="fp8", output=tmp_path / "c"))
+
+
+def test_a_bf16_cache_ignores_the_stored_scales(tmp_path: Path) -> None:
+    """A scale of the cache is 1 for all that read it: the graph, PyTorch, a bundle validated by its own weights."""
+    bundle, checkpoint = tmp_path / "b", small(tmp_path / "fp8")
+    config = BuildConfig(checkpoint=checkpoint, output=bundle, runtime="onnx", layers="2:4", kv_dtype="bf16")
+    assert build(config).validation.verdict == "passed"
+    graph = OnnxGraph.read(bundle / "model.onnx")
+    scales = {tensor.name for tensor in graph.proto.graph.initializer if tensor.name.endswith("_scale")}
+    cache_scales = {f"backbone.layers.2.mixer.{name}_scale" for name in "kv"}
+    assert cache_scales <= scales
+    stored = load_file(checkpoint / "model.safetensors")
+    assert all(stored[f"backbone.layers.2.mixer.{name}_proj.{name}_scale"] < 0.1 for name in "kv")
+    for source in (None, checkpoint):
+        opened = open_bundle(bundle, source)
+        assert not opened.model.config.recipe.kv_scales
+        for name in cache_scales:
+            assert read(opened.model.weights[name], (1,), DType.FLOAT32).item() == 1
+        assert revalidate(ValidationRequest(bundle, source)).passed
