@@ -8,11 +8,12 @@ from types import ModuleType
 from nemotrt.exporter.environment import address_space_limit
 from nemotrt.exporter.errors import ExportError, UsageError
 
-BUILD, CPU, PLAIN = "'nemo-export[build]'", "'nemo-export[cpu]'", "nemo-export"
+BUILD, CPU, SERVE, PLAIN = "'nemo-export[build]'", "'nemo-export[cpu]'", "'nemo-export[serve]'", "nemo-export"
 
 PACKAGES = {
     **dict.fromkeys(("torch", "polygraphy"), BUILD),
     "onnxruntime": CPU,
+    "llguidance": SERVE,
     **dict.fromkeys(
         (
             "google",

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from json import dumps
 from typing import Any
 
-from nemotrt.exporter.serving.json_values import typed_value
+from nemotrt.exporter.serving.json_schema import typed_value
 from nemotrt.exporter.serving.tags import partial_tag
 
 CALL, CALL_END = "<tool_call>", "</tool_call>"

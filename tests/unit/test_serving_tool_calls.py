@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from text_pieces import cut
 
-from nemotrt.exporter.serving.json_values import typed_value
+from nemotrt.exporter.serving.json_schema import typed_value
 from nemotrt.exporter.serving.tool_calls import ToolCallStream
 
 SCHEMA: dict[str, Any] = {

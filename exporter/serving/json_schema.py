@@ -1,7 +1,7 @@
-"""Values that a model writes as plain text, in the types that a tool's JSON schema declares."""
+"""What a JSON schema says about a value: the types that it may have, and whether any value can satisfy it."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 NAMES = {"true": True, "false": False, "null": None, "none": None}
@@ -52,10 +52,62 @@ def _declared_types(declared: Any, root: Mapping[str, Any]) -> set[str]:
     return types
 
 
+def has_finite_value(schema: Any) -> bool:
+    """Whether a value can satisfy a valid schema without containing another value of the same kind, and so on forever.
+
+    Contradictions, such as a minimum above the maximum, are not looked for.
+    """
+    references = {reference: _resolved(reference, _mapping(schema)) for reference in _references(schema)}
+    finite: set[str] = set()
+    while len(finite) < len(
+        finite := {name for name, each in references.items() if _is_finite(each, finite)}
+    ):
+        pass
+    return _is_finite(schema, finite)
+
+
+def _references(schema: Any) -> Iterator[str]:
+    """Every `$ref` in the schema."""
+    if isinstance(schema, dict):
+        if isinstance(reference := schema.get("$ref"), str):
+            yield reference
+        for value in schema.values():
+            yield from _references(value)
+    for value in _list(schema):
+        yield from _references(value)
+
+
+def _is_finite(schema: Any, finite: set[str]) -> bool:
+    """Whether the schema has a finite value, if those references that are in `finite` have one."""
+    schema = _mapping(schema)
+    types = schema.get("type")
+    choices = [_list(schema.get(key)) for key in ("anyOf", "oneOf") if key in schema]
+    return (
+        schema.get("$ref", "") in {"", *finite}
+        and all(_is_finite(part, finite) for part in _list(schema.get("allOf")))
+        and all(any(_is_finite(choice, finite) for choice in each) for each in choices)
+        and any(
+            all(_is_finite(part, finite) for part in _required_parts(name, schema))
+            for name in (types if isinstance(types, list) else [types])
+        )
+    )
+
+
+def _required_parts(type_name: Any, schema: Mapping[str, Any]) -> list[Any]:
+    """The schemas of what a value of that type must contain."""
+    if type_name == "object":
+        properties = _mapping(schema.get("properties"))
+        return [properties.get(name) for name in _list(schema.get("required"))]
+    if type_name == "array":
+        first, at_least = _list(schema.get("prefixItems")), schema.get("minItems", 0)
+        return [*first[:at_least], *([schema.get("items")] if at_least > len(first) else [])]
+    return []
+
+
 def _resolved(reference: str, root: Mapping[str, Any]) -> Any:
     """What a reference such as `#/$defs/Color` names in the schema, None if nothing."""
     found: Any = root
-    for part in reference.removeprefix("#/").split("/"):
+    for part in filter(None, reference.removeprefix("#").split("/")):
         found = _mapping(found).get(part.replace("~1", "/").replace("~0", "~"))
     return found
 
